@@ -1,0 +1,113 @@
+"""Settings: frozen, checked once on rank 0, broadcast, handed down in sections."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+DTYPES = ("float32", "bfloat16")
+MIGRATE = ("never", "auto", "stress")
+
+
+def _check(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which weights to serve and in which precision."""
+
+    model: str = "smollm2"  # directory, .gguf file, hub name, `smollm2`, or random:CONFIG
+    served_model_name: str | None = None  # None: the model's own name
+    dtype: str = "bfloat16"  # of weights and KV
+    max_model_len: int | None = None  # prompt + output tokens; None: what the model was made for
+    chat_template: str | None = None  # a file; None: the tokenizer's own
+    seed: int = 0  # of random weights
+
+    def __post_init__(self) -> None:
+        _check(
+            self.dtype in DTYPES, f"--dtype must be one of {', '.join(DTYPES)}, not {self.dtype}"
+        )
+        _check(
+            self.max_model_len is None or self.max_model_len > 0, "--max-model-len must be over 0"
+        )
+
+    @property
+    def name(self) -> str:
+        return self.served_model_name or self.model
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """The paged KV arena of one worker."""
+
+    block_size: int = 16  # tokens a block
+    kv_cache_memory_bytes: int | None = None  # None: a share of the device, or 1 GiB on a CPU
+    gpu_memory_utilization: float = 0.9
+    enable_prefix_caching: bool = False
+
+    def __post_init__(self) -> None:
+        _check(self.block_size > 0, f"--block-size must be at least 1, not {self.block_size}")
+        share = self.gpu_memory_utilization
+        _check(0 < share <= 1, f"--gpu-memory-utilization must be in (0, 1], not {share}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """How much one worker computes in one step."""
+
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        _check(self.max_num_seqs > 0, "--max-num-seqs must be at least 1")
+        _check(
+            self.max_num_batched_tokens >= self.max_num_seqs,
+            "--max-num-batched-tokens must not be below --max-num-seqs "
+            f"({self.max_num_batched_tokens} < {self.max_num_seqs})",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """How requests are placed and moved."""
+
+    policy: str = "frugal"
+    migrate: str = "auto"
+    seed: int = 0  # of --migrate stress
+
+    def __post_init__(self) -> None:
+        _check(self.migrate in MIGRATE, f"--migrate must be one of {', '.join(MIGRATE)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransportConfig:
+    """How bytes travel."""
+
+    idle_poll_s: float = 0.005  # longest sleep between looks at a link that cannot ring
+    device_buffers: str = "auto"  # auto: where a self-test passes; never: always staged
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The whole, as rank 0 built it and every rank received it."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    transport: TransportConfig = field(default_factory=TransportConfig)
+    threads: int | None = None  # compute threads a rank; None: cores of the host / its ranks
+    device: str = "auto"  # auto: CUDA where there is one; or cpu, cuda
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for the broadcast."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> "Config":
+        """The configuration that `to_dict` wrote."""
+        sections = {
+            "model": ModelConfig, "cache": CacheConfig, "batch": BatchConfig,
+            "cluster": ClusterConfig, "transport": TransportConfig,
+        }  # fmt: skip
+        return Config(**{k: sections[k](**v) if k in sections else v for k, v in data.items()})
