@@ -1,0 +1,102 @@
+"""The paged KV arena of one worker: block-major, so that whole blocks are sent in place."""
+
+import hashlib
+import mmap
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mellmpi.protocol import ModelKv
+
+LAYOUT_VERSION = 1  # of the order of axes inside a block
+
+
+@dataclass(frozen=True, kw_only=True)
+class KvGeometry:
+    """What one block of one model's KV looks like: [layers, 2, kv_heads, block_size, head_dim]."""
+
+    model: str  # its served name
+    dtype: torch.dtype
+    num_layers: int
+    num_kv_heads: int
+    block_size: int  # tokens a block
+    head_dim: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.num_layers, 2, self.num_kv_heads, self.block_size, self.head_dim
+
+    @property
+    def block_bytes(self) -> int:
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal on two workers exactly when one may use the other's blocks."""
+        facts = (LAYOUT_VERSION, self.model, str(self.dtype), self.shape)
+        return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+    @property
+    def model_kv(self) -> ModelKv:
+        return ModelKv(self.model, self.block_size, self.block_bytes)
+
+
+def _host_memory(num_bytes: int) -> torch.Tensor:
+    """Zeroed uint8 [num_bytes], page-aligned, resident only where it was used, unmapped when freed.
+
+    Large pages: blocks lie scattered, and every 4 KiB page of them would cost a TLB entry.
+    """
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.from_numpy(np.frombuffer(memory, np.uint8))
+
+
+class KvArena:
+    """`num_blocks` blocks of KV memory on one device; whoever plans steps owns the block ids.
+
+    tensor   [num_blocks, layers, 2, kv_heads, block_size, head_dim], contiguous; 2 is K, V.
+             Zeroed at first: padded attention reads slots nobody wrote, and 0 x NaN is NaN.
+    address  of block 0; block i begins `i * block_bytes` after it
+    """
+
+    def __init__(self, geometry: KvGeometry, num_blocks: int, device: torch.device | str = "cpu"):
+        self.geometry, self.num_blocks = geometry, num_blocks
+        self.device = torch.device(device)
+        num_bytes = num_blocks * geometry.block_bytes
+        if self.device.type == "cpu":
+            self._bytes = _host_memory(num_bytes)
+        else:
+            self._bytes = torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)
+        self.tensor = self._bytes.view(geometry.dtype).view(num_blocks, *geometry.shape)
+
+    @property
+    def block_bytes(self) -> int:
+        return self.geometry.block_bytes
+
+    @property
+    def block_size(self) -> int:
+        return self.geometry.block_size
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_blocks * self.block_bytes
+
+    @property
+    def address(self) -> int:
+        return self._bytes.data_ptr()
+
+    @property
+    def fingerprint(self) -> str:
+        return self.geometry.fingerprint
+
+    def block(self, block_id: int) -> torch.Tensor:
+        """uint8 [block_bytes]: one block in place, on the arena's device."""
+        return self._bytes[block_id * self.block_bytes :][: self.block_bytes]
+
+    def copy_blocks(self, pairs: Iterable[tuple[int, int]]) -> None:
+        """Copy whole blocks (from, to), one pair after the other."""
+        for source, target in pairs:
+            self.tensor[target].copy_(self.tensor[source])
