@@ -1,0 +1,62 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mellmpi.engine.kv_cache import KvArena, KvGeometry
+from mellmpi.protocol import ModelKv
+
+GEOMETRY = KvGeometry(
+    model="m", dtype=torch.bfloat16, num_layers=3, num_kv_heads=2, block_size=4, head_dim=6
+)
+
+
+@pytest.fixture
+def arena():
+    return KvArena(GEOMETRY, 7)
+
+
+def test_a_block_is_all_layers_keys_and_values_of_its_positions():
+    assert GEOMETRY.block_bytes == 3 * 2 * 2 * 4 * 6 * 2
+    assert GEOMETRY.model_kv == ModelKv("m", 4, 576)
+
+
+def test_a_block_is_contiguous_at_its_address(arena):
+    assert arena.tensor.is_contiguous() and arena.tensor.shape == (7, 3, 2, 2, 4, 6)
+    assert arena.tensor[5].data_ptr() == arena.address + 5 * arena.block_bytes
+    assert arena.num_bytes == arena.tensor.nbytes
+
+
+def test_a_blocks_bytes_are_the_tensors_bytes(arena):
+    arena.tensor[2] = torch.randn(arena.tensor.shape[1:])
+    copied = arena.block(2).clone().view(torch.bfloat16).view(arena.tensor.shape[1:])
+    assert torch.equal(copied, arena.tensor[2])
+    arena.block(6).copy_(arena.block(2))
+    assert torch.equal(arena.tensor[6], arena.tensor[2])
+
+
+def test_an_arena_begins_zeroed_and_on_a_page(arena):
+    assert not arena.tensor.any() and arena.address % 4096 == 0
+
+
+def test_copies_move_whole_blocks_and_nothing_else(arena):
+    arena.tensor.copy_(torch.randn(arena.tensor.shape))
+    before = arena.tensor.clone()
+    arena.copy_blocks([(1, 4), (3, 0)])
+    expected = before[[3, 1, 2, 3, 1, 5, 6]]
+    assert torch.equal(arena.tensor, expected)
+
+
+def test_equal_layouts_have_equal_fingerprints():
+    assert KvArena(GEOMETRY, 1).fingerprint == KvArena(replace(GEOMETRY), 9).fingerprint
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": "n"}, {"dtype": torch.float16}, {"num_layers": 4}, {"num_kv_heads": 3},
+        {"block_size": 8}, {"head_dim": 8}, {"num_kv_heads": 4, "head_dim": 3},
+    ],
+)  # fmt: skip
+def test_any_other_layout_has_another_fingerprint(change):
+    assert replace(GEOMETRY, **change).fingerprint != GEOMETRY.fingerprint
