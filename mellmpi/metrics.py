@@ -109,7 +109,7 @@ class Metrics:
             case p.Preempted():
                 self._counts["preemptions"] += 1
                 self._preempted.add((now, command.worker))
-                self._stay(command.request_id)
+                self._waits(command.request_id)
 
     # --- requests ---
 
@@ -178,16 +178,17 @@ class Metrics:
         self._moves.add(
             Move(e.request_id, e.mode, e.src, e.dst, start_s, now, e.num_bytes, e.outcome)
         )
+        live = self._live.get(e.request_id)
         if e.outcome != "moved":
-            self._stay(e.request_id)
+            if live is not None:
+                live.src = None
             return
         self._moved[e.mode] += 1
         self._counts["migrated_bytes"] += e.num_bytes
-        live = self._live.get(e.request_id)
         if live is not None and live.src is not None:  # None: its first token is here already
             live.landed_at = e.dst
 
-    def _stay(self, request_id: int) -> None:
+    def _waits(self, request_id: int) -> None:
         if live := self._live.get(request_id):
             live.src, live.landed_at = None, None
 

@@ -197,7 +197,8 @@ def test_the_peak_forgets_what_was_before_the_first_request():
     ready(m, 0.0, 2)
     m.observe(1.0, 2, p.Parked(0))
     submit(m, 2.0)
-    assert m.report(3.0)["active_workers_peak"] == 1
+    r = m.report(3.0)
+    assert (r["active_workers_peak"], r["gpu_seconds_active"]) == (1, 1)
 
 
 # --- migrations ---
@@ -268,6 +269,19 @@ def test_a_move_that_comes_to_nothing_is_failed_and_has_no_downtime():
     r = m.report(2.0)
     assert r["downtime_ms"]["p50"] is None and r["migrations"]["failed"] == 1
     assert r["migrations"]["transfer"] == 0 and r["migration_outcomes"] == {"refused": 1}
+
+
+def test_a_refused_second_move_does_not_hide_the_first_ones_downtime():
+    m = Metrics()
+    submit(m, 0.0)
+    tokens(m, 1.0, worker=1)
+    started(m, 1.1, "transfer", 1, 2)
+    arrived(m, 1.2, worker=2, n=0)
+    ended(m, 1.2, "transfer", 1, 2)
+    started(m, 1.3, "transfer", 2, 3)
+    ended(m, 1.3, "transfer", 2, 3, outcome="refused", num_bytes=0)
+    tokens(m, 1.6, worker=2)
+    assert m.report(2.0)["downtime_ms"]["p50"] == 600.0
 
 
 def test_a_preempted_request_waits_and_that_is_not_downtime():
