@@ -1,0 +1,144 @@
+"""tokenizer.json and tokenizer_config.json from the metadata of a GGUF file.
+
+GGUF keeps vocabulary and merges, but of the splitting before them only a name
+(`tokenizer.ggml.pre`). What each name stands for is in llama.cpp's src/llama-vocab.cpp. A name
+taken for another gives other tokens for some texts, silently: so an unknown one is refused.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Metaspace, PreTokenizer, Sequence, Split
+
+CONTROL, USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _TAIL
+_QWEN2 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _TAIL
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPLITS = {
+    "llama-bpe": _LLAMA3, "llama3": _LLAMA3, "llama-v3": _LLAMA3, "smaug-bpe": _LLAMA3,
+    "qwen2": _QWEN2, "deepseek-r1-qwen": _QWEN2, "tekken": _TEKKEN,
+}  # fmt: skip
+SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r")
+PLAIN = ("gpt-2", "gpt2")
+WHOLE_WORDS_FIRST = ("llama-bpe", "llama3", "llama-v3", "tekken")  # a word that is a token is one
+SPECIALS = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+
+
+def write_tokenizer(metadata: dict[str, Any], directory: Path) -> None:
+    """`metadata` is `tokenizer.ggml.*` without that prefix, and `chat_template`."""
+    build = {"gpt2": _byte_level, "llama": _sentencepiece}.get(metadata.get("model", ""))
+    if build is None:
+        raise ValueError(
+            f"GGUF tokenizer {metadata.get('model')!r} is not supported; supported are gpt2 "
+            "(byte-level BPE) and llama (sentencepiece)"
+        )
+    tokenizer = build(metadata)
+    _add_tokens(tokenizer, metadata)
+    _add_bos(tokenizer, metadata)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **_special_names(metadata)}
+    settings["add_bos_token"] = _adds_bos(metadata)
+    settings["clean_up_tokenization_spaces"] = False
+    if "chat_template" in metadata:
+        settings["chat_template"] = metadata["chat_template"]
+    text = json.dumps(settings, indent=1, ensure_ascii=False)
+    (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
+
+def pre_tokenizer(name: str) -> PreTokenizer:
+    """How text is cut before merging, for a value of `tokenizer.ggml.pre`."""
+    if name in SPLITS:
+        cut = Split(Regex(SPLITS[name]), behavior="isolated")
+        return Sequence([cut, ByteLevel(add_prefix_space=False, use_regex=False)])
+    if name in SINGLE_DIGITS:
+        return Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+    if name in PLAIN:
+        return ByteLevel(add_prefix_space=False)
+    known = ", ".join([*PLAIN, *SINGLE_DIGITS, *SPLITS])
+    raise ValueError(
+        f"GGUF pre-tokenizer {name!r} is not supported (supported: {known}); give the model's "
+        "Hugging Face directory instead"
+    )
+
+
+def _byte_level(metadata: dict[str, Any]) -> Tokenizer:
+    name = metadata.get("pre", "gpt-2")
+    vocab = {token: index for index, token in enumerate(metadata["tokens"])}
+    merges = [tuple(merge.split(" ")) for merge in metadata["merges"]]
+    bpe = models.BPE(vocab=vocab, merges=merges, ignore_merges=name in WHOLE_WORDS_FIRST)
+    tokenizer = Tokenizer(bpe)
+    tokenizer.pre_tokenizer = pre_tokenizer(name)
+    tokenizer.decoder = decoders.ByteLevel()
+    if SPLITS.get(name) is _QWEN2:
+        tokenizer.normalizer = normalizers.NFC()
+    return tokenizer
+
+
+def _sentencepiece(metadata: dict[str, Any]) -> Tokenizer:
+    """Llama 2's tokenizer: BPE over whole words with bytes to fall back on, as transformers'."""
+    tokens, scores = metadata["tokens"], metadata["scores"]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    unknown = tokens[metadata.get("unknown_token_id", 0)]
+    bpe = models.BPE(
+        vocab=vocab, merges=_merges(vocab, scores), unk_token=unknown, fuse_unk=True,
+        byte_fallback=True,
+    )  # fmt: skip
+    tokenizer = Tokenizer(bpe)
+    prefix = metadata.get("add_space_prefix", True)
+    scheme = "first" if prefix else "never"
+    tokenizer.pre_tokenizer = Metaspace(replacement="▁", prepend_scheme=scheme, split=False)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * prefix)
+    return tokenizer
+
+
+def _merges(vocab: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
+    """Sentencepiece keeps scores instead of merges: the best piece is made first.
+
+    A piece is reached through every pair of pieces that make it, in the order of their ids.
+    """
+    merges: list[tuple[str, str]] = []
+    for piece in sorted(vocab, key=lambda piece: (-scores[vocab[piece]], vocab[piece])):
+        pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        known = [(left, right) for left, right in pairs if left in vocab and right in vocab]
+        merges += sorted(known, key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
+    return merges
+
+
+def _add_tokens(tokenizer: Tokenizer, metadata: dict[str, Any]) -> None:
+    kinds = metadata.get("token_type") or []
+    marked = {CONTROL: True, USER_DEFINED: False}
+    for token, kind in zip(metadata["tokens"], kinds, strict=False):
+        if kind in marked:
+            added = AddedToken(token, normalized=False, special=marked[kind])
+            (tokenizer.add_special_tokens if marked[kind] else tokenizer.add_tokens)([added])
+
+
+def _special_names(metadata: dict[str, Any]) -> dict[str, str]:
+    tokens = metadata["tokens"]
+    ids = {name: metadata.get(f"{key}_token_id") for key, name in SPECIALS.items()}
+    return {name: tokens[index] for name, index in ids.items() if index is not None}
+
+
+def _adds_bos(metadata: dict[str, Any]) -> bool:
+    """Where the file is silent llama.cpp adds one to sentencepiece vocabularies only."""
+    return bool(metadata.get("add_bos_token", metadata["model"] == "llama"))
+
+
+def _add_bos(tokenizer: Tokenizer, metadata: dict[str, Any]) -> None:
+    bos = _special_names(metadata).get("bos_token")
+    if not _adds_bos(metadata) or bos is None:
+        return
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B",
+        special_tokens=[(bos, metadata["bos_token_id"])],
+    )  # fmt: skip
