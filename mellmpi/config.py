@@ -74,6 +74,9 @@ class ClusterConfig:
     policy: str = "frugal"
     migrate: str = "auto"
     seed: int = 0  # of --migrate stress
+    rebalance_every_s: float = 0.1  # at most so often the policy looks at the whole cluster
+    horizon_s: float = 2.0  # placement keeps room for so many seconds of growth
+    park_after_s: float = 1.0  # a worker empty for so long may be parked
 
     def __post_init__(self) -> None:
         _check(self.migrate in MIGRATE, f"--migrate must be one of {', '.join(MIGRATE)}")

@@ -1,0 +1,22 @@
+"""Placement and migration policies: pairs of functions of a view, chosen by name."""
+
+from mellmpi.core.policies import best_fit, frugal, stress, worst_fit
+from mellmpi.core.policies.base import Policy, without_moves
+
+__all__ = ["POLICIES", "Policy", "policy_for"]
+
+POLICIES = {
+    "best_fit": Policy(best_fit.place, best_fit.rebalance),
+    "worst_fit": Policy(worst_fit.place, worst_fit.rebalance),
+    "frugal": Policy(frugal.place, frugal.rebalance),
+}
+
+
+def policy_for(name: str, migrate: str) -> Policy:
+    """The named policy as `--migrate never|auto|stress` wants it."""
+    if name not in POLICIES:
+        raise ValueError(f"--policy must be one of {', '.join(POLICIES)}, not {name}")
+    policy = POLICIES[name]
+    if migrate == "never":
+        return without_moves(policy)
+    return Policy(policy.place, stress.rebalance) if migrate == "stress" else policy

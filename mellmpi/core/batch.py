@@ -1,0 +1,321 @@
+"""What one worker computes next, and where the KV of its sequences lies. Pure.
+
+The driver hands in messages (`handle`), asks for a step (`plan`), runs it, and hands the result
+back (`commit`); `report` is what the scheduler has to hear since the last one.
+"""
+
+from typing import Any
+
+from mellmpi.config import BatchConfig, CacheConfig
+from mellmpi.core.blocks import BlockPool, block_key, blocks_for
+from mellmpi.core.requests import finish_reason
+from mellmpi.core.sequences import Phase, Sequence
+from mellmpi.core.unreported import Unreported
+from mellmpi.protocol import (
+    DATA_PLANE,
+    SCHEDULER,
+    Address,
+    Assign,
+    BlocksArrived,
+    BlocksSent,
+    Chunk,
+    DrainBlocks,
+    KvFailed,
+    KvPayload,
+    KvReceived,
+    KvRefused,
+    KvReserved,
+    ModelKv,
+    Park,
+    Parked,
+    ReceiveBlocks,
+    ReceiveKv,
+    Release,
+    SendBlocks,
+    SendKv,
+    StepPlan,
+    StepReport,
+    StepResult,
+    TokenLogprob,
+    Unfreeze,
+)
+
+Commands = list[tuple[Address, Any]]
+
+
+class BatchScheduler:
+    """The sequences of one worker and its block pool. Everything is keyed by epoch."""
+
+    def __init__(self, kv: ModelKv, num_blocks: int, fingerprint: str, acked: int,
+                 batch: BatchConfig, cache: CacheConfig):  # fmt: skip
+        self.kv, self.fingerprint = kv, fingerprint
+        self.pool = BlockPool(num_blocks)
+        self.sequences: dict[int, Sequence] = {}  # oldest assignment first
+        self.lingering: dict[int, Sequence] = {}  # ended, but a transfer touches their blocks
+        self.acked = acked
+        self._limits, self._prefix_caching = batch, cache.enable_prefix_caching
+        self._planned: list[Sequence] = []
+        self._unreported = Unreported()
+        self._parking = False
+
+    @property
+    def free_bytes(self) -> int:
+        return self.pool.num_free * self.kv.block_bytes
+
+    # --- events ---------------------------------------------------------------------------------
+
+    def handle(self, source: Address, event: Any) -> Commands:
+        """Apply one message; return what must be sent because of it."""
+        if source == SCHEDULER:
+            self.acked += 1
+        commands = self._handle(source, event)
+        if self._parking and not self.sequences and not self.lingering:
+            self._parking = False
+            commands.append((SCHEDULER, Parked(self.acked)))
+        return commands
+
+    def _handle(self, source: Address, event: Any) -> Commands:
+        match event:
+            case Assign():
+                self._assign(event)
+            case Release(_, epoch):
+                if sequence := self.sequences.get(epoch):
+                    self._end(sequence)
+            case ReceiveKv():
+                return self._reserve(event)
+            case SendKv():
+                return self._send(event)
+            case Unfreeze(_, epoch):
+                if sequence := self.sequences.get(epoch):
+                    sequence.phase = Phase.RUNNING
+            case KvPayload():
+                return self._payload(source, event)
+            case BlocksArrived():
+                return self._arrived(event)
+            case BlocksSent(_, epoch):
+                self._sent(epoch)
+            case Park():
+                self._parking = True
+            case _:
+                raise TypeError(event)
+        return []
+
+    def _assign(self, order: Assign) -> None:
+        sequence = Sequence(order.request, order.epoch, list(order.outputs), [])
+        sequence.num_reported = len(order.outputs)
+        self.sequences[order.epoch] = sequence
+        self._reuse_prefix(sequence)
+        if not self._grow(sequence, sequence.num_tokens):
+            self._preempt(sequence)
+
+    def _reserve(self, order: ReceiveKv) -> Commands:
+        sequence = Sequence(order.request, order.epoch, [], [], Phase.ARRIVING, src=order.src)
+        sequence.num_reported = order.num_logged
+        if not self._grow(sequence, order.num_tokens):
+            return [(SCHEDULER, KvRefused(order.request.id, order.epoch))]
+        self.sequences[order.epoch] = sequence
+        return [(SCHEDULER, KvReserved(order.request.id, order.epoch))]
+
+    def _send(self, order: SendKv) -> Commands:
+        sequence = self.sequences.get(order.epoch)
+        if sequence is None:  # preempted or finished meanwhile; the scheduler will hear of it
+            return []
+        sequence.phase = Phase.FROZEN
+        held = sequence.block_table[: blocks_for(sequence.num_computed, self.kv.block_size)]
+        header = KvPayload(
+            request_id=order.request_id, epoch=order.dst_epoch, fingerprint=self.fingerprint,
+            first_block=0, num_blocks=len(held), num_computed=sequence.num_computed,
+            outputs=tuple(sequence.outputs), logprobs=tuple(sequence.logprobs.items()),
+            checksums=(), last=True,
+        )  # fmt: skip
+        commands: Commands = [(order.dst, header)]
+        if held:
+            sequence.sends += 1
+            blocks = SendBlocks(
+                order.request_id, order.epoch, order.dst, order.dst_epoch, tuple(held)
+            )
+            commands.append((DATA_PLANE, blocks))
+        return commands
+
+    def _payload(self, source: Address, header: KvPayload) -> Commands:
+        assert isinstance(source, int)
+        sequence = self.sequences.get(header.epoch)
+        if sequence is None:  # released before it came: take it off the wire, nothing more
+            return self._drain(source, header)
+        if (why := self._mismatch(sequence, header)) is not None:
+            self._end(sequence)
+            failed = KvFailed(header.request_id, header.epoch, why)
+            return [*self._drain(source, header), (SCHEDULER, failed)]
+        sequence.outputs = list(header.outputs)
+        sequence.logprobs = {i: v for i, v in header.logprobs if i >= sequence.num_reported}
+        sequence.num_computed = header.num_computed
+        if not header.num_blocks:  # frozen before its first step: nothing to wait for
+            return self._arrived(BlocksArrived(header.request_id, header.epoch, True, 0.0))
+        sequence.receiving = True
+        ids = tuple(sequence.block_table[: header.num_blocks])
+        receive = ReceiveBlocks(header.request_id, header.epoch, source, header.epoch, ids)
+        return [(DATA_PLANE, receive)]
+
+    def _mismatch(self, sequence: Sequence, header: KvPayload) -> str | None:
+        if header.fingerprint != self.fingerprint:
+            return f"KV layout {header.fingerprint} is not ours ({self.fingerprint})"
+        # It may have grown since the reservation was made.
+        known = len(sequence.request.prompt) + len(header.outputs)
+        return None if self._grow(sequence, known) else "no room for what it has grown by"
+
+    def _drain(self, source: int, header: KvPayload) -> Commands:
+        drain = DrainBlocks(source, header.epoch, header.num_blocks)
+        return [(DATA_PLANE, drain)] if header.num_blocks else []
+
+    def _arrived(self, event: BlocksArrived) -> Commands:
+        if (ended := self.lingering.get(event.epoch)) is not None:
+            ended.receiving = False
+            self._free(ended)
+            return []
+        sequence = self.sequences[event.epoch]
+        sequence.receiving = False
+        if not event.ok:
+            self._end(sequence)
+            return [(SCHEDULER, KvFailed(event.request_id, event.epoch, "the stream broke off"))]
+        sequence.phase = Phase.RUNNING
+        self._know_blocks(sequence)
+        first = sequence.num_reported
+        sequence.num_reported = len(sequence.outputs)
+        logprobs = tuple(sequence.logprobs.pop(i) for i in sorted(sequence.logprobs))
+        num_blocks = blocks_for(sequence.num_computed, self.kv.block_size)
+        received = KvReceived(
+            event.request_id, event.epoch, first, tuple(sequence.outputs[first:]), logprobs,
+            num_blocks * self.kv.block_bytes, event.transfer_s,
+        )  # fmt: skip
+        return [(SCHEDULER, received)]
+
+    def _sent(self, epoch: int) -> None:
+        sequence = self.lingering.get(epoch) or self.sequences[epoch]
+        sequence.sends -= 1
+        if epoch in self.lingering:
+            self._free(sequence)
+
+    # --- blocks ---------------------------------------------------------------------------------
+
+    def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Blocks for `num_tokens` positions, all or none."""
+        missing = blocks_for(num_tokens, self.kv.block_size) - len(sequence.block_table)
+        if missing <= 0:
+            return True
+        ids = self.pool.take(missing)
+        if ids is not None:
+            sequence.block_table += ids
+        return ids is not None
+
+    def _end(self, sequence: Sequence) -> None:
+        del self.sequences[sequence.epoch]
+        if sequence.in_flight:
+            self.lingering[sequence.epoch] = sequence
+        self._free(sequence)
+
+    def _free(self, sequence: Sequence) -> None:
+        if not sequence.in_flight:
+            self.pool.give(sequence.block_table)
+            sequence.block_table = []
+            self.lingering.pop(sequence.epoch, None)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._end(sequence)
+        self._unreported.preempted(sequence)
+
+    def _make_room(self, sequence: Sequence) -> bool:
+        """A block for its next position, if need be by preempting the youngest; False: itself."""
+        while not self._grow(sequence, sequence.num_tokens):
+            youngest = next(
+                s for s in reversed(self.sequences.values()) if s.phase is Phase.RUNNING
+            )
+            self._preempt(youngest)
+            if youngest is sequence:
+                return False
+        return True
+
+    # --- prefix reuse ---------------------------------------------------------------------------
+
+    def _extend_keys(self, sequence: Sequence, num_tokens: int) -> None:
+        size = self.kv.block_size
+        for i in range(len(sequence.keys), num_tokens // size):
+            parent = sequence.keys[-1] if sequence.keys else b""
+            tokens = sequence.token_range(i * size, (i + 1) * size)
+            sequence.keys.append(block_key(parent, tokens))
+
+    def _reuse_prefix(self, sequence: Sequence) -> None:
+        if not self._prefix_caching:
+            return
+        # At least one position is left to compute: its logits are what comes next.
+        self._extend_keys(sequence, sequence.num_tokens - 1)
+        sequence.block_table = self.pool.share(sequence.keys)
+        sequence.num_known = len(sequence.block_table)
+        sequence.num_computed = sequence.num_known * self.kv.block_size
+
+    def _know_blocks(self, sequence: Sequence) -> None:
+        if not self._prefix_caching:
+            return
+        full = sequence.num_computed // self.kv.block_size
+        self._extend_keys(sequence, sequence.num_computed)
+        for i in range(sequence.num_known, full):
+            self.pool.know(sequence.block_table[i], sequence.keys[i])
+        sequence.num_known = full
+
+    # --- steps ----------------------------------------------------------------------------------
+
+    def plan(self) -> StepPlan | None:
+        """The next forward pass, or None with nothing to compute. Decodes first, then prefill."""
+        running = [s for s in self.sequences.values() if s.phase is Phase.RUNNING]
+        running.sort(key=lambda s: s.num_tokens - s.num_computed > 1)  # stable: oldest first
+        budget = self._limits.max_num_batched_tokens
+        sampled: list[tuple[Sequence, Chunk]] = []
+        partial: list[tuple[Sequence, Chunk]] = []
+        for sequence in running:
+            if not budget or len(sampled) + len(partial) == self._limits.max_num_seqs:
+                break
+            if self.sequences.get(sequence.epoch) is not sequence or not self._make_room(sequence):
+                continue  # preempted in favour of an older one, or of nobody
+            end = min(sequence.num_tokens, sequence.num_computed + budget)
+            budget -= end - sequence.num_computed
+            (sampled if end == sequence.num_tokens else partial).append(
+                (sequence, self._chunk(sequence, end))
+            )
+        # A later sequence may have pushed out one that already had its chunk.
+        chosen = [p for p in sampled + partial if p[0].epoch in self.sequences]
+        self._planned = [sequence for sequence, _ in chosen]
+        return StepPlan(tuple(chunk for _, chunk in chosen), ()) if chosen else None
+
+    def _chunk(self, sequence: Sequence, end: int) -> Chunk:
+        caught_up = end == sequence.num_tokens
+        return Chunk(
+            request_id=sequence.request.id, start=sequence.num_computed,
+            tokens=sequence.token_range(sequence.num_computed, end),
+            block_table=sequence.block_table,
+            sampling=sequence.request.sampling if caught_up else None,
+            history=(sequence.request.prompt, sequence.outputs),
+        )  # fmt: skip
+
+    def commit(self, plan: StepPlan, result: StepResult) -> None:
+        """Take in what the pass of `plan`, the last one made, produced."""
+        sampled = zip(result.tokens, result.logprobs, strict=True)
+        for sequence, chunk in zip(self._planned, plan.chunks, strict=True):
+            sequence.num_computed += len(chunk.tokens)
+            self._know_blocks(sequence)
+            self._unreported.computed(len(chunk.tokens), chunk.sampling is not None)
+            if chunk.sampling is not None:
+                self._append(sequence, *next(sampled))
+        self._planned = []
+
+    def _append(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> None:
+        if logprob is not None:
+            sequence.logprobs[len(sequence.outputs)] = logprob
+        sequence.outputs.append(token)
+        self._unreported.token(sequence)
+        if finish_reason(sequence.request, sequence.outputs):
+            self._end(sequence)
+
+    # --- reports --------------------------------------------------------------------------------
+
+    def report(self, steps: int, step_s: float) -> StepReport | None:
+        """What happened since the last report, in `steps` passes of `step_s`; None if nothing."""
+        return self._unreported.report(steps, step_s, self.free_bytes, self.acked)

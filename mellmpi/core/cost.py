@@ -1,0 +1,49 @@
+"""What things take: an estimate, and data. It decides in the runtime and ticks the simulator."""
+
+from dataclasses import dataclass, replace
+
+from mellmpi.protocol import StepReport
+
+BLEND = 0.3  # weight of the newest measurement
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Seconds as a function of tokens and bytes. The defaults are a laptop's, until measured."""
+
+    prefill_token_s: float = 1.5e-3  # one position in a large chunk
+    step_s: float = 10e-3  # a decode step, before its sequences
+    decode_token_s: float = 2e-3  # one more sequence in a decode step
+    link_Bps: float = 4e9
+    link_latency_s: float = 1e-3
+    wake_s: float = 2.0
+
+    def transfer_s(self, num_bytes: int) -> float:
+        """KV of so many bytes, from one worker to another."""
+        return self.link_latency_s + num_bytes / self.link_Bps
+
+    def recompute_s(self, num_tokens: int) -> float:
+        """KV of so many positions, from their tokens."""
+        return num_tokens * self.prefill_token_s
+
+    def forward_s(self, prefill_tokens: int, decode_tokens: int) -> float:
+        """One pass over so many positions."""
+        return (
+            self.step_s
+            + prefill_tokens * self.prefill_token_s
+            + decode_tokens * self.decode_token_s
+        )
+
+    def after_transfer(self, num_bytes: int, transfer_s: float) -> "CostModel":
+        """The estimate, having seen one transfer."""
+        if transfer_s <= 0 or not num_bytes:
+            return self
+        measured = num_bytes / transfer_s
+        return replace(self, link_Bps=(1 - BLEND) * self.link_Bps + BLEND * measured)
+
+    def after_steps(self, report: StepReport) -> "CostModel":
+        """The estimate, having seen some steps; only those that mostly prefilled say something."""
+        if report.prefill_tokens < 64 or report.prefill_tokens < 8 * report.decode_tokens:
+            return self
+        measured = report.step_s / report.prefill_tokens
+        return replace(self, prefill_token_s=(1 - BLEND) * self.prefill_token_s + BLEND * measured)

@@ -1,0 +1,85 @@
+"""The workers as rank 0 knows them: last report, less what was ordered and not yet acknowledged.
+
+Columns, so that a policy decides with a few numpy operations. Worker w is row w; row 0, the
+scheduler itself, is never active.
+"""
+
+from collections import deque
+from enum import IntEnum
+
+import numpy as np
+
+from mellmpi.protocol import ModelKv
+
+
+class WorkerState(IntEnum):
+    STARTING = 0
+    ACTIVE = 1
+    DRAINING = 2  # active, but is being emptied: takes nothing new while others have room
+    PARKING = 3
+    PARKED = 4
+    WAKING = 5
+    LOST = 6
+
+
+class Ledger:
+    """Budget = free bytes as last reported - bytes ordered and not yet acknowledged."""
+
+    def __init__(self, num_workers: int):
+        rows = num_workers + 1
+        self.state = np.zeros(rows, np.int8)
+        self.capacity = np.zeros(rows, np.int64)  # bytes of the KV arena
+        self.free = np.zeros(rows, np.int64)  # bytes, as last reported
+        self.ordered = np.zeros(rows, np.int64)  # bytes in unacknowledged orders
+        self.num_requests = np.zeros(rows, np.int64)  # owned, or on their way here
+        self.max_requests = np.zeros(rows, np.int64)
+        self.empty_since_s = np.zeros(rows, np.float64)  # valid while num_requests == 0
+        self.models: list[dict[str, ModelKv]] = [{} for _ in range(rows)]
+        self._sent = [0] * rows  # commands
+        self._unacked: list[deque[tuple[int, int]]] = [deque() for _ in range(rows)]
+
+    @property
+    def budget(self) -> np.ndarray:
+        """int64 [workers + 1], bytes."""
+        return self.free - self.ordered
+
+    def workers(self, *states: WorkerState) -> list[int]:
+        """Ids of the workers in one of these states, ascending."""
+        return [int(w) for w in np.flatnonzero(np.isin(self.state, states)) if w]
+
+    def order(self, worker: int, num_bytes: int) -> None:
+        """One more command went out; it will take `num_bytes` of the arena (0: none)."""
+        self._sent[worker] += 1
+        if num_bytes:
+            self._unacked[worker].append((self._sent[worker], num_bytes))
+            self.ordered[worker] += num_bytes
+
+    def report(self, worker: int, acked: int, free_bytes: int) -> None:
+        """The worker has handled `acked` commands and has `free_bytes` since."""
+        assert acked <= self._sent[worker], f"worker {worker} acknowledged what was never sent"
+        self.free[worker] = free_bytes
+        unacked = self._unacked[worker]
+        while unacked and unacked[0][0] <= acked:
+            self.ordered[worker] -= unacked.popleft()[1]
+
+    def ready(self, worker: int, models: tuple[ModelKv, ...], capacity_bytes: int,
+              max_requests: int, acked: int) -> None:  # fmt: skip
+        """A worker has loaded its models and holds no request."""
+        self.models[worker] = {m.model: m for m in models}
+        self.capacity[worker], self.max_requests[worker] = capacity_bytes, max_requests
+        self.state[worker] = WorkerState.ACTIVE
+        self.report(worker, acked, capacity_bytes)
+
+    def gone(self, worker: int, state: WorkerState) -> None:
+        """It has no arena any more: parked or lost."""
+        self.state[worker] = state
+        self.free[worker] = self.ordered[worker] = 0
+        self._unacked[worker].clear()
+
+    def add(self, worker: int) -> None:
+        self.num_requests[worker] += 1
+
+    def remove(self, worker: int, now: float) -> None:
+        self.num_requests[worker] -= 1
+        if not self.num_requests[worker]:
+            self.empty_since_s[worker] = now

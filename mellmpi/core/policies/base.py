@@ -1,0 +1,45 @@
+"""What a policy is, and what several of them share."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from mellmpi.core.view import Drain, Move, ParkWorker, Proposal, View
+
+
+@dataclass(frozen=True)
+class Policy:
+    """`place(view, row, model)` -> worker or None; `rebalance(view)` -> proposals."""
+
+    place: Callable[[View, int, str], int | None]
+    rebalance: Callable[[View], list[Proposal]]
+
+
+def without_moves(policy: Policy) -> Policy:
+    """The same placement; nothing is ever moved or drained."""
+
+    def rebalance(view: View) -> list[Proposal]:
+        return [p for p in policy.rebalance(view) if not isinstance(p, Move | Drain)]
+
+    return Policy(policy.place, rebalance)
+
+
+def room_after(view: View, row: int, model: str) -> np.ndarray:
+    """int64 [workers + 1]: bytes left on each worker with this request on it; under 0: no place."""
+    need = view.requests.kv_bytes(np.array([row]))[0]
+    workers = view.workers
+    fits = view.hosting(model) & (workers.num_requests < workers.max_requests)
+    return np.where(fits, workers.budget - need, -1)
+
+
+def idle_workers(view: View) -> list[Proposal]:
+    """Park what has been empty for long enough, but never the last active worker."""
+    workers = view.workers
+    active = view.active()
+    empty = active & (workers.num_requests == 0)
+    ripe = empty & (view.now - workers.empty_since_s >= view.park_after_s)
+    spare = int(active.sum()) - 1
+    if view.waiting_bytes or spare <= 0:
+        return []
+    return [ParkWorker(int(w)) for w in np.flatnonzero(ripe)[::-1][:spare]]

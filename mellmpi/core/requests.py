@@ -1,0 +1,93 @@
+"""One request as rank 0 sees it: its state, who owns it, and the log of its tokens."""
+
+from collections import deque
+from dataclasses import dataclass, field
+from enum import Enum
+
+from mellmpi.protocol import Request, TokenLogprob
+
+
+class State(Enum):
+    WAITING = "waiting"  # in the queue, on no worker
+    RUNNING = "running"  # owned by one worker
+    RESERVING = "reserving"  # running; a destination was asked for blocks
+    SENDING = "sending"  # the source was told to send; the destination answers when it is in place
+
+
+ALLOWED = {
+    State.WAITING: {State.RUNNING},
+    State.RUNNING: {State.RESERVING, State.WAITING},
+    State.RESERVING: {State.SENDING, State.RUNNING, State.WAITING},
+    State.SENDING: {State.RUNNING, State.WAITING},
+}
+
+
+@dataclass(slots=True)
+class Offer:
+    """A move under way: where to, and the epoch that begins if it succeeds."""
+
+    dst: int
+    epoch: int
+    reason: str
+    start: int  # positions before it are recomputed by the destination
+
+
+@dataclass(slots=True)
+class TokenLog:
+    """All output tokens rank 0 has heard of, in order. KV is only a cache of this."""
+
+    tokens: list[int] = field(default_factory=list)
+
+    def merge(self, first: int, tokens: tuple[int, ...]) -> tuple[int, ...]:
+        """Append the part of a run that is new, and return it. Idempotent; a gap is a bug."""
+        assert first <= len(self.tokens), f"gap: have {len(self.tokens)}, run starts at {first}"
+        new = tokens[len(self.tokens) - first :]
+        self.tokens.extend(new)
+        return new
+
+
+def finish_reason(request: Request, outputs: list[int]) -> str | None:
+    """Why the output is complete, or None. A function of request and tokens: all ranks agree."""
+    if outputs and outputs[-1] in request.sampling.stop_token_ids:
+        return "stop"
+    return "length" if len(outputs) >= request.sampling.max_tokens else None
+
+
+@dataclass(slots=True, eq=False)
+class Record:
+    """A live request. `move` is the only way to change its state."""
+
+    request: Request
+    arrival_s: float
+    slot: int  # row in the request columns of the view
+    state: State = State.WAITING
+    worker: int | None = None  # the owner, while there is one
+    epoch: int | None = None  # of the owner's assignment
+    offer: Offer | None = None  # while RESERVING or SENDING
+    log: TokenLog = field(default_factory=TokenLog)
+    moved_from: int | None = None  # recompute migration: until the first token from the new owner
+    transfer_failed: bool = False  # next time it is recomputed
+    story: deque[str] = field(default_factory=lambda: deque(maxlen=40))  # for people
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.request.prompt) + len(self.log.tokens)
+
+    def move(self, to: State, why: str) -> None:
+        """Change state; a transition the table does not have raises with the whole story."""
+        self.story.append(f"{self.state.value} -> {to.value}: {why}")
+        if to not in ALLOWED[self.state]:
+            raise self.bug(f"{self.state.value} -> {to.value} is not allowed")
+        self.state = to
+
+    def bug(self, what: str) -> RuntimeError:
+        """An error about this request that tells all that happened to it."""
+        return RuntimeError(
+            f"request {self.request.id}, {self.state.value}, epoch {self.epoch}, "
+            f"offer {self.offer}: {what}\n  " + "\n  ".join(self.story)
+        )
+
+
+def aligned(tokens: tuple[TokenLogprob, ...], run: int, new: int) -> tuple[TokenLogprob, ...]:
+    """The logprobs that belong to the last `new` of a run of `run` tokens; empty stays empty."""
+    return tokens[run - new :] if tokens else ()

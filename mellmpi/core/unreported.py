@@ -1,0 +1,61 @@
+"""What a worker has done and the scheduler has not yet heard of."""
+
+from itertools import chain
+from typing import Any
+
+from mellmpi.core.sequences import Sequence
+from mellmpi.protocol import StepReport
+
+
+class Unreported:
+    """Gathers tokens, preemptions and work until the driver asks for a report."""
+
+    def __init__(self) -> None:
+        self._forget()
+        self._said = (0, 0)  # acked, free bytes in the last report
+
+    def _forget(self) -> None:
+        self._runs: dict[int, Sequence] = {}  # by epoch; perhaps already ended
+        self._preempted: list[tuple[int, int]] = []
+        self._prefill_tokens = self._decode_tokens = 0
+
+    def token(self, sequence: Sequence) -> None:
+        self._runs[sequence.epoch] = sequence
+
+    def preempted(self, sequence: Sequence) -> None:
+        self._preempted.append((sequence.request.id, sequence.epoch))
+
+    def computed(self, num_positions: int, sampled: bool) -> None:
+        self._prefill_tokens += num_positions - sampled
+        self._decode_tokens += sampled
+
+    def report(self, steps: int, step_s: float, free_bytes: int, acked: int) -> StepReport | None:
+        """All of it as one message, and forgotten; None if nothing happened."""
+        if not (self._runs or self._preempted) and self._said == (acked, free_bytes):
+            return None
+        runs = list(self._runs.values())
+        news = [s.outputs[s.num_reported :] for s in runs]
+        report = StepReport(
+            steps=steps, step_s=step_s,
+            prefill_tokens=self._prefill_tokens, decode_tokens=self._decode_tokens,
+            free_bytes=free_bytes, acked=acked,
+            request_ids=tuple(s.request.id for s in runs), epochs=tuple(s.epoch for s in runs),
+            firsts=tuple(s.num_reported for s in runs), counts=tuple(map(len, news)),
+            tokens=tuple(chain.from_iterable(news)), logprobs=_take_logprobs(runs),
+            preempted=tuple(self._preempted),
+        )  # fmt: skip
+        for sequence in runs:
+            sequence.num_reported = len(sequence.outputs)
+        self._forget()
+        self._said = (acked, free_bytes)
+        return report
+
+
+def _take_logprobs(runs: list[Sequence]) -> Any:
+    """(run index, logprobs in output order) of the sequences that have any; theirs no longer."""
+    taken = []
+    for i, sequence in enumerate(runs):
+        if sequence.logprobs:
+            taken.append((i, tuple(sequence.logprobs[k] for k in sorted(sequence.logprobs))))
+            sequence.logprobs = {}
+    return tuple(taken)

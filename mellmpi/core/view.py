@@ -1,0 +1,126 @@
+"""What a policy sees, and what it may propose. Numbers only; it can change nothing."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mellmpi.core.blocks import blocks_for
+from mellmpi.core.ledger import Ledger, WorkerState
+from mellmpi.protocol import ModelKv, Request
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Propose: move this request there."""
+
+    request_id: int
+    dst: int
+    reason: str
+    mode: str | None = None  # "transfer" or "recompute"; None: whichever is cheaper
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Propose: give this worker nothing new, and park it when it is empty."""
+
+    worker: int
+
+
+@dataclass(frozen=True, slots=True)
+class ParkWorker:
+    """Propose: this worker holds nothing and is not needed."""
+
+    worker: int
+
+
+@dataclass(frozen=True, slots=True)
+class WakeWorker:
+    """Propose: this parked worker will be needed."""
+
+    worker: int
+
+
+Proposal = Move | Drain | ParkWorker | WakeWorker
+
+
+class RequestColumns:
+    """One row a live request, in columns; rows are reused."""
+
+    def __init__(self, capacity: int = 64):
+        self.request_id = np.zeros(capacity, np.int64)
+        self.live = np.zeros(capacity, bool)
+        self.worker = np.zeros(capacity, np.int64)  # 0: none
+        self.movable = np.zeros(capacity, bool)  # RUNNING: neither waiting nor on the move
+        self.num_tokens = np.zeros(capacity, np.int64)  # prompt + output
+        self.num_prompt = np.zeros(capacity, np.int64)
+        self.max_tokens = np.zeros(capacity, np.int64)  # the client's bound on the output
+        self.arrival_s = np.zeros(capacity, np.float64)
+        self.placed_s = np.zeros(capacity, np.float64)  # when it came to its worker
+        self.block_size = np.ones(capacity, np.int64)
+        self.block_bytes = np.zeros(capacity, np.int64)
+        self._free = list(range(capacity))[::-1]
+
+    def _columns(self) -> list[str]:
+        return [name for name, value in vars(self).items() if isinstance(value, np.ndarray)]
+
+    def take(self) -> int:
+        """A free row; all columns double when there is none."""
+        if not self._free:
+            n = len(self.live)
+            for name in self._columns():
+                old = getattr(self, name)
+                setattr(self, name, np.concatenate([old, np.zeros_like(old)]))
+            self.block_size[n:] = 1
+            self._free = list(range(n, 2 * n))[::-1]
+        return self._free.pop()
+
+    def add(self, request: Request, now: float, kv: ModelKv) -> int:
+        """A row for a new request; its index."""
+        row = self.take()
+        self.request_id[row], self.live[row] = request.id, True
+        self.worker[row], self.movable[row] = 0, False
+        self.num_tokens[row] = self.num_prompt[row] = len(request.prompt)
+        self.max_tokens[row] = request.sampling.max_tokens
+        self.arrival_s[row] = self.placed_s[row] = now
+        self.block_size[row], self.block_bytes[row] = kv.block_size, kv.block_bytes
+        return row
+
+    def drop(self, row: int) -> None:
+        self.live[row] = self.movable[row] = False
+        self.worker[row] = 0
+        self._free.append(row)
+
+    def kv_bytes(self, rows: np.ndarray) -> np.ndarray:
+        """int64 [rows] -> bytes of KV each of these requests occupies, in whole blocks."""
+        blocks = -(-self.num_tokens[rows] // self.block_size[rows])
+        return np.asarray(blocks * self.block_bytes[rows])
+
+
+@dataclass(slots=True)
+class View:
+    """The cluster at one moment. Columns are live: read them, never write them."""
+
+    now: float
+    workers: Ledger
+    requests: RequestColumns
+    waiting_bytes: int  # what the queue needs to be placed
+    growth_Bps: np.ndarray  # float64 [workers + 1]: KV bytes a second each worker grows by
+    token_rate: float  # output tokens a second of one request, lately
+    horizon_s: float  # room is kept for so many seconds of growth
+    park_after_s: float  # a worker empty for so long may be parked
+    seed: int  # of --migrate stress
+    tick: int  # counts rebalancing rounds: with the seed, a policy's only source of randomness
+
+    def active(self) -> np.ndarray:
+        """bool [workers + 1]: may take requests."""
+        return np.asarray(self.workers.state == WorkerState.ACTIVE)
+
+    def hosting(self, model: str) -> np.ndarray:
+        """bool [workers + 1]: active and able to run `model`."""
+        able = np.array([model in m for m in self.workers.models])
+        return np.asarray(able & self.active())
+
+
+def kv_need(kv: ModelKv, num_tokens: int) -> int:
+    """Bytes of KV that `num_tokens` positions occupy, in whole blocks."""
+    return blocks_for(num_tokens, kv.block_size) * kv.block_bytes

@@ -1,0 +1,61 @@
+"""An engine without a model: each token is a hash of all the KV it should have seen.
+
+The arena is real: a block freed too early, copied wrongly or never sent changes tokens.
+"""
+
+import numpy as np
+
+from mellmpi.protocol import Chunk, Request, StepPlan, StepResult
+
+VOCABULARY = 50
+_A, _B = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9)
+
+
+def _kv(tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """What a position leaves in the cache. uint64 [n], uint64 [n] -> uint64 [n]."""
+    x = (tokens + np.uint64(1)) * _A + (positions + np.uint64(1)) * _B
+    return x ^ (x >> np.uint64(29))
+
+
+def _next_token(kv: np.ndarray, seed: int) -> int:
+    """uint64 [context] and the request's seed -> the token that follows."""
+    weights = np.arange(1, 2 * len(kv), 2, dtype=np.uint64)
+    mixed = int((kv * weights).sum()) ^ (seed * int(_B) & (1 << 64) - 1)
+    return (mixed ^ (mixed >> 31)) % VOCABULARY
+
+
+def expected_outputs(request: Request) -> list[int]:
+    """The answer that any correct run gives."""
+    tokens, sampling = list(request.prompt), request.sampling
+    for _ in range(sampling.max_tokens):
+        known = np.array(tokens, np.uint64)
+        tokens.append(
+            _next_token(_kv(known, np.arange(len(known), dtype=np.uint64)), sampling.seed)
+        )
+        if tokens[-1] in sampling.stop_token_ids:
+            break
+    return tokens[len(request.prompt) :]
+
+
+class HashExecutor:
+    """Runs step plans on an arena of 8 bytes a position."""
+
+    def __init__(self, num_blocks: int, block_size: int):
+        self.arena = np.zeros((num_blocks, block_size), np.uint64)
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """One token a sampled chunk, in plan order."""
+        assert not plan.copies
+        tokens = tuple(self._chunk(chunk) for chunk in plan.chunks)
+        sampled = tuple(t for t, c in zip(tokens, plan.chunks, strict=True) if c.sampling)
+        return StepResult(sampled, (None,) * len(sampled))
+
+    def _chunk(self, chunk: Chunk) -> int:
+        end, size = chunk.start + len(chunk.tokens), self.arena.shape[1]
+        positions = np.arange(chunk.start, end)
+        table = np.array(chunk.block_table)
+        self.arena[table[positions // size], positions % size] = _kv(
+            np.array(chunk.tokens, np.uint64), positions.astype(np.uint64)
+        )
+        context = self.arena[table].reshape(-1)[:end]
+        return _next_token(context, chunk.sampling.seed if chunk.sampling else 0)

@@ -1,0 +1,70 @@
+"""One simulated worker: the loop of the real one, on simulated time."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from mellmpi.config import BatchConfig, CacheConfig
+from mellmpi.core.batch import BatchScheduler
+from mellmpi.protocol import Address, ModelKv, StepPlan, Stop, Wake, WorkerReady
+from mellmpi.sim.executor import HashExecutor
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """What every simulated worker is like."""
+
+    kv: ModelKv
+    num_blocks: int
+    batch: BatchConfig
+    cache: CacheConfig
+    wake_s: float
+
+
+@dataclass
+class SimWorker:
+    """A batch scheduler, an arena, and the messages that came during a step."""
+
+    id: int
+    spec: WorkerSpec
+    acked: int = 0
+    alive: bool = True
+    plan: StepPlan | None = None  # the step under way
+    inbox: list[tuple[Address, Any]] = field(default_factory=list)
+    unreported_steps: int = 0
+    unreported_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.wake()
+
+    def wake(self) -> WorkerReady:
+        """Arena and batch scheduler anew; the announcement of it."""
+        spec = self.spec
+        self.batch = BatchScheduler(spec.kv, spec.num_blocks, "sim", self.acked, spec.batch,
+                                    spec.cache)  # fmt: skip
+        self.executor = HashExecutor(spec.num_blocks, spec.kv.block_size)
+        capacity = spec.num_blocks * spec.kv.block_bytes
+        return WorkerReady((spec.kv,), capacity, spec.batch.max_num_seqs, self.acked, spec.wake_s)
+
+    def handle(self, source: Address, message: Any) -> list[tuple[Address, Any]]:
+        """One message; what it makes the worker send."""
+        if isinstance(message, Stop | Wake):
+            self.acked = self.batch.acked = self.batch.acked + 1
+            return []
+        commands = self.batch.handle(source, message)
+        self.acked = self.batch.acked
+        return commands
+
+    def finish_step(self, step_s: float) -> None:
+        """The pass of `plan` is over: take its tokens in."""
+        assert self.plan is not None
+        self.batch.commit(self.plan, self.executor.execute(self.plan))
+        self.plan = None
+        self.unreported_steps += 1
+        self.unreported_s += step_s
+
+    def report(self) -> Any:
+        """The report of the steps since the last one, or None."""
+        report = self.batch.report(self.unreported_steps, self.unreported_s)
+        if report is not None:
+            self.unreported_steps, self.unreported_s = 0, 0.0
+        return report

@@ -1,0 +1,82 @@
+"""Seeded fault histories: a small cluster, random load, delays, cancels and up to two crashes."""
+
+import random
+
+from mellmpi.config import BatchConfig, CacheConfig, ClusterConfig
+from mellmpi.core.cost import CostModel
+from mellmpi.protocol import ModelKv, Request, Sampling
+from mellmpi.sim.executor import expected_outputs
+from mellmpi.sim.network import Network
+from mellmpi.sim.simulator import Simulation
+from mellmpi.sim.worker import WorkerSpec
+
+KV = ModelKv("hash", block_size=4, block_bytes=64)
+COST = CostModel(
+    prefill_token_s=1e-4, step_s=1e-3, decode_token_s=1e-4, link_latency_s=5e-4, wake_s=5e-3
+)
+
+
+def random_request(request_id: int, rng: random.Random) -> Request:
+    stop = (7,) if rng.random() < 0.5 else ()
+    sampling = Sampling(
+        max_tokens=rng.randint(1, 24), temperature=0.0, top_k=0, top_p=1.0, min_p=0.0,
+        repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0,
+        seed=rng.randrange(2**64), stop_token_ids=stop, num_logprobs=None,
+    )  # fmt: skip
+    # A few shared beginnings, so that prefix reuse has something to reuse.
+    prompt = tuple([rng.randint(0, 2)] * rng.randint(0, 12) + [rng.randint(3, 49)])
+    return Request(request_id, "hash", prompt, sampling, None)
+
+
+def random_history(seed: int, **replaced) -> tuple[Simulation, list[Request]]:
+    """A cluster with everything that is going to happen to it already on its clock."""
+    rng = random.Random(seed)
+    num_workers = rng.choice([2, 3, 3, 4])
+    cache = CacheConfig(block_size=4, enable_prefix_caching=rng.random() < 0.4)
+    limits = rng.choice([(4, 8), (3, 3), (8, 64)])
+    batch = BatchConfig(max_num_seqs=limits[0], max_num_batched_tokens=limits[1])
+    spec = WorkerSpec(KV, rng.choice([10, 14, 24]), batch, cache, COST.wake_s)
+    config = ClusterConfig(
+        policy=rng.choice(["best_fit", "worst_fit", "frugal", "frugal"]),
+        migrate=rng.choice(["auto", "auto", "stress"]), seed=seed, horizon_s=2e-3,
+        rebalance_every_s=rng.choice([1e-3, 4e-3]), park_after_s=rng.choice([0.0, 5e-3]),
+    )  # fmt: skip
+    network = Network(rng.choice([1e-5, 5e-4, 5e-3]), rng)
+    sim = replaced.get("simulation", Simulation)(num_workers, spec, config, COST, network, rng)
+    requests = [random_request(i, rng) for i in range(rng.randint(4, 12))]
+    for request in requests:
+        sim.submit(rng.uniform(0, 0.03), request)
+        if rng.random() < 0.15:
+            sim.cancel(rng.uniform(0, 0.15), request.id)
+    for worker in rng.sample(
+        range(1, num_workers + 1), rng.choice([0, 0, 1, min(2, num_workers - 1)])
+    ):
+        sim.crash(rng.uniform(0, 0.1), worker)
+    return sim, requests
+
+
+def check(sim: Simulation, requests: list[Request]) -> None:
+    """Every answer is whole and right; nothing is left anywhere."""
+    outcome = sim.run()
+    assert not outcome.rejected, outcome.rejected
+    for request in requests:
+        outputs, expected = outcome.outputs.get(request.id, []), expected_outputs(request)
+        if outcome.finished[request.id] == "cancelled":
+            assert outputs == expected[: len(outputs)], f"request {request.id}: wrong before cancel"
+        else:
+            assert outputs == expected, f"request {request.id}: {outputs} is not {expected}"
+    nothing_left(sim)
+
+
+def nothing_left(sim: Simulation) -> None:
+    assert not sim.scheduler.records and not len(sim.scheduler.queue)
+    assert sim.scheduler.queue.kv_bytes == 0 and not sim.scheduler.fleet.view.requests.live.any()
+    ledger = sim.scheduler.fleet.ledger
+    assert not ledger.num_requests.any(), ledger.num_requests
+    assert not sim.data_plane.sends and not sim.data_plane.receives
+    for worker in sim.workers.values():
+        if worker.alive:
+            batch = worker.batch
+            assert not batch.sequences and not batch.lingering, f"worker {worker.id} keeps some"
+            assert batch.pool.num_free == batch.pool.num_blocks, f"worker {worker.id} leaks"
+            assert ledger.ordered[worker.id] == 0, f"worker {worker.id}: orders never acknowledged"
