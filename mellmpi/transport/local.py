@@ -1,0 +1,189 @@
+"""All workers in one process: messages through queues, blocks by memmove from arena to arena."""
+
+import ctypes
+import threading
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mellmpi.protocol import WorkerLost, decode, encode
+from mellmpi.transport.base import Arena, Transfer
+
+PIECE_BYTES = 32 << 20  # copied by one progress() call, or one block if that is larger
+
+
+@dataclass
+class _Offer:
+    """Blocks a worker wants to send; read in place when the receiver asks for them."""
+
+    transfer: Transfer
+    arena: Arena
+    block_ids: deque[int]
+
+
+@dataclass
+class _Want:
+    """Blocks a worker wants to receive; no arena: to be thrown away."""
+
+    transfer: Transfer
+    src: int
+    tag: int
+    arena: Arena | None
+    block_ids: deque[int]
+
+
+@dataclass
+class _Inbox:
+    messages: deque[tuple[int, Any]] = field(default_factory=deque)
+    offers: dict[tuple[int, int], deque[_Offer]] = field(default_factory=dict)  # by (src, tag)
+    bell: threading.Event = field(default_factory=threading.Event)
+
+
+class LocalNetwork:
+    """The transports of one scheduler and `num_workers` workers that share a process."""
+
+    def __init__(self, num_workers: int):
+        self.lock = threading.RLock()  # transports may run in threads of their own
+        self.inboxes = [_Inbox() for _ in range(num_workers + 1)]
+        self.lost: set[int] = set()
+        self.transports = [LocalTransport(self, w) for w in range(num_workers + 1)]
+
+    def lose(self, worker: int) -> None:
+        """As if the worker's process had been killed: for tests of whatever runs on top."""
+        with self.lock:
+            self.lost.add(worker)
+            for address, inbox in enumerate(self.inboxes):
+                if address != worker:
+                    inbox.messages.append((worker, encode(WorkerLost(worker))))
+                    inbox.bell.set()
+            for transport in self.transports:
+                transport.forget(worker)
+
+
+class LocalTransport:
+    """One end of a LocalNetwork. Same contract as MPI, wire form included."""
+
+    def __init__(self, network: LocalNetwork, worker: int):
+        self.worker = worker
+        self.num_workers = len(network.inboxes) - 1
+        self._network = network
+        self._inbox = network.inboxes[worker]
+        self._arena: Arena | None = None
+        self._wants: list[_Want] = []
+        self._sending: list[tuple[int, Transfer]] = []  # (destination, transfer)
+
+    def send(self, dst: int, message: Any) -> None:
+        if dst in self._network.lost or self.worker in self._network.lost:
+            return
+        inbox = self._network.inboxes[dst]
+        inbox.messages.append((self.worker, encode(message)))
+        inbox.bell.set()
+
+    def poll(self) -> list[tuple[int, Any]]:
+        messages = self._inbox.messages
+        return [
+            (src, decode(data)) for src, data in (messages.popleft() for _ in range(len(messages)))
+        ]
+
+    def attach(self, arena: Arena | None) -> None:
+        busy = [want for want in self._wants if want.arena is not None]
+        self._sending = [(dst, t) for dst, t in self._sending if not t.done]
+        assert not busy and not self._sending, "blocks are under way; the arena cannot go"
+        self._arena = arena
+
+    def send_blocks(self, dst: int, tag: int, block_ids: Sequence[int]) -> Transfer:
+        assert self._arena is not None, "no arena attached"
+        transfer = Transfer()
+        with self._network.lock:
+            if dst in self._network.lost or not block_ids:
+                transfer.failed = bool(block_ids)
+                transfer.end()
+                return transfer
+            inbox = self._network.inboxes[dst]
+            offer = _Offer(transfer, self._arena, deque(block_ids))
+            inbox.offers.setdefault((self.worker, tag), deque()).append(offer)
+            self._sending.append((dst, transfer))
+            inbox.bell.set()
+        return transfer
+
+    def receive_blocks(self, src: int, tag: int, block_ids: Sequence[int]) -> Transfer:
+        assert self._arena is not None, "no arena attached"
+        return self._want(src, tag, self._arena, block_ids)
+
+    def drain_blocks(self, src: int, tag: int, num_blocks: int) -> Transfer:
+        return self._want(src, tag, None, range(num_blocks))
+
+    def _want(self, src: int, tag: int, arena: Arena | None, block_ids: Sequence[int]) -> Transfer:
+        want = _Want(Transfer(), src, tag, arena, deque(block_ids))
+        with self._network.lock:
+            self._wants.append(want)
+            if src in self._network.lost and not self._inbox.offers.get((src, tag)):
+                want.transfer.failed = True
+                self._end(want)
+            elif not block_ids:
+                self._end(want)
+        return want.transfer
+
+    def _end(self, want: _Want) -> None:
+        self._wants.remove(want)
+        want.transfer.end()
+
+    def progress(self) -> bool:
+        moved = 0
+        with self._network.lock:
+            for want in list(self._wants):
+                while moved < PIECE_BYTES and (size := self._take_one(want)):
+                    moved += size
+        return moved > 0
+
+    def _take_one(self, want: _Want) -> int:
+        """Copy the next block this transfer waits for; its bytes, or 0 if none has come."""
+        offers = self._inbox.offers.get((want.src, want.tag))
+        if not offers or not want.block_ids:
+            return 0
+        offer = offers[0]
+        source, size = offer.arena, offer.arena.block_bytes
+        block_id, into = offer.block_ids.popleft(), want.block_ids.popleft()
+        if want.arena is not None and want.arena.block_bytes != size:
+            want.transfer.failed = True
+        elif want.arena is not None:
+            to = want.arena.address + into * size
+            ctypes.memmove(to, source.address + block_id * size, size)
+        want.transfer.num_bytes += size
+        offer.transfer.num_bytes += size
+        if not offer.block_ids:
+            offers.popleft()
+            offer.transfer.end()
+            self._network.inboxes[want.src].bell.set()
+        if not want.block_ids:
+            self._end(want)
+        return size
+
+    def wait(self, timeout_s: float) -> None:
+        if not self._inbox.messages and not self.progress():
+            self._inbox.bell.wait(timeout_s)
+        self._inbox.bell.clear()
+
+    def wake(self) -> None:
+        self._inbox.bell.set()
+
+    def forget(self, worker: int) -> None:
+        """End what can no longer come from, or go to, a lost worker. Under the network's lock."""
+        for tag in [key for key in self._inbox.offers if key[0] == worker]:
+            for offer in self._inbox.offers.pop(tag):
+                offer.transfer.failed = True
+                offer.transfer.end()
+        for want in [w for w in self._wants if w.src == worker]:
+            want.transfer.failed = True
+            self._end(want)
+        for dst, transfer in self._sending:
+            if dst == worker and not transfer.done:
+                transfer.failed = True
+                transfer.end()
+
+    def close(self) -> None:
+        with self._network.lock:
+            for want in list(self._wants):
+                want.transfer.failed = True
+                self._end(want)

@@ -1,0 +1,45 @@
+"""The conformance suite on MPI ranks.
+
+Through the harness: `python -m tests.mpi.conformance DIRECTORY`, on 4 ranks.
+By hand: `mpirun -n 4 python -m pytest --with-mpi tests/mpi/conformance.py`.
+"""
+
+import pytest
+
+from mellmpi.transport.mpi import Job
+from tests.mpi.harness import leave_verdict, or_abort
+from tests.transport.conformance import SCENARIOS, Post
+
+
+@pytest.fixture(scope="module")
+def post():
+    return Post(Job().connect(idle_poll_s=0.005))
+
+
+@pytest.mark.mpi(min_size=4)
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda s: s.__name__)
+def test_the_mpi_transport_keeps_the_contract(scenario, post):
+    scenario(post)
+    post.meet()
+
+
+def main() -> None:
+    job = Job()
+    passed: list[str] = []
+
+    def program() -> None:
+        transport = job.connect(idle_poll_s=0.005)
+        post = Post(transport)
+        for scenario in SCENARIOS:
+            scenario(post)
+            post.meet()
+            passed.append(scenario.__name__)
+            leave_verdict(job.rank, {"passed": passed})
+        job.finish()
+        leave_verdict(job.rank, {"passed": passed, "finished": True})
+
+    or_abort(job.rank, job.abort, program)
+
+
+if __name__ == "__main__":
+    main()
