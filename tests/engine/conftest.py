@@ -45,6 +45,12 @@ VARIANTS = {
 }
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Two compute threads on shared cores stall each other by 10x and more."""
+    torch.set_num_threads(1)
+
+
 @dataclass(frozen=True)
 class Twin:
     """One tiny random model twice: as transformers has it, and what we build ours from."""

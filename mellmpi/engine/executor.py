@@ -1,0 +1,112 @@
+"""Runs step plans on one device: weights, KV arena and sampler behind one call."""
+
+import gc
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from mellmpi.config import CacheConfig, ModelConfig
+from mellmpi.engine import weights
+from mellmpi.engine.architecture import Architecture
+from mellmpi.engine.device import choose_device, kv_budget_bytes
+from mellmpi.engine.kv_cache import KvArena, KvGeometry
+from mellmpi.engine.model import TorchModel
+from mellmpi.engine.packing import PackedBatch, pack
+from mellmpi.engine.sampler import sample
+from mellmpi.protocol import ModelKv, StepPlan, StepResult
+
+
+class Model(Protocol):
+    """What the executor asks of a model, whatever it runs on."""
+
+    arch: Architecture
+
+    def forward(self, batch: PackedBatch, arena: KvArena) -> torch.Tensor:
+        """float32 [num_sampled, vocab]; K and V of all rows written into the arena."""
+        ...
+
+
+class Executor:
+    """One model and its arena, ready to run. `release` gives both back; build another to wake."""
+
+    def __init__(self, model: Model, arena: KvArena):
+        self.model, self.arena = model, arena
+        self.arch = model.arch
+
+    @property
+    def model_kv(self) -> ModelKv:
+        return self.arena.geometry.model_kv
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the KV layout: blocks travel between executors that agree on it."""
+        return self.arena.fingerprint
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> StepResult:
+        """One forward pass; the next token of each sampled chunk, in plan order."""
+        self.arena.copy_blocks(plan.copies)
+        if not plan.chunks:
+            return StepResult((), ())
+        batch = pack(plan, self.arena.block_size)
+        logits = self.model.forward(batch, self.arena)
+        return sample(logits, plan.chunks[: batch.num_sampled])
+
+    def release(self) -> None:
+        """Give weights and arena back to the device; this executor runs no more plans."""
+        device = self.arena.device
+        del self.model, self.arena
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def build_executor(
+    directory: Path,
+    model_config: ModelConfig,
+    cache_config: CacheConfig,
+    *,
+    device: str = "auto",
+    num_threads: int | None = None,
+    plain_torch: bool = False,
+) -> Executor:
+    """Load the model in `directory` and allocate its arena; also the way to wake up.
+
+    device       as `--device` has it
+    num_threads  compute threads on a CPU; None: as torch is set already
+    plain_torch  TorchModel also on a CPU
+    ValueError   says which option to change when the KV arena would hold no block
+    """
+    on, dtype = choose_device(device), getattr(torch, model_config.dtype)
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    arch, tensors = weights.load(directory, dtype, on)
+    model: Model
+    if on.type == "cpu" and not plain_torch and find_spec("mellmpi.engine.cpu_model"):
+        cpu_model = import_module("mellmpi.engine.cpu_model")
+        model = cpu_model.CpuModel(arch, tensors, dtype, torch.get_num_threads())
+    else:
+        model = TorchModel(arch, tensors, dtype, on)
+    geometry = KvGeometry(
+        model=model_config.name,
+        dtype=dtype,
+        num_layers=arch.num_layers,
+        num_kv_heads=arch.num_kv_heads,
+        block_size=cache_config.block_size,
+        head_dim=arch.head_dim,
+    )
+    return Executor(model, KvArena(geometry, _num_blocks(geometry, cache_config, on), on))
+
+
+def _num_blocks(geometry: KvGeometry, cache: CacheConfig, device: torch.device) -> int:
+    budget = kv_budget_bytes(cache, device)
+    if budget < geometry.block_bytes:
+        raise ValueError(
+            f"{max(0, budget)} bytes for KV do not hold one block of {geometry.block_bytes}: "
+            "raise --kv-cache-memory-bytes"
+            + (" or --gpu-memory-utilization" if device.type == "cuda" else "")
+        )
+    return budget // geometry.block_bytes
