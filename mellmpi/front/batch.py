@@ -1,0 +1,266 @@
+"""Batch files in OpenAI's form: lines of requests in, lines of answers out as they complete."""
+
+import hashlib
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mellmpi.front.answers import answer_body
+from mellmpi.front.fields import BadRequest
+from mellmpi.front.lines import Line, LineReader, descriptor_reader
+from mellmpi.front.openai import CHAT, COMPLETIONS, Call, ServedModel, parse
+from mellmpi.front.outputs import Output
+from mellmpi.front.resume import finished_ids
+from mellmpi.front.tokenizer import Tokenizer
+from mellmpi.protocol import Emit, Rejected, Request
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """One line of the input and what became of it, for whoever shows progress."""
+
+    number: int  # line of the input, from 1
+    custom_id: str | None
+    prompt: str  # for people: the text, or what the user said last
+    text: str  # of the first choice; empty if it failed
+    error: str | None
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A line whose requests are under way."""
+
+    number: int
+    custom_id: str
+    prompt: str
+    call: Call
+    request_ids: tuple[int, ...]
+    outputs: list[Output]
+
+
+@dataclass(slots=True)
+class Counts:
+    """Lines of the input so far."""
+
+    completed: int = 0
+    failed: int = 0
+    skipped: int = 0  # answered by an earlier run
+
+
+@dataclass
+class BatchJob:
+    """A batch as a machine without a clock: requests out, emits in, lines written.
+
+    Never waits: where the input is a pipe, `requests` ends when nothing has come yet, and can be
+    called again until `exhausted`. Draw only as many as the scheduler can use: each one drawn is
+    tokenized. Every line is written in one piece as soon as its last token is known.
+    """
+
+    lines: LineReader
+    write: Callable[[bytes], Any]
+    tokenizer: Tokenizer
+    model: ServedModel
+    finished: frozenset[str] = frozenset()  # custom_ids to skip
+    answered: Callable[[Answered], None] = lambda _: None
+    now: Callable[[], float] = time.time  # unix seconds, for `created`
+    counts: Counts = field(default_factory=Counts)
+    _ids: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+    _seen: dict[str, int] = field(default_factory=dict)  # custom_id -> line number
+    _drawn: list[Request] = field(default_factory=list)  # next one last
+    _open: dict[int, tuple[_Pending, int]] = field(default_factory=dict)  # id -> (line, choice)
+
+    @property
+    def exhausted(self) -> bool:
+        """Every request has been drawn."""
+        return self.lines.exhausted and not self._drawn
+
+    @property
+    def done(self) -> bool:
+        """Every line of the input is answered."""
+        return self.exhausted and not self._open
+
+    def requests(self) -> Iterator[Request]:
+        """Requests to submit; bad lines are answered on the way."""
+        while True:
+            while self._drawn:
+                yield self._drawn.pop()
+            line = self.lines.next()
+            if line is None:
+                return
+            self._drawn = self._read(line)[::-1]
+
+    def emit(self, event: Emit) -> tuple[int, ...]:
+        """Take new tokens; ids of requests nobody waits for any more (a stop string was found)."""
+        if event.request_id not in self._open:
+            return ()  # tokens under way while we cancelled
+        pending, choice = self._open[event.request_id]
+        output = pending.outputs[choice]
+        output.take(event)
+        if output.finish_reason is None:
+            return ()
+        del self._open[event.request_id]
+        if all(output.finish_reason for output in pending.outputs):
+            self._complete(pending)
+        return () if event.finish_reason else (event.request_id,)
+
+    def rejected(self, event: Rejected) -> tuple[int, ...]:
+        """A request cannot be served: its line fails; ids of its other choices, to cancel."""
+        if event.request_id not in self._open:
+            return ()
+        pending, _ = self._open[event.request_id]
+        left = tuple(i for i in pending.request_ids if self._open.pop(i, None) is not None)
+        self._fail(pending.number, pending.custom_id, BadRequest(event.reason, code="rejected"))
+        return tuple(i for i in left if i != event.request_id)
+
+    # --- one line --------------------------------------------------------------------------------
+
+    def _read(self, line: Line) -> list[Request]:
+        if line.data is not None and not line.data.strip(b"\r \t\xef\xbb\xbf"):
+            return []
+        custom_id = None
+        try:
+            entry = parse_line(line)
+            custom_id = _custom_id(entry)
+            if self._is_finished(custom_id, line.number):
+                return []
+            return self._start(line.number, custom_id, entry)
+        except BadRequest as error:
+            self._fail(line.number, custom_id, error)
+            return []
+
+    def _is_finished(self, custom_id: str, number: int) -> bool:
+        first = self._seen.setdefault(custom_id, number)
+        if first != number:
+            raise BadRequest(
+                f"custom_id {custom_id!r} was already used on line {first}", "custom_id",
+                "duplicate_custom_id",
+            )  # fmt: skip
+        self.counts.skipped += custom_id in self.finished
+        return custom_id in self.finished
+
+    def _start(self, number: int, custom_id: str, entry: Json) -> list[Request]:
+        url, body = _envelope(entry)
+        call = parse(url, body, self.tokenizer, self.model, custom_id)
+        if call.stream:
+            raise BadRequest("a batch cannot stream; leave stream out", "stream")
+        requests = call.requests(self._ids)
+        outputs = [Output(self.tokenizer, r.sampling, call.stops) for r in requests]
+        ids = tuple(r.id for r in requests)
+        pending = _Pending(number, custom_id, prompt_text(body), call, ids, outputs)
+        self._open |= {request_id: (pending, choice) for choice, request_id in enumerate(ids)}
+        return requests
+
+    def _complete(self, pending: _Pending) -> None:
+        answer_id = _digest(pending.custom_id)
+        created = int(self.now())
+        body = answer_body(pending.call, pending.outputs, self.tokenizer, answer_id, created)
+        self._write(pending.custom_id, answer_id, 200, body, None)
+        self.counts.completed += 1
+        text = pending.outputs[0].text
+        self.answered(Answered(pending.number, pending.custom_id, pending.prompt, text, None))
+
+    def _fail(self, number: int, custom_id: str | None, bad: BadRequest) -> None:
+        # In the response for readers of OpenAI's form, and beside it, where many look first.
+        error = {**bad.error, "message": f"line {number}: {bad.message}"}
+        answer_id = _digest(f"{number}/{custom_id}")
+        self._write(custom_id, answer_id, bad.status, {"error": error}, error)
+        self.counts.failed += 1
+        self.answered(Answered(number, custom_id, "", "", error["message"]))
+
+    def _write(
+        self, custom_id: str | None, answer_id: str, status: int, body: Json, error: Json | None
+    ) -> None:
+        line = {
+            "id": f"batch_req_{answer_id}",
+            "custom_id": custom_id,
+            "response": {"status_code": status, "request_id": f"req_{answer_id}", "body": body},
+            "error": error,
+        }
+        text = json.dumps(line, ensure_ascii=False, allow_nan=False)
+        # A lone surrogate in a custom_id goes back as the JSON escape it came as.
+        self.write(text.encode("utf-8", "backslashreplace") + b"\n")
+
+
+def open_batch(
+    input_path: Path, output_path: Path, tokenizer: Tokenizer, model: ServedModel,
+    answered: Callable[[Answered], None] = lambda _: None,
+) -> BatchJob:  # fmt: skip
+    """A job from file to file that goes on where an earlier run of it ended.
+
+    ValueError where the output is something else, OSError where a file cannot be opened.
+    """
+    source = os.open(input_path, os.O_RDONLY)
+    if output_path.exists() and os.path.samefile(input_path, output_path):
+        raise ValueError(f"{output_path} is the input; give another name with -o")
+    finished = finished_ids(output_path)
+    output_path.parent.mkdir(parents=True, exist_ok=True)
+    sink = os.open(output_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    job = pipe_batch(source, sink, tokenizer, model, answered)
+    job.finished = finished
+    return job
+
+
+def pipe_batch(
+    source: int, sink: int, tokenizer: Tokenizer, model: ServedModel,
+    answered: Callable[[Answered], None] = lambda _: None,
+) -> BatchJob:  # fmt: skip
+    """A job between open descriptors, such as standard input and output."""
+
+    def write(data: bytes) -> None:
+        while data:
+            data = data[os.write(sink, data) :]
+
+    lines = LineReader(descriptor_reader(source))
+    return BatchJob(lines, write, tokenizer, model, answered=answered)
+
+
+def parse_line(line: Line) -> Json:
+    """The object that a line of the input holds."""
+    if line.data is None:
+        raise BadRequest("the line is too long", code="invalid_json")
+    try:
+        entry = json.loads(line.data.decode("utf-8-sig" if line.number == 1 else "utf-8"))
+    except UnicodeDecodeError as error:
+        raise BadRequest(f"not UTF-8 text ({error.reason})", code="invalid_json") from error
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(f"not valid JSON ({error})", code="invalid_json") from error
+    if not isinstance(entry, dict):
+        raise BadRequest("not a JSON object", code="invalid_json")
+    return entry
+
+
+def _custom_id(entry: Json) -> str:
+    custom_id = entry.get("custom_id")
+    if not isinstance(custom_id, str) or not custom_id:
+        raise BadRequest("custom_id is missing, or is not a text", "custom_id")
+    return custom_id
+
+
+def _envelope(entry: Json) -> tuple[str, Json]:
+    if entry.get("method", "POST") != "POST":
+        raise BadRequest(f"method must be POST, not {entry['method']!r}", "method")
+    url, body = entry.get("url"), entry.get("body")
+    if url not in (COMPLETIONS, CHAT):
+        raise BadRequest(f"url must be {COMPLETIONS} or {CHAT}, not {url!r}", "url")
+    if not isinstance(body, dict):
+        raise BadRequest("body is missing, or is not an object", "body")
+    return url, body
+
+
+def prompt_text(body: Json) -> str:
+    """What was asked, for people: the last message, or the prompt."""
+    asked = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
+    first = asked[0] if isinstance(asked, list) and asked else asked
+    text = first.get("text") if isinstance(first, dict) else first
+    return text if isinstance(text, str) else "(token ids)"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:24]
