@@ -7,6 +7,10 @@ DTYPES = ("float32", "bfloat16")
 MIGRATE = ("never", "auto", "stress")
 
 
+class UsageError(Exception):
+    """The user's mistake: the message says what to type instead; exit code 2."""
+
+
 def _check(ok: bool, message: str) -> None:
     if not ok:
         raise ValueError(message)
@@ -101,6 +105,7 @@ class Config:
     transport: TransportConfig = field(default_factory=TransportConfig)
     threads: int | None = None  # compute threads a rank; None: cores of the host / its ranks
     device: str = "auto"  # auto: CUDA where there is one; or cpu, cuda
+    oversubscribe_gpus: bool = False  # workers may share a GPU
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for the broadcast."""

@@ -1,0 +1,74 @@
+"""A batch job as rank 0's loop sees it: arrivals in, answers out."""
+
+import random
+from collections.abc import Callable, Iterator
+
+from mellmpi.front.batch import BatchJob
+from mellmpi.protocol import Cancel, Emit, Rejected, Submit
+
+OPEN_REQUESTS = 1024  # submitted at once; the rest of the input stays unread
+PIPE_POLL_S = 0.02  # a pipe is looked at so often when nothing else happens
+LONG_S = 1e6
+
+
+def poisson(rate: float, seed: int) -> Iterator[float]:
+    """Arrival times in seconds, `rate` of them a second on average."""
+    rng, now = random.Random(seed), 0.0
+    while True:
+        yield now
+        now += rng.expovariate(rate)
+
+
+class BatchFront:
+    """Submits what is due, cancels what nobody waits for, and passes answers to the job."""
+
+    def __init__(self, job: BatchJob, arrivals: Iterator[float] | None,
+                 advanced: Callable[[int], None] = lambda _: None):  # fmt: skip
+        self._job, self._arrivals, self._advanced = job, arrivals, advanced
+        self._start_s: float | None = None
+        self._next_s = next(arrivals) if arrivals is not None else 0.0
+        self._cancels: list[Cancel] = []
+        self._open: set[int] = set()
+
+    @property
+    def done(self) -> bool:
+        return self._job.done and not self._cancels
+
+    def inbox(self, now: float) -> list[Submit | Cancel]:
+        if self._start_s is None:
+            self._start_s = now
+        events: list[Submit | Cancel] = [*self._cancels]
+        self._cancels = []
+        while self._may_submit(now):
+            request = next(self._job.requests(), None)
+            if request is None:
+                break
+            self._open.add(request.id)
+            events.append(Submit(request))
+            if self._arrivals is not None:
+                self._next_s = next(self._arrivals)
+        return events
+
+    def _may_submit(self, now: float) -> bool:
+        if self._job.exhausted or len(self._open) >= OPEN_REQUESTS:
+            return False
+        return now - (self._start_s or 0.0) >= self._next_s
+
+    def due_s(self, now: float) -> float:
+        if self._cancels:
+            return 0.0
+        if self._job.exhausted or len(self._open) >= OPEN_REQUESTS:
+            return LONG_S
+        return max(PIPE_POLL_S, (self._start_s or now) + self._next_s - now)
+
+    def deliver(self, command: Emit | Rejected) -> None:
+        if isinstance(command, Emit):
+            self._advanced(len(command.tokens))
+            unwanted = self._job.emit(command)
+            ended = command.finish_reason is not None
+        else:
+            unwanted, ended = self._job.rejected(command), True
+        if ended:
+            self._open.discard(command.request_id)
+        self._open.difference_update(unwanted)
+        self._cancels += map(Cancel, unwanted)

@@ -1,0 +1,46 @@
+"""Which GPU a worker uses, known before torch is imported."""
+
+import ctypes
+from dataclasses import dataclass
+
+
+def count_gpus() -> int:
+    """GPUs that this process may use (CUDA_VISIBLE_DEVICES counts), asked of the driver itself."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    if cuda.cuInit(0) != 0 or cuda.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return 0
+    return count.value
+
+
+@dataclass(frozen=True)
+class Seat:
+    """One worker's place on its host."""
+
+    index: int  # among the workers of this host
+    neighbours: int  # workers on this host, this one included
+    num_gpus: int  # on this host
+
+    @property
+    def device(self) -> str:
+        return f"cuda:{self.index % self.num_gpus}" if self.num_gpus else "cpu"
+
+    @property
+    def sharers(self) -> int:
+        """Workers that use the same GPU, this one included."""
+        if not self.num_gpus:
+            return 1
+        return len(range(self.index % self.num_gpus, self.neighbours, self.num_gpus))
+
+    def problem(self, host: str, oversubscribe: bool) -> str:
+        """What is wrong with it, in words for the user; empty if nothing is."""
+        if not self.num_gpus or oversubscribe or self.neighbours <= self.num_gpus:
+            return ""
+        return (
+            f"{host} has {self.num_gpus} GPU(s) for {self.neighbours} workers: start one rank a "
+            f"GPU and one more for the scheduler (mpirun -np {self.num_gpus + 1} …), or let "
+            "workers share GPUs with --oversubscribe-gpus"
+        )

@@ -1,0 +1,235 @@
+"""From a started process to its role: rank 0 schedules, the others work, one alone does both."""
+
+import logging
+import os
+import select
+import struct
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mellmpi.config import Config, UsageError
+from mellmpi.engine.checkpoint import resolve
+from mellmpi.options import Options
+from mellmpi.runtime.gpus import Seat, count_gpus
+from mellmpi.runtime.worker import SchedulerLost, Worker
+from mellmpi.transport.base import Transport
+from mellmpi.transport.local import LocalNetwork
+
+USAGE = 2  # exit code of a user's mistake
+FIRST_BYTES_S = 2.0  # so long a pipe may take before it counts as empty
+
+log = logging.getLogger(__name__)
+ReadOptions = Callable[[Callable[[], bool]], Options]
+
+
+def launch(read_options: ReadOptions, world_problem: Callable[[int], str], speaks: bool) -> int:
+    """Play this process's part in the job; its exit code. Every rank calls it.
+
+    read_options   of rank 0: the command line, made into Options
+    world_problem  why a world of so many ranks is not what the user asked for, or ""
+    speaks         False: another process of a broken world says what is wrong
+    """
+    logging.basicConfig(format="mellmpi[%(process)d] %(levelname)s %(name)s: %(message)s")
+    job = _join()
+    rank, size = (job.rank, job.size) if job else (0, 1)
+    prepared: Any = None
+    if rank == 0:
+        try:
+            if problem := world_problem(size):
+                raise UsageError(problem)
+            options = read_options(piped)
+            prepared = _prepare(options)
+        except UsageError as error:
+            if speaks:
+                sys.stderr.write(f"mellmpi: {error}\n")
+            prepared = {"exit": USAGE}
+    if job is None:
+        return prepared["exit"] if "exit" in prepared else _alone(options, prepared)
+    prepared = job.share(prepared)
+    if problem := "" if "exit" in prepared else _seating_problem(job, prepared):
+        if rank == 0:
+            sys.stderr.write(f"mellmpi: {problem}\n")
+        prepared = {"exit": USAGE}
+    if "exit" in prepared:
+        job.finish(prepared["exit"])
+        return int(prepared["exit"])
+    if size == 1:
+        return _alone(options, prepared)
+    return _rank0(job, options, prepared) if rank == 0 else _worker(job, prepared)
+
+
+def _join() -> Any:
+    """The MPI job, or None where there is no MPI: one process can do without."""
+    try:
+        from mellmpi.transport.mpi import Job
+    except (ImportError, RuntimeError) as error:
+        log.info("no MPI here (%s): scheduler and worker in one process", error)
+        return None
+    return Job()
+
+
+def _prepare(options: Options) -> dict[str, Any]:
+    """All that can be found out before the workers start; plain data for every rank."""
+    from mellmpi.runtime.run_batch import check_files
+
+    check_files(options)
+    model = options.config.model.model
+    cache_dir = Path(options.cache_dir or Path.home() / ".cache" / "mellmpi").expanduser()
+    try:
+        directory = resolve(model, cache_dir, _say)
+    except ValueError as error:
+        raise UsageError(f"--model {model}: {error}") from error
+    return {
+        "config": options.config.to_dict(),
+        "directory": str(directory.absolute()),
+        "cache_dir": str(cache_dir.absolute()),
+    }
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"mellmpi: {text} …\n")
+
+
+# --- roles ---------------------------------------------------------------------------------------
+
+
+def _rank0(job: Any, options: Options, prepared: dict[str, Any]) -> int:
+    from mellmpi.runtime.run_batch import Rank0
+
+    config = options.config
+    try:
+        transport = job.connect(config.transport.idle_poll_s)
+        code = Rank0(options, config, Path(prepared["directory"]), transport, lambda: False).run()
+    except (UsageError, ValueError) as error:
+        sys.stderr.write(f"mellmpi: {error}\n")
+        return job.abort(USAGE)
+    except BaseException:
+        log.exception("the scheduler ended")
+        return job.abort(1)
+    job.finish(code)
+    return code
+
+
+def _worker(job: Any, prepared: dict[str, Any]) -> int:
+    config = Config.from_dict(prepared["config"])
+    try:
+        transport = job.connect(config.transport.idle_poll_s)
+        worker = make_worker(transport, config, prepared, _seat(job))
+        worker.start()
+        while not worker.stopped:
+            if not worker.turn():
+                worker.wait()
+    except SchedulerLost:
+        job.vanish(1)
+    except (UsageError, ValueError) as error:
+        sys.stderr.write(f"mellmpi: {error}\n")
+        sys.stderr.flush()
+        job.vanish(USAGE)
+    except BaseException:
+        log.exception("worker %d ended", job.rank)
+        job.vanish(1)
+    job.finish()
+    return 0
+
+
+def _alone(options: Options, prepared: dict[str, Any]) -> int:
+    """Scheduler and worker take turns in one process."""
+    from mellmpi.runtime.run_batch import Rank0
+
+    network = LocalNetwork(1)
+    seat = Seat(index=0, neighbours=1, num_gpus=count_gpus())
+    worker = make_worker(network.transports[1], options.config, prepared, seat)
+    try:
+        worker.start()
+        rank0 = Rank0(options, options.config, Path(prepared["directory"]), network.transports[0],
+                      worker.turn)  # fmt: skip
+        return rank0.run()
+    except (UsageError, ValueError) as error:
+        sys.stderr.write(f"mellmpi: {error}\n")
+        return USAGE
+
+
+def make_worker(transport: Transport, config: Config, prepared: dict[str, Any],
+                seat: Seat) -> Worker:  # fmt: skip
+    """A worker whose engine is built when it starts, and again whenever it wakes."""
+    from mellmpi.engine.executor import build_executor  # imports torch
+
+    directory = Path(prepared["directory"])
+    if not directory.is_dir():  # another host, another disk
+        directory = resolve(config.model.model, Path(prepared["cache_dir"]), _say)
+    use_gpu = seat.num_gpus and config.device != "cpu"
+    share = config.cache.gpu_memory_utilization / seat.sharers
+    build = partial(
+        build_executor, directory, config.model,
+        replace(config.cache, gpu_memory_utilization=share),
+        device=seat.device if use_gpu else config.device,
+        num_threads=config.threads or max(1, len(os.sched_getaffinity(0)) // seat.neighbours),
+    )  # fmt: skip
+    return Worker(transport, build, config.batch, config.cache)
+
+
+# --- hosts and GPUs ------------------------------------------------------------------------------
+
+
+def _seat(job: Any, num_gpus: int | None = None) -> Seat:
+    workers = [rank for rank in job.neighbours if rank]
+    count = count_gpus() if num_gpus is None else num_gpus
+    return Seat(workers.index(job.rank), len(workers), count)
+
+
+def _seating_problem(job: Any, prepared: dict[str, Any]) -> str:
+    """More workers than GPUs on some host, in words for the user; the same on every rank."""
+    config = Config.from_dict(prepared["config"])
+    packed = job.gather(struct.pack("q", count_gpus() if config.device != "cpu" else 0))
+    gpus = [struct.unpack("q", one)[0] for one in packed]
+    for host in dict.fromkeys(job.hosts):
+        workers = [rank for rank in range(1, job.size) if job.hosts[rank] == host]
+        if workers:
+            seat = Seat(0, len(workers), gpus[workers[0]])
+            if problem := seat.problem(host, config.oversubscribe_gpus):
+                return problem
+    return ""
+
+
+# --- standard input ------------------------------------------------------------------------------
+
+
+def piped() -> bool:
+    """Do requests come on standard input? mpirun always gives rank 0 a pipe: ask what it reads."""
+    try:
+        origin = os.readlink(f"/proc/{os.getppid()}/fd/0" if _is_pipe(0) else "/proc/self/fd/0")
+    except OSError:
+        origin = "pipe:"
+    if origin.startswith(("/dev/pts", "/dev/tty", "/dev/null", "/dev/console")):
+        return False
+    until_s = time.monotonic() + FIRST_BYTES_S
+    while (left_s := until_s - time.monotonic()) > 0:
+        if select.select([0], [], [], left_s)[0]:
+            return _has_bytes()
+    return False
+
+
+def _is_pipe(descriptor: int) -> bool:
+    try:
+        return not os.isatty(descriptor) and os.readlink(f"/proc/self/fd/{descriptor}").startswith(
+            ("pipe:", "socket:")
+        )
+    except OSError:
+        return False
+
+
+def _has_bytes() -> bool:
+    """Readable: bytes, or the end? A pipe tells how many wait; a file what is left of it."""
+    import fcntl
+    import termios
+
+    try:
+        waiting = struct.unpack("i", fcntl.ioctl(0, termios.FIONREAD, b"\0" * 4))[0]
+    except OSError:
+        return False
+    return waiting > 0

@@ -1,0 +1,176 @@
+"""A worker: the loop around batch scheduler, engine and transport."""
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from mellmpi.config import BatchConfig, CacheConfig
+from mellmpi.core.batch import BatchScheduler
+from mellmpi.protocol import (
+    DATA_PLANE,
+    SCHEDULER,
+    Address,
+    BlocksArrived,
+    BlocksSent,
+    DrainBlocks,
+    ModelKv,
+    Parked,
+    ReceiveBlocks,
+    SendBlocks,
+    StepPlan,
+    StepResult,
+    Stop,
+    Wake,
+    WorkerLost,
+    WorkerReady,
+)
+from mellmpi.transport.base import Arena, Transfer, Transport
+
+log = logging.getLogger(__name__)
+
+REPORT_EVERY_S = 0.02  # the scheduler hears of tokens at most so much later
+IDLE_S = 1.0  # longest sleep with nothing to do; whatever comes ends it
+
+
+class Engine(Protocol):
+    """What a worker asks of the engine (mellmpi.engine.executor.Executor)."""
+
+    arena: Arena
+
+    @property
+    def model_kv(self) -> ModelKv: ...
+    @property
+    def fingerprint(self) -> str: ...
+    def execute(self, plan: StepPlan) -> StepResult: ...
+    def release(self) -> None: ...
+
+
+class SchedulerLost(Exception):
+    """Rank 0 has died; a worker alone has nothing to do."""
+
+
+class Worker:
+    """One worker's loop body. Between two calls of `turn` it holds no unfinished business."""
+
+    def __init__(self, transport: Transport, build: Callable[[], Engine], batch: BatchConfig,
+                 cache: CacheConfig):  # fmt: skip
+        self._transport, self._build = transport, build
+        self._limits, self._cache = batch, cache
+        self._transfers: list[tuple[Transfer, Callable[[Transfer], Any] | None]] = []
+        self._acked = 0
+        self._steps, self._step_s, self._reported_s = 0, 0.0, 0.0
+        self._engine: Engine | None = None  # None: parked
+        self.stopped = False
+
+    def start(self) -> None:
+        """Load weights, allocate the arena, and tell the scheduler. Also the way to wake."""
+        began_s = time.perf_counter()
+        engine = self._engine = self._build()
+        arena = engine.arena
+        self._transport.attach(arena)
+        self._batch = BatchScheduler(
+            engine.model_kv, arena.num_blocks, engine.fingerprint, self._acked, self._limits,
+            self._cache,
+        )  # fmt: skip
+        ready = WorkerReady(
+            models=(engine.model_kv,), capacity_bytes=arena.num_blocks * arena.block_bytes,
+            max_num_seqs=self._limits.max_num_seqs, acked=self._acked,
+            wake_s=time.perf_counter() - began_s,
+        )  # fmt: skip
+        self._transport.send(SCHEDULER, ready)
+
+    def turn(self) -> bool:
+        """Messages in, at most one step, reports out. False: there was nothing to do."""
+        messages = self._transport.poll()
+        for source, message in messages:
+            self._message(source, message)
+        moved = self._transport.progress()
+        moved |= self._finish_transfers()
+        stepped = self._engine is not None and self._step(self._engine)
+        now = time.perf_counter()
+        if not stepped or now - self._reported_s >= REPORT_EVERY_S:
+            self._report(now)
+        return bool(messages or moved or stepped)
+
+    def wait(self) -> None:
+        """Sleep until something may have come."""
+        self._transport.wait(IDLE_S)
+
+    # --- messages -------------------------------------------------------------------------------
+
+    def _message(self, source: Address, message: Any) -> None:
+        match message:
+            case Stop():
+                self.stopped = True
+            case Wake():
+                self._acked += 1
+                self.start()
+            case WorkerLost(worker):
+                if worker == SCHEDULER:
+                    raise SchedulerLost
+            case _:
+                self._route(self._batch.handle(source, message))
+
+    def _route(self, commands: list[tuple[Address, Any]]) -> None:
+        for destination, command in commands:
+            if destination == DATA_PLANE:
+                self._move_blocks(command)
+                continue
+            if isinstance(command, Parked):
+                self._park()
+            self._transport.send(int(destination), command)
+
+    def _park(self) -> None:
+        assert self._engine is not None
+        self._acked = self._batch.acked
+        self._transport.attach(None)
+        self._engine.release()
+        self._engine = None
+
+    # --- blocks ---------------------------------------------------------------------------------
+
+    def _move_blocks(self, order: Any) -> None:
+        transport = self._transport
+        match order:
+            case SendBlocks(request_id, epoch, dst, tag, block_ids):
+                transfer = transport.send_blocks(dst, tag, block_ids)
+                self._transfers.append((transfer, lambda _: BlocksSent(request_id, epoch)))
+            case ReceiveBlocks(request_id, epoch, src, tag, block_ids):
+                transfer = transport.receive_blocks(src, tag, block_ids)
+                self._transfers.append((
+                    transfer,
+                    lambda t: BlocksArrived(request_id, epoch, not t.failed, t.elapsed_s),
+                ))  # fmt: skip
+            case DrainBlocks(src, tag, num_blocks):
+                self._transfers.append((transport.drain_blocks(src, tag, num_blocks), None))
+
+    def _finish_transfers(self) -> bool:
+        done = [entry for entry in self._transfers if entry[0].done]
+        if done:
+            self._transfers = [entry for entry in self._transfers if not entry[0].done]
+        for transfer, event in done:
+            if event is not None:
+                self._route(self._batch.handle(DATA_PLANE, event(transfer)))
+        return bool(done)
+
+    # --- steps ----------------------------------------------------------------------------------
+
+    def _step(self, engine: Engine) -> bool:
+        plan = self._batch.plan()
+        if plan is None:
+            return False
+        began_s = time.perf_counter()
+        result = engine.execute(plan)
+        self._step_s += time.perf_counter() - began_s
+        self._steps += 1
+        self._batch.commit(plan, result)
+        return True
+
+    def _report(self, now: float) -> None:
+        if self._engine is None:
+            return
+        report = self._batch.report(self._steps, self._step_s)
+        if report is not None:
+            self._transport.send(SCHEDULER, report)
+            self._steps, self._step_s, self._reported_s = 0, 0.0, now
