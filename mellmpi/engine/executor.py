@@ -1,8 +1,7 @@
 """Runs step plans on one device: weights, KV arena and sampler behind one call."""
 
 import gc
-from importlib import import_module
-from importlib.util import find_spec
+import logging
 from pathlib import Path
 from typing import Protocol
 
@@ -11,12 +10,15 @@ import torch
 from mellmpi.config import CacheConfig, ModelConfig
 from mellmpi.engine import weights
 from mellmpi.engine.architecture import Architecture
+from mellmpi.engine.cpu_model import CpuModel, unsupported
 from mellmpi.engine.device import choose_device, kv_budget_bytes
 from mellmpi.engine.kv_cache import KvArena, KvGeometry
 from mellmpi.engine.model import TorchModel
 from mellmpi.engine.packing import PackedBatch, pack
 from mellmpi.engine.sampler import sample
 from mellmpi.protocol import ModelKv, StepPlan, StepResult
+
+log = logging.getLogger(__name__)
 
 
 class Model(Protocol):
@@ -83,13 +85,13 @@ def build_executor(
     on, dtype = choose_device(device), getattr(torch, model_config.dtype)
     if num_threads is not None:
         torch.set_num_threads(num_threads)
-    arch, tensors = weights.load(directory, dtype, on)
-    model: Model
-    if on.type == "cpu" and not plain_torch and find_spec("mellmpi.engine.cpu_model"):
-        cpu_model = import_module("mellmpi.engine.cpu_model")
-        model = cpu_model.CpuModel(arch, tensors, dtype, torch.get_num_threads())
-    else:
-        model = TorchModel(arch, tensors, dtype, on)
+    arch, tensors = weights.load(directory, dtype, on, model_config.seed)
+    kernels = not plain_torch and _kernels_fit(arch, dtype, cache_config.block_size, on)
+    model = (
+        CpuModel(arch, tensors, dtype, torch.get_num_threads())
+        if kernels
+        else TorchModel(arch, tensors, dtype, on)
+    )
     geometry = KvGeometry(
         model=model_config.name,
         dtype=dtype,
@@ -97,8 +99,19 @@ def build_executor(
         num_kv_heads=arch.num_kv_heads,
         block_size=cache_config.block_size,
         head_dim=arch.head_dim,
+        layout="kernels" if kernels else "plain",
     )
     return Executor(model, KvArena(geometry, _num_blocks(geometry, cache_config, on), on))
+
+
+def _kernels_fit(
+    arch: Architecture, dtype: torch.dtype, block_size: int, device: torch.device
+) -> bool:
+    if device.type != "cpu":
+        return False
+    if reason := unsupported(arch, dtype, block_size):
+        log.warning("%s; going on in plain torch, which is several times slower", reason)
+    return reason is None
 
 
 def _num_blocks(geometry: KvGeometry, cache: CacheConfig, device: torch.device) -> int:

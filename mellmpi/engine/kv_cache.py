@@ -23,6 +23,7 @@ class KvGeometry:
     num_kv_heads: int
     block_size: int  # tokens a block
     head_dim: int
+    layout: str = "plain"  # the order of numbers inside a block, which a model may have of its own
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -35,7 +36,7 @@ class KvGeometry:
     @property
     def fingerprint(self) -> str:
         """Equal on two workers exactly when one may use the other's blocks."""
-        facts = (LAYOUT_VERSION, self.model, str(self.dtype), self.shape)
+        facts = (LAYOUT_VERSION, self.layout, self.model, str(self.dtype), self.shape)
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
     @property

@@ -2,21 +2,20 @@
 
 from dataclasses import dataclass, field
 from functools import cache
-from importlib import import_module
-from importlib.util import find_spec
 
 import pytest
 import torch
 import transformers
 
 from mellmpi.engine.architecture import Architecture
+from mellmpi.engine.cpu_model import CpuModel
 from mellmpi.engine.kv_cache import KvArena, KvGeometry
 from mellmpi.engine.model import TorchModel
 from mellmpi.engine.packing import pack
 from mellmpi.protocol import Chunk, Sampling, StepPlan
 
 SHAPE = dict(
-    vocab_size=131, hidden_size=48, intermediate_size=80, num_hidden_layers=3,
+    vocab_size=131, hidden_size=96, intermediate_size=160, num_hidden_layers=3,
     num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=512,
     rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2, pad_token_id=0,
 )  # fmt: skip
@@ -37,11 +36,11 @@ VARIANTS = {
     "llama3-rope": ("Llama", dict(rope_parameters=LLAMA3)),
     "llama-linear-rope": ("Llama", dict(rope_parameters=LINEAR)),
     "llama-yarn-rope": ("Llama", dict(rope_parameters=YARN)),
-    "llama-wide-heads": ("Llama", dict(head_dim=16)),
+    "llama-wide-heads": ("Llama", dict(head_dim=32)),
     "mistral": ("Mistral", dict(sliding_window=None)),
-    "mistral-window": ("Mistral", dict(sliding_window=11, head_dim=16)),
+    "mistral-window": ("Mistral", dict(sliding_window=11, head_dim=32)),
     "qwen2": ("Qwen2", dict(tie_word_embeddings=True)),
-    "qwen3": ("Qwen3", dict(head_dim=16)),
+    "qwen3": ("Qwen3", dict(head_dim=32)),
 }
 
 
@@ -81,23 +80,17 @@ def twin(variant: str, dtype: torch.dtype = torch.float32) -> Twin:
     return Twin(Architecture.from_hf(config.to_dict()), reference.to(dtype))
 
 
-def make_torch(arch, weights, dtype):
-    return TorchModel(arch, weights, dtype, "cpu")
-
-
-def make_cpu(arch, weights, dtype):
-    return import_module("mellmpi.engine.cpu_model").CpuModel(arch, weights, dtype, num_threads=1)
-
-
-MAKERS = {"torch": make_torch}
-if find_spec("mellmpi.engine.cpu_model"):
-    MAKERS["cpu"] = make_cpu
+MAKERS = {
+    "torch": lambda arch, weights, dtype: TorchModel(arch, weights, dtype, "cpu"),
+    "cpu": lambda arch, weights, dtype: CpuModel(arch, weights, dtype, num_threads=1),
+}
+BLOCK_SIZES = {"torch": 4, "cpu": 16}  # the smallest that suits each
 
 
 @pytest.fixture(params=list(MAKERS))
-def make_model(request):
-    """(arch, weights, dtype) -> model, for every model class there is."""
-    return MAKERS[request.param]
+def model_class(request):
+    """Every model class there is, by name."""
+    return request.param
 
 
 @pytest.fixture(params=list(VARIANTS))
@@ -128,7 +121,7 @@ class Sequence:
 class Paged:
     """Runs chunks of sequences through a model, over blocks handed out in a shuffled order."""
 
-    def __init__(self, model, arch, dtype, sampling, block_size=4, num_blocks=200, seed=0):
+    def __init__(self, model, arch, dtype, sampling, block_size, num_blocks=200, seed=0):
         geometry = KvGeometry(
             model="tiny", dtype=dtype, num_layers=arch.num_layers,
             num_kv_heads=arch.num_kv_heads, block_size=block_size, head_dim=arch.head_dim,
@@ -161,12 +154,12 @@ class Paged:
 
 
 @pytest.fixture
-def paged(make_model, greedy):
+def paged(model_class, greedy):
     """(twin, dtype) -> Paged."""
 
-    def build(twin: Twin, dtype=torch.float32, **options) -> Paged:
-        model = make_model(twin.arch, twin.weights(), dtype)
-        return Paged(model, twin.arch, dtype, greedy, **options)
+    def build(twin: Twin, dtype=torch.float32) -> Paged:
+        model = MAKERS[model_class](twin.arch, twin.weights(), dtype)
+        return Paged(model, twin.arch, dtype, greedy, BLOCK_SIZES[model_class])
 
     return build
 

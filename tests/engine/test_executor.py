@@ -10,11 +10,13 @@ import transformers
 
 from mellmpi.config import CacheConfig, ModelConfig
 from mellmpi.engine import checkpoint
+from mellmpi.engine.cpu_model import CpuModel
 from mellmpi.engine.executor import build_executor
 from mellmpi.engine.model import TorchModel
 from mellmpi.protocol import Chunk, ModelKv, Sampling, StepPlan
 
-CACHE = CacheConfig(block_size=4, kv_cache_memory_bytes=1 << 20)
+FLOAT32 = ModelConfig(model="tiny", dtype="float32")
+CACHE = CacheConfig(kv_cache_memory_bytes=4 << 20)
 
 
 @dataclass
@@ -88,8 +90,19 @@ def tiny_directory(get_twin, tmp_path):
 
 
 @pytest.fixture
-def executor(tiny_directory):
-    return build_executor(tiny_directory(), ModelConfig(model="tiny", dtype="float32"), CACHE)
+def build(tiny_directory, model_class):
+    """(variant) -> Executor in float32, once with each model class."""
+
+    def build(variant="llama", **options):
+        directory, plain = tiny_directory(variant), model_class == "torch"
+        return build_executor(directory, FLOAT32, CACHE, plain_torch=plain, **options)
+
+    return build
+
+
+@pytest.fixture
+def executor(build):
+    return build()
 
 
 def random_prompts(num, seed=0, longest=40, vocab=131):
@@ -111,10 +124,9 @@ def mixed_requests(greedy, num=12):
 
 @pytest.mark.parametrize("variant", ["llama", "llama3-rope", "mistral-window", "qwen2", "qwen3"])
 def test_a_saved_model_of_any_family_generates_what_transformers_does(
-    variant, tiny_directory, get_twin, greedy
+    variant, build, get_twin, greedy
 ):
-    config = ModelConfig(model="tiny", dtype="float32")
-    loop = Loop(build_executor(tiny_directory(variant), config, CACHE), limit=7)
+    loop = Loop(build(variant), limit=7)
     lives = [Live(prompt, greedy) for prompt in random_prompts(5)]
     outputs = loop.run(lives, 12)
     for live, output in zip(lives, outputs, strict=True):
@@ -141,12 +153,9 @@ def test_a_request_resumed_from_its_tokens_goes_on_with_the_same_answer(executor
     assert Loop(executor, limit=9, seed=3).run(resumed, 12) == expected
 
 
-def test_a_request_whose_blocks_moved_goes_on_with_the_same_answer(
-    executor, tiny_directory, greedy
-):
+def test_a_request_whose_blocks_moved_goes_on_with_the_same_answer(executor, build, greedy):
     expected = Loop(executor).run(mixed_requests(greedy), 12)
-    other = build_executor(tiny_directory(), ModelConfig(model="tiny", dtype="float32"), CACHE)
-    here, there, lives = Loop(executor), Loop(other, seed=4), mixed_requests(greedy)
+    here, there, lives = Loop(executor), Loop(build(), seed=4), mixed_requests(greedy)
     here.run(lives, 5)
     for live in lives:
         there.receive(live, here)
@@ -165,11 +174,11 @@ def test_logprobs_come_out_of_a_step(executor, get_twin, greedy):
 
 def test_copies_are_done_before_the_pass(executor, greedy):
     """A shared block is copied when its owner is about to write behind what it shares."""
-    tokens = tuple(range(10, 17))
+    tokens = tuple(range(10, 37))
     plain = Chunk(1, 0, tokens, [0, 1], greedy, (tokens, []))
     expected = executor.execute(StepPlan((plain,), ())).tokens
     executor.arena.tensor[2] = 7.0
-    tail = Chunk(2, 6, tokens[6:], [0, 2], greedy, (tokens, []))
+    tail = Chunk(2, 26, tokens[26:], [0, 2], greedy, (tokens, []))
     assert executor.execute(StepPlan((tail,), ((1, 2),))).tokens == expected
 
 
@@ -183,8 +192,8 @@ def test_a_plan_of_copies_alone_is_done_and_samples_nothing(executor):
 
 
 def test_the_arena_takes_what_the_configuration_gives_it(executor):
-    assert executor.model_kv == ModelKv("tiny", 4, 3 * 2 * 2 * 4 * 8 * 4)
-    assert executor.arena.num_blocks == (1 << 20) // executor.model_kv.block_bytes
+    assert executor.model_kv == ModelKv("tiny", 16, 3 * 2 * 2 * 16 * 16 * 4)
+    assert executor.arena.num_blocks == (4 << 20) // executor.model_kv.block_bytes
 
 
 def test_without_a_number_a_cpu_gives_one_gibibyte(tiny_directory):
@@ -197,32 +206,38 @@ def test_an_arena_of_less_than_a_block_is_refused_by_the_option_to_raise(tiny_di
         build_executor(tiny_directory(), ModelConfig(), CacheConfig(kv_cache_memory_bytes=100))
 
 
-def test_the_fingerprint_tells_models_and_dtypes_apart(tiny_directory):
+def test_the_fingerprint_tells_models_dtypes_and_layouts_apart(tiny_directory):
     directory = tiny_directory()
-    configs = [
-        ModelConfig(model="a", dtype="float32"), ModelConfig(model="b", dtype="float32"),
-        ModelConfig(model="a", dtype="bfloat16"),
-    ]  # fmt: skip
-    prints = [build_executor(directory, config, CACHE).fingerprint for config in configs]
-    assert len(set(prints)) == 3
+    configs = [FLOAT32, replace(FLOAT32, model="other"), replace(FLOAT32, dtype="bfloat16")]
+    executors = [build_executor(directory, config, CACHE) for config in configs]
+    executors.append(build_executor(directory, FLOAT32, CACHE, plain_torch=True))
+    assert len({executor.fingerprint for executor in executors}) == 4
+    assert build_executor(directory, FLOAT32, CACHE).fingerprint == executors[0].fingerprint
 
 
 def test_release_gives_the_memory_back_and_building_again_wakes(tiny_directory, greedy):
-    config, cache = ModelConfig(dtype="float32"), CacheConfig(kv_cache_memory_bytes=300 << 20)
-    executor = build_executor(tiny_directory(), config, cache)
-    prompts = random_prompts(3)
+    cache, prompts = CacheConfig(kv_cache_memory_bytes=300 << 20), random_prompts(3)
+    executor = build_executor(tiny_directory(), FLOAT32, cache)
     before = Loop(executor).run([Live(prompt, greedy) for prompt in prompts], 4)
     executor.arena.tensor.fill_(1.0)
     used = psutil.Process().memory_info().rss
     executor.release()
     assert used - psutil.Process().memory_info().rss > 250 << 20
-    awake = build_executor(tiny_directory(), config, cache)
+    awake = build_executor(tiny_directory(), FLOAT32, cache)
     assert Loop(awake).run([Live(prompt, greedy) for prompt in prompts], 4) == before
 
 
-def test_plain_torch_can_be_asked_for_on_a_cpu(tiny_directory):
-    executor = build_executor(tiny_directory(), ModelConfig(), CACHE, plain_torch=True)
-    assert isinstance(executor.model, TorchModel)
+def test_a_cpu_runs_the_kernels_unless_plain_torch_is_asked_for(tiny_directory):
+    directory = tiny_directory()
+    assert isinstance(build_executor(directory, FLOAT32, CACHE).model, CpuModel)
+    plain = build_executor(directory, FLOAT32, CACHE, plain_torch=True)
+    assert isinstance(plain.model, TorchModel)
+
+
+def test_a_shape_the_kernels_do_not_take_runs_in_plain_torch_and_says_so(tiny_directory, caplog):
+    odd = replace(CACHE, block_size=5)
+    executor = build_executor(tiny_directory(), FLOAT32, odd)
+    assert isinstance(executor.model, TorchModel) and "block-size" in caplog.text
 
 
 def test_a_cuda_device_that_is_not_there_is_refused(tiny_directory, monkeypatch):
@@ -252,10 +267,8 @@ def smollm2(tmp_path_factory):
 def test_smollm2_decodes_greedily_as_transformers_does(plain_torch, num_tokens, smollm2, greedy):
     """Six prompts in one batch; teacher-forced, so that one pass of the reference is enough."""
     directory, reference, tokenizer = smollm2
-    config = ModelConfig(model="smollm2", dtype="float32")
-    executor = build_executor(
-        directory, config, CacheConfig(kv_cache_memory_bytes=1 << 28), plain_torch=plain_torch
-    )
+    config, cache = replace(FLOAT32, model="smollm2"), CacheConfig(kv_cache_memory_bytes=1 << 28)
+    executor = build_executor(directory, config, cache, plain_torch=plain_torch)
     text = tokenizer(TEXT * 4).input_ids
     request = replace(greedy, num_logprobs=0)
     lives = [Live(tuple(text[start:end]), request) for start, end in
