@@ -77,6 +77,8 @@ class Metrics:
                 self._used(now, source, event.free_bytes)
             case p.Submit():
                 self._submitted(now, event.request)
+            case p.Cancel(request_id, "stop") if request_id in self._live:
+                self._finished(request_id, self._live[request_id])
             case p.Cancel():
                 self._counts["cancelled"] += self._forget(event.request_id) is not None
             case p.WorkerReady() if isinstance(source, int):

@@ -97,9 +97,10 @@ class Submit:
 
 @message
 class Cancel:
-    """Front → scheduler: nobody waits for this request any more."""
+    """Front → scheduler: nobody waits for more tokens of this request."""
 
     request_id: int
+    reason: str  # "stop": a stop string completed the answer; "gone": the client left
 
 
 @message

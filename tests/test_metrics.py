@@ -106,9 +106,9 @@ def test_every_request_ends_completed_failed_or_cancelled():
         submit(m, 0.0, request_id=i, num_prompt=10)
     emit(m, 1.0, 1, request_id=0, finish="stop")
     m.command(1.0, p.FRONT, p.Rejected(1, "too long"))
-    m.observe(1.0, p.FRONT, p.Cancel(2))
-    m.observe(1.0, p.FRONT, p.Cancel(2))
-    m.observe(1.0, p.FRONT, p.Cancel(0))
+    m.observe(1.0, p.FRONT, p.Cancel(2, "gone"))
+    m.observe(1.0, p.FRONT, p.Cancel(2, "gone"))
+    m.observe(1.0, p.FRONT, p.Cancel(0, "gone"))
     r = m.report(2.0)
     assert (r["requests"], r["completed"], r["failed"], r["cancelled"]) == (4, 1, 1, 1)
     assert r["prompt_tokens"] == 30
@@ -370,3 +370,11 @@ def test_a_gap_of_zero_is_a_sample_too():
     for _ in range(EXACT_SAMPLES + 1):
         d.add(0.0)
     assert d.percentiles_ms()["p99"] < 0.01
+
+
+def test_an_answer_that_a_stop_string_ends_is_completed_not_cancelled():
+    m = Metrics()
+    submit(m, 0.0)
+    m.observe(1.0, p.FRONT, p.Cancel(1, "stop"))
+    report = m.report(2.0)
+    assert (report["completed"], report["cancelled"]) == (1, 0)

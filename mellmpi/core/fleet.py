@@ -1,5 +1,6 @@
 """The workers' side of rank 0: their states, their budgets, what is on its way to them."""
 
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -7,13 +8,15 @@ import numpy as np
 from mellmpi.config import ClusterConfig
 from mellmpi.core.cost import CostModel
 from mellmpi.core.ledger import Ledger, WorkerState
-from mellmpi.core.view import RequestColumns, View
+from mellmpi.core.requests import Record
+from mellmpi.core.view import RequestColumns, View, kv_need
 from mellmpi.protocol import (
     OBSERVER,
     Address,
     ModelKv,
     Park,
     Parked,
+    Request,
     StepReport,
     Wake,
     WorkerChanged,
@@ -32,6 +35,7 @@ class Fleet:
         self.cost = CostModel()
         self.models: dict[str, ModelKv] = {}
         self.out: Commands = []
+        self._epochs = count(1)
         self._decoded = np.zeros(num_workers + 1)  # tokens since the last tick
         self._ticked_s = 0.0
         self.view = View(
@@ -51,6 +55,28 @@ class Fleet:
             self.ledger.order(worker, num_bytes)
             self.out.append((worker, command))
 
+    def next_epoch(self) -> int:
+        """A number that no assignment and no offer has had before."""
+        return next(self._epochs)
+
+    # --- who owns what --------------------------------------------------------------------------
+
+    def own(self, record: Record, worker: int, epoch: int) -> None:
+        """The worker, in whose `num_requests` it is already counted, is the owner from here on."""
+        record.worker, record.epoch = worker, epoch
+        record.num_placed, record.transfer_failed = len(record.log.tokens), False
+        requests = self.view.requests
+        requests.worker[record.slot], requests.placed_s[record.slot] = worker, self.view.now
+        requests.movable[record.slot] = True
+
+    def leave(self, record: Record) -> None:
+        """It has no owner from here on."""
+        if record.worker is not None:
+            self.ledger.remove(record.worker, self.view.now)
+        record.worker = record.epoch = None
+        requests = self.view.requests
+        requests.worker[record.slot], requests.movable[record.slot] = 0, False
+
     # --- states ---------------------------------------------------------------------------------
 
     def ready(self, worker: int, event: WorkerReady) -> None:
@@ -69,6 +95,11 @@ class Fleet:
         name = WorkerState(int(self.ledger.state[worker])).name.lower()
         self.out.append((OBSERVER, WorkerChanged(worker, name)))
 
+    def drain(self, worker: int) -> None:
+        """Nothing new goes there any more; it parks when it is empty."""
+        if self.ledger.state[worker] == WorkerState.ACTIVE:
+            self.change(worker, WorkerState.DRAINING)
+
     def park(self, worker: int) -> None:
         """Tell an empty worker to give its arena back; nothing if it is not empty or not active."""
         idle = not self.ledger.num_requests[worker]
@@ -82,17 +113,16 @@ class Fleet:
         self._changed(worker)
 
     def wake(self, worker: int) -> None:
+        """Make a parked worker load again, or a draining one stay; else nothing."""
         if self.ledger.state[worker] == WorkerState.PARKED:
             self.send(worker, Wake())
             self.change(worker, WorkerState.WAKING)
+        elif self.ledger.state[worker] == WorkerState.DRAINING:
+            self.change(worker, WorkerState.ACTIVE)
 
     def lost(self, worker: int) -> None:
         self.ledger.gone(worker, WorkerState.LOST)
         self._changed(worker)
-
-    def any_left(self) -> bool:
-        """Is there a worker that is not lost?"""
-        return bool((self.ledger.state[1:] != WorkerState.LOST).any())
 
     def undrain(self) -> bool:
         """Let draining workers take requests again; True if there was one."""
@@ -101,23 +131,42 @@ class Fleet:
             self.change(worker, WorkerState.ACTIVE)
         return bool(draining)
 
-    def wake_for(self, waiting_bytes: int) -> None:
+    def wake_for(self, model: str, waiting_bytes: int) -> None:
         """Wake one worker more, unless those that are waking already have room for the queue."""
-        coming = self.ledger.workers(WorkerState.WAKING, WorkerState.STARTING)
-        parked = self.ledger.workers(WorkerState.PARKED)
-        if parked and waiting_bytes > self.ledger.capacity[coming].sum():
-            self.wake(parked[0])
+        ledger, able = self.ledger, self.ledger.able(model)
+        parked = np.flatnonzero(able & (ledger.state == WorkerState.PARKED))
+        coming = ledger.capacity[able & (ledger.state == WorkerState.WAKING)].sum()
+        if len(parked) and waiting_bytes > coming:
+            self.wake(int(parked[0]))
 
-    def largest_capacity(self) -> int:
-        """Bytes of the largest arena that is not lost."""
-        there = self.ledger.state != WorkerState.LOST
-        return int(self.ledger.capacity[there].max(initial=0))
+    def has_room(self, worker: int, model: str, num_bytes: int) -> bool:
+        """May a request of this model and size be moved there?"""
+        ledger = self.ledger
+        return bool(
+            self.view.hosting(model)[worker]
+            and ledger.num_requests[worker] < ledger.max_requests[worker]
+            and ledger.budget[worker] >= num_bytes
+        )
+
+    def refusal(self, request: Request, num_tokens: int) -> str | None:
+        """Why no worker that is left can ever hold so many tokens of it, or None."""
+        ledger = self.ledger
+        if (kv := self.models.get(request.model)) is None:
+            return f"no worker serves the model {request.model}"
+        left = ledger.state != WorkerState.LOST
+        if not left[1:].any():
+            return "no worker is left"
+        if (ledger.state == WorkerState.STARTING)[1:].any():
+            return None  # nobody knows yet what it will have
+        room = int(ledger.capacity[left & ledger.able(request.model)].max(initial=0))
+        need = kv_need(kv, num_tokens)
+        return f"it needs {need} bytes of KV cache; a worker has {room}" if need > room else None
 
     # --- rates ----------------------------------------------------------------------------------
 
     def report(self, worker: int, event: StepReport) -> None:
-        if self.ledger.state[worker] == WorkerState.PARKED:
-            return  # written before it parked: there is no arena any more
+        if self.ledger.state[worker] in (WorkerState.PARKED, WorkerState.WAKING):
+            return  # of what it did before it parked: there is no arena any more
         self.ledger.report(worker, event.acked, event.free_bytes)
         self.cost = self.cost.after_steps(event)
         self._decoded[worker] += event.decode_tokens

@@ -34,7 +34,9 @@ class Ledger:
         self.num_requests = np.zeros(rows, np.int64)  # owned, or on their way here
         self.max_requests = np.zeros(rows, np.int64)
         self.empty_since_s = np.zeros(rows, np.float64)  # valid while num_requests == 0
-        self.models: list[dict[str, ModelKv]] = [{} for _ in range(rows)]
+        self.block_bytes = np.zeros(rows, np.int64)  # of the largest block of its models
+        self._able: dict[str, np.ndarray] = {}  # by model
+        self._nobody = np.zeros(rows, bool)
         self._sent = [0] * rows  # commands
         self._unacked: list[deque[tuple[int, int]]] = [deque() for _ in range(rows)]
 
@@ -42,6 +44,10 @@ class Ledger:
     def budget(self) -> np.ndarray:
         """int64 [workers + 1], bytes."""
         return self.free - self.ordered
+
+    def able(self, model: str) -> np.ndarray:
+        """bool [workers + 1]: has said that it runs `model`, whatever its state is now."""
+        return self._able.get(model, self._nobody)
 
     def workers(self, *states: WorkerState) -> list[int]:
         """Ids of the workers in one of these states, ascending."""
@@ -65,7 +71,9 @@ class Ledger:
     def ready(self, worker: int, models: tuple[ModelKv, ...], capacity_bytes: int,
               max_requests: int, acked: int) -> None:  # fmt: skip
         """A worker has loaded its models and holds no request."""
-        self.models[worker] = {m.model: m for m in models}
+        for m in models:
+            self._able.setdefault(m.model, np.zeros_like(self._nobody))[worker] = True
+        self.block_bytes[worker] = max(m.block_bytes for m in models)
         self.capacity[worker], self.max_requests[worker] = capacity_bytes, max_requests
         self.state[worker] = WorkerState.ACTIVE
         self.report(worker, acked, capacity_bytes)

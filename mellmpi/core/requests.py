@@ -28,7 +28,6 @@ class Offer:
 
     dst: int
     epoch: int
-    reason: str
     start: int  # positions before it are recomputed by the destination
 
 
@@ -65,13 +64,25 @@ class Record:
     epoch: int | None = None  # of the owner's assignment
     offer: Offer | None = None  # while RESERVING or SENDING
     log: TokenLog = field(default_factory=TokenLog)
+    num_placed: int = 0  # output tokens in the log when the owner took it
     moved_from: int | None = None  # recompute migration: until the first token from the new owner
-    transfer_failed: bool = False  # next time it is recomputed
+    transfer_failed: bool = False  # under this owner: next time it is recomputed
     story: deque[str] = field(default_factory=lambda: deque(maxlen=40))  # for people
 
     @property
     def num_tokens(self) -> int:
         return len(self.request.prompt) + len(self.log.tokens)
+
+    @property
+    def owner(self) -> tuple[int, int]:
+        """(worker, epoch) of the assignment; ask only while there is one."""
+        assert self.worker is not None and self.epoch is not None, f"{self.request.id} has no owner"
+        return self.worker, self.epoch
+
+    @property
+    def settled(self) -> bool:
+        """The log has grown since the owner took it."""
+        return len(self.log.tokens) > self.num_placed
 
     def move(self, to: State, why: str) -> None:
         """Change state; a transition the table does not have raises with the whole story."""

@@ -35,7 +35,7 @@ class ParkWorker:
 
 @dataclass(frozen=True, slots=True)
 class WakeWorker:
-    """Propose: this parked worker will be needed."""
+    """Propose: this worker, parked or being emptied, will be needed."""
 
     worker: int
 
@@ -50,7 +50,7 @@ class RequestColumns:
         self.request_id = np.zeros(capacity, np.int64)
         self.live = np.zeros(capacity, bool)
         self.worker = np.zeros(capacity, np.int64)  # 0: none
-        self.movable = np.zeros(capacity, bool)  # RUNNING: neither waiting nor on the move
+        self.movable = np.zeros(capacity, bool)  # owned, and not on the move: RUNNING
         self.num_tokens = np.zeros(capacity, np.int64)  # prompt + output
         self.num_prompt = np.zeros(capacity, np.int64)
         self.max_tokens = np.zeros(capacity, np.int64)  # the client's bound on the output
@@ -117,8 +117,7 @@ class View:
 
     def hosting(self, model: str) -> np.ndarray:
         """bool [workers + 1]: active and able to run `model`."""
-        able = np.array([model in m for m in self.workers.models])
-        return np.asarray(able & self.active())
+        return np.asarray(self.workers.able(model) & self.active())
 
 
 def kv_need(kv: ModelKv, num_tokens: int) -> int:

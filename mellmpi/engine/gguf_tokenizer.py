@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
-from tokenizers.pre_tokenizers import ByteLevel, Digits, Metaspace, PreTokenizer, Sequence, Split
+from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence, Split
 
-CONTROL, USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
+NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -84,43 +84,43 @@ def _byte_level(metadata: dict[str, Any]) -> Tokenizer:
 
 
 def _sentencepiece(metadata: dict[str, Any]) -> Tokenizer:
-    """Llama 2's tokenizer: BPE over whole words with bytes to fall back on, as transformers'."""
-    tokens, scores = metadata["tokens"], metadata["scores"]
+    """Llama 2's tokenizer: BPE over whole words with bytes to fall back on."""
+    tokens = metadata["tokens"]
     vocab = {token: index for index, token in enumerate(tokens)}
-    unknown = tokens[metadata.get("unknown_token_id", 0)]
     bpe = models.BPE(
-        vocab=vocab, merges=_merges(vocab, scores), unk_token=unknown, fuse_unk=True,
-        byte_fallback=True,
+        vocab=vocab, merges=_merges(vocab, metadata["scores"]), fuse_unk=True,
+        unk_token=tokens[metadata.get("unknown_token_id", 0)], byte_fallback=True,
     )  # fmt: skip
     tokenizer = Tokenizer(bpe)
-    prefix = metadata.get("add_space_prefix", True)
-    scheme = "first" if prefix else "never"
-    tokenizer.pre_tokenizer = Metaspace(replacement="▁", prepend_scheme=scheme, split=False)
+    spaced = metadata.get("add_space_prefix", True)
+    # In a normalizer, as Llama 2's own tokenizer.json and llama.cpp have it: a space goes before
+    # the text and before what follows a special token.
+    prefix = [normalizers.Prepend("▁")] * spaced
+    tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    tokenizer.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * prefix)
+    tokenizer.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * spaced)
     return tokenizer
 
 
 def _merges(vocab: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
-    """Sentencepiece keeps scores instead of merges: the best piece is made first.
+    """Sentencepiece keeps scores instead of merges: the piece with the best score is made first.
 
-    A piece is reached through every pair of pieces that make it, in the order of their ids.
+    A piece comes from every pair of pieces that make it, the longest first half first.
     """
     merges: list[tuple[str, str]] = []
     for piece in sorted(vocab, key=lambda piece: (-scores[vocab[piece]], vocab[piece])):
-        pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
-        known = [(left, right) for left, right in pairs if left in vocab and right in vocab]
-        merges += sorted(known, key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
+        pairs = ((piece[:cut], piece[cut:]) for cut in range(len(piece) - 1, 0, -1))
+        merges += [(left, right) for left, right in pairs if left in vocab and right in vocab]
     return merges
 
 
 def _add_tokens(tokenizer: Tokenizer, metadata: dict[str, Any]) -> None:
-    kinds = metadata.get("token_type") or []
-    marked = {CONTROL: True, USER_DEFINED: False}
-    for token, kind in zip(metadata["tokens"], kinds, strict=False):
-        if kind in marked:
-            added = AddedToken(token, normalized=False, special=marked[kind])
-            (tokenizer.add_special_tokens if marked[kind] else tokenizer.add_tokens)([added])
+    kinds = metadata.get("token_type") or [NORMAL] * len(metadata["tokens"])
+    marked = list(zip(metadata["tokens"], kinds, strict=True))
+    special = [AddedToken(t, normalized=False, special=True) for t, k in marked if k == CONTROL]
+    whole = [AddedToken(t, normalized=False) for t, k in marked if k == USER_DEFINED]
+    tokenizer.add_special_tokens(special)
+    tokenizer.add_tokens(whole)
 
 
 def _special_names(metadata: dict[str, Any]) -> dict[str, str]:

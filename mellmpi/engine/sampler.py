@@ -1,9 +1,7 @@
 """The next token of each sampled chunk: a function of its request, its position and its logits.
 
-A row's token must not depend on the other rows of the batch, bit for bit, or a request that moves
-to another worker could change its answer. So rows meet only elementwise operations that are
-correctly rounded, and sums of whole numbers below 2**53, which come out alike in any order:
-probabilities are counted in units of 2**-34 of the likeliest token's.
+A row's token does not depend on the other rows of the batch, bit for bit, or a request that moves
+to another worker could change its answer.
 """
 
 from collections.abc import Sequence
@@ -11,11 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from mellmpi.engine.drawing import MASS, Draw, draw_row, draw_rows, row_masses, uniforms
 from mellmpi.protocol import Chunk, Sampling, StepResult, TokenLogprob
-
-Rows = slice | list[int]
-
-MASS = 2.0**34  # of the likeliest token; with up to 2**18 of them every sum stays below 2**53
 
 
 def sample(logits: torch.Tensor, chunks: Sequence[Chunk]) -> StepResult:
@@ -28,8 +23,7 @@ def sample(logits: torch.Tensor, chunks: Sequence[Chunk]) -> StepResult:
     raw = logits[asked].clone() if asked else logits
     penalise(logits, chunks)
     tokens = argmax(logits)
-    for rows, settings in _draws(chunks, logits.device):
-        tokens[rows] = draw(logits[rows], settings)
+    _draw(tokens, logits, chunks)
     chosen = tuple(tokens.tolist())  # the only device → host sync, but for logprobs
     logprobs: list[TokenLogprob | None] = [None] * len(chunks)
     for row, values in zip(asked, raw.cpu().numpy() if asked else (), strict=True):
@@ -49,22 +43,37 @@ def argmax(logits: torch.Tensor) -> torch.Tensor:
     return logits.argmax(-1)
 
 
-def _draws(chunks: Sequence[Chunk], device: torch.device) -> list[tuple[Rows, np.ndarray]]:
-    """Rows that need a random number, and their settings, in groups to draw together.
+def _draw(tokens: torch.Tensor, logits: torch.Tensor, chunks: Sequence[Chunk]) -> None:
+    """Put a random token in the place of each row that wants one.
 
-    A temperature of 0 and a top-k of 1 both mean the likeliest token. On a CPU every row is a group
-    of its own, which stays in cache; elsewhere rows without top-k and top-p do not pay for others.
+    A temperature of 0 and a top-k of 1 both mean the likeliest token.
     """
     samplings = [_sampling(chunk) for chunk in chunks]
     rows = [row for row, s in enumerate(samplings) if s.temperature > 0 and s.top_k != 1]
     if not rows:
-        return []
-    table = draw_settings([chunks[row] for row in rows])
-    if device.type == "cpu":
-        return [(slice(row, row + 1), table[i : i + 1]) for i, row in enumerate(rows)]
-    cut = (table[:, 3] > 0) | (table[:, 4] < 1)
-    members = [np.flatnonzero(mask) for mask in (~cut, cut) if mask.any()]
-    return [([rows[i] for i in group], table[group]) for group in members]
+        return
+    hows = draws_of([chunks[row] for row in rows])
+    if logits.device.type == "cpu":
+        for row, how in zip(rows, hows, strict=True):
+            tokens[row] = draw_row(logits[row].numpy(), how)
+        return
+    for cuts in (False, True):  # what needs no sorting does not wait for what does
+        group = [i for i, how in enumerate(hows) if how.cuts == cuts]
+        if group:
+            members = [rows[i] for i in group]
+            tokens[members] = draw_rows(logits[members], [hows[i] for i in group])
+
+
+def draws_of(chunks: Sequence[Chunk]) -> list[Draw]:
+    """How to draw each chunk's new token; its noise is of the request's seed and its position."""
+    samplings = [_sampling(chunk) for chunk in chunks]
+    seeds = np.array([s.seed for s in samplings], np.uint64)
+    positions = np.array([c.start + len(c.tokens) for c in chunks], np.uint64)
+    noise = uniforms(seeds, positions).tolist()
+    return [
+        Draw(u, s.temperature, s.min_p, s.top_k, s.top_p)
+        for u, s in zip(noise, samplings, strict=True)
+    ]
 
 
 # --- penalties -----------------------------------------------------------------------------------
@@ -104,85 +113,12 @@ def _penalties(row: int, chunk: Chunk) -> tuple[np.ndarray, ...]:
     return np.full(len(ids), row), ids, counts, *spread
 
 
-# --- drawing -------------------------------------------------------------------------------------
-
-
-def uniforms(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """One number in [0, 1) a row. uint64 [n], uint64 [n] -> float64 [n]. (splitmix64 finalizer)"""
-    return (_mix(_mix(seeds) + positions) >> np.uint64(11)) * 2.0**-53
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def draw_settings(chunks: Sequence[Chunk]) -> np.ndarray:
-    """float64 [n, 5]: uniform number, temperature, min-p, top-k, top-p of each new token."""
-    samplings = [_sampling(chunk) for chunk in chunks]
-    seeds = np.array([s.seed for s in samplings], np.uint64)
-    positions = np.array([c.start + len(c.tokens) for c in chunks], np.uint64)
-    rest = [(s.temperature, s.min_p, s.top_k, s.top_p) for s in samplings]
-    return np.column_stack((uniforms(seeds, positions), rest))
-
-
-def draw(logits: torch.Tensor, settings: np.ndarray) -> torch.Tensor:
-    """int64 [n]: a token of each row at random; temperature first, then min-p, top-k and top-p.
-
-    logits float32 [n, vocab], settings float64 [n, 5] of `draw_settings`
-    """
-    columns = torch.from_numpy(settings).to(logits.device).split(1, dim=-1)
-    uniform, temperature, min_p, top_k, top_p = columns
-    masses = probability_masses(logits, temperature.float().clamp_(min=1e-30))
-    if settings[:, 2].any():
-        masses = masses.masked_fill_(masses < min_p * MASS, 0)
-    if most := int(min(settings[:, 3].max(), masses.shape[1])):
-        masses = keep_top_k(masses, top_k.long(), most)
-    if (settings[:, 4] < 1).any():
-        masses = keep_top_p(masses, top_p)
-    cumulative = masses.cumsum(-1)
-    total = cumulative[:, -1:]
-    target = torch.minimum((uniform * total).floor(), total - 1)
-    return torch.searchsorted(cumulative, target, right=True)[:, 0]
-
-
-def probability_masses(logits: torch.Tensor, temperature: torch.Tensor | float) -> torch.Tensor:
-    """float64 [n, vocab] of whole numbers in proportion to the probabilities, at most MASS."""
-    scaled = (logits - logits.amax(-1, keepdim=True)).div_(temperature)
-    if scaled.device.type == "cpu":
-        # torch takes another exp for what is left over after its vectors, and where that lies
-        # depends on shape and threads.
-        scaled = torch.from_numpy(np.exp(scaled.numpy(), out=scaled.numpy()))
-    else:
-        scaled = scaled.exp()
-    return scaled.double().mul_(MASS).round_()
-
-
-def keep_top_k(masses: torch.Tensor, top_k: torch.Tensor, most: int) -> torch.Tensor:
-    """Zero but for the k greatest of each row and their equals; k = 0 keeps all. top_k [n, 1]."""
-    greatest = masses.topk(most).values
-    least = greatest.gather(-1, (top_k.clamp(1, most) - 1))
-    return masses.where((masses >= least) | (top_k == 0), 0.0)
-
-
-def keep_top_p(masses: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """Zero but for the fewest greatest that together have the share p, and equals of the last."""
-    total = masses.sum(-1, keepdim=True)
-    # Fewer than 1 - p of all lies in tokens below this, so none of them can be the last one kept.
-    floor = (1 - top_p) * total / (2 * masses.shape[1])
-    ordered = masses[:, (masses >= floor).any(0)].sort(descending=True).values
-    before = (ordered.cumsum(-1) < top_p * total).sum(-1, keepdim=True)
-    least = ordered.gather(-1, before.clamp(max=ordered.shape[1] - 1))
-    return masses.where(masses >= least, 0.0)
-
-
 # --- logprobs ------------------------------------------------------------------------------------
 
 
 def token_logprob(logits: np.ndarray, token: int, num_top: int) -> TokenLogprob:
     """Of the distribution before penalties, temperature and truncation. logits float32 [vocab]."""
-    log_total = np.log(probability_masses(torch.from_numpy(logits)[None], 1.0).sum().item() / MASS)
+    log_total = np.log(row_masses(logits, 1.0).sum() / MASS)
 
     def logprob(ids: int | np.ndarray) -> np.ndarray:
         return logits[ids].astype(np.float64) - logits.max() - log_total

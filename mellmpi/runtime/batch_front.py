@@ -64,11 +64,11 @@ class BatchFront:
     def deliver(self, command: Emit | Rejected) -> None:
         if isinstance(command, Emit):
             self._advanced(len(command.tokens))
-            unwanted = self._job.emit(command)
+            unwanted, reason = self._job.emit(command), "stop"
             ended = command.finish_reason is not None
         else:
-            unwanted, ended = self._job.rejected(command), True
+            unwanted, reason, ended = self._job.rejected(command), "gone", True
         if ended:
             self._open.discard(command.request_id)
         self._open.difference_update(unwanted)
-        self._cancels += map(Cancel, unwanted)
+        self._cancels += [Cancel(request_id, reason) for request_id in unwanted]

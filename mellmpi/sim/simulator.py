@@ -80,7 +80,7 @@ class Simulation:
             if request_id in self.scheduler.records and request_id not in over:
                 self.outcome.finished[request_id] = "cancelled"
                 self._live -= 1
-                self._to_scheduler(FRONT, Cancel(request_id))
+                self._to_scheduler(FRONT, Cancel(request_id, "gone"))
 
         self.at(at_s, cancel)
 

@@ -1,13 +1,16 @@
 """Workers as MPI ranks. The only module that imports MPI, and the only one that knows ranks."""
 
 import contextlib
+import ctypes
 import os
 import secrets
+import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import mpi4py
 import msgpack
@@ -30,6 +33,7 @@ SUSPICION_S = 10.0  # an error on a link that nobody explains by then is a bug, 
 
 FLUSH_S = 5.0  # a closing transport waits that long for its messages to leave
 FINALIZE_S = 10.0  # MPI may take that long to shut down after a loss
+OPEN_MPI_FT = 12  # MPI_FT in Open MPI's mpi.h; mpi4py has no name for it
 
 
 def worker_of(rank: int) -> int:
@@ -238,7 +242,7 @@ class Job:
     def __init__(self) -> None:
         self._comm = MPI.COMM_WORLD
         self.rank, self.size = self._comm.rank, self._comm.size
-        names = self._gather(MPI.Get_processor_name().encode().ljust(MPI.MAX_PROCESSOR_NAME))
+        names = self.gather(MPI.Get_processor_name().encode().ljust(MPI.MAX_PROCESSOR_NAME))
         self.hosts = [name.decode().strip() for name in names]  # of every rank
         self._transport: MpiTransport | None = None
 
@@ -249,7 +253,7 @@ class Job:
 
     def check_installation(self, fingerprint: str = FINGERPRINT) -> None:
         """Raises MixedInstallation, on all ranks alike, unless all speak the same protocol."""
-        seen = self._gather(fingerprint.encode())
+        seen = self.gather(fingerprint.encode())
         if odd := [rank for rank, one in enumerate(seen) if one != seen[0]]:
             raise MixedInstallation(
                 f"ranks {odd} (hosts: {', '.join(sorted({self.hosts[r] for r in odd}))}) run "
@@ -268,7 +272,7 @@ class Job:
         bell = Doorbell(self.share(secrets.token_hex(8)), self.rank)
         self._comm.Barrier()  # every bell is hung up
         heard = bell.find(self.neighbours)
-        rows = self._gather(bytes(rank in heard for rank in range(self.size)))
+        rows = self.gather(bytes(rank in heard for rank in range(self.size)))
         all_ring = all(row[self.rank] for row in rows)
         may_spin = len(self.neighbours) <= len(os.sched_getaffinity(0))
         wakes = Wakes(LOCAL_POLL_S if all_ring else idle_poll_s, SPIN_S if may_spin else 0.0)
@@ -281,7 +285,8 @@ class Job:
         limit.daemon = True
         if self._transport:
             self._transport.close()
-            self._meet(self._transport)
+            if not self._transport.lost:
+                self._meet(self._transport)
             if self._transport.lost:  # MPI_Finalize then hangs now and then
                 limit.start()
         MPI.Finalize()
@@ -297,15 +302,32 @@ class Job:
         except MPI.Exception:
             transport.poll()
 
-    def abort(self, exit_code: int) -> None:
-        """End the whole job, at once."""
-        self._comm.Abort(exit_code)
-
-    def vanish(self, exit_code: int) -> None:
-        """End this process alone, at once: the others find its worker lost."""
+    def abort(self, exit_code: int) -> NoReturn:
+        """End the whole job at once; `exit_code` must not be 0."""
+        assert exit_code != 0, "the launcher would let the others run on"
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if not self.survivable:
+            self._comm.Abort(exit_code)
+        # Under ULFM an MPI_Abort ends this rank alone (seen), but a bad exit code ends the job.
         os._exit(exit_code)
 
-    def _gather(self, data: bytes) -> list[bytes]:
+    def vanish(self) -> NoReturn:
+        """End this process alone, at once: the others find its worker lost."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.kill(os.getpid(), signal.SIGKILL)  # an exit code would end the job
+        raise AssertionError("still alive")
+
+    @property
+    def survivable(self) -> bool:
+        """MPI lets the job outlive a lost rank: `mpirun --with-ft ulfm`."""
+        if MPI.get_vendor()[0] != "Open MPI":
+            return False
+        address = self._comm.Get_attr(OPEN_MPI_FT)
+        return bool(address) and ctypes.c_int.from_address(address).value != 0
+
+    def gather(self, data: bytes) -> list[bytes]:
         """Data of the same length from every rank, by rank."""
         whole = bytearray(len(data) * self.size)
         self._comm.Allgather([data, MPI.BYTE], [whole, MPI.BYTE])

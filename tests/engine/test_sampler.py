@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from mellmpi.engine import sampler
-from mellmpi.engine.sampler import draw, draw_settings, probability_masses, sample, uniforms
+from mellmpi.engine import drawing, sampler
+from mellmpi.engine.drawing import Draw, draw_row, draw_rows, row_masses, uniforms
+from mellmpi.engine.sampler import draws_of, sample
 from mellmpi.protocol import Chunk
 
 VOCAB = 1000
@@ -69,7 +70,7 @@ def test_a_top_k_of_one_is_greedy(chunk):
 
 
 def test_an_all_greedy_batch_draws_nothing(chunk, monkeypatch):
-    monkeypatch.delattr(sampler, "draw")
+    monkeypatch.delattr(sampler, "draw_row")
     monkeypatch.delattr(sampler, "token_logprob")
     assert len(sample(random_logits(4), [chunk()] * 4).tokens) == 4
 

@@ -101,24 +101,24 @@ def big_messages_arrive_whole_and_keep_their_place(post: Post) -> None:
     t = post.transport
     if t.worker == 1:
         for i in range(4):
-            t.send(2, Cancel(i))
+            t.send(2, Cancel(i, "gone"))
             t.send(2, Submit(_request(i, 100_000)))
-        t.send(2, Cancel(4))
+        t.send(2, Cancel(4, "gone"))
     if t.worker == 2:
         for i in range(4):
-            assert post.next(1) == Cancel(i)
+            assert post.next(1) == Cancel(i, "gone")
             assert post.next(1) == Submit(_request(i, 100_000))
-        assert post.next(1) == Cancel(4)
+        assert post.next(1) == Cancel(4, "gone")
 
 
 def many_may_send_to_one_at_once(post: Post) -> None:
     t = post.transport
     if t.worker != 0:
         for i in range(1000):
-            t.send(0, Cancel(i))
+            t.send(0, Cancel(i, "gone"))
         return
     for src in range(1, t.num_workers + 1):
-        assert [post.next(src) for _ in range(1000)] == [Cancel(i) for i in range(1000)]
+        assert [post.next(src) for _ in range(1000)] == [Cancel(i, "gone") for i in range(1000)]
 
 
 def all_may_send_before_any_receives(post: Post) -> None:
@@ -140,7 +140,7 @@ def blocks_land_where_they_belong_bit_for_bit(post: Post) -> None:
     t.attach(arena)
     if t.worker == 1:
         arena.fill(1)
-        t.send(2, Cancel(0))
+        t.send(2, Cancel(0, "gone"))
         transfer = t.send_blocks(2, 7, out)
         post.finish(transfer)
         assert not transfer.failed and transfer.num_bytes == 40 * BLOCK_BYTES
@@ -166,7 +166,7 @@ def a_receive_may_be_posted_before_the_blocks_are_sent(post: Post) -> None:
     if t.worker == 2:
         transfer = t.receive_blocks(3, 1, range(8))
         assert not t.progress() and not transfer.done
-        t.send(3, Cancel(0))
+        t.send(3, Cancel(0, "gone"))
         post.finish(transfer)
         source = HostArena(8)
         source.fill(3)
@@ -281,7 +281,7 @@ def the_arena_cannot_go_while_blocks_are_under_way(post: Post) -> None:
         try:
             t.attach(None)
         except AssertionError:
-            t.send(2, Cancel(0))
+            t.send(2, Cancel(0, "gone"))
         post.finish(transfer)
     if t.worker == 2:
         post.next(1)

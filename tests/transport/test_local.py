@@ -29,10 +29,10 @@ def test_the_local_transport_keeps_the_contract(scenario):
 def test_a_lost_worker_is_reported_once_to_everyone_else_after_its_last_message():
     network = LocalNetwork(num_workers=2)
     scheduler, one, two = network.transports
-    one.send(0, Cancel(1))
+    one.send(0, Cancel(1, "gone"))
     network.lose(1)
-    one.send(0, Cancel(2))
-    assert scheduler.poll() == [(1, Cancel(1)), (1, WorkerLost(1))]
+    one.send(0, Cancel(2, "gone"))
+    assert scheduler.poll() == [(1, Cancel(1, "gone")), (1, WorkerLost(1))]
     assert two.poll() == [(1, WorkerLost(1))]
     assert scheduler.poll() == two.poll() == []
 

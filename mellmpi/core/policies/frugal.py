@@ -35,9 +35,7 @@ def rebalance(view: View) -> list[Proposal]:
 
 def growth_room(view: View, horizon_s: float) -> np.ndarray:
     """int64 [workers + 1]: bytes to keep free; half a block a request until rates are known."""
-    block = max((kv.block_bytes for models in view.workers.models for kv in models.values()),
-                default=0)  # fmt: skip
-    floor = view.workers.num_requests * block // 2
+    floor = view.workers.num_requests * view.workers.block_bytes // 2
     return np.maximum((view.growth_Bps * horizon_s).astype(np.int64), floor)
 
 
