@@ -44,7 +44,10 @@ Commands = list[tuple[Address, Any]]
 
 
 class BatchScheduler:
-    """The sequences of one worker and its block pool. Everything is keyed by epoch."""
+    """The sequences of one worker and its block pool. Everything is keyed by epoch.
+
+    Between `plan` and its `commit` nothing is handled: the pass still writes the blocks.
+    """
 
     def __init__(self, kv: ModelKv, num_blocks: int, fingerprint: str, acked: int,
                  batch: BatchConfig, cache: CacheConfig):  # fmt: skip
@@ -66,6 +69,7 @@ class BatchScheduler:
 
     def handle(self, source: Address, event: Any) -> Commands:
         """Apply one message; return what must be sent because of it."""
+        assert not self._planned, f"{event} between plan and commit"
         if source == SCHEDULER:
             self.acked += 1
         commands = self._handle(source, event)
@@ -147,7 +151,7 @@ class BatchScheduler:
             failed = KvFailed(header.request_id, header.epoch, why)
             return [*self._drain(source, header), (SCHEDULER, failed)]
         sequence.outputs = list(header.outputs)
-        sequence.logprobs = {i: v for i, v in header.logprobs if i >= sequence.num_reported}
+        sequence.logprobs = dict(header.logprobs)
         sequence.num_computed = header.num_computed
         if not header.num_blocks:  # frozen before its first step: nothing to wait for
             return self._arrived(BlocksArrived(header.request_id, header.epoch, True, 0.0))
@@ -181,11 +185,10 @@ class BatchScheduler:
         self._know_blocks(sequence)
         first = sequence.num_reported
         sequence.num_reported = len(sequence.outputs)
-        logprobs = tuple(sequence.logprobs.pop(i) for i in sorted(sequence.logprobs))
         num_blocks = blocks_for(sequence.num_computed, self.kv.block_size)
         received = KvReceived(
-            event.request_id, event.epoch, first, tuple(sequence.outputs[first:]), logprobs,
-            num_blocks * self.kv.block_bytes, event.transfer_s,
+            event.request_id, event.epoch, first, tuple(sequence.outputs[first:]),
+            sequence.logprobs_from(first), num_blocks * self.kv.block_bytes, event.transfer_s,
         )  # fmt: skip
         return [(SCHEDULER, received)]
 
@@ -227,8 +230,9 @@ class BatchScheduler:
         """A block for its next position, if need be by preempting the youngest; False: itself."""
         while not self._grow(sequence, sequence.num_tokens):
             youngest = next(
-                s for s in reversed(self.sequences.values()) if s.phase is Phase.RUNNING
-            )
+                s for s in reversed(self.sequences.values())
+                if s is sequence or (s.phase is Phase.RUNNING and not s.in_flight)
+            )  # fmt: skip
             self._preempt(youngest)
             if youngest is sequence:
                 return False

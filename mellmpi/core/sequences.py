@@ -27,7 +27,7 @@ class Sequence:
     phase: Phase = Phase.RUNNING
     num_computed: int = 0  # positions whose KV is in place
     num_reported: int = 0  # outputs the scheduler has been told of
-    logprobs: dict[int, TokenLogprob] = field(default_factory=dict)  # by output index, unreported
+    logprobs: dict[int, TokenLogprob] = field(default_factory=dict)  # by output index, if asked for
     keys: list[BlockKey] = field(default_factory=list)  # of the full blocks known so far
     num_known: int = 0  # leading blocks whose content the pool knows
     sends: int = 0  # transfers that still read the blocks
@@ -42,6 +42,12 @@ class Sequence:
     def in_flight(self) -> bool:
         """A transfer still touches the blocks: they may not be given to anybody."""
         return self.receiving or self.sends > 0
+
+    def logprobs_from(self, first: int) -> tuple[TokenLogprob, ...]:
+        """Of the outputs from index `first` on, one each; empty if none were asked for."""
+        if not self.logprobs:
+            return ()
+        return tuple(self.logprobs[i] for i in range(first, len(self.outputs)))
 
     def token_range(self, start: int, end: int) -> tuple[int, ...]:
         """Tokens of positions [start, end), prompt and outputs taken as one."""

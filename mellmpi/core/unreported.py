@@ -1,10 +1,9 @@
 """What a worker has done and the scheduler has not yet heard of."""
 
 from itertools import chain
-from typing import Any
 
 from mellmpi.core.sequences import Sequence
-from mellmpi.protocol import StepReport
+from mellmpi.protocol import StepReport, TokenLogprob
 
 
 class Unreported:
@@ -41,7 +40,7 @@ class Unreported:
             free_bytes=free_bytes, acked=acked,
             request_ids=tuple(s.request.id for s in runs), epochs=tuple(s.epoch for s in runs),
             firsts=tuple(s.num_reported for s in runs), counts=tuple(map(len, news)),
-            tokens=tuple(chain.from_iterable(news)), logprobs=_take_logprobs(runs),
+            tokens=tuple(chain.from_iterable(news)), logprobs=_logprobs(runs),
             preempted=tuple(self._preempted),
         )  # fmt: skip
         for sequence in runs:
@@ -51,11 +50,6 @@ class Unreported:
         return report
 
 
-def _take_logprobs(runs: list[Sequence]) -> Any:
-    """(run index, logprobs in output order) of the sequences that have any; theirs no longer."""
-    taken = []
-    for i, sequence in enumerate(runs):
-        if sequence.logprobs:
-            taken.append((i, tuple(sequence.logprobs[k] for k in sorted(sequence.logprobs))))
-            sequence.logprobs = {}
-    return tuple(taken)
+def _logprobs(runs: list[Sequence]) -> tuple[tuple[int, tuple[TokenLogprob, ...]], ...]:
+    """(run index, its logprobs) of the sequences that have any."""
+    return tuple((i, s.logprobs_from(s.num_reported)) for i, s in enumerate(runs) if s.logprobs)

@@ -5,7 +5,7 @@ The arena is real: a block freed too early, copied wrongly or never sent changes
 
 import numpy as np
 
-from mellmpi.protocol import Chunk, Request, StepPlan, StepResult
+from mellmpi.protocol import Chunk, Request, StepPlan, StepResult, TokenLogprob
 
 VOCABULARY = 50
 _A, _B = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9)
@@ -37,6 +37,12 @@ def expected_outputs(request: Request) -> list[int]:
     return tokens[len(request.prompt) :]
 
 
+def logprob(token: int, position: int) -> TokenLogprob:
+    """What the engine says of this token at this position of the sequence."""
+    value = -(position + token / VOCABULARY)
+    return value, (token,), (value,)
+
+
 class HashExecutor:
     """Runs step plans on an arena of 8 bytes a position."""
 
@@ -46,9 +52,16 @@ class HashExecutor:
     def execute(self, plan: StepPlan) -> StepResult:
         """One token a sampled chunk, in plan order."""
         assert not plan.copies
-        tokens = tuple(self._chunk(chunk) for chunk in plan.chunks)
-        sampled = tuple(t for t, c in zip(tokens, plan.chunks, strict=True) if c.sampling)
-        return StepResult(sampled, (None,) * len(sampled))
+        tokens = [self._chunk(chunk) for chunk in plan.chunks]
+        sampled = [(t, c) for t, c in zip(tokens, plan.chunks, strict=True) if c.sampling]
+        return StepResult(
+            tuple(t for t, _ in sampled), tuple(self._logprob(t, c) for t, c in sampled)
+        )
+
+    def _logprob(self, token: int, chunk: Chunk) -> TokenLogprob | None:
+        if chunk.sampling is None or chunk.sampling.num_logprobs is None:
+            return None
+        return logprob(token, chunk.start + len(chunk.tokens))
 
     def _chunk(self, chunk: Chunk) -> int:
         end, size = chunk.start + len(chunk.tokens), self.arena.shape[1]

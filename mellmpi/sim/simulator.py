@@ -22,6 +22,7 @@ from mellmpi.protocol import (
     Rejected,
     Request,
     Submit,
+    TokenLogprob,
     Wake,
     WorkerLost,
 )
@@ -35,6 +36,7 @@ class Outcome:
     """What the clients saw, and what the observer was told."""
 
     outputs: dict[int, list[int]] = field(default_factory=dict)
+    logprobs: dict[int, list[TokenLogprob]] = field(default_factory=dict)
     finished: dict[int, str] = field(default_factory=dict)
     rejected: dict[int, str] = field(default_factory=dict)
     observed: list[tuple[float, Any]] = field(default_factory=list)
@@ -136,10 +138,11 @@ class Simulation:
 
     def _front(self, command: Any) -> None:
         match command:
-            case Emit(request_id, first, tokens, _, reason):
+            case Emit(request_id, first, tokens, logprobs, reason):
                 outputs = self.outcome.outputs.setdefault(request_id, [])
                 assert first == len(outputs), f"request {request_id}: token lost or repeated"
                 outputs += tokens
+                self.outcome.logprobs.setdefault(request_id, []).extend(logprobs)
                 if reason:
                     self.outcome.finished[request_id] = reason
                     self._live -= 1

@@ -5,7 +5,7 @@ import random
 from mellmpi.config import BatchConfig, CacheConfig, ClusterConfig
 from mellmpi.core.cost import CostModel
 from mellmpi.protocol import ModelKv, Request, Sampling
-from mellmpi.sim.executor import expected_outputs
+from mellmpi.sim.executor import expected_outputs, logprob
 from mellmpi.sim.network import Network
 from mellmpi.sim.simulator import Simulation
 from mellmpi.sim.worker import WorkerSpec
@@ -21,7 +21,7 @@ def random_request(request_id: int, rng: random.Random) -> Request:
     sampling = Sampling(
         max_tokens=rng.randint(1, 24), temperature=0.0, top_k=0, top_p=1.0, min_p=0.0,
         repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0,
-        seed=rng.randrange(2**64), stop_token_ids=stop, num_logprobs=None,
+        seed=rng.randrange(2**64), stop_token_ids=stop, num_logprobs=rng.choice([None, None, 1]),
     )  # fmt: skip
     # A few shared beginnings, so that prefix reuse has something to reuse.
     prompt = tuple([rng.randint(0, 2)] * rng.randint(0, 12) + [rng.randint(3, 49)])
@@ -65,6 +65,9 @@ def check(sim: Simulation, requests: list[Request]) -> None:
             assert outputs == expected[: len(outputs)], f"request {request.id}: wrong before cancel"
         else:
             assert outputs == expected, f"request {request.id}: {outputs} is not {expected}"
+        if request.sampling.num_logprobs is not None:
+            expected = [logprob(t, len(request.prompt) + i) for i, t in enumerate(outputs)]
+            assert outcome.logprobs.get(request.id, []) == expected, f"request {request.id}"
     nothing_left(sim)
 
 

@@ -2,7 +2,8 @@
 
 Placement is best fit that leaves room for a few seconds of growth. A worker that is about to
 overflow gives its smallest sufficient request away; the emptiest worker is drained and parked
-as soon as its requests fit elsewhere, again with room to grow.
+as soon as its requests fit elsewhere, again with room to grow. The three ask for different
+amounts of room (RELIEVE < placement < DRAIN), so that one does not undo what another did.
 """
 
 import numpy as np
@@ -11,9 +12,9 @@ from mellmpi.core.ledger import WorkerState
 from mellmpi.core.policies.base import idle_workers, room_after
 from mellmpi.core.view import Drain, Move, Proposal, View, WakeWorker
 
-# Placement keeps room for one horizon of growth (View.horizon_s).
-RELIEVE = 0.5  # a worker that would overflow within this share of it gives something away
-DRAIN = 2.0  # more room before a worker is emptied: no moving to and fro
+# In horizons of growth (View.horizon_s). Placement keeps one.
+RELIEVE = 0.5  # a worker with less gives something away
+DRAIN = 2.0  # with so much elsewhere, a worker is emptied
 FULL = np.iinfo(np.int64).max
 
 
@@ -21,40 +22,48 @@ def place(view: View, row: int, model: str) -> int | None:
     """The fullest worker with room to grow; any worker with room if none can be woken."""
     room = room_after(view, row, model)
     spare = np.where(room >= 0, room - growth_room(view, view.horizon_s), -1)
-    if (spare >= 0).any():
-        return int(np.argmin(np.where(spare >= 0, spare, FULL)))
+    worker = int(np.argmin(np.where(spare >= 0, spare, FULL)))
+    if spare[worker] >= 0:
+        return worker
     worker = int(np.argmax(room))
     alone = not view.workers.num_requests[worker]  # an empty worker is all the room there is
-    return worker if room[worker] >= 0 and (alone or not _more_workers(view)) else None
+    return worker if room[worker] >= 0 and (alone or not _more_workers(view, model)) else None
 
 
 def rebalance(view: View) -> list[Proposal]:
     """One thing at a time: avert overflow, else empty a worker, else park the empty ones."""
-    return _relieve(view) or _go_on_draining(view) or _drain(view) or idle_workers(view)
+    return _relieve(view) or _go_on_draining(view) or _drain(view) or _park(view)
 
 
 def growth_room(view: View, horizon_s: float) -> np.ndarray:
     """int64 [workers + 1]: bytes to keep free; half a block a request until rates are known."""
     floor = view.workers.num_requests * view.workers.block_bytes // 2
-    return np.maximum((view.growth_Bps * horizon_s).astype(np.int64), floor)
+    return np.asarray(np.maximum((view.growth_Bps * horizon_s).astype(np.int64), floor))
 
 
-def _more_workers(view: View) -> bool:
+class Room:
+    """What active workers can take and still grow; less after each `take`."""
+
+    def __init__(self, view: View, horizon_s: float):
+        workers = view.workers
+        self.spare = np.where(view.active(), workers.budget - growth_room(view, horizon_s), -1)
+        self._seats = workers.max_requests - workers.num_requests
+
+    def take(self, num_bytes: int) -> int | None:
+        """The fullest worker with so much to spare, which is spoken for now; or None."""
+        fits = (self.spare >= num_bytes) & (self._seats > 0)
+        worker = int(np.argmin(np.where(fits, self.spare, FULL)))
+        if not fits[worker]:
+            return None
+        self.spare[worker] -= num_bytes
+        self._seats[worker] -= 1
+        return worker
+
+
+def _more_workers(view: View, model: str) -> bool:
     """Can waiting bring a worker that is not active now?"""
     coming = (WorkerState.PARKED, WorkerState.WAKING, WorkerState.PARKING, WorkerState.DRAINING)
-    return bool(np.isin(view.workers.state, coming).any())
-
-
-def _spare(view: View, horizon_s: float) -> np.ndarray:
-    """int64 [workers + 1]: bytes each active worker could take and still grow; else -1."""
-    workers = view.workers
-    open_ = view.active() & (workers.num_requests < workers.max_requests)
-    return np.where(open_, workers.budget - growth_room(view, horizon_s), -1)
-
-
-def _best_fit(spare: np.ndarray, need: int) -> int | None:
-    worker = int(np.argmin(np.where(spare >= need, spare, FULL)))
-    return worker if spare[worker] >= need else None
+    return bool((view.workers.able(model) & np.isin(view.workers.state, coming)).any())
 
 
 def _rows_on(view: View, worker: int) -> np.ndarray:
@@ -64,33 +73,43 @@ def _rows_on(view: View, worker: int) -> np.ndarray:
 def _relieve(view: View) -> list[Proposal]:
     """For each worker that is about to overflow, the smallest request that cures it."""
     lack = growth_room(view, RELIEVE * view.horizon_s) - view.workers.budget
+    short = np.flatnonzero((lack > 0) & (view.workers.num_requests > 1))
+    if not len(short):
+        return []
     proposals: list[Proposal] = []
-    spare = _spare(view, view.horizon_s)
-    for worker in np.flatnonzero((lack > 0) & (view.workers.num_requests > 1)):
+    room = Room(view, view.horizon_s)
+    room.spare[short] = -1
+    for worker in short:
         rows = _rows_on(view, int(worker))
         if not len(rows) or not view.requests.movable[rows].all():
-            continue  # help is on its way
+            continue  # what is here has yet to arrive, or help is on its way
         sizes = view.requests.kv_bytes(rows)
         enough = sizes >= lack[worker]
         i = int(np.argmin(np.where(enough, sizes, FULL)) if enough.any() else np.argmax(sizes))
-        spare[worker] = -1
-        if (dst := _best_fit(spare, int(sizes[i]))) is not None:
-            spare[dst] -= sizes[i]
-            proposals.append(Move(int(view.requests.request_id[rows[i]]), dst, "overflow"))
-        else:
-            proposals += [WakeWorker(w) for w in view.workers.workers(WorkerState.PARKED)[:1]]
+        if (dst := room.take(int(sizes[i]))) is None:
+            return proposals + _one_worker_more(view)
+        proposals.append(Move(int(view.requests.request_id[rows[i]]), dst, "overflow"))
     return proposals
+
+
+def _one_worker_more(view: View) -> list[Proposal]:
+    """Stop emptying a worker, or wake one; nothing if one is waking already."""
+    workers = view.workers
+    if workers.workers(WorkerState.WAKING):
+        return []
+    idle = workers.workers(WorkerState.DRAINING) or workers.workers(WorkerState.PARKED)
+    return [WakeWorker(w) for w in idle[:1]]
 
 
 def _go_on_draining(view: View) -> list[Proposal]:
     """What is still on a draining worker, as far as it fits elsewhere."""
     proposals: list[Proposal] = []
-    spare = _spare(view, view.horizon_s)
+    room = Room(view, view.horizon_s)
     for worker in view.workers.workers(WorkerState.DRAINING):
-        for row in _rows_on(view, worker):
-            need = int(view.requests.kv_bytes(np.array([row]))[0])
-            if view.requests.movable[row] and (dst := _best_fit(spare, need)) is not None:
-                spare[dst] -= need
+        rows = _rows_on(view, worker)
+        rows = rows[view.requests.movable[rows]]
+        for row, size in zip(rows, view.requests.kv_bytes(rows), strict=True):
+            if (dst := room.take(int(size))) is not None:
                 proposals.append(Move(int(view.requests.request_id[row]), dst, "drain"))
     return proposals
 
@@ -100,27 +119,26 @@ def _drain(view: View) -> list[Proposal]:
     workers, requests = view.workers, view.requests
     if view.waiting_bytes or (workers.state == WorkerState.DRAINING).any():
         return []
-    used = np.where(view.active() & (workers.num_requests > 0), workers.capacity - workers.budget,
-                    FULL)  # fmt: skip
-    victim = int(np.argmin(used))
+    busy = view.active() & (workers.num_requests > 0)
+    victim = int(np.argmin(np.where(busy, workers.capacity - workers.budget, FULL)))
     placed = requests.live & (requests.worker > 0)
-    if used[victim] == FULL or not requests.movable[placed].all():
-        return []  # nothing to drain, or something is still moving
     rows = _rows_on(view, victim)
-    if not len(rows):
-        return []
-    sizes = requests.kv_bytes(rows)
-    growth = int(
-        view.growth_Bps[victim] / len(rows) * DRAIN * view.horizon_s
-    )  # of one of its requests
-    spare, seats = _spare(view, DRAIN * view.horizon_s), workers.max_requests - workers.num_requests
-    spare[victim] = -1
+    if not len(rows) or not requests.movable[placed].all():
+        return []  # nothing to drain, or something is still moving
+    growth = int(view.growth_Bps[victim] / len(rows) * DRAIN * view.horizon_s)  # of one request
+    room = Room(view, DRAIN * view.horizon_s)
+    room.spare[victim] = -1
     moves: list[Proposal] = []
+    sizes = requests.kv_bytes(rows)
     for i in np.argsort(-sizes):
-        dst = _best_fit(np.where(seats > 0, spare, -1), int(sizes[i]) + growth)
-        if dst is None:
+        if (dst := room.take(int(sizes[i]) + growth)) is None:
             return []
-        spare[dst] -= int(sizes[i]) + growth
-        seats[dst] -= 1
         moves.append(Move(int(requests.request_id[rows[i]]), dst, "drain"))
     return [Drain(victim), *moves]
+
+
+def _park(view: View) -> list[Proposal]:
+    """The empty workers, unless one of the others may soon need them."""
+    busy = view.active() & (view.workers.num_requests > 0)
+    lack = growth_room(view, view.horizon_s) > view.workers.budget
+    return [] if (busy & lack).any() else idle_workers(view)
