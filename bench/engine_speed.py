@@ -1,0 +1,214 @@
+"""How fast is one worker against transformers, vLLM and llama.cpp, same weights, same threads?
+
+Every system loads SmolLM2-135M in bfloat16, gets the same seeded token ids, and generates greedily
+with no end-of-sequence. What is timed is one batch from handing it over to having all tokens of all
+requests (prefill included). Each system is one process of its own on the same cores; loading and
+one warm-up of every batch size are not timed; rounds are interleaved; medians are compared.
+
+    bash bench/peers/install.sh                  # once
+    python bench/engine_speed.py --json bench/results/engine_speed.json
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import record
+
+from mellmpi.engine.checkpoint import resolve
+
+HERE = Path(__file__).resolve().parent
+SYSTEMS = ("mellmpi", "transformers", "vllm", "llama.cpp")
+FIRST_ID, LAST_ID = 100, 49_000  # ordinary tokens of SmolLM2
+
+
+@dataclass(frozen=True)
+class Answer:
+    outputs: list[list[int]]
+    seconds: float
+    cpu_seconds: float
+    memory_mb: int
+
+
+class System:
+    """One system in its own process, ready to answer loads."""
+
+    def __init__(self, name: str, args: argparse.Namespace):
+        self.name, self._log = name, args.peers / f"{name}.log"
+        with open(self._log, "w") as log:
+            self._process = subprocess.Popen(
+                ["taskset", "--cpu-list", args.cores, *_command(name, args)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+                env=os.environ | {"OMP_NUM_THREADS": str(args.threads)},
+            )  # fmt: skip
+        self.version = self._read()["ready"]
+
+    def answer(self, prompts: list[list[int]], num_out: int) -> Answer:
+        self._process.stdin.write(json.dumps({"prompts": prompts, "num_out": num_out}) + "\n")
+        self._process.stdin.flush()
+        answer = Answer(**self._read())
+        assert [len(tokens) for tokens in answer.outputs] == [num_out] * len(prompts), self.name
+        return answer
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _read(self) -> dict[str, Any]:
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.name} ended early; its log is {self._log}")
+        return json.loads(line)
+
+
+def _command(name: str, args: argparse.Namespace) -> list[str]:
+    """How to start it; `answer.py` says what it must then do."""
+    ours, vllm = sys.executable, str(args.peers / "vllm/bin/python")
+    model, gguf = str(args.directory), str(args.peers / "smollm2-bf16.gguf")
+    server = str(args.peers / "llama.cpp/build/bin/llama-server")
+    command = {
+        "mellmpi": [ours, f"{HERE}/peers/ours.py", "--model", model],
+        "transformers": [ours, f"{HERE}/peers/transformers_generate.py", "--model", model],
+        "vllm": [vllm, f"{HERE}/peers/vllm_cpu.py", "--model", model],
+        "llama.cpp": [ours, f"{HERE}/peers/llama_cpp.py", "--model", gguf, "--server", server],
+    }[name]
+    return [
+        *command, "--threads", str(args.threads), "--max-requests", str(max(args.requests)),
+        "--max-len", str(args.num_in + args.num_out + 16),
+    ]  # fmt: skip
+
+
+def make_prompts(num_requests: int, num_in: int, seed: int) -> list[list[int]]:
+    rng = random.Random(f"{num_requests} {seed}")
+    return [[rng.randint(FIRST_ID, LAST_ID) for _ in range(num_in)] for _ in range(num_requests)]
+
+
+Answers = dict[int, dict[str, list[Answer]]]  # number of requests -> system -> one a round
+
+
+def measure(systems: list[System], args: argparse.Namespace) -> Answers:
+    """Round 0 is the warm-up: the same loads, not kept."""
+    answers: Answers = {n: {s.name: [] for s in systems} for n in args.requests}
+    for round_ in range(args.rounds + 1):
+        for n in args.requests:
+            prompts = make_prompts(n, args.num_in, round_)
+            for system in systems:
+                answer = system.answer(prompts, args.num_out)
+                speed = n * args.num_out / answer.seconds
+                note(f"round {round_}  {n:3d} requests  {system.name:13s} {speed:7.1f} tokens/s")
+                if round_:
+                    answers[n][system.name].append(answer)
+    return answers
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def summarise(answers: Answers, num_out: int) -> dict[str, Any]:
+    """{requests: {system: {output_throughput …, ours_over_it, first_tokens_as_first_system}}}."""
+    return {str(n): _row(by_name, n * num_out) for n, by_name in answers.items()}
+
+
+def _row(by_name: dict[str, list[Answer]], num_tokens: int) -> dict[str, Any]:
+    median = {s: statistics.median(a.seconds for a in done) for s, done in by_name.items()}
+    yardstick = next(iter(by_name.values()))
+    return {
+        name: {
+            "output_throughput": round(num_tokens / median[name], 1),
+            "seconds": [round(a.seconds, 3) for a in done],
+            "cpu_seconds": [round(a.cpu_seconds, 2) for a in done],
+            "ours_over_it": round(median[name] / median["mellmpi"], 3)
+            if "mellmpi" in median
+            else None,
+            "same_first_token": round(_same_first_token(done, yardstick), 3),
+            "memory_mb": max(a.memory_mb for a in done),
+        }
+        for name, done in by_name.items()
+    }
+
+
+def _same_first_token(a: list[Answer], b: list[Answer]) -> float:
+    """Share of requests; shows that the weights are the same. In bf16 near-ties may differ."""
+    pairs = [
+        (mine[0], other[0])
+        for x, y in zip(a, b, strict=True)
+        for mine, other in zip(x.outputs, y.outputs, strict=True)
+    ]
+    return sum(mine == other for mine, other in pairs) / len(pairs)
+
+
+def table(results: dict[str, Any]) -> str:
+    names = list(next(iter(results.values())))
+    lines = [f"{'requests':>8s}" + "".join(f"{name:>22s}" for name in names)]
+    for n, row in results.items():
+        cells = [
+            f"{r['output_throughput']:.1f}"
+            + (f" ({r['ours_over_it']:.2f}x)" if r["ours_over_it"] and name != "mellmpi" else "")
+            for name, r in row.items()
+        ]
+        lines.append(f"{n:>8s}" + "".join(f"{cell:>22s}" for cell in cells))
+    return "\n".join(["output tokens/s end to end (in brackets: mellmpi over it)", *lines])
+
+
+def disturbed(answers: Answers, threads: int) -> list[str]:
+    """Where a system got less than 90 % of its cores: something else was running there."""
+    return [
+        f"{name} at {n} requests"
+        for n, by_name in answers.items()
+        for name, done in by_name.items()
+        if statistics.median(a.cpu_seconds / a.seconds for a in done) < 0.9 * threads
+    ]
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    cache = Path.home() / ".cache"
+    parser.add_argument("--peers", type=Path, default=cache / "mellmpi-peers")
+    parser.add_argument("--cache-dir", type=Path, default=cache / "mellmpi", help="of our models")
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    parser.add_argument("--requests", nargs="+", type=int, default=[1, 8, 32])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cores", help="as taskset has it; default: the last --threads cores")
+    parser.add_argument("--num-in", type=int, default=128)
+    parser.add_argument("--num-out", type=int, default=128)
+    record.add_json_option(parser)
+    args = parser.parse_args()
+    available = sorted(os.sched_getaffinity(0))
+    args.cores = args.cores or ",".join(map(str, available[-args.threads :]))
+    args.peers.mkdir(parents=True, exist_ok=True)
+    args.directory = resolve("smollm2", args.cache_dir)
+    return args
+
+
+def main() -> None:
+    args = options()
+    systems = []
+    for name in args.systems:
+        note(f"loading {name} …")
+        systems.append(System(name, args))
+    answers = measure(systems, args)
+    for system in systems:
+        system.close()
+    results = summarise(answers, args.num_out)
+    note(table(results))
+    if busy := disturbed(answers, args.threads):
+        note(f"cores were shared with other work, so these are low: {', '.join(busy)}")
+    config = {
+        "model": "SmolLM2-135M-Instruct", "dtype": "bfloat16", "num_in": args.num_in,
+        "num_out": args.num_out, "threads": args.threads, "cores": args.cores,
+        "rounds": args.rounds, "systems": {s.name: s.version for s in systems},
+    }  # fmt: skip
+    record.finish(config, results, args.json)
+
+
+if __name__ == "__main__":
+    main()

