@@ -1,0 +1,247 @@
+"""The one multiplication of this engine: a few rows times a panel of columns, held in registers.
+
+Every output element is one SIMD lane of one accumulator, and the lane adds its products in the
+order of k. So an element has the same bits whatever the number of rows beside it, and however the
+rows of a batch were split into tiles: this is what makes a token independent of its batch.
+
+A panel stores, for each step of k, the columns side by side. A step is one float32 a column, or
+two bfloat16 (k, k + 1), which is what AVX512-BF16 multiplies in one instruction:
+
+    float32   w[step][column]            a[row][step]
+    bfloat16  w[step][column][2]         a[row][step][2]
+
+Without AVX512-BF16 the two halves are widened and multiplied one after the other in float32; LLVM
+lowers the vectors of 16 to what the CPU has. Bits are equal within one kind of CPU.
+"""
+
+from typing import Any
+
+from llvmlite import binding as llvm
+from llvmlite import ir
+from numba import types
+from numba.core.registry import cpu_target
+from numba.extending import intrinsic
+
+from mellmpi.engine.kernels.vectors import (
+    BYTES,
+    F32X16,
+    I32,
+    I32X16,
+    I64,
+    LANES,
+    Builder,
+    Emitted,
+    element_pointer,
+    external,
+    fused,
+    holds_bfloat16,
+    i64,
+    lanes_of,
+    offset,
+    prefetch_line,
+    read,
+    splat,
+    write,
+)
+
+VECTOR_BYTES = 4 * LANES
+FEATURES = frozenset(cpu_target.target_context.codegen().magic_tuple()[2].split(","))
+HAS_BF16_DOT = "+avx512bf16" in FEATURES
+# Accumulators fill the registers: 32 of 64 bytes with AVX-512, else 16 or 32 smaller ones.
+MOST_ROWS = {1: 14, 2: 14, 4: 6} if "+avx512f" in FEATURES else {1: 6, 2: 3, 4: 1}
+
+
+class BFloat(ir.Type):
+    """LLVM's bfloat, which llvmlite does not name."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BFloat)
+
+    def __hash__(self) -> int:
+        return hash(BFloat)
+
+
+BF16X32 = ir.VectorType(BFloat(), 2 * LANES)
+
+
+def _even(b: Builder, words: Emitted) -> Emitted:
+    return b.bitcast(b.shl(words, lanes_of(16, I32X16)), F32X16)
+
+
+def _odd(b: Builder, words: Emitted) -> Emitted:
+    return b.bitcast(b.and_(words, lanes_of(0xFFFF0000, I32X16)), F32X16)
+
+
+def _step_bf16_dot(b: Builder, accumulator: Emitted, a: Emitted, w: Emitted) -> Emitted:
+    name = "llvm.x86.avx512bf16.dpbf16ps.512"
+    dot = external(b, name, F32X16, F32X16, BF16X32, BF16X32)
+    return b.call(dot, [accumulator, b.bitcast(w, BF16X32), b.bitcast(a, BF16X32)])
+
+
+def _step_bf16(b: Builder, accumulator: Emitted, a: Emitted, w: Emitted) -> Emitted:
+    accumulator = fused(b, _even(b, a), _even(b, w), accumulator)
+    return fused(b, _odd(b, a), _odd(b, w), accumulator)
+
+
+def _step_f32(b: Builder, accumulator: Emitted, a: Emitted, w: Emitted) -> Emitted:
+    return fused(b, b.bitcast(a, F32X16), b.bitcast(w, F32X16), accumulator)
+
+
+class _Rows:
+    """Pointers to rows a fixed stride apart: one register for four rows, as x86 addresses."""
+
+    def __init__(self, b: Builder, first: Emitted, stride: Emitted, rows: int):
+        self.bases = [offset(b, first, b.mul(stride, i64(r))) for r in range(0, rows, 4)]
+        self.strides = [b.mul(stride, i64(r)) for r in range(min(rows, 4))]
+
+    def at(self, b: Builder, row: int) -> Emitted:
+        return offset(b, self.bases[row // 4], self.strides[row % 4])
+
+
+def _emit_rows(b: Builder, rows: int, width: int, step: Any, p: dict[str, Emitted]) -> None:
+    """The loop over k for `rows` rows and `width` vectors of columns."""
+    grid = [(row, column) for row in range(rows) for column in range(width)]
+    start, out = (
+        _Rows(b, p["init"], p["init_stride"], rows),
+        _Rows(b, p["out"], p["out_stride"], rows),
+    )
+    begin = [read(b, offset(b, start.at(b, r), i64(VECTOR_BYTES * c)), F32X16) for r, c in grid]
+    a = _Rows(b, p["a"], p["a_stride"], rows)
+    before, loop = b.block, b.append_basic_block("steps")
+    after = b.append_basic_block("stepped")
+    b.branch(loop)
+    b.position_at_end(loop)
+    k, w = b.phi(I64), b.phi(p["w"].type)
+    moving = [b.phi(base.type) for base in a.bases]
+    sums = [b.phi(F32X16) for _ in grid]
+    entering = [i64(0), p["w"], *a.bases, *begin]
+    a.bases = moving
+    columns = []
+    for c in range(width):
+        at = offset(b, w, i64(VECTOR_BYTES * c))
+        columns.append(read(b, at, I32X16))
+        prefetch_line(b, offset(b, at, p["ahead"]))
+    results = []
+    for row in range(rows):
+        word = splat(b, read(b, a.at(b, row), I32))
+        results += [step(b, sums[row * width + c], word, columns[c]) for c in range(width)]
+    following = b.add(k, i64(1))
+    leaving = [following, offset(b, w, p["w_step"]), *(offset(b, m, i64(4)) for m in moving)]
+    phis = [k, w, *moving, *sums]
+    for phi, first, again in zip(phis, entering, [*leaving, *results], strict=True):
+        phi.add_incoming(first, before)
+        phi.add_incoming(again, b.block)
+    b.cbranch(b.icmp_signed("<", following, p["steps"]), loop, after)
+    b.position_at_end(after)
+    for (r, c), result in zip(grid, results, strict=True):
+        write(b, result, offset(b, out.at(b, r), i64(VECTOR_BYTES * c)))
+
+
+def _emit_choice(b: Builder, width: int, step: Any, rows: Emitted, p: dict[str, Emitted]) -> None:
+    """One loop for each possible number of rows."""
+    done = b.append_basic_block("tiled")
+    chosen = b.switch(rows, done)
+    for count in range(1, MOST_ROWS[width] + 1):
+        block = b.append_basic_block(f"rows{count}")
+        chosen.add_case(i64(count), block)
+        b.position_at_end(block)
+        _emit_rows(b, count, width, step, p)
+        b.branch(done)
+    b.position_at_end(done)
+
+
+# --- machine code --------------------------------------------------------------------------------
+
+STEPS = {"float32": _step_f32, "bfloat16": _step_bf16_dot if HAS_BF16_DOT else _step_bf16}
+POINTERS = ("a", "w", "init", "out")
+PARAMETERS = (
+    "rows", "a", "a_stride", "w", "w_step", "steps", "ahead",
+    "init", "init_stride", "out", "out_stride",
+)  # fmt: skip
+TAKES = [BYTES if name in POINTERS else I64 for name in PARAMETERS]
+
+
+def _symbol(width: int, kind: str) -> str:
+    return f"mellmpi_tile{width * LANES}_{kind}"
+
+
+def _define(module: ir.Module, width: int, kind: str) -> None:
+    name = _symbol(width, kind)
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), TAKES), name)
+    b = ir.IRBuilder(function.append_basic_block())
+    p = dict(zip(PARAMETERS, function.args, strict=True))
+    _emit_choice(b, width, STEPS[kind], p.pop("rows"), p)
+    b.ret_void()
+
+
+def _compile() -> llvm.ExecutionEngine:
+    """Make the tiles known to every function that is linked later, under their symbols.
+
+    Not by numba: it would generate their code again for each function that calls, directly or
+    through others, which takes longer than all other kernels.
+    """
+    module = ir.Module()
+    choices = [(width, kind) for width in MOST_ROWS for kind in STEPS]
+    for choice in choices:
+        _define(module, *choice)
+    _, cpu, features = cpu_target.target_context.codegen().magic_tuple()
+    machine = llvm.Target.from_default_triple().create_target_machine(
+        cpu=cpu, features=features, opt=3, jit=True
+    )
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(str(module)), machine)
+    engine.finalize_object()
+    for choice in choices:
+        llvm.add_symbol(_symbol(*choice), engine.get_function_address(_symbol(*choice)))
+    return engine
+
+
+CODE = _compile()  # owns the machine code
+
+
+def _tile(width: int) -> Any:
+    @intrinsic
+    def tile(
+        typing, rows, a, a_at, a_stride, w, w_at, w_step, steps, ahead,
+        init, init_at, init_stride, out, out_at, out_stride,
+    ):  # fmt: skip
+        index, f32 = types.int64, types.float32
+        assert a.dtype == w.dtype and init.dtype == f32 and out.dtype == f32, (a, w, init, out)
+        symbol = _symbol(width, "bfloat16" if holds_bfloat16(w) else "float32")
+        takes = (
+            index, a, index, index, w, index, index, index, index,
+            init, index, index, out, index, index,
+        )  # fmt: skip
+
+        def emit(context, b, sig, args):
+            def pointer(at):
+                return element_pointer(context, b, takes[at], args[at], args[at + 1])
+
+            def num_bytes(at, array):
+                return b.mul(args[at], i64(array.dtype.bitwidth // 8))
+
+            function = external(b, symbol, ir.VoidType(), *TAKES)
+            b.call(function, [
+                args[0], pointer(1), num_bytes(3, a), pointer(4), num_bytes(6, w), args[7],
+                num_bytes(8, w), pointer(9), num_bytes(11, init), pointer(12), num_bytes(14, out),
+            ])  # fmt: skip
+            return context.get_dummy_value()
+
+        return types.void(*takes), emit
+
+    return tile
+
+
+tile16, tile32, tile64 = (_tile(width) for width in MOST_ROWS)
+"""tileN: out[0 : rows, 0 : N] = init + a @ w, added in the order of k.
+
+rows        1 … MOST_ROWS[N / 16]
+a, w        both float32 or both bfloat16 bits; `_at`: index of the first element
+a_stride    elements from row to row
+w_step      elements from one step to the next; the N columns of a step are contiguous
+steps       at least 1: elements of k in float32, pairs of them in bfloat16
+ahead       elements: what lies so far after each part of w that is read is prefetched
+init, out   float32, rows `_stride` elements apart; init_stride 0: all rows begin alike
+"""
