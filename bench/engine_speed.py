@@ -1,9 +1,11 @@
 """How fast is one worker against transformers, vLLM and llama.cpp, same weights, same threads?
 
-Every system loads SmolLM2-135M in bfloat16, gets the same seeded token ids, and generates greedily
-with no end-of-sequence. What is timed is one batch from handing it over to having all tokens of all
-requests (prefill included). Each system is one process of its own on the same cores; loading and
-one warm-up of every batch size are not timed; rounds are interleaved; medians are compared.
+`mellmpi` is the whole runtime, requests in as JSON lines and answers out; `engine` is its worker's
+own loop without the runtime around it, to see what that costs. Every system loads SmolLM2-135M in
+bfloat16, gets the same seeded token ids, and generates greedily with no end-of-sequence. What is
+timed is one batch from handing it over to having all tokens of all requests (prefill included).
+Each system is one process of its own on the same cores; loading and one warm-up of every batch size
+are not timed; rounds are interleaved; medians are compared.
 
     bash bench/peers/install.sh                  # once
     python bench/engine_speed.py --json bench/results/engine_speed.json
@@ -25,7 +27,7 @@ import record
 from mellmpi.engine.checkpoint import resolve
 
 HERE = Path(__file__).resolve().parent
-SYSTEMS = ("mellmpi", "transformers", "vllm", "llama.cpp")
+SYSTEMS = ("mellmpi", "engine", "transformers", "vllm", "llama.cpp")
 FIRST_ID, LAST_ID = 100, 49_000  # ordinary tokens of SmolLM2
 
 
@@ -75,6 +77,7 @@ def _command(name: str, args: argparse.Namespace) -> list[str]:
     server = str(args.peers / "llama.cpp/build/bin/llama-server")
     command = {
         "mellmpi": [ours, f"{HERE}/peers/ours.py", "--model", model],
+        "engine": [ours, f"{HERE}/peers/ours_engine.py", "--model", model],
         "transformers": [ours, f"{HERE}/peers/transformers_generate.py", "--model", model],
         "vllm": [vllm, f"{HERE}/peers/vllm_cpu.py", "--model", model],
         "llama.cpp": [ours, f"{HERE}/peers/llama_cpp.py", "--model", gguf, "--server", server],

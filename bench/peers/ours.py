@@ -1,68 +1,75 @@
-"""mellmpi: one worker's own loop (batch scheduler and engine) in one process, without MPI."""
+"""mellmpi as its users run it: requests as JSON lines into `run-batch`, answers out of it.
+
+Scheduler and worker share one process (a world of one rank), so that all of it runs on the cores
+that the peers get.
+"""
 
 import argparse
-from pathlib import Path
+import json
+import subprocess
+import sys
 
-import torch
 from answer import answer, channel
 
 import mellmpi
-from mellmpi.config import BatchConfig, CacheConfig, ModelConfig
-from mellmpi.core.batch import BatchScheduler
-from mellmpi.engine.executor import Executor, build_executor
-from mellmpi.protocol import SCHEDULER, Assign, Request, Sampling
 
 
-class Worker:
-    """Runs requests from all at once to all done, as the runtime's worker does between messages."""
+def line(index: int, prompt: list[int], num_out: int) -> str:
+    body = {
+        "model": "m", "prompt": prompt, "max_tokens": num_out, "temperature": 0,
+        "ignore_eos": True, "return_token_ids": True,
+    }  # fmt: skip
+    entry = {"custom_id": str(index), "method": "POST", "url": "/v1/completions", "body": body}
+    return json.dumps(entry) + "\n"
 
-    def __init__(self, executor: Executor, batch: BatchConfig, cache: CacheConfig):
-        self.executor, self.name = executor, executor.model_kv.model
-        self.scheduler = BatchScheduler(
-            executor.model_kv, executor.arena.num_blocks, executor.fingerprint, 0, batch, cache
-        )
-        self._epoch = 0
+
+def start(args: argparse.Namespace) -> subprocess.Popen:
+    flags = {
+        "--model": args.model, "--served-model-name": "m", "--dtype": "bfloat16", "--device": "cpu",
+        "--threads": args.threads, "--max-num-seqs": args.max_requests, "-i": "-", "-o": "-",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "mellmpi", "run-batch"]
+    return subprocess.Popen(
+        [*command, *(str(x) for flag in flags.items() for x in flag)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+class Runner:
+    """Feeds one `run-batch` process; ids never repeat, or it would skip what it has done."""
+
+    def __init__(self, process: subprocess.Popen):
+        self._process, self._submitted = process, 0
 
     def run(self, prompts: list[list[int]], num_out: int) -> list[list[int]]:
-        first = self._epoch + 1
-        sampling = Sampling(num_out, 0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, (), None)
-        for prompt in prompts:
-            self._epoch += 1
-            request = Request(self._epoch, self.name, tuple(prompt), sampling, None)
-            self.scheduler.handle(SCHEDULER, Assign(request, self._epoch, ()))
-        outputs = {i: [] for i in range(first, self._epoch + 1)}
-        while self.scheduler.sequences:
-            plan = self.scheduler.plan()
-            self.scheduler.commit(plan, self.executor.execute(plan))
-            self._collect(outputs)
-        return list(outputs.values())
+        ids = range(self._submitted, self._submitted + len(prompts))
+        self._submitted = ids.stop
+        lines = [line(i, prompt, num_out) for i, prompt in zip(ids, prompts, strict=True)]
+        self._process.stdin.write("".join(lines))
+        self._process.stdin.flush()
+        outputs = dict(self._answer() for _ in ids)
+        return [outputs[i] for i in ids]
 
-    def _collect(self, outputs: dict[int, list[int]]) -> None:
-        report, end = self.scheduler.report(1, 0.0), 0
-        if report is None:
-            return
-        assert not report.preempted, "the KV arena is too small for this load"
-        for request_id, count in zip(report.request_ids, report.counts, strict=True):
-            outputs[request_id] += report.tokens[end : end + count]
-            end += count
+    def _answer(self) -> tuple[int, list[int]]:
+        done = json.loads(self._process.stdout.readline())
+        assert done["error"] is None, done
+        return int(done["custom_id"]), done["response"]["body"]["choices"][0]["token_ids"]
 
 
 def main() -> None:
     say = channel()
     parser = argparse.ArgumentParser()
-    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--model", required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--max-len", type=int, required=True)
     parser.add_argument("--max-requests", type=int, required=True)
     args = parser.parse_args()
-    batch, cache = BatchConfig(max_num_seqs=args.max_requests), CacheConfig()
-    executor = build_executor(
-        args.model, ModelConfig(model=str(args.model)), cache, device="cpu",
-        num_threads=args.threads,
-    )  # fmt: skip
-    worker = Worker(executor, batch, cache)
-    model = type(executor.model).__name__
-    answer(say, f"mellmpi {mellmpi.__version__} ({model}), torch {torch.__version__}", worker.run)
+    process = start(args)
+    runner = Runner(process)
+    runner.run([[1]], 1)  # comes back once all is loaded
+    answer(say, f"mellmpi {mellmpi.__version__}", runner.run)
+    process.stdin.close()
+    process.wait()
 
 
 if __name__ == "__main__":
