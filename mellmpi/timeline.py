@@ -254,8 +254,10 @@ def _kv(axes: Axes, worker: WorkerSeries, bottom: int, end_s: float, lane_bytes:
 
 
 def _moved(series: Series) -> list[Move]:
+    """A recompute may end where it began: that is no arrow."""
     lanes = series.workers
-    return [m for m in series.moves if m.outcome == "moved" and m.src in lanes and m.dst in lanes]
+    moved = (m for m in series.moves if m.outcome == "moved" and m.src != m.dst)
+    return [m for m in moved if m.src in lanes and m.dst in lanes]
 
 
 def _moves(axes: Axes, moves: list[Move], bottoms: dict[int, int], num_all: int) -> None:

@@ -87,6 +87,11 @@ def test_only_migrations_that_happened_are_drawn():
     assert not marks(axes, "v") and not marks(axes, "^")
 
 
+def test_a_recompute_that_ends_where_it_began_is_no_arrow():
+    axes = lanes(series(moves=[move("recompute", src=1, dst=1)]))
+    assert not marks(axes, "v") and not marks(axes, "^")
+
+
 def test_a_parked_span_says_so_and_a_short_one_is_only_hatched():
     parked = ((0.0, "active"), (4.0, "parked"))
     assert texts(lanes(series({1: worker(parked)}))) == ["parked"]
