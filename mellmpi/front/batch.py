@@ -21,6 +21,9 @@ from mellmpi.protocol import Emit, Rejected, Request
 
 Json = dict[str, Any]
 
+# Valid inside a JSON string, but Python's `splitlines`, and not it alone, ends a line at each.
+LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
+
 
 @dataclass(frozen=True, slots=True)
 class Answered:
@@ -183,7 +186,7 @@ class BatchJob:
             "response": {"status_code": status, "request_id": f"req_{answer_id}", "body": body},
             "error": error,
         }
-        text = json.dumps(line, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(line, ensure_ascii=False, allow_nan=False).translate(LINE_ENDS)
         # A lone surrogate in a custom_id goes back as the JSON escape it came as.
         self.write(text.encode("utf-8", "backslashreplace") + b"\n")
 

@@ -1,0 +1,24 @@
+"""A tokenizer of one token a byte: text and tokens are easy to compare by eye."""
+
+import pytest
+
+from mellmpi.engine.random_model import write_byte_tokenizer
+from mellmpi.front.openai import ServedModel
+from mellmpi.front.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="session")
+def byte_directory(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("bytes")
+    write_byte_tokenizer(512, directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tokenizer(byte_directory):
+    return Tokenizer.load(byte_directory)
+
+
+@pytest.fixture(scope="session")
+def model():
+    return ServedModel(name="tiny", max_model_len=100, vocab_size=512, eos_ids=(2,))
