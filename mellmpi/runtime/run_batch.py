@@ -76,7 +76,7 @@ class Rank0:
         ended_s = time.perf_counter()
         loop.stop()
         self._conclude(terminal, job, metrics, ended_s)
-        return 0 if scheduler.fleet.any_left() else 1
+        return 1 if loop.all_lost() else 0
 
     def _drive(self, loop: SchedulerLoop, front: BatchFront | None,
                done: Callable[[], bool]) -> None:  # fmt: skip
@@ -96,7 +96,8 @@ class Rank0:
         arch = Architecture.from_directory(self.directory)
         name = self.config.model.name
         kv: ModelKv = scheduler.fleet.models[name]
-        room = scheduler.fleet.largest_capacity() // kv.block_bytes * kv.block_size
+        largest = int(scheduler.fleet.ledger.capacity.max())
+        room = largest // kv.block_bytes * kv.block_size
         limit = self.config.model.max_model_len or arch.max_position
         return ServedModel(
             name=name, max_model_len=min(limit, room), vocab_size=arch.vocab_size,

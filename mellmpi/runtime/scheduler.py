@@ -73,6 +73,11 @@ class SchedulerLoop:
         """Workers that have not said that they are ready, and are not lost."""
         return len(self._scheduler.fleet.ledger.workers(WorkerState.STARTING))
 
+    def all_lost(self) -> bool:
+        """Nobody is left to serve anything."""
+        states = self._scheduler.fleet.ledger.state[1:]
+        return bool((states == WorkerState.LOST).all())
+
     def stop(self) -> None:
         """Send every worker home."""
         for worker in range(1, self._transport.num_workers + 1):
