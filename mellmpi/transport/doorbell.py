@@ -1,4 +1,4 @@
-"""Wakes a sleeping rank of the same host: a datagram to its socket after each message to it.
+"""Wakes a sleeping worker of the same host: a datagram to its socket after each message to it.
 
 MPI itself can only spin or be polled. A bell carries nothing: whoever is woken looks at MPI.
 """
@@ -8,32 +8,32 @@ import socket
 from collections.abc import Iterable
 
 
-def _name(token: str, rank: int) -> bytes:
-    return f"\0mellmpi-{token}-{rank}".encode()  # abstract: nothing to clean up after a crash
+def _name(token: str, worker: int) -> bytes:
+    return f"\0mellmpi-{token}-{worker}".encode()  # abstract: nothing to clean up after a crash
 
 
 class Doorbell:
-    """One rank's bell. `token` is the job's own, so that two jobs of a host never meet."""
+    """One worker's bell. `token` is the job's own, so that two jobs of a host never meet."""
 
-    def __init__(self, token: str, rank: int):
+    def __init__(self, token: str, worker: int):
         self._token = token
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.setblocking(False)
-        self._socket.bind(_name(token, rank))
-        self._own = _name(token, rank)
-        self._names: dict[int, bytes] = {}  # of the ranks that hear us
+        self._socket.bind(_name(token, worker))
+        self._own = _name(token, worker)
+        self._names: dict[int, bytes] = {}  # of the workers that hear us
 
-    def find(self, ranks: Iterable[int]) -> set[int]:
-        """Of these ranks, those whose bell can be rung from here; only they will be."""
-        for rank in ranks:
-            name = _name(self._token, rank)
+    def find(self, workers: Iterable[int]) -> set[int]:
+        """Of these workers, those whose bell can be rung from here; only they will be."""
+        for worker in workers:
+            name = _name(self._token, worker)
             if self._ring(name):
-                self._names[rank] = name
+                self._names[worker] = name
         return set(self._names)
 
-    def ring(self, rank: int) -> None:
-        """Wake that rank, if it can be; never blocks, never fails."""
-        if (name := self._names.get(rank)) is not None:
+    def ring(self, worker: int) -> None:
+        """Wake that worker, if it can be; never blocks, never fails."""
+        if (name := self._names.get(worker)) is not None:
             self._ring(name)
 
     def wake(self) -> None:

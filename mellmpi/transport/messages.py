@@ -7,6 +7,14 @@ from mellmpi.protocol import decode, encode
 from mellmpi.transport.blocks import LinkError
 
 
+class Dismissed(Exception):
+    """The job is being aborted; this process shall end, with this code."""
+
+    def __init__(self, exit_code: int):
+        super().__init__(f"dismissed with exit code {exit_code}")
+        self.exit_code = exit_code
+
+
 class ByteChannel(Protocol):
     """Non-blocking messages of any size. Peers are workers. Raises LinkError."""
 
@@ -39,8 +47,15 @@ class Mailbox:
     def send(self, dst: int, message: Any) -> None:
         if dst in self._lost:
             return
-        data = encode(message)  # kept until it has left
-        try:
+        self._send(dst, encode(message))
+
+    def dismiss(self, dst: int, exit_code: int) -> None:
+        """Raise Dismissed there: one byte, which no message is."""
+        if dst not in self._lost:
+            self._send(dst, bytes([exit_code]))
+
+    def _send(self, dst: int, data: bytes) -> None:
+        try:  # the bytes are kept until they have left
             self._leaving[dst].append((data, self._channel.send_bytes(data, dst)))
         except LinkError:
             return
@@ -73,7 +88,10 @@ class Mailbox:
             queue = self._arriving[src]
             try:
                 while queue and self._channel.test(queue[0][1]) is not None:
-                    came.append((src, decode(queue.popleft()[0])))
+                    data, _ = queue.popleft()
+                    if len(data) == 1:
+                        raise Dismissed(data[0])
+                    came.append((src, decode(data)))
             except LinkError:
                 queue.clear()  # cut off in the middle of a message: nothing more will come
             if not queue:

@@ -1,0 +1,158 @@
+"""The Transport of one process among many: a channel for messages, one for blocks, and a bell."""
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from mellmpi.protocol import WorkerLost
+from mellmpi.transport.base import Arena, Transfer
+from mellmpi.transport.blocks import BlockMover, Channel, InPlace
+from mellmpi.transport.doorbell import Doorbell
+from mellmpi.transport.messages import ByteChannel, Dismissed, Mailbox
+
+BUSY_POLL_S = 0.001  # longest sleep while something is under way that may need our progress
+FLUSH_S = 5.0  # a closing transport waits that long for its messages to leave
+SUSPICION_S = 10.0  # an error that no lost worker explains by then is a bug, and is raised
+
+
+class PeerChannel(Channel, ByteChannel, Protocol):
+    """Both kinds of messages, and news of the peers."""
+
+    error: Exception | None  # the first one
+
+    def newly_failed(self) -> list[int]:
+        """Peers found dead since the last call."""
+        ...
+
+
+@dataclass(frozen=True)
+class Wakes:
+    """How a process waits."""
+
+    longest_s: float  # sleep between looks
+    spin_s: float  # look for so long before sleeping, while something is going on
+
+
+class Endpoint:
+    """See `base.Transport`. The two channels keep messages and blocks from matching each other."""
+
+    def __init__(
+        self,
+        worker: int,
+        num_workers: int,
+        channels: tuple[PeerChannel, PeerChannel],  # (for messages, for blocks)
+        bell: Doorbell,
+        wakes: Wakes,
+    ):
+        self.worker, self.num_workers = worker, num_workers
+        self.lost: set[int] = set()
+        self._channels = channels
+        self._mailbox, self._mover = Mailbox(channels[0]), BlockMover(channels[1])
+        self._bell, self._wakes = bell, wakes
+        self._ready: list[tuple[int, Any]] = []
+        self._active = True  # something happened since the last sleep
+        self._suspicious_s: float | None = None  # since when an error is unexplained
+
+    # --- messages -------------------------------------------------------------------------------
+
+    def send(self, dst: int, message: Any) -> None:
+        self._mailbox.send(dst, message)
+        self._active = True
+        self._bell.ring(dst)
+
+    def poll(self) -> list[tuple[int, Any]]:
+        self._look()
+        ready, self._ready = self._ready, []
+        return ready
+
+    def _look(self) -> bool:
+        """Take in what has come; True if there is anything for poll()."""
+        try:
+            came = self._mailbox.look()
+        except Dismissed as order:
+            os._exit(order.exit_code)
+        if came:
+            self._ready += came
+            self._active = True
+        self._check_failures()
+        return bool(self._ready)
+
+    def _check_failures(self) -> None:
+        control, blocks = self._channels
+        for worker in control.newly_failed():
+            self.lost.add(worker)
+            self._ready += [*self._mailbox.forget(worker), (worker, WorkerLost(worker))]
+            self._mover.forget(worker)
+        if (error := control.error or blocks.error) is None or self.lost:
+            return
+        self._suspicious_s = self._suspicious_s or time.monotonic()
+        if time.monotonic() - self._suspicious_s > SUSPICION_S:
+            raise error
+
+    # --- blocks ---------------------------------------------------------------------------------
+
+    def attach(self, arena: Arena | None) -> None:
+        self._mover.attach(None if arena is None else InPlace(arena))
+
+    def send_blocks(self, dst: int, tag: int, block_ids: Sequence[int]) -> Transfer:
+        transfer = self._mover.send(dst, tag, block_ids)
+        self._bell.ring(dst)
+        return transfer
+
+    def receive_blocks(self, src: int, tag: int, block_ids: Sequence[int]) -> Transfer:
+        return self._mover.receive(src, tag, block_ids)
+
+    def drain_blocks(self, src: int, tag: int, num_blocks: int) -> Transfer:
+        return self._mover.drain(src, tag, num_blocks)
+
+    def progress(self) -> bool:
+        peers = self._mover.progress()
+        for peer in peers:
+            self._bell.ring(peer)  # it may wait for these blocks to be gone, or for our progress
+        self._active |= bool(peers)
+        return bool(peers)
+
+    # --- waiting --------------------------------------------------------------------------------
+
+    def wait(self, timeout_s: float) -> None:
+        now = time.perf_counter()
+        deadline_s = now + timeout_s
+        spin_until_s = now + (self._wakes.spin_s if self._active else 0.0)
+        doze_s = 100e-6
+        while not self._look() and not self.progress():
+            if (now := time.perf_counter()) >= deadline_s:
+                return
+            if now < spin_until_s:
+                os.sched_yield()
+                continue
+            self._active = False
+            longest_s = doze_s if self._mover.busy or self._mailbox.busy else self._wakes.longest_s
+            if self._bell.sleep(min(deadline_s - now, longest_s)):
+                return
+            doze_s = min(BUSY_POLL_S, 2 * doze_s)
+
+    def wake(self) -> None:
+        self._bell.wake()
+
+    # --- the end --------------------------------------------------------------------------------
+
+    def dismiss(self, exit_code: int) -> None:
+        """End the processes of all others, when they next look."""
+        for worker in range(self.num_workers + 1):
+            if worker != self.worker:
+                self._mailbox.dismiss(worker, exit_code)
+                self._bell.ring(worker)
+        self._flush()
+
+    def _flush(self) -> None:
+        """Let messages leave, for FLUSH_S at most."""
+        deadline_s = time.monotonic() + FLUSH_S
+        while self._mailbox.leaving and time.monotonic() < deadline_s:
+            self.wait(0.01)
+
+    def close(self) -> None:
+        self._flush()
+        self._mover.close()
+        self._bell.close()
