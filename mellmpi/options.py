@@ -18,3 +18,7 @@ class Options:
     timeline: str | None = None
     show: int = 0  # answers to print
     cache_dir: str | None = None  # None: the user's cache directory
+
+    def __post_init__(self) -> None:
+        if self.request_rate is not None and not self.request_rate > 0:
+            raise ValueError(f"--request-rate must be over 0, not {self.request_rate}")

@@ -1,0 +1,117 @@
+"""Scheduler and workers in one process, on the local transport, with an engine of hashes."""
+
+import time
+
+import numpy as np
+
+from mellmpi.config import BatchConfig, CacheConfig, ClusterConfig
+from mellmpi.core.cluster import ClusterScheduler
+from mellmpi.core.policies import policy_for
+from mellmpi.metrics import Metrics
+from mellmpi.protocol import Emit, ModelKv, Rejected, Request, Sampling, Submit
+from mellmpi.runtime.scheduler import SchedulerLoop
+from mellmpi.runtime.worker import Worker
+from mellmpi.sim.executor import HashExecutor
+from mellmpi.transport.local import LocalNetwork
+
+BLOCK_SIZE = 4
+
+
+class HashArena:
+    """The arena of a HashExecutor, as a transport sees it."""
+
+    def __init__(self, array: np.ndarray):
+        self.array = array
+        self.address, self.num_blocks = array.ctypes.data, len(array)
+        self.block_bytes, self.device = array[0].nbytes, "cpu"
+
+
+class HashEngine:
+    """Tokens are hashes of the KV they should have seen: wrong blocks give wrong tokens."""
+
+    built = 0
+
+    def __init__(self, num_blocks: int):
+        type(self).built += 1
+        self._executor = HashExecutor(num_blocks, BLOCK_SIZE)
+        self.arena = HashArena(self._executor.arena)
+        self.model_kv = ModelKv("hash", BLOCK_SIZE, self.arena.block_bytes)
+        self.fingerprint = "hash"
+        self.released = False
+
+    def execute(self, plan):
+        assert not self.released
+        return self._executor.execute(plan)
+
+    def release(self):
+        self.released = True
+
+
+class ListFront:
+    """Requests from a list, answers into a dict."""
+
+    def __init__(self, requests: list[Request]):
+        self._new = [Submit(request) for request in requests]
+        self.outputs: dict[int, list[int]] = {request.id: [] for request in requests}
+        self.ended: dict[int, str] = {}
+
+    @property
+    def done(self):
+        return len(self.ended) == len(self.outputs)
+
+    def inbox(self, now):
+        new, self._new = self._new, []
+        return new
+
+    def due_s(self, now):
+        return 1e6
+
+    def deliver(self, command):
+        match command:
+            case Emit(request_id, first, tokens, _, reason):
+                assert first == len(self.outputs[request_id])
+                self.outputs[request_id] += tokens
+                if reason:
+                    self.ended[request_id] = reason
+            case Rejected(request_id, reason):
+                self.ended[request_id] = reason
+
+
+def request(request_id: int, num_prompt: int, max_tokens: int) -> Request:
+    sampling = Sampling(max_tokens, 0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, request_id, (), None)
+    return Request(request_id, "hash", tuple(range(num_prompt)), sampling, None)
+
+
+class Cell:
+    """Drive it with `run`; every worker takes turns with the scheduler."""
+
+    def __init__(self, num_workers: int, num_blocks: int, **cluster):
+        self.network = LocalNetwork(num_workers)
+        batch, cache = BatchConfig(max_num_seqs=8), CacheConfig(block_size=BLOCK_SIZE)
+        config = ClusterConfig(**{"rebalance_every_s": 1e-4, "park_after_s": 1e-3, **cluster})
+        self.workers = {
+            w: Worker(self.network.transports[w], lambda: HashEngine(num_blocks), batch, cache)
+            for w in range(1, num_workers + 1)
+        }
+        self.scheduler = ClusterScheduler(
+            num_workers, config, policy_for(config.policy, config.migrate)
+        )
+        self.metrics = Metrics()
+        self.loop = SchedulerLoop(
+            self.network.transports[0], self.scheduler, self.metrics, time.perf_counter
+        )
+        for worker in self.workers.values():
+            worker.start()
+
+    def turn(self, front) -> None:
+        self.loop.turn(front)
+        for address, worker in self.workers.items():
+            if address not in self.network.lost:
+                worker.turn()
+
+    def run(self, front: ListFront, until=lambda: False, max_turns: int = 200_000) -> None:
+        for _ in range(max_turns):
+            if until() or front.done:
+                return
+            self.turn(front)
+        raise AssertionError(f"no end: {[r.bug('open') for r in self.scheduler.records.values()]}")

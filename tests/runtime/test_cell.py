@@ -1,0 +1,65 @@
+"""The real loops and the real local transport, with an engine whose tokens prove the KV right."""
+
+import pytest
+
+from mellmpi.sim.executor import expected_outputs
+from tests.runtime.cell import Cell, ListFront, request
+
+REQUESTS = [request(i, num_prompt=3 + i % 7, max_tokens=10 + 5 * (i % 9)) for i in range(40)]
+
+
+def answers_are_right(front):
+    for r in REQUESTS:
+        assert front.outputs[r.id] == expected_outputs(r), f"request {r.id}"
+
+
+@pytest.mark.parametrize("policy", ["best_fit", "worst_fit", "frugal"])
+@pytest.mark.parametrize("migrate", ["never", "auto", "stress"])
+def test_answers_are_the_same_however_requests_move(policy, migrate):
+    cell, front = Cell(3, num_blocks=60, policy=policy, migrate=migrate), ListFront(REQUESTS)
+    cell.run(front)
+    answers_are_right(front)
+    moved = cell.metrics.report(1.0)["migrations"]
+    if migrate == "stress":
+        assert moved["transfer"] > 5 and moved["recompute"] > 5
+    if migrate == "never":
+        assert moved["transfer"] == moved["recompute"] == 0
+
+
+def test_requests_of_a_lost_worker_are_finished_by_the_others():
+    cell, front = Cell(3, num_blocks=60, migrate="stress", policy="worst_fit"), ListFront(REQUESTS)
+    cell.run(front, until=lambda: sum(map(len, front.outputs.values())) > 200)
+    cell.network.lose(2)
+    cell.run(front)
+    answers_are_right(front)
+    assert cell.metrics.report(1.0)["workers_lost"] == 1
+
+
+def test_when_every_worker_is_lost_the_requests_are_told():
+    cell, front = Cell(2, num_blocks=60), ListFront([request(1, 4, 200), request(2, 4, 200)])
+    cell.run(front, until=lambda: sum(map(len, front.outputs.values())) > 5)
+    cell.network.lose(1)
+    cell.network.lose(2)
+    cell.run(front)
+    assert cell.loop.all_lost() and set(front.ended.values()) - {"length"}
+
+
+def test_a_parked_worker_gives_its_engine_back_and_wakes_for_new_load():
+    cell = Cell(2, num_blocks=20, policy="frugal")
+    first = ListFront([request(1, 4, 8)])
+    cell.run(first)
+    idle = ListFront([request(2, 4, 8)])  # never asked for: it only keeps `run` going
+    idle.inbox(0.0)
+    parked = lambda: sum(w._engine is None for w in cell.workers.values()) == 1  # noqa: E731
+    cell.run(idle, until=parked)
+    many = ListFront([request(10 + i, 8, 24) for i in range(8)])
+    cell.run(many, until=lambda: all(w._engine is not None for w in cell.workers.values()))
+    cell.run(many)
+    assert all(many.outputs[i] == expected_outputs(request(i, 8, 24)) for i in many.outputs)
+
+
+def test_a_stop_ends_the_worker():
+    cell = Cell(1, num_blocks=4)
+    cell.loop.stop()
+    cell.workers[1].turn()
+    assert cell.workers[1].stopped

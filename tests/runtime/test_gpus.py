@@ -1,0 +1,24 @@
+import pytest
+
+from mellmpi.runtime.gpus import Seat
+
+
+def test_workers_of_a_host_take_its_gpus_in_turn():
+    assert [Seat(i, 4, 2).device for i in range(4)] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
+    assert Seat(0, 4, 0).device == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("index", "neighbours", "gpus", "sharers"),
+    [(0, 3, 2, 2), (1, 3, 2, 1), (2, 3, 2, 2), (0, 5, 1, 5), (0, 1, 4, 1), (1, 2, 0, 1)],
+)
+def test_those_who_share_a_gpu_know_how_many_they_are(index, neighbours, gpus, sharers):
+    assert Seat(index, neighbours, gpus).sharers == sharers
+
+
+def test_more_workers_than_gpus_are_refused_with_what_to_type_instead():
+    problem = Seat(0, 3, 2).problem("node7", oversubscribe=False)
+    assert "node7" in problem and "-np 3" in problem and "--oversubscribe-gpus" in problem
+    assert not Seat(0, 3, 2).problem("node7", oversubscribe=True)
+    assert not Seat(0, 2, 2).problem("node7", oversubscribe=False)
+    assert not Seat(0, 9, 0).problem("node7", oversubscribe=False)

@@ -1,0 +1,76 @@
+import pytest
+
+from mellmpi.cli import byte_size, is_first, read_options, world_problem
+from mellmpi.config import UsageError
+
+
+def options(*arguments, environment=None, piped=False):
+    return read_options(arguments, environment or {}, lambda: piped)
+
+
+def test_the_command_line_beats_the_environment_which_beats_the_file(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("block-size: 8\nmax-num-seqs: 5\npolicy: best_fit\nenable-prefix-caching: true")
+    environment = {"MELLMPI_MAX_NUM_SEQS": "6", "MELLMPI_POLICY": "worst_fit"}
+    found = options("--config", str(file), "--policy", "frugal", environment=environment).config
+    assert found.cache.block_size == 8 and found.cache.enable_prefix_caching
+    assert found.batch.max_num_seqs == 6
+    assert found.cluster.policy == "frugal"
+
+
+def test_flags_stand_before_or_after_the_command():
+    before = options("--dtype", "float32", "run-batch", "-i", "a", "-o", "b")
+    after = options("run-batch", "-i", "a", "-o", "b", "--dtype", "float32")
+    assert before == after and before.command == "run-batch"
+
+
+def test_without_a_command_it_is_the_demo_or_what_is_piped():
+    assert options().command == "demo"
+    assert options(piped=True).command == "pipe"
+    assert options("-i", "a", "-o", "b").command == "run-batch"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["--dtype", "int3"], "bfloat16"),
+        (["--block-size", "0"], "--block-size"),
+        (["--polcy", "frugal"], "--help"),
+        (["--kv-cache-memory-bytes", "lots"], "--kv-cache-memory-bytes"),
+        (["--config", "/no/such.yaml"], "/no/such.yaml"),
+        (["serve-coffee"], "run-batch"),
+        (["--request-rate", "0"], "--request-rate"),
+    ],
+)
+def test_a_mistake_is_named_with_what_to_type_instead(arguments, hint):
+    with pytest.raises(UsageError, match=hint):
+        options(*arguments)
+
+
+def test_unknown_keys_of_a_file_and_bad_values_of_the_environment_are_named(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("blok-size: 8")
+    with pytest.raises(UsageError, match="blok-size"):
+        options("--config", str(file))
+    with pytest.raises(UsageError, match="MELLMPI_DTYPE"):
+        options(environment={"MELLMPI_DTYPE": "int3"})
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("1024", 1024), ("64M", 64 << 20), ("1.5GiB", 3 << 29), ("2kb", 2048), ("1T", 1 << 40)],
+)
+def test_byte_sizes_are_powers_of_1024(text, size):
+    assert byte_size(text) == size
+
+
+def test_a_launcher_that_mpi_did_not_hear_of_is_found():
+    assert "srun --mpi=pmix" in world_problem({"SLURM_STEP_NUM_TASKS": "4"}, 1)
+    assert "another MPI" in world_problem({"OMPI_COMM_WORLD_SIZE": "4"}, 1)
+    assert not world_problem({"SLURM_STEP_NUM_TASKS": "4"}, 4)
+    assert not world_problem({"SLURM_NTASKS": "4"}, 1)  # a batch script's own shell: no step
+
+
+def test_only_one_process_of_a_launch_speaks():
+    assert is_first({}) and is_first({"SLURM_PROCID": "0"})
+    assert not is_first({"OMPI_COMM_WORLD_RANK": "1"})
