@@ -36,6 +36,7 @@ class Fleet:
         self.models: dict[str, ModelKv] = {}
         self.out: Commands = []
         self._epochs = count(1)
+        self._largest: dict[str, int | None] = {}  # arena, by model; forgotten with every change
         self._decoded = np.zeros(num_workers + 1)  # tokens since the last tick
         self._ticked_s = 0.0
         self.view = View(
@@ -88,10 +89,11 @@ class Fleet:
         self._changed(worker)
 
     def change(self, worker: int, state: WorkerState) -> None:
-        self.ledger.state[worker] = state
+        self.ledger.enter(worker, state)
         self._changed(worker)
 
     def _changed(self, worker: int) -> None:
+        self._largest.clear()
         name = WorkerState(int(self.ledger.state[worker])).name.lower()
         self.out.append((OBSERVER, WorkerChanged(worker, name)))
 
@@ -150,17 +152,23 @@ class Fleet:
 
     def refusal(self, request: Request, num_tokens: int) -> str | None:
         """Why no worker that is left can ever hold so many tokens of it, or None."""
-        ledger = self.ledger
         if (kv := self.models.get(request.model)) is None:
             return f"no worker serves the model {request.model}"
-        left = ledger.state != WorkerState.LOST
-        if not left[1:].any():
-            return "no worker is left"
-        if (ledger.state == WorkerState.STARTING)[1:].any():
-            return None  # nobody knows yet what it will have
-        room = int(ledger.capacity[left & ledger.able(request.model)].max(initial=0))
-        need = kv_need(kv, num_tokens)
-        return f"it needs {need} bytes of KV cache; a worker has {room}" if need > room else None
+        need, room = kv_need(kv, num_tokens), self._largest_arena(request.model)
+        if room == 0:
+            return f"no worker is left that serves the model {request.model}"
+        if room is None or need <= room:
+            return None
+        return f"it needs {need} bytes of KV cache; a worker has {room}"
+
+    def _largest_arena(self, model: str) -> int | None:
+        """Bytes; 0 if all that had one are lost, None as long as somebody may still get one."""
+        if model not in self._largest:
+            ledger = self.ledger
+            left = ledger.able(model) & (ledger.state != WorkerState.LOST)
+            largest = int(ledger.capacity[left].max(initial=0))
+            self._largest[model] = None if ledger.workers(WorkerState.STARTING) else largest
+        return self._largest[model]
 
     # --- rates ----------------------------------------------------------------------------------
 

@@ -13,6 +13,8 @@ from mellmpi.protocol import ModelKv
 
 
 class WorkerState(IntEnum):
+    """In this order: from DRAINING to WAKING it can become active again."""
+
     STARTING = 0
     ACTIVE = 1
     DRAINING = 2  # active, but is being emptied: takes nothing new while others have room
@@ -27,7 +29,7 @@ class Ledger:
 
     def __init__(self, num_workers: int):
         rows = num_workers + 1
-        self.state = np.zeros(rows, np.int8)
+        self.state = np.zeros(rows, np.int8)  # changed by `enter` only
         self.capacity = np.zeros(rows, np.int64)  # bytes of the KV arena
         self.free = np.zeros(rows, np.int64)  # bytes, as last reported
         self.ordered = np.zeros(rows, np.int64)  # bytes in unacknowledged orders
@@ -36,6 +38,7 @@ class Ledger:
         self.empty_since_s = np.zeros(rows, np.float64)  # valid while num_requests == 0
         self.block_bytes = np.zeros(rows, np.int64)  # of the largest block of its models
         self._able: dict[str, np.ndarray] = {}  # by model
+        self._hosting: dict[str, np.ndarray] = {}  # by model; forgotten when a state changes
         self._nobody = np.zeros(rows, bool)
         self._sent = [0] * rows  # commands
         self._unacked: list[deque[tuple[int, int]]] = [deque() for _ in range(rows)]
@@ -49,9 +52,21 @@ class Ledger:
         """bool [workers + 1]: has said that it runs `model`, whatever its state is now."""
         return self._able.get(model, self._nobody)
 
-    def workers(self, *states: WorkerState) -> list[int]:
-        """Ids of the workers in one of these states, ascending."""
-        return [int(w) for w in np.flatnonzero(np.isin(self.state, states)) if w]
+    def hosting(self, model: str) -> np.ndarray:
+        """bool [workers + 1]: active and able to run `model`. Do not write it."""
+        if (hosting := self._hosting.get(model)) is None:
+            hosting = self.able(model) & (self.state == WorkerState.ACTIVE)
+            self._hosting[model] = hosting
+        return hosting
+
+    def enter(self, worker: int, state: WorkerState) -> None:
+        """The worker is in this state from here on."""
+        self.state[worker] = state
+        self._hosting.clear()
+
+    def workers(self, state: WorkerState) -> list[int]:
+        """Ids of the workers in this state, ascending."""
+        return [w for w in np.flatnonzero(self.state == state).tolist() if w]
 
     def order(self, worker: int, num_bytes: int) -> None:
         """One more command went out; it will take `num_bytes` of the arena (0: none)."""
@@ -75,12 +90,12 @@ class Ledger:
             self._able.setdefault(m.model, np.zeros_like(self._nobody))[worker] = True
         self.block_bytes[worker] = max(m.block_bytes for m in models)
         self.capacity[worker], self.max_requests[worker] = capacity_bytes, max_requests
-        self.state[worker] = WorkerState.ACTIVE
+        self.enter(worker, WorkerState.ACTIVE)
         self.report(worker, acked, capacity_bytes)
 
     def gone(self, worker: int, state: WorkerState) -> None:
         """It has no arena any more: parked or lost."""
-        self.state[worker] = state
+        self.enter(worker, state)
         self.free[worker] = self.ordered[worker] = 0
         self._unacked[worker].clear()
 

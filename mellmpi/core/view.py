@@ -90,8 +90,13 @@ class RequestColumns:
         self.worker[row] = 0
         self._free.append(row)
 
+    def need(self, row: int) -> int:
+        """Bytes of KV that this request occupies, in whole blocks."""
+        blocks = blocks_for(int(self.num_tokens[row]), int(self.block_size[row]))
+        return blocks * int(self.block_bytes[row])
+
     def kv_bytes(self, rows: np.ndarray) -> np.ndarray:
-        """int64 [rows] -> bytes of KV each of these requests occupies, in whole blocks."""
+        """int64 [rows] -> int64 [rows]: `need` of each."""
         blocks = -(-self.num_tokens[rows] // self.block_size[rows])
         return np.asarray(blocks * self.block_bytes[rows])
 
@@ -117,7 +122,7 @@ class View:
 
     def hosting(self, model: str) -> np.ndarray:
         """bool [workers + 1]: active and able to run `model`."""
-        return np.asarray(self.workers.able(model) & self.active())
+        return self.workers.hosting(model)
 
 
 def kv_need(kv: ModelKv, num_tokens: int) -> int:

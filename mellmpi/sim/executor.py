@@ -72,3 +72,11 @@ class HashExecutor:
         )
         context = self.arena[table].reshape(-1)[:end]
         return _next_token(context, chunk.sampling.seed if chunk.sampling else 0)
+
+
+class SilentExecutor(HashExecutor):
+    """Tokens without meaning, at no cost: for runs in which only sizes and times matter."""
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        num_sampled = sum(chunk.sampling is not None for chunk in plan.chunks)
+        return StepResult((0,) * num_sampled, (None,) * num_sampled)

@@ -54,6 +54,7 @@ class Simulation:
         self.workers = {w: SimWorker(w, spec) for w in range(1, num_workers + 1)}
         self.data_plane = DataPlane(self.workers, self._block_s, self.later, self._tell)
         self.outcome = Outcome()
+        self.report_share = 0.5  # of the steps are followed by a report; it covers several then
         self.now = 0.0
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._order = count()
@@ -107,6 +108,14 @@ class Simulation:
             action()
         stuck = [r.bug("never ends") for r in self.scheduler.records.values()]
         raise RuntimeError(f"{max_events} events and no end: {stuck}")
+
+    def run_until(self, end_s: float) -> Outcome:
+        """Only up to this time, whatever is still under way."""
+        self.later(0.0, self._tick)
+        while self._heap and self._heap[0][0] <= end_s:
+            self.now, _, action = heapq.heappop(self._heap)
+            action()
+        return self.outcome
 
     # --- the loops ------------------------------------------------------------------------------
 
@@ -167,7 +176,7 @@ class Simulation:
             if isinstance(message, Wake):
                 self.later(worker.spec.wake_s, lambda: self._awake(worker))
         worker.plan = worker.batch.plan()
-        if worker.plan is None or self.rng.random() < 0.5:  # reports may cover several steps
+        if worker.plan is None or self.rng.random() < self.report_share:
             self._report(worker)
         if worker.plan is not None:
             sampled = sum(c.sampling is not None for c in worker.plan.chunks)

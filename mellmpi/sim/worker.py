@@ -1,5 +1,6 @@
 """One simulated worker: the loop of the real one, on simulated time."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ class WorkerSpec:
     batch: BatchConfig
     cache: CacheConfig
     wake_s: float
+    executor: Callable[[int, int], HashExecutor] = HashExecutor  # of (blocks, tokens a block)
 
 
 @dataclass
@@ -41,7 +43,7 @@ class SimWorker:
         spec = self.spec
         self.batch = BatchScheduler(spec.kv, spec.num_blocks, "sim", self.acked, spec.batch,
                                     spec.cache)  # fmt: skip
-        self.executor = HashExecutor(spec.num_blocks, spec.kv.block_size)
+        self.executor = spec.executor(spec.num_blocks, spec.kv.block_size)
         capacity = spec.num_blocks * spec.kv.block_bytes
         return WorkerReady((spec.kv,), capacity, spec.batch.max_num_seqs, self.acked, spec.wake_s)
 

@@ -27,10 +27,9 @@ def without_moves(policy: Policy) -> Policy:
 
 def room_after(view: View, row: int, model: str) -> np.ndarray:
     """int64 [workers + 1]: bytes left on each worker with this request on it; under 0: no place."""
-    need = view.requests.kv_bytes(np.array([row]))[0]
     workers = view.workers
     fits = view.hosting(model) & (workers.num_requests < workers.max_requests)
-    return np.where(fits, workers.budget - need, -1)
+    return np.where(fits, workers.budget - view.requests.need(row), -1)
 
 
 def idle_workers(view: View) -> list[Proposal]:

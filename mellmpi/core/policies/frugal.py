@@ -62,8 +62,9 @@ class Room:
 
 def _more_workers(view: View, model: str) -> bool:
     """Can waiting bring a worker that is not active now?"""
-    coming = (WorkerState.PARKED, WorkerState.WAKING, WorkerState.PARKING, WorkerState.DRAINING)
-    return bool((view.workers.able(model) & np.isin(view.workers.state, coming)).any())
+    workers = view.workers
+    coming = (workers.state > WorkerState.ACTIVE) & (workers.state < WorkerState.LOST)
+    return bool((workers.able(model) & coming).any())
 
 
 def _rows_on(view: View, worker: int) -> np.ndarray:
