@@ -28,6 +28,10 @@ from mellmpi.engine.checkpoint import resolve
 
 HERE = Path(__file__).resolve().parent
 SYSTEMS = ("mellmpi", "engine", "transformers", "vllm", "llama.cpp")
+SPEEDS = {
+    "output_throughput": "output tokens/s, end to end",
+    "tokens_per_core_second": "output tokens a second of processor time",
+}
 FIRST_ID, LAST_ID = 100, 49_000  # ordinary tokens of SmolLM2
 
 
@@ -116,26 +120,28 @@ def note(text: str) -> None:
 
 
 def summarise(answers: Answers, num_out: int) -> dict[str, Any]:
-    """{requests: {system: {output_throughput …, ours_over_it, first_tokens_as_first_system}}}."""
+    """{requests: {system: figures}}; ratios are mellmpi's speed over the system's."""
     return {str(n): _row(by_name, n * num_out) for n, by_name in answers.items()}
 
 
 def _row(by_name: dict[str, list[Answer]], num_tokens: int) -> dict[str, Any]:
-    median = {s: statistics.median(a.seconds for a in done) for s, done in by_name.items()}
     yardstick = next(iter(by_name.values()))
-    return {
+    row = {
         name: {
-            "output_throughput": round(num_tokens / median[name], 1),
+            "output_throughput": num_tokens / statistics.median(a.seconds for a in done),
+            "tokens_per_core_second": num_tokens / statistics.median(a.cpu_seconds for a in done),
             "seconds": [round(a.seconds, 3) for a in done],
             "cpu_seconds": [round(a.cpu_seconds, 2) for a in done],
-            "ours_over_it": round(median[name] / median["mellmpi"], 3)
-            if "mellmpi" in median
-            else None,
             "same_first_token": round(_same_first_token(done, yardstick), 3),
             "memory_mb": max(a.memory_mb for a in done),
         }
         for name, done in by_name.items()
     }
+    for speed in SPEEDS:
+        for figures in row.values():
+            if ours := row.get("mellmpi"):
+                figures[f"{speed}_ratio"] = round(ours[speed] / figures[speed], 3)
+    return row
 
 
 def _same_first_token(a: list[Answer], b: list[Answer]) -> float:
@@ -148,17 +154,20 @@ def _same_first_token(a: list[Answer], b: list[Answer]) -> float:
     return sum(mine == other for mine, other in pairs) / len(pairs)
 
 
-def table(results: dict[str, Any]) -> str:
+def table(results: dict[str, Any], speed: str) -> str:
     names = list(next(iter(results.values())))
-    lines = [f"{'requests':>8s}" + "".join(f"{name:>22s}" for name in names)]
+    lines = [f"{SPEEDS[speed]} (mellmpi over it)", f"{'requests':>8s}" + _cells(names)]
     for n, row in results.items():
         cells = [
-            f"{r['output_throughput']:.1f}"
-            + (f" ({r['ours_over_it']:.2f}x)" if r["ours_over_it"] and name != "mellmpi" else "")
-            for name, r in row.items()
+            f"{figures[speed]:.1f} ({figures.get(f'{speed}_ratio', float('nan')):.2f}x)"
+            for figures in row.values()
         ]
-        lines.append(f"{n:>8s}" + "".join(f"{cell:>22s}" for cell in cells))
-    return "\n".join(["output tokens/s end to end (in brackets: mellmpi over it)", *lines])
+        lines.append(f"{n:>8s}" + _cells(cells))
+    return "\n".join(lines)
+
+
+def _cells(texts: list[str]) -> str:
+    return "".join(f"{text:>17s}" for text in texts)
 
 
 def disturbed(answers: Answers, threads: int) -> list[str]:
@@ -202,9 +211,10 @@ def main() -> None:
     for system in systems:
         system.close()
     results = summarise(answers, args.num_out)
-    note(table(results))
+    for speed in SPEEDS:
+        note(table(results, speed))
     if busy := disturbed(answers, args.threads):
-        note(f"cores were shared with other work, so these are low: {', '.join(busy)}")
+        note(f"other work had a share of the cores, so tokens/s is low: {', '.join(busy)}")
     config = {
         "model": "SmolLM2-135M-Instruct", "dtype": "bfloat16", "num_in": args.num_in,
         "num_out": args.num_out, "threads": args.threads, "cores": args.cores,
