@@ -9,7 +9,15 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from mellmpi.engine.drawing import MASS, Draw, draw_row, draw_rows, row_masses, uniforms
+from mellmpi.engine.drawing import (
+    MASS,
+    Draw,
+    bound_of_greatest,
+    draw_row,
+    draw_rows,
+    row_masses,
+    uniforms,
+)
 from mellmpi.protocol import Chunk, Sampling, StepResult, TokenLogprob
 
 
@@ -131,5 +139,5 @@ def _greatest(values: np.ndarray, n: int) -> np.ndarray:
     """Ids of the n greatest values, greatest first, of equals the lower id first."""
     if n == 0:
         return np.zeros(0, np.int64)
-    ids = np.flatnonzero(values >= np.partition(values, -n)[-n])
+    ids = np.flatnonzero(values >= bound_of_greatest(values, n))
     return ids[np.argsort(-values[ids], kind="stable")][:n]

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from mellmpi.engine import drawing, sampler
+from mellmpi.engine import sampler
 from mellmpi.engine.drawing import Draw, draw_row, draw_rows, row_masses, uniforms
-from mellmpi.engine.sampler import draws_of, sample
+from mellmpi.engine.sampler import sample
 from mellmpi.protocol import Chunk
 
 VOCAB = 1000
@@ -121,32 +121,55 @@ def test_a_row_is_sampled_alike_alone_and_in_any_batch(vocab, chunk):
 
 
 @pytest.mark.parametrize("vocab", [131, 4097, 49152])
-def test_the_masses_of_a_row_are_alike_bit_for_bit_in_any_batch_and_thread_count(vocab):
-    logits, threads = random_logits(7, vocab, spread=5.0), torch.get_num_threads()
-    temperature = torch.linspace(0.3, 2, 7)[:, None]
-    whole = probability_masses(logits, temperature)
-    try:
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            for i in range(7):
-                alone = probability_masses(logits[i : i + 1].clone(), temperature[i : i + 1])
-                assert torch.equal(alone[0], whole[i])
-    finally:
-        torch.set_num_threads(threads)
+def test_the_masses_of_a_row_have_the_same_bits_wherever_the_row_lies(vocab):
+    logits = random_logits(1, vocab, spread=5.0)[0].numpy()
+    expected, buffer = row_masses(logits, 0.7), np.empty(vocab + 40, np.float32)
+    for offset in range(33):
+        buffer[offset : offset + vocab] = logits
+        assert np.array_equal(row_masses(buffer[offset : offset + vocab], 0.7), expected)
 
 
-def test_rows_drawn_together_are_drawn_as_one_by_one(chunk):
-    """How a CUDA device does it, but for its exp."""
-    logits, chunks = mixed_rows(chunk, 64, 5000)
-    rows = [row for row, c in enumerate(chunks) if c.sampling.temperature > 0]
-    together = draw(logits[rows], draw_settings([chunks[row] for row in rows]))
-    alone = [draw(logits[row : row + 1], draw_settings([chunks[row]])).item() for row in rows]
-    assert together.tolist() == alone
+def random_draw(rng):
+    off = rng.random(3) < 0.4
+    return Draw(
+        uniform=rng.random(),
+        temperature=rng.choice([0.3, 0.9, 1.7]),
+        min_p=0.0 if off[0] else rng.choice([1e-4, 0.05, 1.0]),
+        top_k=0 if off[1] else int(rng.choice([1, 2, 20, 300, 10**6])),
+        top_p=1.0 if off[2] else rng.choice([1e-6, 0.3, 0.9, 0.9999]),
+    )
+
+
+@pytest.mark.parametrize("vocab", [1, 7, 300, 5000])
+def test_rows_drawn_together_are_drawn_as_one_by_one(vocab):
+    """The two ways differ only in how they compute an exp, far below what a draw can see."""
+    rng = np.random.default_rng(vocab)
+    logits, hows = random_logits(200, vocab, seed=vocab), [random_draw(rng) for _ in range(200)]
+    alone = [draw_row(row.numpy(), how) for row, how in zip(logits, hows, strict=True)]
+    assert draw_rows(logits, hows).tolist() == alone
+
+
+@pytest.mark.parametrize("vocab", [7, 300, 5000])
+def test_equal_logits_are_cut_together_either_way(vocab):
+    rng = np.random.default_rng(vocab)
+    logits = random_logits(200, vocab, seed=vocab).round()
+    hows = [random_draw(rng) for _ in range(200)]
+    alone = [draw_row(row.numpy(), how) for row, how in zip(logits, hows, strict=True)]
+    assert draw_rows(logits, hows).tolist() == alone
 
 
 def test_sums_of_masses_are_exact_whatever_the_vocabulary():
-    masses = probability_masses(torch.zeros(1, 2**18), 1.0)
-    assert masses.cumsum(-1)[0, -1].item() == 2.0**52 == masses.flip(-1).sum().item()
+    masses = row_masses(np.zeros(2**18, np.float32), 1.0)
+    assert masses.cumsum()[-1] == 2.0**52 == masses[::-1].sum()
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2.0**-53])
+def test_logits_that_are_not_numbers_still_give_a_token(uniform):
+    how = Draw(uniform, 1.0, 0.0, 0, 0.9)
+    for value in (torch.nan, torch.inf, -torch.inf):
+        logits = torch.full((1, 50), value)
+        assert 0 <= draw_row(logits[0].numpy(), how) < 50
+        assert 0 <= draw_rows(logits, [how]).item() < 50
 
 
 # --- noise ---------------------------------------------------------------------------------------
