@@ -231,7 +231,7 @@ class BatchScheduler:
         while not self._grow(sequence, sequence.num_tokens):
             youngest = next(
                 s for s in reversed(self.sequences.values())
-                if s is sequence or (s.phase is Phase.RUNNING and not s.in_flight)
+                if s.phase is Phase.RUNNING and not s.in_flight
             )  # fmt: skip
             self._preempt(youngest)
             if youngest is sequence:
@@ -269,7 +269,10 @@ class BatchScheduler:
 
     def plan(self) -> StepPlan | None:
         """The next forward pass, or None with nothing to compute. Decodes first, then prefill."""
-        running = [s for s in self.sequences.values() if s.phase is Phase.RUNNING]
+        # While a send reads its blocks, even one that will be thrown away, nobody may write them.
+        running = [
+            s for s in self.sequences.values() if s.phase is Phase.RUNNING and not s.in_flight
+        ]
         running.sort(key=lambda s: s.num_tokens - s.num_computed > 1)  # stable: oldest first
         budget = self._limits.max_num_batched_tokens
         sampled: list[tuple[Sequence, Chunk]] = []

@@ -37,6 +37,9 @@ class BlockPool:
     def num_free(self) -> int:
         return len(self._empty) + len(self._kept)
 
+    def is_held(self, block: int) -> bool:
+        return self._holders[block] > 0
+
     def take(self, n: int) -> list[int] | None:
         """Exactly `n` block ids, each held once, or None with the pool unchanged."""
         if n > self.num_free:
@@ -55,7 +58,7 @@ class BlockPool:
         """Let go of one hold on each of these blocks."""
         # The tail goes back first, so that shared prefixes are the last to be evicted.
         for block in reversed(ids):
-            assert self._holders[block] > 0, f"block {block} freed twice"
+            assert self.is_held(block), f"block {block} freed twice"
             self._holders[block] -= 1
             if not self._holders[block]:
                 if block in self._key_of:
@@ -65,7 +68,7 @@ class BlockPool:
 
     def know(self, block: int, key: BlockKey) -> None:
         """Remember what a held, full block contains. The first block with a content wins."""
-        assert self._holders[block] > 0, f"block {block} is not held"
+        assert self.is_held(block), f"block {block} is not held"
         if key not in self._block_of and block not in self._key_of:
             self._key_of[block], self._block_of[key] = key, block
 

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from mellmpi.protocol import BlocksArrived, BlocksSent, DrainBlocks, ReceiveBlocks, SendBlocks
 from mellmpi.sim.worker import SimWorker
 
@@ -12,7 +14,11 @@ Key = tuple[int, int, int]  # source, destination, tag
 
 
 class DataPlane:
-    """Matches what is sent with what is awaited, as MPI matches (source, tag)."""
+    """Matches what is sent with what is awaited, as MPI matches (source, tag).
+
+    It insists on what MPI only asks for: blocks in flight belong to somebody, and what is being
+    sent is not written.
+    """
 
     def __init__(self, workers: dict[int, SimWorker], block_s: Callable[[], float], later: Later,
                  tell: Tell):  # fmt: skip
@@ -20,6 +26,7 @@ class DataPlane:
         self.sends: dict[Key, SendBlocks] = {}
         self.receives: dict[Key, ReceiveBlocks | DrainBlocks] = {}
         self.started_s: dict[Key, float] = {}
+        self._as_sent: dict[Key, np.ndarray] = {}
 
     def handle(self, worker: SimWorker, order: Any, now: float) -> None:
         """One order of a worker's batch scheduler."""
@@ -27,6 +34,7 @@ class DataPlane:
             case SendBlocks(dst=dst, tag=tag):
                 key = (worker.id, dst, tag)
                 self.sends[key] = order
+                self._as_sent[key] = worker.executor.arena[list(order.block_ids)]
                 if not self.workers[dst].alive:
                     return self.lost(dst)
             case ReceiveBlocks(src=src, tag=tag) | DrainBlocks(src=src, tag=tag):
@@ -44,14 +52,15 @@ class DataPlane:
             return  # one side was lost
         if i == len(send.block_ids):
             return self._finish(key, send, receive)
+        source, destination = self.workers[key[0]], self.workers[key[1]]
+        block = _in_flight(source, send.block_ids[i])
+        assert (block == self._as_sent[key][i]).all(), f"{send} was written while it was sent"
         if isinstance(receive, ReceiveBlocks):
-            source, destination = self.workers[key[0]], self.workers[key[1]]
-            block = source.executor.arena[send.block_ids[i]]
-            destination.executor.arena[receive.block_ids[i]] = block
+            _in_flight(destination, receive.block_ids[i])[:] = block
         self.later(self.block_s(), lambda: self._copy(key, i + 1))
 
     def _finish(self, key: Key, send: SendBlocks, receive: ReceiveBlocks | DrainBlocks) -> None:
-        del self.sends[key], self.receives[key]
+        del self.sends[key], self.receives[key], self._as_sent[key]
         self._tell_sent(key, send)
         self._tell_arrived(key, receive, ok=True)
 
@@ -70,3 +79,9 @@ class DataPlane:
             self._tell_sent(key, self.sends.pop(key))
         for key in [k for k in self.receives if worker in k[:2]]:
             self._tell_arrived(key, self.receives.pop(key), ok=False)
+
+
+def _in_flight(worker: SimWorker, block: int) -> np.ndarray:
+    """The memory of a block that a transfer touches."""
+    assert worker.batch.pool.is_held(block), f"block {block} of worker {worker.id} is nobody's"
+    return np.asarray(worker.executor.arena[block])

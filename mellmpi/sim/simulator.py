@@ -54,6 +54,7 @@ class Simulation:
         self.workers = {w: SimWorker(w, spec) for w in range(1, num_workers + 1)}
         self.data_plane = DataPlane(self.workers, self._block_s, self.later, self._tell)
         self.outcome = Outcome()
+        self.max_events = 200_000  # of one `run`: more is a livelock
         self.report_share = 0.5  # of the steps are followed by a report; it covers several then
         self.now = 0.0
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
@@ -98,16 +99,16 @@ class Simulation:
         lost = WorkerLost(worker.id)
         self.at(at, lambda: self._to_scheduler(worker.id, lost))
 
-    def run(self, max_events: int = 200_000) -> Outcome:
+    def run(self) -> Outcome:
         """Until every request is over and every link is empty."""
         self.later(0.0, self._tick)
-        for _ in range(max_events):
+        for _ in range(self.max_events):
             if not self._heap:
                 return self.outcome
             self.now, _, action = heapq.heappop(self._heap)
             action()
         stuck = [r.bug("never ends") for r in self.scheduler.records.values()]
-        raise RuntimeError(f"{max_events} events and no end: {stuck}")
+        raise RuntimeError(f"{self.max_events} events and no end: {stuck}")
 
     def run_until(self, end_s: float) -> Outcome:
         """Only up to this time, whatever is still under way."""

@@ -28,7 +28,7 @@ def random_request(request_id: int, rng: random.Random) -> Request:
     return Request(request_id, "hash", prompt, sampling, None)
 
 
-def random_history(seed: int, **replaced) -> tuple[Simulation, list[Request]]:
+def random_history(seed: int, simulation=Simulation) -> tuple[Simulation, list[Request]]:
     """A cluster with everything that is going to happen to it already on its clock."""
     rng = random.Random(seed)
     num_workers = rng.choice([2, 3, 3, 4])
@@ -42,7 +42,7 @@ def random_history(seed: int, **replaced) -> tuple[Simulation, list[Request]]:
         rebalance_every_s=rng.choice([1e-3, 4e-3]), park_after_s=rng.choice([0.0, 5e-3]),
     )  # fmt: skip
     network = Network(rng.choice([1e-5, 5e-4, 5e-3]), rng)
-    sim = replaced.get("simulation", Simulation)(num_workers, spec, config, COST, network, rng)
+    sim = simulation(num_workers, spec, config, COST, network, rng)
     requests = [random_request(i, rng) for i in range(rng.randint(4, 12))]
     for request in requests:
         sim.submit(rng.uniform(0, 0.03), request)

@@ -1,0 +1,240 @@
+"""Breaks one thing at a time and sees the histories notice: else they would prove nothing."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import count
+
+import pytest
+
+from mellmpi.core.batch import BatchScheduler
+from mellmpi.core.blocks import BlockPool
+from mellmpi.core.cluster import ClusterScheduler
+from mellmpi.core.ledger import Ledger
+from mellmpi.core.requests import Record, TokenLog
+from mellmpi.core.ring import Ring
+from mellmpi.core.unreported import Unreported
+from mellmpi.protocol import KvReceived, Release
+from mellmpi.sim.network import Network
+from tests.sim.histories import check, random_history
+
+SEEDS = 200
+
+Plant = Callable[[pytest.MonkeyPatch], None]
+FAULTS: list[Plant] = []
+
+
+def fault(plant: Plant) -> Plant:
+    FAULTS.append(plant)
+    return plant
+
+
+@pytest.mark.parametrize("plant", FAULTS, ids=lambda plant: plant.__name__)
+def test_the_histories_catch(plant, monkeypatch):
+    plant(monkeypatch)
+    assert any(fails(seed) for seed in range(SEEDS)), f"{SEEDS} histories and nobody noticed"
+
+
+def fails(seed: int) -> bool:
+    sim, requests = random_history(seed)
+    sim.max_events = 30_000
+    try:
+        check(sim, requests)
+    except Exception:
+        return True
+    return False
+
+
+def test_without_a_fault_the_same_histories_pass():
+    assert not any(fails(seed) for seed in range(10))
+
+
+# --- rank 0 --------------------------------------------------------------------------------------
+
+
+@fault
+def no_epoch_check_of_tokens(monkeypatch):
+    report = ClusterScheduler._report
+
+    def careless(self, worker, event):
+        ids = event.request_ids
+        owned = tuple(self.records[i].epoch if i in self.records else 0 for i in ids)
+        report(self, worker, replace(event, epochs=owned))
+
+    monkeypatch.setattr(ClusterScheduler, "_report", careless)
+
+
+@fault
+def no_epoch_check_of_answers(monkeypatch):
+    answer = Ring.answer
+
+    def careless(self, record, source, event):
+        epoch = record.offer.epoch if record.offer else 0
+        return answer(self, record, source, replace(event, epoch=epoch))
+
+    monkeypatch.setattr(Ring, "answer", careless)
+
+
+@fault
+def an_epoch_is_reused_as_e_plus_1(monkeypatch):
+    assign, offer = ClusterScheduler._assign, Ring.offer
+    latest: dict[Record, int] = {}  # epoch of its last owner
+
+    def count_on(fleet, record):
+        first = 1000 * (record.request.id + 1)  # workers know epochs only: keep requests apart
+        fleet._epochs = count((record.epoch or latest.get(record, first)) + 1)
+
+    def reusing_assign(self, record, worker):
+        count_on(self.fleet, record)
+        assign(self, record, worker)
+        latest[record] = record.epoch
+
+    def reusing_offer(self, record, move, num_bytes):
+        count_on(self.fleet, record)
+        offer(self, record, move, num_bytes)
+
+    monkeypatch.setattr(ClusterScheduler, "_assign", reusing_assign)
+    monkeypatch.setattr(Ring, "offer", reusing_offer)
+
+
+@fault
+def no_suffix_merge(monkeypatch):
+    def merge(self, first, tokens):
+        self.tokens += tokens
+        return tokens
+
+    monkeypatch.setattr(TokenLog, "merge", merge)
+
+
+def without_release(monkeypatch, name):
+    """`Ring.name` does all that it does, but the Release it sends is lost."""
+    method = getattr(Ring, name)
+
+    def forgetful(self, *args):
+        before = len(self.fleet.out)
+        method(self, *args)
+        new = self.fleet.out[before:]
+        self.fleet.out[before:] = [c for c in new if not isinstance(c[1], Release)]
+
+    monkeypatch.setattr(Ring, name, forgetful)
+
+
+@fault
+def the_source_is_not_released(monkeypatch):
+    without_release(monkeypatch, "_received")
+
+
+@fault
+def the_destination_is_not_released(monkeypatch):
+    without_release(monkeypatch, "withdraw")
+
+
+@fault
+def no_unfreeze(monkeypatch):
+    monkeypatch.setattr(Ring, "_thaw", lambda self, record: None)
+
+
+@fault
+def an_offer_is_not_counted(monkeypatch):
+    offer = Ring.offer
+
+    def uncounted(self, record, move, num_bytes):
+        offer(self, record, move, num_bytes)
+        self.fleet.ledger.num_requests[move.dst] -= 1
+
+    monkeypatch.setattr(Ring, "offer", uncounted)
+
+
+@fault
+def an_order_is_never_acknowledged(monkeypatch):
+    report = Ledger.report
+
+    def deaf(self, worker, acked, free_bytes):
+        report(self, worker, 0, free_bytes)
+
+    monkeypatch.setattr(Ledger, "report", deaf)
+
+
+# --- workers -------------------------------------------------------------------------------------
+
+
+@fault
+def no_token_run_in_kv_received(monkeypatch):
+    arrived = BatchScheduler._arrived
+
+    def silent(self, event):
+        return [
+            (to, replace(c, tokens=(), logprobs=()) if isinstance(c, KvReceived) else c)
+            for to, c in arrived(self, event)
+        ]
+
+    monkeypatch.setattr(BatchScheduler, "_arrived", silent)
+
+
+def freed_early(monkeypatch, touched):
+    end = BatchScheduler._end
+
+    def early(self, sequence):
+        end(self, sequence)
+        if touched(sequence):
+            self.pool.give(sequence.block_table)
+            sequence.block_table = []
+
+    monkeypatch.setattr(BatchScheduler, "_end", early)
+
+
+@fault
+def blocks_are_freed_while_a_send_reads_them(monkeypatch):
+    freed_early(monkeypatch, lambda sequence: sequence.sends)
+
+
+@fault
+def blocks_are_freed_while_a_receive_writes_them(monkeypatch):
+    freed_early(monkeypatch, lambda sequence: sequence.receiving)
+
+
+@fault
+def a_payload_that_nobody_wants_is_left_on_the_wire(monkeypatch):
+    monkeypatch.setattr(BatchScheduler, "_drain", lambda self, source, header: [])
+
+
+@fault
+def what_grew_after_the_reservation_gets_no_blocks(monkeypatch):
+    monkeypatch.setattr(BatchScheduler, "_mismatch", lambda self, sequence, header: None)
+
+
+@fault
+def logprobs_are_forgotten_once_reported(monkeypatch):
+    report = Unreported.report
+
+    def forgetful(self, *args):
+        runs = list(self._runs.values())
+        message = report(self, *args)
+        for sequence in runs:
+            sequence.logprobs = {}
+        return message
+
+    monkeypatch.setattr(Unreported, "report", forgetful)
+
+
+@fault
+def a_shared_block_is_still_for_the_taking(monkeypatch):
+    share = BlockPool.share
+
+    def share_and_keep(self, keys):
+        kept = dict(self._kept)
+        ids = share(self, keys)
+        self._kept.update({block: None for block in ids if block in kept})
+        return ids
+
+    monkeypatch.setattr(BlockPool, "share", share_and_keep)
+
+
+# --- links ---------------------------------------------------------------------------------------
+
+
+@fault
+def links_are_not_fifo(monkeypatch):
+    def arrival(self, src, dst, now):
+        return now + self.rng.expovariate(1 / self.mean_delay_s)
+
+    monkeypatch.setattr(Network, "arrival", arrival)

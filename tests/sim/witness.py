@@ -1,0 +1,124 @@
+"""Counts what happens in a history: rows of the transition table, and special occasions."""
+
+import re
+from collections import Counter
+from typing import Any
+
+from mellmpi.core.requests import Record
+from mellmpi.protocol import (
+    Address,
+    DrainBlocks,
+    KvFailed,
+    KvPayload,
+    KvReceived,
+    KvRefused,
+    KvReserved,
+    Park,
+    Unfreeze,
+    Wake,
+    WorkerLost,
+)
+from mellmpi.sim.simulator import Simulation
+from mellmpi.sim.worker import SimWorker
+
+# As records tell it: state -> state: why. The commands of each are proved one by one in
+# tests/core/test_transition_table.py.
+ROWS = {
+    "waiting -> running: assigned",
+    "running -> reserving: offered",
+    "running -> waiting: recompute",
+    "reserving -> sending: has room",
+    "reserving -> running: refused",
+    "sending -> running: received",
+    "sending -> running: failed",
+    "running -> waiting: preempted",
+    "reserving -> waiting: preempted",
+    "sending -> waiting: preempted",
+    "running -> waiting: worker lost",
+    "reserving -> waiting: worker lost",
+    "sending -> waiting: worker lost",
+    "reserving -> running: worker lost",
+    "sending -> running: worker lost",
+    "running -> gone: finished",
+    "reserving -> gone: finished",
+    "sending -> gone: finished",
+    "waiting -> gone: cancelled",
+    "running -> gone: cancelled",
+    "reserving -> gone: cancelled",
+    "sending -> gone: cancelled",
+}
+OCCASIONS = {
+    "Park", "Wake", "Unfreeze", "blocks drained", "transfer in mid-prefill", "transfer of nothing",
+    "two workers lost", "prefix reused", "arrived without room", "stream broken off",
+    "blocks freed late", "logprobs in KvReceived", "tokens only in KvReceived", "stale answer",
+}  # fmt: skip
+
+_WHY = re.compile(r"(\w+ -> \w+: )(?:\d+ )?([a-z]+(?: (?:room|\d+ lost))?)")
+
+
+def _row(line: str) -> str:
+    found = _WHY.match(line)
+    assert found is not None, line
+    return found[1] + re.sub(r" \d+", "", found[2])
+
+
+class Witness(Simulation):
+    """A simulation that remembers what its scheduler and its workers went through."""
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self.seen: Counter[str] = Counter()
+        self._lost: set[int] = set()
+        self._met: set[int] = set()  # epochs
+        self._forget, self.scheduler._forget = self.scheduler._forget, self._over
+
+    def _over(self, record: Record, outcome: str) -> None:
+        """A request is about to be forgotten: its story has the rows it went through."""
+        self.seen.update(_row(line) for line in record.story)
+        self.seen[f"{record.state.value} -> gone: {outcome}"] += 1
+        self._forget(record, outcome)
+
+    def _to_scheduler(self, source: Address, event: Any) -> None:
+        match event:
+            case WorkerLost(worker):
+                self._lost.add(worker)
+                self.seen["two workers lost"] += len(self._lost) > 1
+            case KvFailed(reason=reason):
+                no_room = reason.startswith("no room")
+                self.seen["arrived without room" if no_room else "stream broken off"] += 1
+            case KvReceived(request_id, first=first, tokens=tokens, logprobs=logprobs):
+                record = self.scheduler.records.get(request_id)
+                news = record is not None and first + len(tokens) > len(record.log.tokens)
+                self.seen["tokens only in KvReceived"] += news
+                self.seen["logprobs in KvReceived"] += bool(logprobs)
+        if isinstance(event, KvReserved | KvRefused | KvReceived | KvFailed):
+            record = self.scheduler.records.get(event.request_id)
+            current = record is not None and record.offer and record.offer.epoch == event.epoch
+            self.seen["stale answer"] += not current
+        super()._to_scheduler(source, event)
+
+    def _route(self, source: Address, commands: list[tuple[Address, Any]]) -> None:
+        for _, command in commands:
+            match command:
+                case Park() | Wake() | Unfreeze():
+                    self.seen[type(command).__name__] += 1
+                case DrainBlocks():
+                    self.seen["blocks drained"] += 1
+                case KvPayload():
+                    self._header(command)
+        super()._route(source, commands)
+
+    def _header(self, header: KvPayload) -> None:
+        record = self.scheduler.records.get(header.request_id)
+        if not header.num_blocks:
+            self.seen["transfer of nothing"] += 1
+        elif record and header.num_computed < len(record.request.prompt) + len(header.outputs) - 1:
+            self.seen["transfer in mid-prefill"] += 1
+
+    def _turn(self, worker: SimWorker) -> None:
+        super()._turn(worker)
+        self.seen["blocks freed late"] += bool(worker.batch.lingering)
+        for sequence in worker.batch.sequences.values():
+            if sequence.epoch not in self._met:  # it came in this turn; nothing is computed yet
+                self._met.add(sequence.epoch)
+                self.seen["prefix reused"] += sequence.src is None and sequence.num_computed > 0
