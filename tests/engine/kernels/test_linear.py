@@ -1,0 +1,80 @@
+"""Linear layers: right against torch, the same bits for any batch and any number of threads."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from numba import njit
+
+from mellmpi.engine.kernels.linear import ADD, GATE_UP, KEEP, linear
+from mellmpi.engine.kernels.panels import PANEL, interleaved, packed, storage
+from mellmpi.engine.kernels.team import KERNEL, team
+
+K, WIDTH = 96, 160
+
+
+@njit(**KERNEL)
+def run(team, a, rows, w, begins, bias, out, inner):
+    """Keeps the first matrix's product, adds the second's, gates the third's."""
+    panels = WIDTH // PANEL
+    linear(team, 0, a, rows, K, w, begins[0], panels, bias, 0, KEEP, out, WIDTH)
+    linear(team, 1, a, rows, K, w, begins[1], panels, bias, WIDTH, ADD, out, WIDTH)
+    linear(team, 2, a, rows, K, w, begins[2], panels, bias, 2 * WIDTH, GATE_UP, inner, WIDTH // 2)
+
+
+class Layer:
+    """Three matrices and what becomes of their products, beside plain torch."""
+
+    def __init__(self, dtype):
+        generator = torch.Generator().manual_seed(3)
+        self.dtype = dtype
+        self.matrices = [torch.randn(WIDTH, K, generator=generator).to(dtype) for _ in range(2)]
+        gate, up = (torch.randn(WIDTH // 2, K, generator=generator).to(dtype) for _ in range(2))
+        self.gate, self.up = gate, up
+        self.bias = torch.randn(3 * WIDTH, generator=generator)
+        self.x = torch.randn(700, K, generator=generator).to(dtype)
+        three = [*self.matrices, interleaved(gate, up)]
+        self.w, self.begins = packed(iter(three), [m.numel() for m in three])
+
+    def run(self, rows, threads=1):
+        out = np.zeros((rows, WIDTH), np.float32)
+        inner = torch.zeros(rows, WIDTH // 2, dtype=self.dtype)
+        arguments = (
+            team(3, threads), storage(self.x[:rows].clone()).ravel(), rows, self.w, self.begins,
+            self.bias.numpy(), out.ravel(), storage(inner).ravel(),
+        )  # fmt: skip
+        with ThreadPoolExecutor(threads) as pool:
+            for done in [pool.submit(run, *arguments) for _ in range(threads)]:
+                done.result()
+        return torch.from_numpy(out), inner
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16])
+def layer(request):
+    return Layer(request.param)
+
+
+def test_products_are_those_of_torch_in_double_precision(layer):
+    out, inner = layer.run(37)
+    x, bias = layer.x[:37].double(), layer.bias.double().view(3, WIDTH)
+    expected = sum(x @ m.double().T + b for m, b in zip(layer.matrices, bias, strict=False))
+    torch.testing.assert_close(out.double(), expected, atol=1e-4, rtol=1e-5)
+    turns = bias[2].view(-1, 2, 16)
+    gate = x @ layer.gate.double().T + turns[:, 0].flatten()
+    up = x @ layer.up.double().T + turns[:, 1].flatten()
+    gated = torch.nn.functional.silu(gate) * up
+    tolerance = 1e-4 if layer.dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(inner.double(), gated, atol=1e-4, rtol=tolerance)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 14, 15, 32, 100, 699])
+def test_a_row_has_the_same_bits_in_any_batch(layer, rows):
+    whole, part = layer.run(700), layer.run(rows)
+    assert all(torch.equal(w[:rows], p) for w, p in zip(whole, part, strict=True))
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_share_the_work_and_not_the_sums(layer, threads):
+    alone, together = layer.run(100), layer.run(100, threads)
+    assert all(torch.equal(a, t) for a, t in zip(alone, together, strict=True))

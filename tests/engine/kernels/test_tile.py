@@ -1,0 +1,106 @@
+"""The tile product: right against torch, and the same bits for any number of rows."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from numba import njit
+
+from mellmpi.engine.kernels.panels import pair_of, storage
+from mellmpi.engine.kernels.tile import MOST_ROWS, tile16, tile32, tile64
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@njit
+def run16(rows, a, stride, w, steps, pair, init, init_stride, out):
+    tile16(rows, a, 0, stride, w, 0, 16 * pair, steps, 64, init, 0, init_stride, out, 0, 16)
+
+
+@njit
+def run32(rows, a, stride, w, steps, pair, init, init_stride, out):
+    tile32(rows, a, 0, stride, w, 0, 32 * pair, steps, 64, init, 0, init_stride, out, 0, 32)
+
+
+@njit
+def run64(rows, a, stride, w, steps, pair, init, init_stride, out):
+    tile64(rows, a, 0, stride, w, 0, 64 * pair, steps, 64, init, 0, init_stride, out, 0, 64)
+
+
+TILES = {1: run16, 2: run32, 4: run64}
+
+
+def operands(dtype, columns, k=96, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(16, k, generator=generator).to(dtype)
+    w = torch.randn(columns, k, generator=generator).to(dtype)
+    pair = pair_of(dtype)
+    panel = w.view(columns, k // pair, pair).transpose(0, 1).contiguous()
+    return a, w, storage(a).ravel(), storage(panel).ravel(), k // pair, pair
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", TILES)
+def test_a_tile_is_the_product_added_to_what_it_started_with(dtype, width):
+    a, w, flat, panel, steps, pair = operands(dtype, 16 * width)
+    init = np.linspace(-3, 3, 16 * width, dtype=np.float32)
+    out = np.zeros((16, 16 * width), np.float32)
+    rows = MOST_ROWS[width]
+    TILES[width](rows, flat, 96, panel, steps, pair, init, 0, out.ravel())
+    expected = a.double() @ w.double().T + torch.from_numpy(init).double()
+    np.testing.assert_allclose(out[:rows], expected[:rows].numpy(), atol=2e-5)
+    assert (out[rows:] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", TILES)
+def test_a_row_has_the_same_bits_whatever_rows_are_beside_it(dtype, width):
+    _, _, flat, panel, steps, pair = operands(dtype, 16 * width)
+    init = np.zeros(16 * width, np.float32)
+    results = []
+    for rows in range(1, MOST_ROWS[width] + 1):
+        out = np.zeros((16, 16 * width), np.float32)
+        TILES[width](rows, flat, 96, panel, steps, pair, init, 0, out.ravel())
+        results.append(out)
+    for rows, out in enumerate(results, 1):
+        assert np.array_equal(out[:rows], results[-1][:rows])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_product_cut_along_k_has_the_same_bits(dtype):
+    _, _, flat, panel, steps, pair = operands(dtype, 32)
+    zero, whole = np.zeros(32, np.float32), np.zeros(3 * 32, np.float32)
+    run32(3, flat, 96, panel, steps, pair, zero, 0, whole)
+    parts = np.zeros(3 * 32, np.float32)
+    first = steps // 3
+    run32(3, flat, 96, panel, first, pair, zero, 0, parts)
+    rest = (flat[first * pair :], 96, panel[first * 32 * pair :], steps - first, pair)
+    run32(3, *rest, parts, 32, parts)
+    assert np.array_equal(whole, parts)
+
+
+FOREIGN = """
+import numpy as np, torch
+from mellmpi.engine.kernels.tile import HAS_BF16_DOT, MOST_ROWS
+from tests.engine.kernels.test_tile import operands, run32
+assert not HAS_BF16_DOT and MOST_ROWS[2] == 3
+for dtype in (torch.float32, torch.bfloat16):
+    a, w, flat, panel, steps, pair = operands(dtype, 32)
+    outs = [np.zeros((16, 32), np.float32) for _ in range(4)]
+    for rows in (1, 2, 3):
+        run32(rows, flat, 96, panel, steps, pair, np.zeros(32, np.float32), 0, outs[rows].ravel())
+        assert np.array_equal(outs[rows][:rows - 1], outs[rows - 1][:rows - 1])
+    expected = a.double() @ w.double().T
+    assert np.abs(outs[3][:3] - expected[:3].numpy()).max() < 2e-5
+"""
+
+
+def test_a_cpu_without_avx512_computes_the_same_products():
+    """As numba compiles for such a CPU; on any x86 that has AVX2."""
+    environment = os.environ | {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+fma"}
+    command = [sys.executable, "-c", FOREIGN]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
