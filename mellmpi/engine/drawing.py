@@ -113,7 +113,7 @@ def pick(masses: np.ndarray, uniform: float) -> int:
     num_whole = len(masses) // RUN * RUN
     sums = np.append(masses[:num_whole].reshape(-1, RUN).sum(1), masses[num_whole:].sum())
     ends = sums.cumsum()
-    target = min(np.floor(uniform * ends[-1]), ends[-1] - 1)
+    target = np.floor(uniform * ends[-1])  # below the whole: no uniform exceeds 1 - 2**-53
     run = int(np.searchsorted(ends, target, side="right"))
     before = ends[run] - sums[run]
     inside = masses[run * RUN : (run + 1) * RUN].cumsum()
@@ -136,8 +136,8 @@ def draw_rows(logits: torch.Tensor, hows: list[Draw]) -> torch.Tensor:
         masses = _keep_share(masses, top_p)
     cumulative = masses.cumsum(-1)
     total = cumulative[:, -1:]
-    target = torch.minimum((uniform * total).floor(), total - 1)
-    return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp_(max=masses.shape[1] - 1)
+    ids = torch.searchsorted(cumulative, (uniform * total).floor(), right=True)[:, 0]
+    return ids.clamp_(max=masses.shape[1] - 1)  # where logits are not numbers
 
 
 def _masses(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mellmpi.engine import sampler
-from mellmpi.engine.drawing import Draw, draw_row, draw_rows, row_masses, uniforms
+from mellmpi.engine.drawing import MASS, Draw, draw_row, draw_rows, pick, row_masses, uniforms
 from mellmpi.engine.sampler import sample
 from mellmpi.protocol import Chunk
 
@@ -156,6 +156,26 @@ def test_equal_logits_are_cut_together_either_way(vocab):
     hows = [random_draw(rng) for _ in range(200)]
     alone = [draw_row(row.numpy(), how) for row, how in zip(logits, hows, strict=True)]
     assert draw_rows(logits, hows).tolist() == alone
+
+
+@pytest.mark.parametrize("length", [1, 5, 256, 257, 1000])
+def test_a_pick_falls_on_each_token_as_often_as_its_mass(length):
+    masses = np.random.default_rng(length).integers(0, 3, length).astype(np.float64)
+    masses[256:258] = 0  # a run of sums that begins with nothing
+    masses[-1] = 1
+    total = int(masses.sum())
+    picks = [pick(masses, (4 * i + part) / (4 * total)) for i in range(total) for part in (1, 3)]
+    assert np.array_equal(np.bincount(picks, minlength=length), 2 * masses)
+
+
+@pytest.mark.parametrize("total", [1.0, 3.0, 2.0**34 + 1, 2.0**50 - 1, 2.0**52])
+def test_the_greatest_uniform_still_picks_a_token(total):
+    assert pick(np.array([0.0, total, 0.0]), 1 - 2.0**-53) == 1
+
+
+def test_masses_are_whole_numbers():
+    masses = row_masses(random_logits(1, 5000)[0].numpy(), 0.7)
+    assert masses.max() == MASS and (masses == masses.round()).all()
 
 
 def test_sums_of_masses_are_exact_whatever_the_vocabulary():
