@@ -95,6 +95,7 @@ SERVING = (
     Flag("policy", str, "who goes where (default: frugal)", choices=POLICIES),
     Flag("migrate", str, "never; auto (default): as the policy decides; stress: at random, for "
          "tests", choices=MIGRATE),
+    Flag("rebalance-every-s", float, "the policy looks at the whole cluster (default: 0.1)", "S"),
     Flag("park-after-s", float, "a worker empty for so long may be parked (default: 1)", "S"),
     Flag("threads", int, "compute threads a worker (default: cores / workers of the host)", "N"),
     Flag("device", str, "auto (default), cpu or cuda", choices=("auto", "cpu", "cuda")),

@@ -205,23 +205,22 @@ def open_batch(
     finished = finished_ids(output_path)
     output_path.parent.mkdir(parents=True, exist_ok=True)
     sink = os.open(output_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    job = pipe_batch(source, sink, tokenizer, model, answered)
+    job = pipe_batch(descriptor_reader(source), sink, tokenizer, model, answered)
     job.finished = finished
     return job
 
 
 def pipe_batch(
-    source: int, sink: int, tokenizer: Tokenizer, model: ServedModel,
+    read: Callable[[], bytes | None], sink: int, tokenizer: Tokenizer, model: ServedModel,
     answered: Callable[[Answered], None] = lambda _: None,
 ) -> BatchJob:  # fmt: skip
-    """A job between open descriptors, such as standard input and output."""
+    """A job from whatever can be read, as `LineReader` wants it, to an open descriptor."""
 
     def write(data: bytes) -> None:
         while data:
             data = data[os.write(sink, data) :]
 
-    lines = LineReader(descriptor_reader(source))
-    return BatchJob(lines, write, tokenizer, model, answered=answered)
+    return BatchJob(LineReader(read), write, tokenizer, model, answered=answered)
 
 
 def parse_line(line: Line) -> Json:

@@ -2,10 +2,8 @@
 
 import logging
 import os
-import select
 import struct
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -16,12 +14,12 @@ from mellmpi.config import Config, UsageError
 from mellmpi.engine.checkpoint import resolve
 from mellmpi.options import Options
 from mellmpi.runtime.gpus import Seat, count_gpus
+from mellmpi.runtime.standard_input import StandardInput
 from mellmpi.runtime.worker import SchedulerLost, Worker
 from mellmpi.transport.base import Transport
 from mellmpi.transport.local import LocalNetwork
 
 USAGE = 2  # exit code of a user's mistake
-FIRST_BYTES_S = 2.0  # so long a pipe may take before it counts as empty
 
 log = logging.getLogger(__name__)
 ReadOptions = Callable[[Callable[[], bool]], Options]
@@ -42,7 +40,7 @@ def launch(read_options: ReadOptions, world_problem: Callable[[int], str], speak
         try:
             if problem := world_problem(size):
                 raise UsageError(problem)
-            options = read_options(piped)
+            options = read_options(StandardInput().is_piped)
             prepared = _prepare(options)
         except UsageError as error:
             if speaks:
@@ -194,42 +192,3 @@ def _seating_problem(job: Any, prepared: dict[str, Any]) -> str:
             if problem := seat.problem(host, config.oversubscribe_gpus):
                 return problem
     return ""
-
-
-# --- standard input ------------------------------------------------------------------------------
-
-
-def piped() -> bool:
-    """Do requests come on standard input? mpirun always gives rank 0 a pipe: ask what it reads."""
-    try:
-        origin = os.readlink(f"/proc/{os.getppid()}/fd/0" if _is_pipe(0) else "/proc/self/fd/0")
-    except OSError:
-        origin = "pipe:"
-    if origin.startswith(("/dev/pts", "/dev/tty", "/dev/null", "/dev/console")):
-        return False
-    until_s = time.monotonic() + FIRST_BYTES_S
-    while (left_s := until_s - time.monotonic()) > 0:
-        if select.select([0], [], [], left_s)[0]:
-            return _has_bytes()
-    return False
-
-
-def _is_pipe(descriptor: int) -> bool:
-    try:
-        return not os.isatty(descriptor) and os.readlink(f"/proc/self/fd/{descriptor}").startswith(
-            ("pipe:", "socket:")
-        )
-    except OSError:
-        return False
-
-
-def _has_bytes() -> bool:
-    """Readable: bytes, or the end? A pipe tells how many wait; a file what is left of it."""
-    import fcntl
-    import termios
-
-    try:
-        waiting = struct.unpack("i", fcntl.ioctl(0, termios.FIONREAD, b"\0" * 4))[0]
-    except OSError:
-        return False
-    return waiting > 0

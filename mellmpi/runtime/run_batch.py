@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from mellmpi.core.cluster import ClusterScheduler
 from mellmpi.core.policies import policy_for
 from mellmpi.engine.architecture import Architecture
 from mellmpi.front.batch import Answered, BatchJob, open_batch, pipe_batch
+from mellmpi.front.lines import descriptor_reader
 from mellmpi.front.openai import ServedModel
 from mellmpi.front.tokenizer import Tokenizer
 from mellmpi.metrics import Metrics
@@ -22,10 +22,17 @@ from mellmpi.options import Options
 from mellmpi.protocol import ModelKv
 from mellmpi.runtime.batch_front import BatchFront, poisson
 from mellmpi.runtime.scheduler import SchedulerLoop
+from mellmpi.runtime.standard_input import StandardInput
 from mellmpi.runtime.terminal import Terminal
 from mellmpi.transport.base import Transport
 
-STDIN, STDOUT = 0, 1
+STDOUT = 1
+NEXT = """
+That was the demo. Requests of your own, one JSON object a line in OpenAI's batch form:
+  mpirun -np 3 python -m mellmpi run-batch -i requests.jsonl -o answers.jsonl --model DIR
+  cat requests.jsonl | mpirun -np 3 python -m mellmpi > answers.jsonl
+  python -m mellmpi --help
+"""
 
 
 def demo_input() -> Path:
@@ -64,7 +71,8 @@ class Rank0:
             num_workers, cluster, policy_for(cluster.policy, cluster.migrate)
         )
         loop = SchedulerLoop(self.transport, scheduler, metrics, time.perf_counter)
-        terminal = Terminal(quiet=self.options.command == "pipe", show=self.options.show)
+        is_demo = self.options.command == "demo"
+        terminal = Terminal(quiet=self._sink_is_stdout(), show=3 if is_demo else self.options.show)
         with terminal.working(f"starting {num_workers} worker(s), {self.config.model.name}"):
             self._drive(loop, None, lambda: not loop.starting())
         if not scheduler.fleet.models:
@@ -104,35 +112,43 @@ class Rank0:
             eos_ids=arch.eos_ids,
         )  # fmt: skip
 
-    def _input(self) -> Path:
-        return Path(self.options.input_file) if self.options.input_file else demo_input()
-
     def _open(self, served: ServedModel, answered: Callable[[Answered], None]) -> BatchJob:
         template = self.config.model.chat_template
         tokenizer = Tokenizer.load(self.directory, Path(template) if template else None)
-        options = self.options
-        if options.command == "pipe" or "-" in (options.input_file, options.output_file):
-            source = STDIN
-            if options.input_file not in (None, "-"):
-                source = os.open(options.input_file, os.O_RDONLY)
-            return pipe_batch(source, self._sink(), tokenizer, served, answered)
-        output = Path(options.output_file) if options.output_file else None
-        if output is None:
-            return pipe_batch(os.open(self._input(), os.O_RDONLY), os.open(os.devnull, os.O_WRONLY),
-                              tokenizer, served, answered)  # fmt: skip
-        return open_batch(self._input(), output, tokenizer, served, answered)
+        output = self.options.output_file
+        if self._source() is not None and output not in (None, "-"):
+            return open_batch(self._source(), Path(output), tokenizer, served, answered)
+        source = self._source()
+        read = (
+            StandardInput().read
+            if source is None
+            else descriptor_reader(os.open(source, os.O_RDONLY))
+        )
+        return pipe_batch(read, self._sink(), tokenizer, served, answered)
+
+    def _source(self) -> Path | None:
+        """The file that requests come from; None: standard input."""
+        if self.options.command == "demo":
+            return demo_input()
+        name = self.options.input_file
+        return None if name in (None, "-") else Path(name)
 
     def _sink(self) -> int:
         name = self.options.output_file
+        if self.options.command == "demo":
+            name = name or os.devnull
         if name in (None, "-"):
             return STDOUT
         return os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
+    def _sink_is_stdout(self) -> bool:
+        return self.options.command != "demo" and self.options.output_file in (None, "-")
+
     def _num_lines(self) -> int | None:
         """Lines of the input, for the progress bar; None where it is a pipe."""
-        if self.options.command == "pipe" or self.options.input_file == "-":
+        if (source := self._source()) is None:
             return None
-        with self._input().open("rb") as lines:
+        with source.open("rb") as lines:
             return sum(1 for line in lines if line.strip())
 
     # --- the end --------------------------------------------------------------------------------
@@ -152,4 +168,5 @@ class Rank0:
 
             draw(metrics.series(ended_s), Path(self.options.timeline))
         terminal.summary(report, self.options)
-        sys.stdout.flush()
+        if self.options.command == "demo":
+            terminal.say(NEXT)

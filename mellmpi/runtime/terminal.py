@@ -61,6 +61,9 @@ class Terminal:
             question = Text(f"{_short(answer.prompt, 200)}\n", style="bold")
             self._print(Panel(question + Text(_short(answer.text, 500)), title=answer.custom_id))
 
+    def say(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False)
+
     def _print(self, what: Any) -> None:
         self._bar.clear()
         self._console.print(what)

@@ -7,6 +7,7 @@ import random
 import pytest
 
 from mellmpi.front.batch import BatchJob, open_batch, pipe_batch
+from mellmpi.front.lines import descriptor_reader
 from mellmpi.front.lines import LineReader
 from mellmpi.protocol import Emit, Rejected
 
@@ -292,7 +293,7 @@ def test_a_missing_input_makes_no_output(tmp_path, tokenizer, model):
 def test_pipes_are_answered_while_their_writer_is_still_there(tokenizer, model):
     source, writer = os.pipe()
     reader, sink = os.pipe()
-    job = pipe_batch(source, sink, tokenizer, model)
+    job = pipe_batch(descriptor_reader(source), sink, tokenizer, model)
     assert list(job.requests()) == [] and not job.exhausted
     os.write(writer, text_of([entry("a", prompt="abc")]))
     (request,) = job.requests()

@@ -1,0 +1,150 @@
+"""Whole runs under mpirun, with a tiny model: what a user sees and what must never change."""
+
+import json
+import subprocess
+import time
+
+import pytest
+
+from tests.runtime.jobs import TINY, Run, answers, line, write_requests
+
+REPORT_KEYS = {
+    "requests", "completed", "failed", "wall_s", "prompt_tokens", "output_tokens",
+    "output_throughput", "gpu_seconds_active", "gpu_seconds_total", "active_workers_mean",
+    "active_workers_peak", "migrations", "migrated_bytes", "downtime_ms", "ttft_ms", "tpot_ms",
+    "workers_lost",
+}  # fmt: skip
+
+
+def batch(tmp_path, num_ranks, name, *args, limit_s=120):
+    """Run the requests of tmp_path/in.jsonl; (answers, report)."""
+    out, report = tmp_path / f"{name}.jsonl", tmp_path / f"{name}.json"
+    directory = tmp_path / name
+    directory.mkdir()
+    done = Run(
+        num_ranks, "run-batch", "-i", str(tmp_path / "in.jsonl"), "-o", str(out),
+        "--report", str(report), *TINY, *args, directory=directory,
+    ).wait(limit_s)  # fmt: skip
+    assert done.code == 0, done.err
+    return answers(out), json.loads(report.read_text())
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Requests, and their answers on one worker that moves nothing."""
+    tmp_path = tmp_path_factory.mktemp("undisturbed")
+    write_requests(tmp_path / "in.jsonl", 64)
+    found, report = batch(tmp_path, 2, "alone", "--migrate", "never")
+    assert len(found) == 64 and report["migrations"]["transfer"] == 0
+    return tmp_path / "in.jsonl", found
+
+
+def test_moving_requests_at_random_changes_no_token(undisturbed, tmp_path):
+    requests, expected = undisturbed
+    (tmp_path / "in.jsonl").write_text(requests.read_text())
+    # In small steps, so that there is time for many moves.
+    found, report = batch(tmp_path, 4, "stress", "--migrate", "stress", "--policy", "worst_fit",
+                          "--max-num-batched-tokens", "64", "--rebalance-every-s", "0.02")  # fmt: skip
+    assert found == expected
+    moves = report["migrations"]
+    assert moves["transfer"] > 40 and moves["recompute"] > 40
+    assert moves["transfer"] + moves["recompute"] >= 200
+
+
+def test_a_killed_worker_costs_no_answer(undisturbed, tmp_path):
+    requests, expected = undisturbed
+    out, report = tmp_path / "out.jsonl", tmp_path / "report.json"
+    run = Run(4, "run-batch", "-i", str(requests), "-o", str(out), "--report", str(report), *TINY,
+              "--policy", "worst_fit", directory=tmp_path)  # fmt: skip
+    until = time.monotonic() + 60
+    while (not out.exists() or out.read_text().count("\n") < 5) and time.monotonic() < until:
+        time.sleep(0.01)
+    run.ranks()[2].kill()
+    done = run.wait()
+    assert done.code == 0, done.err
+    assert answers(out) == expected
+    assert json.loads(report.read_text())["workers_lost"] == 1
+
+
+def test_the_report_has_every_figure(undisturbed, tmp_path):
+    requests, expected = undisturbed
+    (tmp_path / "in.jsonl").write_text(requests.read_text())
+    picture = tmp_path / "timeline.png"
+    found, report = batch(tmp_path, 3, "run", "--timeline", str(picture), "--request-rate", "60")
+    assert found == expected
+    assert report.keys() >= REPORT_KEYS
+    assert report["completed"] == 64 and report["failed"] == 0
+    assert report["output_tokens"] == sum(map(len, expected.values()))
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_bad_lines_get_an_error_each_and_all_others_complete(tmp_path):
+    tmp_path.joinpath("in.jsonl").write_bytes(
+        b"\n".join([
+            line("good", prompt=[5, 6, 7], max_tokens=4).encode(),
+            b'{"custom_id": "torn", "method"',
+            line("stranger", prompt="x", model="gpt-17", max_tokens=4).encode(),
+            line("endless", prompt=[5] * 100_000, max_tokens=4).encode(),
+            line("negative", prompt="x", max_tokens=-1).encode(),
+            bytes(range(128, 256)),
+            line("last", prompt="y", max_tokens=4).encode(),
+        ])
+    )  # fmt: skip
+    out = tmp_path / "out.jsonl"
+    done = Run(2, "run-batch", "-i", str(tmp_path / "in.jsonl"), "-o", str(out), *TINY,
+               directory=tmp_path).wait()  # fmt: skip
+    assert done.code == 0, done.err
+    entries = [json.loads(text) for text in out.read_text().splitlines()]
+    good = [e for e in entries if e["error"] is None]
+    bad = [e for e in entries if e["error"] is not None]
+    assert {e["custom_id"] for e in good} == {"good", "last"} and len(bad) == 5
+    for entry in bad:
+        assert entry["response"]["body"]["error"].keys() == {"message", "type", "param", "code"}
+
+
+def test_a_restart_does_only_what_is_left(tmp_path):
+    write_requests(tmp_path / "in.jsonl", 6)
+    whole, _ = batch(tmp_path, 2, "first")
+    first = (tmp_path / "first.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "second.jsonl").write_text("".join(first[:2]) + first[2][:40])  # torn
+    again, report = batch(tmp_path, 2, "second")
+    assert again == whole and report["lines"] == {"completed": 4, "failed": 0, "skipped": 2}
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_requests_from_a_pipe_are_answered_on_standard_output(num_ranks, tmp_path):
+    read = subprocess.PIPE
+    run = Run(num_ranks, *TINY, stdin=read, directory=tmp_path)
+    text = line("a", prompt=[5, 6], max_tokens=3) + "\n" + line("b", prompt=[7], max_tokens=3)
+    run.job.stdin.write(text.encode())
+    run.job.stdin.close()
+    done = run.wait()
+    assert done.code == 0, done.err
+    assert {json.loads(text)["custom_id"] for text in done.out.splitlines()} == {"a", "b"}
+
+
+def test_without_anything_it_shows_the_demo_and_says_how_to_go_on(tmp_path):
+    done = Run(3, *TINY, directory=tmp_path).wait()
+    assert done.code == 0, done.err
+    assert "run-batch -i" in done.err and " completed, " in done.err
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+@pytest.mark.parametrize(
+    ("args", "hint"),
+    [
+        (["run-batch"], "-i requests.jsonl"),
+        (["--model", "/no/such/model"], "--model takes"),
+        (["--frobnicate"], "--help"),
+    ],
+)
+def test_wrong_use_ends_with_one_message_and_code_2(num_ranks, args, hint, tmp_path):
+    done = Run(num_ranks, *args, directory=tmp_path).wait(30)
+    assert done.code == 2, done.err
+    assert done.err.count("mellmpi:") == 1 and hint in done.err
+
+
+def test_a_world_that_srun_split_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    done = Run(1, directory=tmp_path).wait(30)
+    assert done.code == 2 and "srun --mpi=pmix" in done.err
