@@ -8,6 +8,8 @@ import torch.nn.functional as F
 
 from mellmpi.engine.packing import PackedBatch
 
+LARGE_MASK = 4096  # tokens of a chunk x blocks of its context
+
 
 def paged_attention(
     q: torch.Tensor,
@@ -56,15 +58,18 @@ def group_chunks(batch: PackedBatch, block_size: int) -> list[tuple[np.ndarray, 
     bounds the padding without making many small launches.
     """
     lengths, blocks = np.diff(batch.cu_chunks), -(-batch.context_lens // block_size)
-    members: dict[tuple[int, int], list[int]] = {}
+    members: dict[tuple[int, int, int], list[int]] = {}
     for chunk, (n, size) in enumerate(zip(lengths.tolist(), blocks.tolist(), strict=True)):
-        members.setdefault((n, (size.bit_length() + 1) // 2), []).append(chunk)
+        # In company a chunk's mask is copied for each KV head: too much where it is large.
+        alone = n > 1 and n * size > LARGE_MASK
+        key = n, (size.bit_length() + 1) // 2, chunk + 1 if alone else 0
+        members.setdefault(key, []).append(chunk)
     return [
         (
             batch.cu_chunks[chunks][:, None] + np.arange(n, dtype=np.int32),
             batch.block_tables[chunks, : blocks[chunks].max()],
         )
-        for (n, _), chunks in members.items()
+        for (n, _, _), chunks in members.items()
     ]
 
 

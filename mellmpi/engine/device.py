@@ -8,6 +8,7 @@ import torch
 from mellmpi.config import CacheConfig
 
 CPU_KV_BYTES = 1 << 30
+CUDA_SCRATCH_BYTES = 1 << 29  # for activations, however full the device is
 
 
 def choose_device(name: str) -> torch.device:
@@ -29,10 +30,16 @@ def copy_ints(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.
 
 
 def kv_budget_bytes(cache: CacheConfig, device: torch.device) -> int:
-    """Bytes for the KV arena once the weights are loaded."""
+    """Bytes for the KV arena once the weights are loaded.
+
+    On CUDA this process takes its share of the whole in all, and never what others already hold:
+    workers may share a device.
+    """
     if cache.kv_cache_memory_bytes is not None:
         return cache.kv_cache_memory_bytes
     if device.type == "cpu":
         return CPU_KV_BYTES
+    torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    return int(cache.gpu_memory_utilization * total) - (total - free)
+    ours = torch.cuda.memory_reserved(device)
+    return min(int(cache.gpu_memory_utilization * total) - ours, free - CUDA_SCRATCH_BYTES)

@@ -96,9 +96,7 @@ class TorchModel:
         self.layers = [take_layer(weights, i) for i in range(arch.num_layers)]
         self.embedding = weights.pop("model.embed_tokens.weight")
         self.norm = weights.pop("model.norm.weight")
-        head = weights.pop("lm_head.weight", None)
-        self.head = self.embedding if arch.tie_embeddings else head
-        assert self.head is not None, "untied embeddings, and no lm_head.weight"
+        self.head = self.embedding if arch.tie_embeddings else weights.pop("lm_head.weight")
         self._inv_freq = torch.from_numpy(inv_freq(arch)).to(self.device)
         self._cos_scale = attention_factor(arch)
 
@@ -119,20 +117,21 @@ class TorchModel:
     def _prepare(self, batch: PackedBatch, block_size: int) -> Step:
         """Everything that depends on the plan alone: the only host → device copy."""
         chunk_of_row = np.repeat(np.arange(batch.num_chunks), np.diff(batch.cu_chunks))
-        blocks = batch.block_tables[chunk_of_row, batch.positions // block_size]
-        slots = batch.positions % block_size
+        row_blocks = batch.block_tables[chunk_of_row, batch.positions // block_size]
+        row_slots = batch.positions % block_size
         grouped = [array for pair in group_chunks(batch, block_size) for array in pair]
-        tokens, positions, blocks, slots, last_rows, *grouped = copy_ints(
-            [batch.tokens, batch.positions, blocks, slots, batch.last_rows, *grouped], self.device
+        tokens, positions, blocks, slots, last_rows, *groups = copy_ints(
+            [batch.tokens, batch.positions, row_blocks, row_slots, batch.last_rows, *grouped],
+            self.device,
         )
-        groups = [
+        masked = [
             make_group(rows, tables, positions, block_size, self.arch.sliding_window, self.dtype)
-            for rows, tables in zip(grouped[::2], grouped[1::2], strict=True)
+            for rows, tables in zip(groups[::2], groups[1::2], strict=True)
         ]
         angles = positions[:, None].float() * self._inv_freq
         angles = torch.cat((angles, angles), dim=-1)[:, None]
         cos, sin = ((f(angles) * self._cos_scale).to(self.dtype) for f in (torch.cos, torch.sin))
-        return Step(tokens, cos, sin, blocks, slots, groups, last_rows)
+        return Step(tokens, cos, sin, blocks, slots, masked, last_rows)
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x, weight.shape, weight, self.arch.rms_norm_eps)  # in fp32 inside

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from mellmpi.engine import attention
 from mellmpi.engine.attention import batched_attention, group_chunks, make_group, paged_attention
 from mellmpi.engine.packing import pack
 from mellmpi.protocol import Chunk, StepPlan
@@ -106,6 +107,17 @@ def test_every_row_is_in_one_group_and_padding_is_bounded(plan):
     for rows, tables in groups:
         ends = batch.positions[rows[:, -1]] + 1
         assert tables.shape[1] * BLOCK_SIZE < 4 * ends.min() + BLOCK_SIZE * 4
+
+
+def test_long_chunks_over_long_contexts_stand_alone_and_are_computed_alike(
+    cache, plan, monkeypatch
+):
+    batch = pack(plan, BLOCK_SIZE)
+    q = torch.randn(batch.num_tokens, HEADS, HEAD_DIM)
+    together, num_groups = attend(batch, q, cache, None), len(group_chunks(batch, BLOCK_SIZE))
+    monkeypatch.setattr(attention, "LARGE_MASK", 8)
+    assert len(group_chunks(batch, BLOCK_SIZE)) > num_groups
+    torch.testing.assert_close(attend(batch, q, cache, None), together)
 
 
 def test_decoding_sequences_of_like_contexts_are_one_group(greedy):

@@ -1,0 +1,56 @@
+import numpy as np
+import pytest
+import torch
+
+from mellmpi.config import CacheConfig
+from mellmpi.engine.device import choose_device, copy_ints, kv_budget_bytes
+
+GIB = 1 << 30
+CUDA = torch.device("cuda", 1)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A pretended device of 80 GiB: (GiB this process holds, GiB others hold)."""
+
+    def hold(ours, others=0):
+        free = 80 - ours - others
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * GIB, 80 * GIB))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: ours * GIB)
+
+    return hold
+
+
+def test_auto_is_cuda_where_there_is_one(monkeypatch):
+    for available, name in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
+        assert choose_device("auto").type == name
+
+
+def test_integers_arrive_in_their_shapes():
+    arrays = [np.arange(6, dtype=np.int32).reshape(2, 3), np.zeros(0, np.int32),
+              np.array([7, 8], np.int32)]  # fmt: skip
+    copied = copy_ints(arrays, torch.device("cpu"))
+    assert [tensor.dtype for tensor in copied] == [torch.int64] * 3
+    assert [tensor.tolist() for tensor in copied] == [array.tolist() for array in arrays]
+
+
+def test_a_number_in_the_configuration_is_the_budget_anywhere():
+    for device in (torch.device("cpu"), CUDA):
+        assert kv_budget_bytes(CacheConfig(kv_cache_memory_bytes=123), device) == 123
+
+
+def test_a_gpu_gives_its_share_less_the_weights(gpu):
+    gpu(ours=16)
+    assert kv_budget_bytes(CacheConfig(gpu_memory_utilization=0.9), CUDA) == (72 - 16) * GIB
+
+
+def test_a_second_worker_on_a_gpu_still_gets_its_share(gpu):
+    gpu(ours=16, others=36)
+    assert kv_budget_bytes(CacheConfig(gpu_memory_utilization=0.45), CUDA) == (36 - 16) * GIB
+
+
+def test_a_worker_never_counts_on_what_others_hold(gpu):
+    gpu(ours=10, others=60)
+    assert kv_budget_bytes(CacheConfig(gpu_memory_utilization=0.9), CUDA) == 10 * GIB - GIB // 2
