@@ -54,15 +54,13 @@ class Stage:
     def __init__(self, num_workers: int = 3):
         self.place_at: int | None = 1
         self.proposals: list[Proposal] = []
-        policy = Policy(self._place, self._rebalance)
+        self.place = lambda view, row: self.place_at
+        policy = Policy(lambda view, row, model: self.place(view, row), self._rebalance)
         config = ClusterConfig(rebalance_every_s=1.0)
         self.scheduler = ClusterScheduler(num_workers, config, policy)
         self.now = 0.0
         for worker in range(1, num_workers + 1):
             self.ready(worker)
-
-    def _place(self, view: View, row: int, model: str) -> int | None:
-        return self.place_at
 
     def _rebalance(self, view: View) -> list[Proposal]:
         proposals, self.proposals = self.proposals, []

@@ -1,0 +1,511 @@
+"""What the cluster scheduler does beside its transition table."""
+
+import pytest
+
+from mellmpi.core.cost import CostModel
+from mellmpi.core.ledger import WorkerState
+from mellmpi.core.view import Drain, Move, ParkWorker, WakeWorker
+from mellmpi.protocol import (
+    FRONT,
+    OBSERVER,
+    Assign,
+    Cancel,
+    Emit,
+    KvFailed,
+    MigrationEnded,
+    MigrationStarted,
+    ModelKv,
+    Park,
+    Parked,
+    Preempted,
+    ReceiveKv,
+    Rejected,
+    Request,
+    Submit,
+    Wake,
+    WorkerChanged,
+    WorkerLost,
+    WorkerReady,
+)
+from tests.core.stage import (
+    KV,
+    Stage,
+    assert_nothing_left,
+    received,
+    report,
+    request,
+    to_workers,
+    told,
+)
+
+
+@pytest.fixture
+def stage():
+    return Stage()
+
+
+# --- tokens --------------------------------------------------------------------------------------
+
+
+def test_tokens_are_emitted_once_and_in_order_however_runs_overlap(stage):
+    record = stage.running(tokens=(5, 6))
+    commands = stage.tell(1, report((7, record.epoch, 1, (6, 8, 9))))
+    assert commands == [(FRONT, Emit(7, 2, (8, 9), (), None))]
+    assert stage.tell(1, report((7, record.epoch, 2, (8, 9)))) == []
+
+
+def test_a_gap_in_the_tokens_is_a_bug(stage):
+    record = stage.running()
+    with pytest.raises(AssertionError, match="gap"):
+        stage.tell(1, report((7, record.epoch, 2, (9,))))
+
+
+def test_each_run_of_a_report_goes_to_its_own_request(stage):
+    a, b = stage.running(1, tokens=()), stage.running(2, tokens=())
+    commands = stage.tell(
+        1, report((1, a.epoch, 0, (5,)), (99, 99, 0, (1, 2)), (2, b.epoch, 0, (6, 7)))
+    )
+    assert commands == [(FRONT, Emit(1, 0, (5,), (), None)), (FRONT, Emit(2, 0, (6, 7), (), None))]
+
+
+def test_logprobs_stay_with_their_tokens_when_a_run_overlaps(stage):
+    record = stage.running(num_logprobs=0)
+    probs = ((-1.0, (), ()), (-2.0, (), ()), (-3.0, (), ()))
+    run = report((99, 99, 0, (1,)), (7, record.epoch, 0, (5, 6, 7)), logprobs=((1, probs),))
+    assert told(stage.tell(1, run), Emit) == [Emit(7, 1, (6, 7), probs[1:], None)]
+
+
+def test_what_was_produced_before_a_preemption_is_emitted_not_thrown_away(stage):
+    record = stage.running()
+    both = report((7, record.epoch, 1, (6, 7)), preempted=((7, record.epoch),))
+    commands = stage.tell(1, both)
+    assert commands[0] == (FRONT, Emit(7, 1, (6, 7), (), None))
+    assert commands[1] == (OBSERVER, Preempted(7, 1))
+    assert told(commands, Assign)[0].outputs == (5, 6, 7)
+
+
+def test_a_stop_token_ends_the_request_with_reason_stop(stage):
+    record = stage.running(tokens=(), stop_token_ids=(9,))
+    commands = stage.tell(1, report((7, record.epoch, 0, (8, 9))))
+    assert commands == [(FRONT, Emit(7, 0, (8, 9), (), "stop"))]
+    assert_nothing_left(stage.scheduler)
+
+
+def test_the_last_tokens_may_come_with_the_kv(stage):
+    record = stage.sending(max_tokens=3)
+    commands = stage.tell(2, received(record, first=1, tokens=(6, 7)))
+    assert told(commands, Emit) == [Emit(7, 1, (6, 7), (), "length")]
+    assert_nothing_left(stage.scheduler)
+
+
+def test_logprobs_come_with_the_kv(stage):
+    record = stage.sending(num_logprobs=0)
+    probs = ((-1.0, (), ()), (-2.0, (), ()))
+    commands = stage.tell(2, received(record, first=0, tokens=(5, 6), logprobs=probs))
+    assert told(commands, Emit) == [Emit(7, 1, (6,), probs[1:], None)]
+
+
+# --- submission ----------------------------------------------------------------------------------
+
+
+def test_an_unknown_model_is_refused_at_once(stage):
+    other = Request(7, "other", (1,), request(7).sampling, None)
+    assert stage.tell(FRONT, Submit(other)) == [
+        (FRONT, Rejected(7, "no worker serves the model other"))
+    ]
+    assert_nothing_left(stage.scheduler)
+
+
+def test_what_fits_in_no_worker_is_refused_at_once_and_the_last_token_needs_no_room(stage):
+    # 20 blocks of 4 positions: 80 of them; the 81st token is never read.
+    assert told(stage.tell(FRONT, Submit(request(1, num_prompt=70, max_tokens=11))), Rejected) == []
+    [refused] = told(stage.tell(FRONT, Submit(request(2, num_prompt=70, max_tokens=12))), Rejected)
+    assert refused == Rejected(2, "it needs 210 bytes of KV cache; a worker has 200")
+
+
+def test_the_largest_worker_decides_what_fits(stage):
+    stage.ready(3, num_blocks=40)
+    assert not told(stage.tell(FRONT, Submit(request(1, num_prompt=150))), Rejected)
+
+
+def test_a_lost_worker_s_arena_does_not_count(stage):
+    stage.ready(3, num_blocks=40)
+    stage.tell(3, WorkerLost(3))
+    assert told(stage.tell(FRONT, Submit(request(1, num_prompt=150))), Rejected)
+
+
+def test_as_long_as_a_worker_is_starting_nothing_is_too_long():
+    stage = Stage(num_workers=2)
+    stage.scheduler.fleet.change(2, WorkerState.STARTING)
+    assert not told(stage.tell(FRONT, Submit(request(1, num_prompt=150))), Rejected)
+
+
+def test_a_request_submitted_twice_is_a_bug(stage):
+    stage.running()
+    with pytest.raises(AssertionError, match="twice"):
+        stage.tell(FRONT, Submit(request(7)))
+
+
+def test_an_unknown_event_is_a_bug(stage):
+    with pytest.raises(TypeError):
+        stage.tell(1, Park())
+
+
+def test_cancelling_what_is_over_changes_nothing(stage):
+    assert stage.tell(FRONT, Cancel(7, "gone")) == []
+
+
+# --- the queue -----------------------------------------------------------------------------------
+
+
+def assigned(commands):
+    return [order.request.id for order in told(commands, Assign)]
+
+
+def test_the_queue_is_placed_in_the_order_it_came(stage):
+    for i in (3, 1, 2):
+        stage.waiting(i)
+    assert assigned(stage.tell(1, report())) == [3, 1, 2]
+
+
+def test_nothing_passes_a_head_that_fits_nowhere(stage):
+    big = stage.waiting(1, num_prompt=30)
+    stage.waiting(2)
+    stage.place = lambda view, row: None if row == big.slot else 1
+    assert assigned(stage.tell(1, report())) == []
+
+
+def test_who_lost_its_place_comes_before_who_never_had_one(stage):
+    preempted = stage.running(1)
+    stage.waiting(2)
+    stage.place_at = None
+    stage.tell(1, report(preempted=((1, preempted.epoch),)))
+    stage.place_at = 1
+    assert assigned(stage.tell(1, report())) == [1, 2]
+
+
+def test_of_two_preempted_at_once_the_older_comes_first(stage):
+    older, younger = stage.running(1), stage.running(2)
+    stage.place_at = None
+    stage.tell(1, report(preempted=((2, younger.epoch), (1, older.epoch))))
+    stage.place_at = 1
+    assert assigned(stage.tell(1, report())) == [1, 2]
+
+
+def test_requests_of_a_lost_worker_wait_in_the_order_they_came(stage):
+    for i in (3, 1, 2):
+        stage.running(i)
+    stage.place_at = 2
+    assert assigned(stage.tell(1, WorkerLost(1))) == [3, 1, 2]
+
+
+def test_a_resumed_request_takes_its_tokens_along(stage):
+    stage.running(tokens=(5, 6))
+    stage.place_at = 2
+    [order] = told(stage.tell(1, WorkerLost(1)), Assign)
+    assert order.outputs == (5, 6)
+
+
+def test_a_cancelled_request_leaves_the_queue(stage):
+    stage.waiting(1)
+    stage.tell(FRONT, Cancel(1, "gone"))
+    assert_nothing_left(stage.scheduler)
+
+
+# --- workers come and go -------------------------------------------------------------------------
+
+
+def test_a_head_that_no_worker_left_can_hold_is_refused_and_the_next_one_placed(stage):
+    stage.ready(3, num_blocks=40)
+    stage.place_at = 3
+    stage.running(1, num_prompt=150)
+    stage.place_at = None
+    stage.waiting(2)
+    stage.place = lambda view, row: 1 if view.requests.need(row) <= 200 else None
+    commands = stage.tell(3, WorkerLost(3))
+    assert told(commands, Rejected) == [
+        Rejected(1, "it needs 380 bytes of KV cache; a worker has 200")
+    ]
+    assert assigned(commands) == [2]
+
+
+def test_with_the_last_worker_all_requests_are_refused(stage):
+    stage.running(1)
+    stage.waiting(2)
+    stage.place_at = None
+    for worker in (1, 2, 3):
+        commands = stage.tell(worker, WorkerLost(worker))
+    assert {rejected.request_id for rejected in told(commands, Rejected)} == {1, 2}
+    assert all("no worker is left" in rejected.reason for rejected in told(commands, Rejected))
+    assert_nothing_left(stage.scheduler)
+
+
+def test_a_lost_worker_is_lost_for_good(stage):
+    record = stage.running()
+    stage.place_at = 2
+    assert told(stage.tell(1, WorkerLost(1)), WorkerChanged) == [WorkerChanged(1, "lost")]
+    assert stage.tell(1, report((7, record.epoch, 1, (9,)))) == []
+    assert stage.ready(1) == [] and stage.tell(0, WorkerLost(1)) == []
+    assert stage.scheduler.fleet.ledger.workers(WorkerState.LOST) == [1]
+
+
+def test_nothing_is_sent_to_a_lost_worker(stage):
+    stage.running()
+    stage.place_at = None
+    stage.tell(1, WorkerLost(1))
+    stage.scheduler.fleet.send(1, Park())
+    assert stage.scheduler.fleet.take() == []
+
+
+def test_a_worker_that_holds_nothing_parks_and_wakes(stage):
+    assert told(stage.tick(ParkWorker(3)), WorkerChanged) == [WorkerChanged(3, "parking")]
+    assert stage.tell(3, Parked(acked=1)) == [(OBSERVER, WorkerChanged(3, "parked"))]
+    commands = stage.tick(WakeWorker(3))
+    assert commands == [(3, Wake()), (OBSERVER, WorkerChanged(3, "waking"))]
+    assert stage.ready(3, acked=2) == [(OBSERVER, WorkerChanged(3, "active"))]
+
+
+def test_a_worker_that_holds_or_expects_something_is_not_parked(stage):
+    stage.reserving()
+    assert stage.tick(ParkWorker(1), ParkWorker(2)) == []
+
+
+@pytest.mark.parametrize("wake", [False, True])
+def test_a_report_written_before_parking_does_not_bring_the_arena_back(stage, wake):
+    stage.tick(ParkWorker(3))
+    stage.tell(3, Parked(acked=1))
+    if wake:
+        stage.tick(WakeWorker(3))
+    stage.tell(3, report(acked=1))
+    assert stage.scheduler.fleet.ledger.budget[3] == 0
+
+
+def test_a_drained_worker_takes_nothing_and_parks_when_it_is_empty(stage):
+    record = stage.running()
+    assert stage.tick(Drain(1)) == [(OBSERVER, WorkerChanged(1, "draining"))]
+    stage.tick(Move(7, 2, "drain", "recompute"))
+    assert record.worker == 2
+    assert stage.scheduler.fleet.ledger.workers(WorkerState.PARKING) == [1]
+
+
+def test_only_an_active_worker_is_drained(stage):
+    stage.tick(ParkWorker(3))
+    assert stage.tick(Drain(3)) == []
+
+
+def test_a_draining_worker_is_kept_when_the_policy_wants_it(stage):
+    stage.running()
+    stage.tick(Drain(1))
+    assert stage.tick(WakeWorker(1)) == [(OBSERVER, WorkerChanged(1, "active"))]
+    assert stage.tick(WakeWorker(1)) == []
+
+
+def test_draining_ends_when_the_queue_finds_no_room(stage):
+    stage.running()
+    stage.tick(Drain(1))
+    stage.waiting(8)
+    assert stage.scheduler.fleet.ledger.workers(WorkerState.DRAINING) == []
+
+
+def park(stage, *workers):
+    for worker in workers:
+        stage.tick(ParkWorker(worker))
+        stage.tell(worker, Parked(acked=1))
+
+
+def test_a_queue_without_room_wakes_as_many_workers_as_it_needs_and_no_more(stage):
+    park(stage, 2, 3)
+    stage.place_at = None
+    commands = stage.tell(FRONT, Submit(request(1, num_prompt=60)))
+    assert to_workers(commands) == [(2, Wake())]
+    assert to_workers(stage.tell(1, report())) == []  # 150 bytes wait, 200 are coming
+    commands = stage.tell(FRONT, Submit(request(2, num_prompt=60)))
+    assert to_workers(commands) == [(3, Wake())]
+    assert to_workers(stage.tell(FRONT, Submit(request(3, num_prompt=60)))) == []
+
+
+def test_only_a_worker_that_serves_the_model_is_woken(stage):
+    other = ModelKv("other", 4, 10)
+    stage.tell(2, WorkerReady((other,), 200, 8, 0, 0.5))
+    stage.scheduler.fleet.ledger._able["m"][2] = False
+    park(stage, 2, 3)
+    stage.place_at = None
+    assert to_workers(stage.tell(FRONT, Submit(request(1)))) == [(3, Wake())]
+
+
+def test_a_worker_ready_again_takes_what_waits(stage):
+    park(stage, 3)
+    stage.waiting(1)
+    stage.place_at = 3
+    assert assigned(stage.ready(3, acked=2)) == [1]
+
+
+# --- migration -----------------------------------------------------------------------------------
+
+
+def test_a_move_is_announced_with_its_mode_and_reason(stage):
+    stage.running()
+    commands = stage.tick(Move(7, 2, "overflow", "transfer"))
+    assert commands[0] == (OBSERVER, MigrationStarted(7, "transfer", 1, 2, "overflow"))
+
+
+def test_a_move_says_how_much_came_and_teaches_the_cost_model(stage):
+    record = stage.sending()
+    before = stage.scheduler.fleet.cost.link_Bps
+    commands = stage.tell(2, received(record, num_bytes=20, transfer_s=0.5))
+    assert told(commands, MigrationEnded) == [MigrationEnded(7, "transfer", 1, 2, 20, 0.5, "moved")]
+    assert stage.scheduler.fleet.cost.link_Bps == pytest.approx(0.7 * before + 0.3 * 40)
+
+
+def test_a_recompute_ends_with_the_first_token_of_the_new_owner(stage):
+    record = stage.running()
+    stage.tick(Move(7, 2, "test", "recompute"))
+    assert not told(stage.tell(2, report()), MigrationEnded)
+    commands = stage.tell(2, report((7, record.epoch, 1, (6,))))
+    assert told(commands, MigrationEnded) == [MigrationEnded(7, "recompute", 1, 2, 0, 0.0, "moved")]
+    assert not told(stage.tell(2, report((7, record.epoch, 2, (7,)))), MigrationEnded)
+
+
+@pytest.mark.parametrize(
+    ("source", "event", "why"),
+    [
+        (2, WorkerLost(2), "worker 2 lost"),
+        (2, report(preempted=((7, 2),)), "preempted"),
+        (FRONT, Cancel(7, "gone"), "cancelled"),
+    ],
+)
+def test_a_recompute_that_comes_to_nothing_is_told_once(stage, source, event, why):
+    stage.running()
+    stage.tick(Move(7, 2, "test", "recompute"))
+    assert told(stage.tell(source, event), MigrationEnded) == [
+        MigrationEnded(7, "recompute", 1, 2, 0, 0.0, why)
+    ]
+
+
+def nothing_moves(stage, move):
+    return not told(stage.tick(move), MigrationStarted)
+
+
+def test_a_move_that_cannot_be_is_not_begun(stage):
+    stage.running()
+    assert nothing_moves(stage, Move(99, 2, "unknown request"))
+    assert nothing_moves(stage, Move(7, 1, "where it is"))
+    stage.tick(Drain(3))
+    assert nothing_moves(stage, Move(7, 3, "not active"))
+    stage.tell(2, report(free_blocks=0))
+    assert nothing_moves(stage, Move(7, 2, "no room"))
+    stage.tell(2, report(free_blocks=1))
+    assert not nothing_moves(stage, Move(7, 2, "just enough"))
+
+
+def test_a_move_to_a_worker_with_all_seats_taken_is_not_begun(stage):
+    stage.running(7)
+    stage.place_at = 2
+    for i in range(8):
+        stage.running(10 + i)
+    assert nothing_moves(stage, Move(7, 2, "full"))
+
+
+@pytest.mark.parametrize("state", ["waiting", "reserving", "sending"])
+def test_only_what_runs_is_moved(stage, state):
+    getattr(stage, state)()
+    stage.place_at = None
+    assert nothing_moves(stage, Move(7, 3, "busy"))
+
+
+def test_the_order_to_receive_counts_as_spent_until_it_is_acknowledged(stage):
+    stage.reserving()
+    ledger = stage.scheduler.fleet.ledger
+    assert ledger.budget[2] == 190
+    stage.tell(2, report(acked=1, free_blocks=19))
+    assert ledger.budget[2] == 190 and ledger.ordered[2] == 0
+
+
+def test_the_cheaper_mode_is_taken_when_the_policy_has_none(stage):
+    stage.running(7)
+    stage.scheduler.fleet.cost = CostModel(prefill_token_s=1.0)
+    assert told(stage.tick(Move(7, 2, "test")), ReceiveKv)
+    stage.running(8)
+    stage.scheduler.fleet.cost = CostModel(prefill_token_s=0.0)
+    assert told(stage.tick(Move(8, 2, "test")), Assign)
+
+
+def test_before_its_first_token_a_request_is_not_computed_anew_elsewhere(stage):
+    stage.running(tokens=())
+    [started] = told(stage.tick(Move(7, 2, "test", "recompute")), MigrationStarted)
+    assert started.mode == "transfer"
+
+
+def test_the_tokens_of_an_earlier_owner_do_not_count_as_first_tokens(stage):
+    stage.running()
+    stage.tick(Move(7, 2, "test", "recompute"))
+    [started] = told(stage.tick(Move(7, 3, "test", "recompute")), MigrationStarted)
+    assert started.mode == "transfer"
+
+
+def fail(stage, record):
+    stage.tell(2, KvFailed(7, record.offer.epoch, "checksum"))
+
+
+def test_after_a_failed_transfer_it_is_recomputed(stage):
+    record = stage.sending()
+    fail(stage, record)
+    [started] = told(stage.tick(Move(7, 2, "test", "transfer")), MigrationStarted)
+    assert started.mode == "recompute"
+
+
+def test_a_failed_transfer_before_the_first_token_is_not_tried_again(stage):
+    record = stage.sending(tokens=())
+    fail(stage, record)
+    assert nothing_moves(stage, Move(7, 2, "test"))
+
+
+def test_a_new_owner_is_trusted_with_transfers_again(stage):
+    record = stage.sending()
+    fail(stage, record)
+    stage.tick(Move(7, 2, "test"))
+    stage.tell(2, report((7, record.epoch, 1, (6,))))
+    [started] = told(stage.tick(Move(7, 3, "test", "transfer")), MigrationStarted)
+    assert started.mode == "transfer"
+
+
+def test_epochs_are_never_used_again(stage):
+    record = stage.sending()
+    fail(stage, record)
+    stage.tick(Move(7, 2, "test", "recompute"))
+    assert record.epoch == 3
+
+
+# --- time ----------------------------------------------------------------------------------------
+
+
+def test_the_policy_is_asked_at_most_once_in_rebalance_every_s(stage):
+    stage.scheduler.tick(10.0)
+    stage.proposals = [ParkWorker(3)]
+    assert stage.scheduler.tick(10.9) == []
+    assert told(stage.scheduler.tick(11.0), Park) == [Park()]
+
+
+def test_rates_follow_what_workers_decode(stage):
+    stage.running()
+    stage.scheduler.tick(10.0)
+    stage.tell(1, report(decode_tokens=20))
+    stage.scheduler.tick(12.0)
+    view = stage.scheduler.fleet.view
+    # 10 tokens a second of 2.5 bytes each, blended into nothing with weight 0.3
+    assert view.growth_Bps[1] == pytest.approx(0.3 * 25) and view.growth_Bps[2] == 0
+    assert view.token_rate == pytest.approx(0.3 * 10)
+
+
+def test_a_view_tells_what_waits_and_how_often_it_was_made(stage):
+    stage.waiting(num_prompt=5)
+    stage.tick()
+    view = stage.scheduler.fleet.view
+    assert (view.waiting_bytes, view.tick, view.now) == (2 * KV.block_bytes, 1, stage.now)
+
+
+def test_a_worker_says_since_when_it_is_empty(stage):
+    record = stage.running()
+    ledger = stage.scheduler.fleet.ledger
+    stage.tell(1, report((7, record.epoch, 1, tuple(range(9)))))
+    assert ledger.empty_since_s[1] == stage.now
