@@ -213,7 +213,7 @@ def _sampling(fields: Fields, model: ServedModel, identity: str) -> Sampling:
 def _seed(fields: Fields, identity: str) -> int:
     given = fields.integer("seed", None, low=-(2**63), high=2**64 - 1)
     if given is not None:
-        return given % 2**64
+        return given
     digest = hashlib.sha256(identity.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "little")
 

@@ -1,5 +1,7 @@
 """The answer to one request grows from its emits and ends where it should."""
 
+from dataclasses import replace
+
 import pytest
 
 from mellmpi.front.outputs import Output
@@ -28,9 +30,12 @@ def test_text_grows_with_the_tokens(output, tokenizer):
 
 
 def test_the_token_that_ends_an_answer_counts_but_is_no_text(output, tokenizer):
-    out = output()
-    out.take(emit(tokenizer, 0, "ab", "stop", tokens=(2,)))
-    assert (out.text, out.finish_reason, len(out.tokens)) == ("ab", "stop", 3)
+    visible = tokenizer.encode("!")[0]
+    for end in (2, visible):
+        sampling = replace(SAMPLING, stop_token_ids=(2, visible))
+        out = Output(tokenizer, sampling, ())
+        out.take(emit(tokenizer, 0, "ab", "stop", tokens=(end,)))
+        assert (out.text, out.finish_reason, len(out.tokens)) == ("ab", "stop", 3)
 
 
 def test_tokens_after_a_stop_string_are_dropped_with_their_logprobs(output, tokenizer):
