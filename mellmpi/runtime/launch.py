@@ -48,13 +48,16 @@ def launch(read_options: ReadOptions, world_problem: Callable[[int], str], speak
             prepared = {"exit": USAGE}
     if job is None:
         return prepared["exit"] if "exit" in prepared else _alone(options, prepared)
-    prepared = job.share(prepared)
-    if problem := "" if "exit" in prepared else _seating_problem(job, prepared):
+    problem = _installation_problem(job)
+    prepared = job.share({"exit": USAGE} if problem else prepared)
+    if "exit" not in prepared:
+        problem = _seating_problem(job, prepared)
+    if problem:
         if rank == 0:
             sys.stderr.write(f"mellmpi: {problem}\n")
         prepared = {"exit": USAGE}
     if "exit" in prepared:
-        job.finish(prepared["exit"])
+        job.finish()
         return int(prepared["exit"])
     if size == 1:
         return _alone(options, prepared)
@@ -69,6 +72,16 @@ def _join() -> Any:
         log.info("no MPI here (%s): scheduler and worker in one process", error)
         return None
     return Job()
+
+
+def _installation_problem(job: Any) -> str:
+    from mellmpi.transport.mpi import MixedInstallation
+
+    try:
+        job.check_installation()
+    except MixedInstallation as error:
+        return str(error)
+    return ""
 
 
 def _prepare(options: Options) -> dict[str, Any]:
@@ -109,7 +122,7 @@ def _rank0(job: Any, options: Options, prepared: dict[str, Any]) -> int:
     except BaseException:
         log.exception("the scheduler ended")
         return job.abort(1)
-    job.finish(code)
+    job.finish()
     return code
 
 

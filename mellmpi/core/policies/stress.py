@@ -4,7 +4,7 @@ import numpy as np
 
 from mellmpi.core.view import Move, Proposal, View
 
-MOVES_A_TICK = 4
+MOVES_A_TICK = 8
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 
