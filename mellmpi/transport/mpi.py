@@ -6,7 +6,6 @@ import os
 import secrets
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -15,6 +14,7 @@ import mpi4py
 import msgpack
 
 mpi4py.rc.thread_level = "serialized"  # one thread at a time calls MPI: no locks inside it
+mpi4py.rc.finalize = False  # by Job.finish alone: after a fault it would hang the exit
 
 from mpi4py import MPI  # noqa: E402
 
@@ -25,7 +25,6 @@ from mellmpi.transport.endpoint import Endpoint, Wakes  # noqa: E402
 
 SPIN_S = 200e-6  # look this long before sleeping, while something is going on
 LOCAL_POLL_S = 0.020  # longest sleep where every peer can ring: only failures come unannounced
-FINALIZE_S = 10.0  # MPI may take that long to shut down after a loss
 OPEN_MPI_FT = 12  # MPI_FT in Open MPI's mpi.h; mpi4py has no name for it
 
 
@@ -131,10 +130,10 @@ class Job:
         """Raises MixedInstallation, on all ranks alike, unless all speak the same protocol."""
         seen = self.gather(fingerprint.encode())
         if odd := [rank for rank, one in enumerate(seen) if one != seen[0]]:
+            hosts = ", ".join(sorted({self.hosts[rank] for rank in odd}))
             raise MixedInstallation(
-                f"ranks {odd} (hosts: {', '.join(sorted({self.hosts[r] for r in odd}))}) run "
-                f"another version of mellmpi than rank 0 ({self.hosts[0]}); install the same "
-                "version on every host"
+                f"ranks {odd} (on {hosts}) run another version of mellmpi than rank 0 (on "
+                f"{self.hosts[0]}); install the same version on every host"
             )
 
     def share(self, data: Any) -> Any:
@@ -156,18 +155,15 @@ class Job:
         self._transport = Endpoint(worker_of(self.rank), self.size - 1, channels, bell, wakes)
         return self._transport
 
-    def finish(self, exit_code: int = 0) -> None:
-        """Shut MPI down together. After a loss it may end the process, with this code."""
-        limit = threading.Timer(FINALIZE_S, os._exit, [exit_code])
-        limit.daemon = True
+    def finish(self) -> None:
+        """All is done: shut MPI down, together. The process can then end as it likes."""
         if self._transport:
             self._transport.close()
             if not self._transport.lost:
                 self._meet(self._transport)
-            if self._transport.lost:  # MPI_Finalize then hangs now and then
-                limit.start()
+            if self._transport.lost:
+                return  # MPI_Finalize then hangs in one of five runs (seen); ours can do without
         MPI.Finalize()
-        limit.cancel()
 
     def _meet(self, transport: Endpoint) -> None:
         """Sleep until all ranks are here: inside MPI_Finalize they would spin."""

@@ -125,7 +125,7 @@ def main() -> None:
         verdict = survive(transport)
         leave_verdict(job.rank, verdict)
         started_s = time.monotonic()
-        job.finish(exit_code=3)
+        job.finish()
         leave_verdict(job.rank, verdict | {"finish_s": time.monotonic() - started_s})
 
     or_abort(job.rank, job.abort, program)

@@ -49,3 +49,37 @@ def test_transfers_with_the_killed_worker_end_as_failed(loss):
 def test_the_living_go_on_between_themselves_and_shut_mpi_down(loss):
     assert all("finish_s" in verdict for verdict in survivors(loss)), loss.output
     assert loss.returncode == 0, loss.output
+
+
+@pytest.fixture
+def start(tmp_path):
+    return lambda case: run_job(4, "tests.mpi.starting", case, directory=tmp_path)
+
+
+def test_ranks_share_rank_0s_settings_and_refuse_a_mixed_installation(start):
+    outcome = start("share")
+    assert outcome.returncode == 0, outcome.output
+    for rank, verdict in enumerate(outcome.verdicts):
+        assert verdict["shared"] and verdict["num_workers"] == 3 and verdict["worker"] == rank
+        assert verdict["neighbours"] == [0, 1, 2, 3] and verdict["num_hosts"] == 4
+        assert verdict["refusal"].startswith("ranks [2] (on ")
+
+
+def test_an_abort_ends_every_rank_with_its_exit_code(start):
+    outcome = start("abort")
+    assert outcome.returncode == 7, outcome.output
+    assert outcome.verdicts == [None] * 4
+
+
+def test_a_vanished_worker_is_lost_and_the_others_finish_well(start):
+    outcome = start("vanish")
+    assert outcome.returncode == 0, outcome.output
+    finished = {"lost": 1, "finished": True}
+    assert outcome.verdicts == [finished, None, finished, finished]
+
+
+def test_workers_that_find_the_scheduler_lost_end_the_job_as_failed(start):
+    outcome = start("orphans")
+    assert outcome.returncode not in (0, None), outcome.output
+    assert outcome.verdicts[0] is None
+    assert {"lost": 0} in outcome.verdicts

@@ -1,0 +1,71 @@
+"""The start and the two hard ends of a job: `python -m tests.mpi.starting DIRECTORY CASE`."""
+
+import sys
+import time
+from typing import Any
+
+from mellmpi.protocol import FINGERPRINT, WorkerLost
+from mellmpi.transport.mpi import Job, MixedInstallation
+from tests.mpi.harness import leave_verdict, or_abort
+from tests.transport.conformance import LIMIT_S
+
+
+def share(job: Job) -> Any:
+    """What everyone knows once the job has begun; rank 2 has another version in its second half."""
+    data = {"config": {"threads": None, "share": 0.5}, "names": ["a", "b"]}
+    shared = job.share(data if job.rank == 0 else None)
+    job.check_installation()
+    try:
+        job.check_installation(FINGERPRINT[::-1] if job.rank == 2 else FINGERPRINT)
+        refusal = ""
+    except MixedInstallation as error:
+        refusal = str(error)
+    transport = job.connect(idle_poll_s=0.005)
+    verdict = {
+        "shared": shared == data,
+        "neighbours": job.neighbours,
+        "num_hosts": len(job.hosts),
+        "refusal": refusal,
+        "worker": transport.worker,
+        "num_workers": transport.num_workers,
+    }
+    job.finish()
+    return verdict
+
+
+def listen(job: Job) -> Any:
+    """Wait for the worst: what was heard until then."""
+    transport = job.connect(idle_poll_s=0.005)
+    stop_s = time.monotonic() + LIMIT_S
+    while time.monotonic() < stop_s:
+        for _, message in transport.poll():
+            assert isinstance(message, WorkerLost)
+            leave_verdict(job.rank, {"lost": message.worker})
+            if message.worker == 0:
+                job.vanish(9)
+            job.finish()
+            return {"lost": message.worker, "finished": True}
+        transport.wait(1.0)
+    raise AssertionError("nobody was lost")
+
+
+def main() -> None:
+    job, case = Job(), sys.argv[2]
+
+    def program() -> None:
+        if case == "share":
+            leave_verdict(job.rank, share(job))
+        elif case == "abort" and job.rank == 0:
+            job.connect(idle_poll_s=0.005)
+            job.abort(7)
+        elif (case, job.rank) in (("vanish", 1), ("orphans", 0)):
+            job.connect(idle_poll_s=0.005)
+            job.vanish(8)
+        else:
+            leave_verdict(job.rank, listen(job))
+
+    or_abort(job.rank, job.abort, program)
+
+
+if __name__ == "__main__":
+    main()
