@@ -22,7 +22,7 @@ def finish(config: dict[str, Any], results: Any, path: Path | None) -> None:
     text = json.dumps(
         {
             "config": config,
-            "commit": commit(),
+            "commit": COMMIT,
             "device": device(),
             "versions": versions(),
             "results": results,
@@ -48,6 +48,9 @@ def commit() -> str:
 def _git(*args: str) -> str:
     done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True)
     return done.stdout.strip()
+
+
+COMMIT = commit()  # when the benchmark starts: the tree may change while it runs
 
 
 def device() -> dict[str, Any]:
