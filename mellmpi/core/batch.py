@@ -280,15 +280,15 @@ class BatchScheduler:
         for sequence in running:
             if not budget or len(sampled) + len(partial) == self._limits.max_num_seqs:
                 break
-            if self.sequences.get(sequence.epoch) is not sequence or not self._make_room(sequence):
-                continue  # preempted in favour of an older one, or of nobody
+            if sequence.epoch not in self.sequences or not self._make_room(sequence):
+                continue  # preempted: for an older one, or because it is the youngest
             end = min(sequence.num_tokens, sequence.num_computed + budget)
             budget -= end - sequence.num_computed
             (sampled if end == sequence.num_tokens else partial).append(
                 (sequence, self._chunk(sequence, end))
             )
-        # A later sequence may have pushed out one that already had its chunk.
-        chosen = [p for p in sampled + partial if p[0].epoch in self.sequences]
+        # Who has its chunk keeps it: only decodes grow, and they push out what is younger.
+        chosen = sampled + partial
         self._planned = [sequence for sequence, _ in chosen]
         return StepPlan(tuple(chunk for _, chunk in chosen), ()) if chosen else None
 

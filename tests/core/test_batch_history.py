@@ -1,0 +1,326 @@
+"""A batch scheduler under any order of messages, with an engine whose tokens prove the KV."""
+
+from collections import Counter
+
+import numpy as np
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+
+from mellmpi.config import BatchConfig, CacheConfig
+from mellmpi.core.batch import BatchScheduler
+from mellmpi.core.blocks import blocks_for
+from mellmpi.core.requests import TokenLog
+from mellmpi.core.sequences import Phase
+from mellmpi.protocol import (
+    DATA_PLANE,
+    SCHEDULER,
+    Assign,
+    BlocksArrived,
+    BlocksSent,
+    Chunk,
+    DrainBlocks,
+    KvFailed,
+    KvPayload,
+    KvReceived,
+    KvRefused,
+    KvReserved,
+    Park,
+    Parked,
+    ReceiveBlocks,
+    ReceiveKv,
+    Release,
+    SendBlocks,
+    SendKv,
+    StepPlan,
+    Unfreeze,
+)
+from mellmpi.sim.executor import HashExecutor, expected_outputs
+from tests.core.stage import KV, request
+
+SIZE = KV.block_size
+LENGTHS = [(1, 9), (3, 5), (4, 8), (9, 6), (10, 12), (17, 3)]  # (prompt, output)
+REQUESTS = [request(i, num_prompt=n, max_tokens=m, seed=i) for i, (n, m) in enumerate(LENGTHS)]
+ANSWERS = [tuple(expected_outputs(r)) for r in REQUESTS]
+
+
+def kv_of(which: int, num_positions: int) -> np.ndarray:
+    """Blocks as a source would have computed them. uint64 [blocks, SIZE]"""
+    num_blocks = max(1, blocks_for(num_positions, SIZE))
+    engine = HashExecutor(num_blocks, SIZE)
+    tokens = (REQUESTS[which].prompt + ANSWERS[which])[:num_positions]
+    if tokens:
+        chunk = Chunk(which, 0, tokens, list(range(num_blocks)), None, ((), []))
+        engine.execute(StepPlan((chunk,), ()))
+    return engine.arena
+
+
+class BatchHistory(RuleBasedStateMachine):
+    """The test is rank 0, the peers and the data plane; it does what it likes within the ring."""
+
+    @initialize(
+        num_blocks=st.integers(3, 12),
+        limits=st.sampled_from([(2, 2), (3, 8), (8, 64)]),
+        prefix=st.booleans(),
+    )
+    def make(self, num_blocks, limits, prefix):
+        self.limits = BatchConfig(max_num_seqs=limits[0], max_num_batched_tokens=limits[1])
+        cache = CacheConfig(enable_prefix_caching=prefix)
+        self.batch = BatchScheduler(KV, num_blocks, "layout", 0, self.limits, cache)
+        self.engine = HashExecutor(num_blocks, SIZE)
+        self.epoch = 0
+        self.request_of = {}  # epoch -> index of its request
+        self.logs = {}  # epoch -> what reports have told
+        self.reserved = {}  # epoch -> tokens logged; the header is still to come
+        self.receives = []  # (order, kv)
+        self.sends = []  # (order, blocks as they were)
+        self.orders = 0
+
+    def fresh(self, which):
+        self.epoch += 1
+        self.request_of[self.epoch] = which
+        return self.epoch
+
+    def order(self, command):
+        self.orders += 1
+        return self.batch.handle(SCHEDULER, command)
+
+    def some_epoch(self, data):
+        """Perhaps of a sequence that has ended, or was never here."""
+        return data.draw(st.integers(1, self.epoch + 1), label="epoch")
+
+    # --- orders ---------------------------------------------------------------------------------
+
+    @rule(which=st.integers(0, len(REQUESTS) - 1), data=st.data())
+    def assign(self, which, data):
+        known = data.draw(st.integers(0, len(ANSWERS[which]) - 1))
+        epoch = self.fresh(which)
+        self.logs[epoch] = TokenLog(list(ANSWERS[which][:known]))
+        assert self.order(Assign(REQUESTS[which], epoch, ANSWERS[which][:known])) == []
+
+    @precondition(lambda self: self.epoch)
+    @rule(data=st.data())
+    def release(self, data):
+        epoch = self.some_epoch(data)
+        assert self.order(Release(0, epoch)) == []
+        assert epoch not in self.batch.sequences
+
+    @rule(which=st.integers(0, len(REQUESTS) - 1), data=st.data())
+    def reserve(self, which, data):
+        logged = data.draw(st.integers(0, len(ANSWERS[which]) - 1))
+        epoch, prompt = self.fresh(which), len(REQUESTS[which].prompt)
+        need, free = blocks_for(prompt + logged, SIZE), self.batch.pool.num_free
+        answer = self.order(ReceiveKv(REQUESTS[which], epoch, 2, logged, prompt + logged, 0))
+        kind = KvReserved if need <= free else KvRefused
+        assert answer == [(SCHEDULER, kind(which, epoch))]
+        if kind is KvReserved:
+            self.reserved[epoch] = logged
+            self.logs[epoch] = TokenLog(list(ANSWERS[which][:logged]))
+
+    @precondition(lambda self: self.epoch)
+    @rule(data=st.data())
+    def send(self, data):
+        epoch = self.some_epoch(data)
+        sequence = self.batch.sequences.get(epoch)
+        if sequence is not None and sequence.phase is not Phase.RUNNING:
+            return  # rank 0 would not
+        commands = self.order(SendKv(0, epoch, 3, 10_000 + epoch, 0))
+        if sequence is None:
+            assert commands == []
+            return
+        [(to, header), *blocks] = commands
+        which = self.request_of[epoch]
+        assert to == 3 and header.outputs == ANSWERS[which][: len(header.outputs)]
+        assert header.num_computed == sequence.num_computed
+        assert header.num_blocks == blocks_for(header.num_computed, SIZE)
+        assert len(blocks) == bool(header.num_blocks)
+        for to, order in blocks:
+            assert to == DATA_PLANE and isinstance(order, SendBlocks)
+            self.sends.append((order, self.engine.arena[list(order.block_ids)]))
+            sent = self.sends[-1][1].reshape(-1)[: header.num_computed]
+            assert (sent == kv_of(which, header.num_computed).reshape(-1)[: len(sent)]).all()
+
+    @precondition(lambda self: self.epoch)
+    @rule(data=st.data())
+    def unfreeze(self, data):
+        epoch = self.some_epoch(data)
+        sequence = self.batch.sequences.get(epoch)
+        if sequence is None or sequence.phase is Phase.FROZEN:
+            assert self.order(Unfreeze(0, epoch)) == []
+
+    # --- peers and the data plane ---------------------------------------------------------------
+
+    @precondition(lambda self: self.reserved)
+    @rule(data=st.data(), layout=st.sampled_from(["layout"] * 5 + ["other"]))
+    def header(self, data, layout):
+        epoch = data.draw(st.sampled_from(sorted(self.reserved)))
+        which, logged = self.request_of[epoch], self.reserved.pop(epoch)
+        outputs = data.draw(st.integers(logged, len(ANSWERS[which]) - 1))
+        known = len(REQUESTS[which].prompt) + outputs
+        computed = data.draw(st.integers(0, known - 1))
+        num_blocks = blocks_for(computed, SIZE)
+        waited_for = epoch in self.batch.sequences
+        commands = self.batch.handle(2, KvPayload(
+            which, epoch, layout, 0, num_blocks, computed, ANSWERS[which][:outputs], (), (), True,
+        ))  # fmt: skip
+        drain = [(DATA_PLANE, DrainBlocks(2, epoch, num_blocks))] if num_blocks else []
+        match commands:
+            case [(_, ReceiveBlocks() as order)]:
+                assert order.block_ids == tuple(
+                    self.batch.sequences[epoch].block_table[:num_blocks]
+                )
+                self.receives.append((order, kv_of(which, computed)))
+            case [*first, (_, KvFailed())]:
+                assert waited_for and first == drain
+            case [(_, KvReceived() as received)]:
+                self.arrived(epoch, received)
+            case _:
+                assert not waited_for and commands == drain
+
+    @precondition(lambda self: self.receives)
+    @rule(data=st.data(), ok=st.sampled_from([True, True, True, False]))
+    def blocks_arrive(self, data, ok):
+        i = data.draw(st.integers(0, len(self.receives) - 1))
+        order, kv = self.receives.pop(i)
+        self.engine.arena[list(order.block_ids)] = kv if ok else 0
+        waited_for = order.epoch in self.batch.sequences
+        commands = self.batch.handle(
+            DATA_PLANE, BlocksArrived(order.request_id, order.epoch, ok, 0.1)
+        )
+        match commands:
+            case [(_, KvReceived() as received)]:
+                assert ok and waited_for
+                self.arrived(order.epoch, received)
+            case [(_, KvFailed())]:
+                assert waited_for and not ok
+            case _:
+                assert commands == [] and not waited_for
+
+    def arrived(self, epoch, received):
+        log = self.logs[epoch]
+        assert received.first == len(log.tokens)
+        log.merge(received.first, received.tokens)
+
+    @precondition(lambda self: self.sends)
+    @rule(data=st.data())
+    def blocks_sent(self, data):
+        order, as_sent = self.sends.pop(data.draw(st.integers(0, len(self.sends) - 1)))
+        assert (self.engine.arena[list(order.block_ids)] == as_sent).all(), "written while sent"
+        assert self.batch.handle(DATA_PLANE, BlocksSent(order.request_id, order.epoch)) == []
+
+    # --- steps and reports ----------------------------------------------------------------------
+
+    @rule()
+    def step(self):
+        batch, before = self.batch, dict(self.batch.sequences)
+        computed = {epoch: s.num_computed for epoch, s in before.items()}
+        plan = batch.plan()
+        self.the_youngest_go_first(before)
+        if plan is not None:
+            self.the_plan_is_lawful(plan, computed)
+            batch.commit(plan, self.engine.execute(plan))
+        for sequence in before.values():
+            answer = ANSWERS[self.request_of[sequence.epoch]]
+            assert tuple(sequence.outputs) == answer[: len(sequence.outputs)], "wrong token"
+
+    def the_youngest_go_first(self, before):
+        """Nobody is preempted while a younger one keeps running."""
+        gone = [e for e in before if e not in self.batch.sequences]
+        assert all(before[e].phase is Phase.RUNNING and not before[e].in_flight for e in gone)
+        running = [e for e, s in self.batch.sequences.items()
+                   if s.phase is Phase.RUNNING and not s.in_flight]  # fmt: skip
+        order = list(before)
+        assert not gone or all(order.index(e) < order.index(g) for e in running for g in gone)
+
+    def the_plan_is_lawful(self, plan, computed):
+        limits, planned = self.limits, self.batch._planned
+        assert 0 < len(plan.chunks) <= limits.max_num_seqs
+        assert sum(len(c.tokens) for c in plan.chunks) <= limits.max_num_batched_tokens
+        sampled = [c.sampling is not None for c in plan.chunks]
+        assert sampled == sorted(sampled, reverse=True), "sampled chunks come first"
+        decodes = [s for s in self.batch.sequences.values() if self.decoding(s, computed)]
+        left_out = [s for s in decodes if s not in planned]
+        assert not left_out or all(s in decodes for s in planned), "decodes come first"
+        written = Counter()
+        for chunk, sequence in zip(plan.chunks, planned, strict=True):
+            assert sequence.phase is Phase.RUNNING and not sequence.in_flight
+            assert chunk.tokens and chunk.start == computed[sequence.epoch], "computed once"
+            end = chunk.start + len(chunk.tokens)
+            assert (chunk.sampling is not None) == (end == sequence.num_tokens)
+            written.update({chunk.block_table[p // SIZE] for p in range(chunk.start, end)})
+        assert all(n == 1 for n in written.values()), "two write one block"
+        assert all(self.batch.pool._holders[b] == 1 for b in written), "a shared block is written"
+
+    def decoding(self, sequence, computed):
+        gap = sequence.num_tokens - computed[sequence.epoch]
+        return sequence.phase is Phase.RUNNING and not sequence.in_flight and gap == 1
+
+    @rule()
+    def report(self):
+        report = self.batch.report(1, 0.1)
+        if report is None:
+            return
+        assert report.acked == self.orders and report.free_bytes == self.batch.free_bytes
+        end = 0
+        runs = zip(report.epochs, report.firsts, report.counts, strict=True)
+        for epoch, first, num_tokens in runs:
+            start, end = end, end + num_tokens
+            assert first == len(self.logs[epoch].tokens) and num_tokens
+            self.logs[epoch].merge(first, report.tokens[start:end])
+        assert end == len(report.tokens)
+        for _, epoch in report.preempted:
+            assert epoch not in self.batch.sequences
+        for epoch, sequence in self.batch.sequences.items():
+            if sequence.phase is not Phase.ARRIVING:
+                assert self.logs[epoch].tokens == sequence.outputs, "rank 0 knows it all now"
+
+    # --- what always holds ----------------------------------------------------------------------
+
+    @invariant()
+    def each_block_is_in_exactly_one_place(self):
+        if not hasattr(self, "batch"):
+            return
+        batch = self.batch
+        assert not batch.sequences.keys() & batch.lingering.keys()
+        held = Counter()
+        for sequence in [*batch.sequences.values(), *batch.lingering.values()]:
+            assert len(set(sequence.block_table)) == len(sequence.block_table)
+            held.update(sequence.block_table)
+        assert batch.pool._holders == [held[block] for block in range(batch.pool.num_blocks)]
+        assert len(held) + batch.pool.num_free == batch.pool.num_blocks
+        assert all(s.in_flight for s in batch.lingering.values())
+        touched = {b for order, _ in self.sends + self.receives for b in order.block_ids}
+        assert touched <= held.keys(), "blocks in flight were given away"
+
+    @invariant()
+    def computed_never_overtakes_known(self):
+        if hasattr(self, "batch"):
+            for sequence in self.batch.sequences.values():
+                assert sequence.num_computed < sequence.num_tokens
+                assert blocks_for(sequence.num_computed, SIZE) <= len(sequence.block_table)
+
+    def teardown(self):
+        if not hasattr(self, "batch"):
+            return
+        for epoch in range(1, self.epoch + 1):
+            self.order(Release(0, epoch))
+        for order, _ in self.receives:
+            self.batch.handle(DATA_PLANE, BlocksArrived(order.request_id, order.epoch, True, 0.1))
+        waiting = self.order(Park()) if self.sends else None
+        assert not waiting
+        parked = []
+        for order, _ in self.sends:
+            parked = self.batch.handle(DATA_PLANE, BlocksSent(order.request_id, order.epoch))
+        assert self.batch.pool.num_free == self.batch.pool.num_blocks
+        parked = parked or self.order(Park())
+        assert parked == [(SCHEDULER, Parked(self.orders))]
+
+
+TestBatchHistory = BatchHistory.TestCase
+TestBatchHistory.settings = settings(max_examples=120, stateful_step_count=50)
