@@ -18,7 +18,7 @@ from mellmpi.engine.kernels.shapes import Chunks, Heads, Scratch
 from mellmpi.engine.kernels.step import num_phases, step
 from mellmpi.engine.kernels.team import team
 from mellmpi.engine.kernels.vectors import LANES
-from mellmpi.engine.kv_cache import KvArena
+from mellmpi.engine.kv_cache import KvArena, KvGeometry
 from mellmpi.engine.packing import PackedBatch
 
 LOG2E = 1.4426950408889634
@@ -75,6 +75,17 @@ class CpuModel:
             storage(arena.tensor.view(-1)), self._scratch, logits.ravel(),
         )  # fmt: skip
         return torch.from_numpy(logits)[:, : self.arch.vocab_size]
+
+    def warm_up(self) -> None:
+        """Compile, or load from disk, all code that a step runs: some 10 s, or 0.2 s."""
+        arch = self.arch
+        geometry = KvGeometry(
+            model="", dtype=self.dtype, num_layers=arch.num_layers, num_kv_heads=arch.num_kv_heads,
+            block_size=LANES, head_dim=arch.head_dim,
+        )  # fmt: skip
+        one, zero = np.ones(1, np.int32), np.zeros(1, np.int32)
+        batch = PackedBatch(zero, zero, np.array([0, 1], np.int32), one, zero[None], num_sampled=1)
+        self.forward(batch, KvArena(geometry, 1))
 
     def _run(self, *arguments) -> None:
         """One step by all threads; whoever comes late finds nothing left to do."""

@@ -19,10 +19,12 @@ from mellmpi.engine.kernels.vectors import (
     larger,
     largest,
     load,
+    pair_of,
     store,
     total,
 )
 
+AHEAD = 4 * LANES  # positions whose keys or values are prefetched: blocks lie scattered
 QUERIES = 16  # tokens of a chunk that make one item
 ROWS, WIDE_ROWS = MOST_ROWS[1], MOST_ROWS[4]
 NOTHING = np.float32(-np.inf)
@@ -82,11 +84,11 @@ def attend_rows(
     table = chunks.tables[chunk]
     head_at = layer_at + head * heads.block_size * head_dim
     query_at = ((head * len(chunks.positions) + row) * group + done) * head_dim
-    score(m, q, query_at, kv, head_at, table, low * LANES, stride, heads, scores)
+    values_at = head_at + heads.kv_heads * heads.block_size * head_dim
+    score(m, q, query_at, kv, head_at, values_at, table, low * LANES, stride, heads, scores)
     for r in range(m):
         soften(scores, shares, r * stride, stride, low * LANES,
                start + (done + r) // group, heads, sums, m * head_dim + r)  # fmt: skip
-    values_at = head_at + heads.kv_heads * heads.block_size * head_dim
     mix(m, shares, stride, kv, values_at, table, low * LANES, end, heads, sums)
     for r in range(m):
         token, member = divmod(done + r, group)
@@ -97,14 +99,25 @@ def attend_rows(
 
 
 @njit(**KERNEL)
-def score(m, q, query_at, kv, head_at, table, low, stride, heads, scores):
+def tile_at(table, position, head_at, step, heads):
+    """Where the 16 positions from `position` on begin: `step` elements a position in a block."""
+    block, slot = divmod(position, heads.block_size)
+    return np.int64(table[block]) * heads.block_stride + head_at + slot * step
+
+
+@njit(**KERNEL)
+def score(m, q, query_at, kv, head_at, values_at, table, low, stride, heads, scores):
     """scores [m, stride] = q k for the positions low … low + stride - 1."""
-    pair, size = 4 // kv.itemsize, heads.block_size
+    pair, size, dim = pair_of(kv), heads.block_size, heads.head_dim
     for at in range(0, stride, LANES):
-        block, slot = divmod(low + at, size)
-        keys_at = np.int64(table[block]) * heads.block_stride + head_at + slot * pair
+        keys, soon = tile_at(table, low + at, head_at, pair, heads), at + AHEAD
+        if soon < stride:
+            ahead = tile_at(table, low + soon, head_at, pair, heads) - keys
+        else:
+            first = low + min(soon - stride, stride - LANES)
+            ahead = tile_at(table, first, values_at, dim, heads) - keys
         tile16(
-            m, q, query_at, heads.head_dim, kv, keys_at, size * pair, heads.head_dim // pair, 0,
+            m, q, query_at, dim, kv, keys, size * pair, dim // pair, ahead,
             ZEROS, 0, 0, scores, at, stride,
         )  # fmt: skip
 
@@ -131,31 +144,32 @@ def soften(scores, shares, at, stride, low, position, heads, sums, sum_at):
 @njit(**KERNEL)
 def mix(m, shares, stride, kv, values_at, table, low, end, heads, sums):
     """sums [m, head_dim] = shares v over the positions low … end - 1."""
-    pair, head_dim = 4 // kv.itemsize, heads.head_dim
+    pair, head_dim = pair_of(kv), heads.head_dim
     sums[: m * head_dim] = 0
     for at in range(0, stride, LANES):
-        block, slot = divmod(low + at, heads.block_size)
-        v_at = np.int64(table[block]) * heads.block_stride + values_at + slot * head_dim
+        values = tile_at(table, low + at, values_at, head_dim, heads)
+        soon = low + min(at + AHEAD, stride - LANES)
+        ahead = tile_at(table, soon, values_at, head_dim, heads) - values
         steps = (min(LANES, end - low - at) + pair - 1) // pair
         for r in range(0, m, WIDE_ROWS):
             mix_tile(
-                min(WIDE_ROWS, m - r), shares, r * stride + at, stride, kv, v_at, steps, head_dim,
-                pair, sums, r * head_dim,
+                min(WIDE_ROWS, m - r), shares, r * stride + at, stride, kv, values, steps, head_dim,
+                pair, ahead, sums, r * head_dim,
             )  # fmt: skip
 
 
 @njit(**KERNEL)
-def mix_tile(m, shares, at, stride, kv, v_at, steps, head_dim, pair, sums, to):
+def mix_tile(m, shares, at, stride, kv, v_at, steps, head_dim, pair, ahead, sums, to):
     """sums += shares v for one tile of positions, 64 dimensions at a time."""
     d = 0
     while d + 64 <= head_dim:
-        tile64(m, shares, at, stride, kv, v_at + d * pair, head_dim * pair, steps, 0,
+        tile64(m, shares, at, stride, kv, v_at + d * pair, head_dim * pair, steps, ahead,
                sums, to + d, head_dim, sums, to + d, head_dim)  # fmt: skip
         d += 64
     if d + 32 <= head_dim:
-        tile32(m, shares, at, stride, kv, v_at + d * pair, head_dim * pair, steps, 0,
+        tile32(m, shares, at, stride, kv, v_at + d * pair, head_dim * pair, steps, ahead,
                sums, to + d, head_dim, sums, to + d, head_dim)  # fmt: skip
         d += 32
     if d < head_dim:
-        tile16(m, shares, at, stride, kv, v_at + d * pair, head_dim * pair, steps, 0,
+        tile16(m, shares, at, stride, kv, v_at + d * pair, head_dim * pair, steps, ahead,
                sums, to + d, head_dim, sums, to + d, head_dim)  # fmt: skip

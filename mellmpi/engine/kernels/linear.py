@@ -6,7 +6,7 @@ from numba import njit
 from mellmpi.engine.kernels.panels import PANEL
 from mellmpi.engine.kernels.team import KERNEL, shares
 from mellmpi.engine.kernels.tile import MOST_ROWS, tile32
-from mellmpi.engine.kernels.vectors import LANES, exp2, fill, load, store
+from mellmpi.engine.kernels.vectors import LANES, exp2, fill, load, pair_of, store
 
 MOST = MOST_ROWS[2]
 ROWS_BYTES = 256 * 1024  # of activations that stay in the second-level cache beside a panel
@@ -84,8 +84,8 @@ def linear(team, phase, a, rows, k, w, w_at, panels, bias, bias_at, how, out, st
     bias       float32 [.]; this matrix's begins at `bias_at`; the sums start with it
     out        [rows, stride], flat
     """
-    tile, pair = np.empty(MOST * PANEL, np.float32), 4 // a.itemsize
-    block = rows_a_block(k * a.itemsize)
+    tile, pair = np.empty(MOST * PANEL, np.float32), pair_of(a)
+    block = rows_a_block(4 * k // pair)
     # Items are panels of one block of rows, then those of the next block.
     for first, last in shares(team, phase, panels * ((rows + block - 1) // block)):
         for item in range(first, last):

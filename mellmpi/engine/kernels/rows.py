@@ -8,7 +8,18 @@ from numba import njit
 
 from mellmpi.engine.kernels.panels import PANEL
 from mellmpi.engine.kernels.team import KERNEL
-from mellmpi.engine.kernels.vectors import LANES, element, fill, fma, load, store, total
+from mellmpi.engine.kernels.vectors import (
+    LANES,
+    element,
+    fill,
+    fma,
+    load,
+    pair_of,
+    store,
+    store_halves,
+    store_words,
+    total,
+)
 
 
 @njit(**KERNEL)
@@ -17,7 +28,7 @@ def embed(first, last, tokens, matrix, begin, in_panels, size, hidden, x):
 
     in_panels  the matrix is the packed output projection (tied), else [vocabulary, size]
     """
-    pair = 4 // matrix.itemsize
+    pair = pair_of(matrix)
     for row in range(first, last):
         token = np.int64(tokens[row])
         at, step = begin + token * size, pair
@@ -61,7 +72,7 @@ def place(first, last, qkv, qkv_stride, rotary, norms, norms_at, chunks, heads, 
     kv        the arena, flat; layer_at: where this layer begins in a block
     """
     group, rows, head_dim = heads.heads // heads.kv_heads, len(chunks.positions), heads.head_dim
-    turned, stored = np.zeros(2 * (head_dim + 2 * LANES), np.float32), np.zeros(head_dim, kv.dtype)
+    turned = np.zeros(2 * (head_dim + 2 * LANES), np.float32)
     for row in range(first, last):
         position, chunk, source = np.int64(chunks.positions[row]), chunks.row_chunks[row], 0
         block, slot = divmod(position, heads.block_size)
@@ -77,10 +88,10 @@ def place(first, last, qkv, qkv_stride, rotary, norms, norms_at, chunks, heads, 
             source += head_dim
             turn(qkv, source, rotary, position, norms, norms_at + head_dim, heads, turned)
             at = block_at + head * heads.block_size * head_dim
-            write_key(turned, stored, kv, at, slot, heads.block_size, head_dim)
+            write_key(turned, kv, at, slot, heads.block_size, head_dim)
             at += heads.kv_heads * heads.block_size * head_dim
             value = source + heads.kv_heads * head_dim
-            write_value(qkv, value, stored, kv, at, slot, head_dim, is_last)
+            write_value(qkv, value, kv, at, slot, head_dim, is_last)
 
 
 @njit(**KERNEL)
@@ -111,27 +122,22 @@ def turn(x, at, rotary, position, norms, norms_at, heads, turned):
 
 
 @njit(**KERNEL)
-def write_key(key, stored, kv, at, slot, block_size, head_dim):
+def write_key(key, kv, at, slot, block_size, head_dim):
     """kv[at :] is [head_dim / pair][block_size][pair]: a vector of positions for each step of k."""
-    pair = 4 // kv.itemsize
+    pair = pair_of(kv)
     for d in range(0, head_dim, LANES):
-        store(stored, d, load(key, d))
-    for d in range(head_dim):
-        kv[at + (d // pair * block_size + slot) * pair + d % pair] = stored[d]
+        store_words(kv, at + d * block_size + slot * pair, block_size * pair, load(key, d))
 
 
 @njit(**KERNEL)
-def write_value(x, x_at, stored, kv, at, slot, head_dim, is_last):
+def write_value(x, x_at, kv, at, slot, head_dim, is_last):
     """kv[at :] is [block_size / pair][head_dim][pair]: a vector of dimensions for each position.
 
     The slot after the last one shares words with it and is multiplied by 0: it must be finite.
     """
-    pair = 4 // kv.itemsize
+    pair = pair_of(kv)
     at += slot // pair * head_dim * pair
     for d in range(0, head_dim, LANES):
-        store(stored, d, load(x, x_at + d))
-    for d in range(head_dim):
-        kv[at + d * pair + slot % pair] = stored[d]
-    if is_last and pair == 2 and slot % 2 == 0:
-        for d in range(head_dim):
-            kv[at + d * pair + 1] = 0
+        if is_last and pair == 2 and slot % 2 == 0:
+            store_halves(kv, at + d * pair, 1, fill(np.float32(0)))
+        store_halves(kv, at + d * pair, slot % pair, load(x, x_at + d))

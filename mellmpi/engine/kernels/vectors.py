@@ -157,14 +157,47 @@ def element(typing, array, at):
 
 
 @intrinsic
-def prefetch(typing, array, at):
-    """Ask for the cache line of array[at] in the second-level cache; any `at` is safe."""
+def pair_of(typing, array):
+    """Elements in a 32-bit word: 2 of bfloat16, 1 of float32. A constant of the machine code."""
 
     def emit(context, b, sig, args):
-        prefetch_line(b, element_pointer(context, b, sig.args[0], *args))
+        return i64(2 if holds_bfloat16(array) else 1)
+
+    return types.int64(array), emit
+
+
+@intrinsic
+def store_words(typing, array, at, stride, lanes):
+    """The lanes, as the array holds them, in 32-bit words that lie `stride` elements apart."""
+
+    def emit(context, b, sig, args):
+        pointer = element_pointer(context, b, sig.args[0], *args[:2])
+        step, words = b.mul(args[2], i64(array.dtype.bitwidth // 8)), args[3]
+        if holds_bfloat16(array):
+            words = b.bitcast(rounded(b, words), ir.VectorType(I32, LANES // 2))
+        for lane in range(words.type.count):
+            write(b, b.extract_element(words, ir.Constant(I32, lane)), pointer)
+            pointer = offset(b, pointer, step)
         return context.get_dummy_value()
 
-    return types.void(array, types.int64), emit
+    return types.void(array, types.int64, types.int64, float32x16), emit
+
+
+@intrinsic
+def store_halves(typing, array, at, half, lanes):
+    """The lanes in one half each of 16 words in a row from `at`; all of the word in float32."""
+
+    def emit(context, b, sig, args):
+        pointer = element_pointer(context, b, sig.args[0], *args[:2])
+        value = args[3]
+        if holds_bfloat16(array):
+            shift = splat(b, b.trunc(b.mul(args[2], i64(16)), I32))
+            kept = b.and_(read(b, pointer, I32X16), b.lshr(lanes_of(-65536, I32X16), shift))
+            value = b.or_(kept, b.shl(b.zext(rounded(b, value), I32X16), shift))
+        write(b, value, pointer)
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, types.int64, float32x16), emit
 
 
 def prefetch_line(b: Builder, pointer: Emitted) -> None:
