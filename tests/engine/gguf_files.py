@@ -94,13 +94,13 @@ def _add(writer, config, name, values, kind) -> None:
         writer.add_tensor(gguf_name(name), packed, raw_dtype=kind)
 
 
-def byte_vocabulary(writer, pre: str = "gpt-2", merges=("Ġ t", "h e")) -> None:
-    """Three control tokens, all bytes, a few merges."""
+def byte_vocabulary(writer, pre: str = "gpt-2", merges=("Ġ t", "h e"), words=()) -> None:
+    """Three control tokens, all bytes, a few merges, and words that no merge makes."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokens = [*control, *sorted(ByteLevel.alphabet())]
-    tokens += ["".join(merge.split(" ")) for merge in merges]
+    tokens += ["".join(merge.split(" ")) for merge in merges] + list(words)
     tokens += [f"<unused{n}>" for n in range(SHAPE["vocab_size"] - len(tokens))]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)

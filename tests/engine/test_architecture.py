@@ -61,6 +61,15 @@ def test_the_names_of_transformers_5_and_4_mean_the_same(scaling):
     assert old == new and old.rope_theta == 5e5
 
 
+def test_an_original_context_beside_the_scaling_counts_more_than_one_within():
+    given = config(
+        rope_theta=1e4, head_dim=64, rope_scaling=YARN, original_max_position_embeddings=512
+    )
+    arch = Architecture.from_hf(given)
+    assert arch.rope_scaling["original_max_position_embeddings"] == 512
+    np.testing.assert_allclose(inv_freq(arch), reference(given).inv_freq.numpy(), rtol=4e-7)
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_an_architecture_survives_its_config_json(family):
     arch = Architecture.from_hf(config(model_type=family, rope_scaling=LLAMA3, rope_theta=5e5))

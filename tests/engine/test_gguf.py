@@ -140,6 +140,24 @@ def test_byte_level_vocabularies_agree_with_transformers(tmp_path, pre, text):
     assert ours.decode(ours.encode(text).ids, skip_special_tokens=False) == text
 
 
+def test_qwen_composes_characters_before_it_cuts(tmp_path):
+    def vocabulary(writer):
+        files.byte_vocabulary(writer, "qwen2")
+
+    target = converted(tmp_path, files.tiny("qwen2"), tokenizer=vocabulary)
+    ours = Tokenizer.from_file(str(target / "tokenizer.json"))
+    assert ours.encode("e\u0301").ids == ours.encode("\u00e9").ids
+
+
+def test_llama_3_takes_a_whole_word_that_no_merges_lead_to(tmp_path):
+    for pre, pieces in (("llama-bpe", ["whole"]), ("gpt-2", ["w", "h", "o", "l", "e"])):
+        target = converted(
+            tmp_path, files.tiny("llama"),
+            tokenizer=lambda writer, pre=pre: files.byte_vocabulary(writer, pre, words=("whole",)),
+        )  # fmt: skip
+        assert Tokenizer.from_file(str(target / "tokenizer.json")).encode("whole").tokens == pieces
+
+
 def test_a_sentencepiece_vocabulary_merges_by_score_and_falls_back_to_bytes(tmp_path):
     target = converted(tmp_path, files.tiny("llama"), tokenizer=files.sentencepiece_vocabulary)
     ours = Tokenizer.from_file(str(target / "tokenizer.json"))
@@ -241,6 +259,14 @@ def test_yarn_and_linear_scaling_come_from_the_metadata(tmp_path):
         (converted(tmp_path, files.tiny("llama"), extra=linear) / "config.json").read_text()
     )
     assert config["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+
+
+def test_stored_weights_begin_on_a_multiple_of_eight_bytes(tmp_path):
+    """safetensors maps them into memory as they are."""
+    for num_layers in range(1, 5):
+        target = converted(tmp_path, files.tiny("qwen2", num_hidden_layers=num_layers))
+        with (target / "model.safetensors").open("rb") as stream:
+            assert int.from_bytes(stream.read(8), "little") % 8 == 0
 
 
 def test_every_end_token_that_the_file_names_ends_an_answer(tmp_path):

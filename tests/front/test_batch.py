@@ -7,8 +7,7 @@ import random
 import pytest
 
 from mellmpi.front.batch import BatchJob, open_batch, pipe_batch
-from mellmpi.front.lines import descriptor_reader
-from mellmpi.front.lines import LineReader
+from mellmpi.front.lines import LineReader, descriptor_reader
 from mellmpi.protocol import Emit, Rejected
 
 

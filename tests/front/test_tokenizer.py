@@ -138,6 +138,21 @@ def test_a_directory_without_tokenizer_is_refused(tmp_path):
         Tokenizer.load(tmp_path)
 
 
+def test_a_bos_token_goes_before_a_text_but_not_again_before_a_chat(byte_directory, tmp_path):
+    from tokenizers import Tokenizer as Backend
+    from tokenizers.processors import TemplateProcessing
+
+    backend = Backend.from_file(str(byte_directory / "tokenizer.json"))
+    backend.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+    )
+    backend.save(str(tmp_path / "tokenizer.json"))
+    shutil.copy(byte_directory / "tokenizer_config.json", tmp_path)
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.encode("a")[0] == 1 and len(tokenizer.encode("a")) == 2
+    assert tokenizer.encode_chat(CHATS[0]) == Tokenizer.load(byte_directory).encode_chat(CHATS[0])
+
+
 def test_truncation_saved_with_a_tokenizer_does_not_cut_prompts(byte_directory, tmp_path):
     from tokenizers import Tokenizer as Backend
 
