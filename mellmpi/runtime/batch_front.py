@@ -7,6 +7,7 @@ from mellmpi.front.batch import BatchJob
 from mellmpi.protocol import Cancel, Emit, Rejected, Submit
 
 OPEN_REQUESTS = 1024  # submitted at once; the rest of the input stays unread
+DRAWN_A_TURN = 32  # tokenizing takes time, and the loop has others to hear
 PIPE_POLL_S = 0.02  # a pipe is looked at so often when nothing else happens
 LONG_S = 1e6
 
@@ -29,6 +30,7 @@ class BatchFront:
         self._next_s = next(arrivals) if arrivals is not None else 0.0
         self._cancels: list[Cancel] = []
         self._open: set[int] = set()
+        self._more = False  # the last turn stopped before it had drawn all that was due
 
     @property
     def done(self) -> bool:
@@ -39,7 +41,10 @@ class BatchFront:
             self._start_s = now
         events: list[Submit | Cancel] = [*self._cancels]
         self._cancels = []
+        self._more = False
         while self._may_submit(now):
+            if self._more := len(events) >= DRAWN_A_TURN:
+                break
             request = next(self._job.requests(), None)
             if request is None:
                 break
@@ -55,7 +60,7 @@ class BatchFront:
         return now - (self._start_s or 0.0) >= self._next_s
 
     def due_s(self, now: float) -> float:
-        if self._cancels:
+        if self._cancels or self._more:
             return 0.0
         if self._job.exhausted or len(self._open) >= OPEN_REQUESTS:
             return LONG_S

@@ -91,10 +91,14 @@ def _prepare(options: Options) -> dict[str, Any]:
     check_files(options)
     model = options.config.model.model
     cache_dir = Path(options.cache_dir or Path.home() / ".cache" / "mellmpi").expanduser()
+    said: list[str] = []
     try:
-        directory = resolve(model, cache_dir, _say)
+        directory = resolve(model, cache_dir, lambda text: (said.append(text), _say(text))[1])
     except ValueError as error:
         raise UsageError(f"--model {model}: {error}") from error
+    finally:
+        if said:
+            sys.stderr.write("\n")
     return {
         "config": options.config.to_dict(),
         "directory": str(directory.absolute()),
@@ -103,7 +107,8 @@ def _prepare(options: Options) -> dict[str, Any]:
 
 
 def _say(text: str) -> None:
-    sys.stderr.write(f"mellmpi: {text} …\n")
+    sys.stderr.write(f"\rmellmpi: {text} …".ljust(100))  # one line, again and again
+    sys.stderr.flush()
 
 
 # --- roles ---------------------------------------------------------------------------------------
