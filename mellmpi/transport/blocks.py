@@ -40,13 +40,14 @@ class Lane(Protocol):
     """Where the bytes of a block are while they travel."""
 
     block_bytes: int
+    send_window: int | None  # blocks of one transfer posted and not yet sent; None: no limit
 
-    def outgoing(self, block_id: int) -> int | None:
-        """The address to send this block from; None: no room now, ask again."""
+    def outgoing(self, block_id: int) -> int:
+        """The address to send this block from."""
         ...
 
-    def incoming(self, block_id: int) -> int | None:
-        """The address to receive this block at; None: no room now, ask again."""
+    def incoming(self, block_id: int) -> int:
+        """The address to receive this block at."""
         ...
 
     def sent(self, address: int) -> None: ...
@@ -55,6 +56,9 @@ class Lane(Protocol):
 
 class InPlace:
     """From arena to arena, with no copy of our own."""
+
+    # A receiver with CMA then never waits for the sender's next step.
+    send_window = None
 
     def __init__(self, arena: Arena):
         self.block_bytes = arena.block_bytes
@@ -139,10 +143,9 @@ class _Sending(_Move):
         self._lane = lane
 
     def _post(self) -> bool:
-        # Without a window: a receiver with CMA then never waits for the sender's next step.
-        if (address := self._lane.outgoing(self._todo[0])) is None:
+        if self._lane.send_window is not None and len(self._posted) >= self._lane.send_window:
             return False
-        size = self._lane.block_bytes
+        address, size = self._lane.outgoing(self._todo[0]), self._lane.block_bytes
         request = self._channel.send(address, size, self.peer, self.tag)
         self._posted.append((request, address, self._todo.popleft()))
         return True
@@ -161,9 +164,8 @@ class _Receiving(_Move):
     def _post(self) -> bool:
         if len(self._posted) >= self._window:
             return False
-        if (address := self._lane.incoming(self._todo[0])) is None:
-            return False
-        request = self._channel.receive(address, self._lane.block_bytes, self.peer, self.tag)
+        address, size = self._lane.incoming(self._todo[0]), self._lane.block_bytes
+        request = self._channel.receive(address, size, self.peer, self.tag)
         self._posted.append((request, address, self._todo.popleft()))
         return True
 

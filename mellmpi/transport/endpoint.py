@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 from mellmpi.protocol import WorkerLost
 from mellmpi.transport.base import Arena, Transfer
-from mellmpi.transport.blocks import BlockMover, Channel, InPlace
+from mellmpi.transport.blocks import BlockMover, Channel
+from mellmpi.transport.devices import lane_for
 from mellmpi.transport.doorbell import Doorbell
 from mellmpi.transport.messages import ByteChannel, Dismissed, Mailbox
 
@@ -45,12 +46,13 @@ class Endpoint:
         channels: tuple[PeerChannel, PeerChannel],  # (for messages, for blocks)
         bell: Doorbell,
         wakes: Wakes,
+        device_buffers: bool,
     ):
         self.worker, self.num_workers = worker, num_workers
         self.lost: set[int] = set()
         self._channels = channels
         self._mailbox, self._mover = Mailbox(channels[0]), BlockMover(channels[1])
-        self._bell, self._wakes = bell, wakes
+        self._bell, self._wakes, self._device_buffers = bell, wakes, device_buffers
         self._ready: list[tuple[int, Any]] = []
         self._active = True  # something happened since the last sleep
         self._suspicious_s: float | None = None  # since when an error is unexplained
@@ -94,7 +96,7 @@ class Endpoint:
     # --- blocks ---------------------------------------------------------------------------------
 
     def attach(self, arena: Arena | None) -> None:
-        self._mover.attach(None if arena is None else InPlace(arena))
+        self._mover.attach(None if arena is None else lane_for(arena, self._device_buffers))
 
     def send_blocks(self, dst: int, tag: int, block_ids: Sequence[int]) -> Transfer:
         transfer = self._mover.send(dst, tag, block_ids)

@@ -142,8 +142,12 @@ class Job:
         size = int.from_bytes(self._bcast(len(packed).to_bytes(8, "little")), "little")
         return msgpack.unpackb(self._bcast(packed.ljust(size)[:size]))
 
-    def connect(self, idle_poll_s: float) -> Endpoint:
-        """The transport of this rank; one a process."""
+    def connect(self, idle_poll_s: float, device_buffers: bool = False) -> Endpoint:
+        """The transport of this rank; one a process.
+
+        idle_poll_s     longest sleep between looks while some peer cannot ring our bell
+        device_buffers  this MPI takes device memory (`devices.device_buffers_work`)
+        """
         bell = Doorbell(self.share(secrets.token_hex(8)), worker_of(self.rank))
         self._comm.Barrier()  # every bell is hung up
         heard = bell.find(worker_of(rank) for rank in self.neighbours)
@@ -152,7 +156,9 @@ class Job:
         may_spin = len(self.neighbours) <= len(os.sched_getaffinity(0))
         wakes = Wakes(LOCAL_POLL_S if all_ring else idle_poll_s, SPIN_S if may_spin else 0.0)
         channels = MpiChannel(self._comm), MpiChannel(self._comm)
-        self._transport = Endpoint(worker_of(self.rank), self.size - 1, channels, bell, wakes)
+        self._transport = Endpoint(
+            worker_of(self.rank), self.size - 1, channels, bell, wakes, device_buffers
+        )
         return self._transport
 
     def finish(self) -> None:

@@ -6,9 +6,10 @@ By hand: `mpirun -n 4 python -m pytest --with-mpi tests/mpi/conformance.py`.
 
 import pytest
 
+from mellmpi.transport.base import Transfer, Transport
 from mellmpi.transport.mpi import Job
 from tests.mpi.harness import leave_verdict, or_abort
-from tests.transport.conformance import SCENARIOS, Post
+from tests.transport.conformance import SCENARIOS, HostArena, Post
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +24,15 @@ def test_the_mpi_transport_keeps_the_contract(scenario, post):
     post.meet()
 
 
+def leave_open(transport: Transport) -> list[Transfer]:
+    """Transfers whose other half never begins."""
+    peer = transport.worker % transport.num_workers + 1
+    receives = [transport.receive_blocks(peer, 98, [0, 1]), transport.drain_blocks(peer, 98, 3)]
+    transport.send_blocks(peer, 99, [2, 3])
+    transport.progress()
+    return receives
+
+
 def main() -> None:
     job = Job()
     passed: list[str] = []
@@ -35,8 +45,11 @@ def main() -> None:
             post.meet()
             passed.append(scenario.__name__)
             leave_verdict(job.rank, {"passed": passed})
+        transport.attach(HostArena(4))
+        left = leave_open(transport)
         job.finish()
-        leave_verdict(job.rank, {"passed": passed, "finished": True})
+        ended = [t.done and t.failed for t in left]
+        leave_verdict(job.rank, {"passed": passed, "finished": True, "ended": ended})
 
     or_abort(job.rank, job.abort, program)
 

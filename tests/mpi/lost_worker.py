@@ -43,6 +43,7 @@ class Survivor:
     def __init__(self, transport: Transport):
         self.transport = transport
         self.heard: Counter[int] = Counter()
+        self.in_order = True
         self.lost: list[int] = []
         self.after_the_loss = 0  # messages from the victim that came too late
 
@@ -52,6 +53,7 @@ class Survivor:
                 assert src == message.worker
                 self.lost.append(message.worker)
             else:
+                self.in_order &= message.request_id == self.heard[src]
                 self.heard[src] += 1
                 self.after_the_loss += src in self.lost
         self.transport.progress()
@@ -89,6 +91,7 @@ def survive(transport: Transport) -> dict[str, Any]:
         "doomed_failed": [t.failed for t in doomed],
         "late_failed": [t.failed for t in late],
         "heard": dict(survivor.heard),
+        "in_order": survivor.in_order,
         "after_the_loss": survivor.after_the_loss,
     }
 

@@ -15,9 +15,10 @@ def test_the_mpi_transport_keeps_the_contract(scenario, conformance):
         assert scenario.__name__ in verdict.get("passed", ()), conformance.output
 
 
-def test_the_job_ends_by_itself(conformance):
+def test_the_job_ends_by_itself_though_transfers_were_left_open(conformance):
     assert conformance.returncode == 0, conformance.output
     assert all(verdict.get("finished") for verdict in conformance.verdicts)
+    assert [verdict["ended"] for verdict in conformance.verdicts] == [[True, True]] * 4
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +37,9 @@ def test_a_killed_worker_is_reported_exactly_once_to_everyone_else(loss):
     assert [verdict["lost"] for verdict in survivors(loss)] == [[3]] * 4
 
 
-def test_all_that_the_killed_worker_got_out_arrives_before_the_news(loss):
-    assert survivors(loss)[0]["heard"]["3"] == 100
+def test_the_killed_workers_messages_arrive_without_a_gap_and_before_the_news(loss):
+    assert survivors(loss)[0]["heard"]["3"] > 0  # the last ones may have died with it
+    assert all(verdict["in_order"] for verdict in survivors(loss))
     assert [verdict["after_the_loss"] for verdict in survivors(loss)] == [0] * 4
 
 

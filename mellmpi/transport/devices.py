@@ -1,0 +1,134 @@
+"""Blocks in device memory: staged through pinned host memory, unless MPI proves it can do better.
+
+Torch is imported only where there is a device.
+"""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from subprocess import DEVNULL, PIPE
+from typing import Any, Protocol
+
+from mellmpi.transport.base import Arena
+from mellmpi.transport.blocks import WINDOW_BYTES, InPlace, Lane
+
+# What a process inherits from the launcher of its job, and a job of its own must not see.
+LAUNCHER_VARIABLES = ("OMPI_COMM_", "OMPI_MCA_orte", "PMIX_", "PRTE_", "PMI_", "SLURM_")
+
+
+class Copies(Protocol):
+    """Copies between one arena and host memory; each is finished when the call returns."""
+
+    def host_slot(self) -> int:
+        """Address of fresh host memory for one block, kept as long as this object."""
+        ...
+
+    def out(self, block_id: int, address: int) -> None: ...
+    def into(self, block_id: int, address: int) -> None: ...
+
+
+class Staged:
+    """A lane through host memory. Each transfer holds at most a window of slots, so that two
+    workers that send to each other can never wait for each other's."""
+
+    def __init__(self, block_bytes: int, copies: Copies):
+        self.block_bytes = block_bytes
+        self.send_window = max(2, WINDOW_BYTES // block_bytes)
+        self._copies = copies
+        self._free: list[int] = []
+
+    def outgoing(self, block_id: int) -> int:
+        address = self.incoming(block_id)
+        self._copies.out(block_id, address)
+        return address
+
+    def incoming(self, block_id: int) -> int:
+        return self._free.pop() if self._free else self._copies.host_slot()
+
+    def sent(self, address: int) -> None:
+        self._free.append(address)
+
+    def arrived(self, address: int, block_id: int) -> None:
+        self._copies.into(block_id, address)
+        self._free.append(address)
+
+
+class _Blocks:
+    """An arena as torch sees it: [num_blocks, block_bytes] bytes, not copied."""
+
+    def __init__(self, arena: Arena):
+        self.__cuda_array_interface__ = {
+            "shape": (arena.num_blocks, arena.block_bytes),
+            "typestr": "|u1",
+            "data": (arena.address, False),
+            "version": 3,
+        }
+
+
+class CudaCopies:
+    """Through pinned memory, on the current stream: after all that the last step has written."""
+
+    def __init__(self, arena: Arena):
+        import torch
+
+        self._torch = torch
+        self._blocks = torch.as_tensor(_Blocks(arena), device=arena.device)
+        self._slots: dict[int, Any] = {}
+
+    def host_slot(self) -> int:
+        slot = self._torch.empty(self._blocks.shape[1], dtype=self._torch.uint8, pin_memory=True)
+        self._slots[slot.data_ptr()] = slot
+        return int(slot.data_ptr())
+
+    def out(self, block_id: int, address: int) -> None:
+        self._slots[address].copy_(self._blocks[block_id])
+
+    def into(self, block_id: int, address: int) -> None:
+        self._blocks[block_id].copy_(self._slots[address])
+
+
+def lane_for(arena: Arena, device_buffers: bool) -> Lane:
+    """How blocks of this arena travel; `device_buffers`: MPI takes device memory (proven)."""
+    if arena.device == "cpu" or device_buffers:
+        return InPlace(arena)
+    return Staged(arena.block_bytes, CudaCopies(arena))
+
+
+def device_buffers_work(
+    device: str, mpirun: Sequence[str] | None = None, limit_s: float = 60
+) -> bool:
+    """Does MPI move a small message between buffers of this device, and get it right?
+
+    Tried in a throwaway pair of processes, started by this `mpirun` command line: where it does
+    not work it crashes or hangs. No build flag tells.
+    """
+    command = mpirun or _mpirun()
+    if not command:
+        return False
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER_VARIABLES)}
+    probe = [*command, "-n", "2", sys.executable, "-m", "mellmpi.transport.device_probe", device]
+    try:
+        job = subprocess.Popen(probe, env=environment, stdin=DEVNULL, stdout=PIPE, stderr=DEVNULL)
+    except OSError:
+        return False
+    try:
+        output, _ = job.communicate(timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        job.terminate()  # mpirun takes its ranks along; they are in sessions of their own
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            job.wait(5)
+        job.kill()
+        job.wait()
+        return False
+    return job.returncode == 0 and b"device buffers work" in output
+
+
+def _mpirun() -> list[str]:
+    beside = Path(sys.executable).with_name("mpirun")
+    found = str(beside) if beside.exists() else shutil.which("mpirun")
+    flags = ("--allow-run-as-root", "--map-by", ":OVERSUBSCRIBE", "--bind-to", "none")
+    return [found, *flags] if found else []

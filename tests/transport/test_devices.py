@@ -1,0 +1,33 @@
+import sys
+
+import pytest
+
+from mellmpi.transport.blocks import InPlace
+from mellmpi.transport.devices import device_buffers_work, lane_for
+from tests.mpi.harness import FLAGS, mpirun
+from tests.transport.conformance import HostArena
+
+
+def test_the_probe_finds_buffers_that_mpi_can_take():
+    assert device_buffers_work("cpu", [mpirun(), *FLAGS])
+
+
+@pytest.mark.parametrize("device", ["meta", "cuda:99"])
+def test_the_probe_finds_buffers_that_mpi_cannot_take(device):
+    assert not device_buffers_work(device, [mpirun(), *FLAGS])
+
+
+def test_a_probe_that_hangs_counts_as_no():
+    sleeper = [sys.executable, "-c", "import time; time.sleep(600)"]
+    assert not device_buffers_work("cpu", sleeper, limit_s=0.2)
+
+
+def test_a_probe_without_mpirun_counts_as_no():
+    assert not device_buffers_work("cpu", ["/nowhere/mpirun"])
+
+
+def test_host_memory_travels_in_place_and_device_memory_where_mpi_was_proven_to_take_it():
+    arena = HostArena(1)
+    assert isinstance(lane_for(arena, device_buffers=False), InPlace)
+    arena.device = "cuda"
+    assert isinstance(lane_for(arena, device_buffers=True), InPlace)

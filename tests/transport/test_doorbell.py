@@ -1,0 +1,51 @@
+import secrets
+
+import pytest
+
+from mellmpi.transport.doorbell import Doorbell
+
+
+@pytest.fixture
+def token():
+    return secrets.token_hex(8)
+
+
+@pytest.fixture
+def bells(token):
+    bells = [Doorbell(token, worker) for worker in range(2)]
+    yield bells
+    for bell in bells:
+        bell.close()
+
+
+def test_a_ring_before_the_sleep_ends_it(bells):
+    assert bells[0].find([0, 1]) == {0, 1}
+    bells[1].sleep(0.0)
+    bells[0].ring(1)
+    assert bells[1].sleep(60.0)
+
+
+def test_many_rings_end_one_sleep(bells):
+    bells[0].find([1])
+    for _ in range(5000):
+        bells[0].ring(1)
+    assert bells[1].sleep(60.0) and not bells[1].sleep(0.0)
+
+
+def test_the_owner_can_be_woken(bells):
+    bells[0].wake()
+    assert bells[0].sleep(60.0)
+
+
+def test_bells_of_another_job_and_of_the_dead_are_not_found(bells):
+    stranger = Doorbell(secrets.token_hex(8), 0)
+    assert stranger.find([0, 1]) == {0}
+    assert bells[0].find([7]) == set()
+    bells[0].ring(7)
+    stranger.close()
+
+
+def test_ringing_one_that_died_since_does_nothing(bells):
+    bells[0].find([1])
+    bells[1].close()
+    bells[0].ring(1)

@@ -1,0 +1,97 @@
+import pytest
+
+from mellmpi.protocol import Cancel, WorkerLost, encode
+from mellmpi.transport.endpoint import BUSY_POLL_S, Endpoint, Wakes
+from mellmpi.transport.messages import Dismissed, Mailbox
+from tests.transport.conformance import HostArena
+from tests.transport.fakes import FakeBell, FakeChannel
+
+LONGEST_S = 0.5
+
+
+def endpoint(bell=None, spin_s=0.0):
+    channels = FakeChannel(), FakeChannel()
+    wakes = Wakes(longest_s=LONGEST_S, spin_s=spin_s)
+    return Endpoint(1, 3, channels, bell or FakeBell(), wakes, device_buffers=False), *channels
+
+
+def test_an_idle_wait_sleeps_in_the_longest_pieces_and_looks_once_a_piece():
+    bell = FakeBell(rings_at=3)
+    idle, control, _ = endpoint(bell, spin_s=0.0)
+    idle.wait(60.0)
+    assert bell.slept == [LONGEST_S] * 3
+    assert control.num_looks == 3 * 2  # two probes each: one alone may make no progress
+
+
+def test_a_wait_does_not_spin_again_when_nothing_has_happened_since():
+    bell = FakeBell()
+    idle, control, _ = endpoint(bell, spin_s=1e-4)
+    idle.wait(60.0)
+    looks = control.num_looks
+    idle.wait(60.0)
+    assert control.num_looks == looks + 2 and len(bell.slept) == 2
+
+
+def test_a_wait_stays_short_while_blocks_are_under_way():
+    bell = FakeBell(rings_at=8)
+    busy, _, blocks = endpoint(bell)
+    busy.attach(HostArena(1))
+    busy.receive_blocks(2, 1, [0])
+    busy.wait(60.0)
+    assert max(bell.slept) <= BUSY_POLL_S and bell.slept[0] < bell.slept[-1]
+    blocks.lost.add(2)
+
+
+def test_a_wait_stays_short_while_a_message_has_not_left():
+    bell = FakeBell()
+    busy, _, _ = endpoint(bell)
+    busy.send(2, Cancel(1, "gone"))
+    busy.wait(60.0)
+    assert bell.slept[0] <= BUSY_POLL_S and bell.rung == [2]
+
+
+def test_a_wait_returns_at_once_if_something_has_come():
+    bell = FakeBell()
+    ready, control, _ = endpoint(bell)
+    control.inbox.append((2, encode(Cancel(5, "gone"))))
+    ready.wait(60.0)
+    assert bell.slept == [] and ready.poll() == [(2, Cancel(5, "gone"))]
+
+
+def test_a_lost_worker_is_the_last_that_is_heard_of_it():
+    survivor, control, blocks = endpoint()
+    survivor.attach(HostArena(1))
+    transfer = survivor.receive_blocks(2, 1, [0])
+    control.inbox.append((2, encode(Cancel(1, "gone"))))
+    control.failures, control.lost, blocks.lost = [2], {2}, {2}
+    assert survivor.poll() == [(2, Cancel(1, "gone")), (2, WorkerLost(2))]
+    control.inbox.append((2, encode(Cancel(2, "gone"))))
+    survivor.send(2, Cancel(3, "gone"))
+    assert survivor.poll() == [] and survivor.lost == {2}
+    assert transfer.done and transfer.failed and not control.pending("send")
+
+
+def test_an_error_that_no_loss_explains_is_raised_in_the_end(monkeypatch):
+    troubled, control, _ = endpoint()
+    control.error = RuntimeError("the link is broken")
+    troubled.poll()
+    monkeypatch.setattr("mellmpi.transport.endpoint.SUSPICION_S", 0.0)
+    with pytest.raises(RuntimeError, match="the link is broken"):
+        troubled.poll()
+
+
+def test_an_error_that_a_loss_explains_is_forgotten(monkeypatch):
+    monkeypatch.setattr("mellmpi.transport.endpoint.SUSPICION_S", 0.0)
+    survivor, control, _ = endpoint()
+    control.error, control.failures = RuntimeError("reset by peer"), [3]
+    assert survivor.poll() == [(3, WorkerLost(3))] and survivor.poll() == []
+
+
+def test_a_dismissed_process_learns_its_exit_code():
+    channel = FakeChannel()
+    Mailbox(channel).dismiss(2, 7)
+    assert channel.requests[0].num_bytes == 1
+    channel.inbox.append((0, bytes([7])))
+    with pytest.raises(Dismissed) as order:
+        Mailbox(channel).look()
+    assert order.value.exit_code == 7
