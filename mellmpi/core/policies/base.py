@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mellmpi.core.view import Drain, Move, ParkWorker, Proposal, View
+from mellmpi.core.view import ParkWorker, Proposal, View
 
 
 @dataclass(frozen=True)
@@ -17,12 +17,8 @@ class Policy:
 
 
 def without_moves(policy: Policy) -> Policy:
-    """The same placement; nothing is ever moved or drained."""
-
-    def rebalance(view: View) -> list[Proposal]:
-        return [p for p in policy.rebalance(view) if not isinstance(p, Move | Drain)]
-
-    return Policy(policy.place, rebalance)
+    """The same placement; nothing is ever moved, and workers park when they are empty."""
+    return Policy(policy.place, idle_workers)
 
 
 def room_after(view: View, row: int, model: str) -> np.ndarray:

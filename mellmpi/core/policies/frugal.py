@@ -128,7 +128,7 @@ def _drain(view: View) -> list[Proposal]:
         return []  # nothing to drain, or something is still moving
     growth = int(view.growth_Bps[victim] / len(rows) * DRAIN * view.horizon_s)  # of one request
     room = Room(view, DRAIN * view.horizon_s)
-    room.spare[victim] = -1
+    room.spare[~busy] = room.spare[victim] = -1  # to move into an empty worker would gain nothing
     moves: list[Proposal] = []
     sizes = requests.kv_bytes(rows)
     for i in np.argsort(-sizes):

@@ -1,0 +1,287 @@
+"""Policies, each a function of a view. A block is 4 positions or 10 bytes; a worker has 20."""
+
+import numpy as np
+import pytest
+
+from mellmpi.core.ledger import Ledger, WorkerState
+from mellmpi.core.policies import POLICIES, Policy, policy_for
+from mellmpi.core.policies.frugal import growth_room
+from mellmpi.core.policies.stress import MOVES_A_TICK
+from mellmpi.core.view import Drain, Move, ParkWorker, RequestColumns, View, WakeWorker
+from mellmpi.protocol import ModelKv
+from tests.core.stage import KV, request
+
+ACTIVE, DRAINING, PARKED = WorkerState.ACTIVE, WorkerState.DRAINING, WorkerState.PARKED
+PARKING, WAKING, LOST = WorkerState.PARKING, WorkerState.WAKING, WorkerState.LOST
+
+
+def view(*workers: list[int], states=None, growth=0.0, waiting=0, now=100.0, seed=0, tick=1):
+    """Worker w has requests of so many blocks each, numbered from 1 on through all workers."""
+    ledger, columns = Ledger(len(workers)), RequestColumns()
+    for w, sizes in enumerate(workers, start=1):
+        ledger.ready(w, (KV,), 200, 8, acked=0)
+        ledger.free[w] -= 10 * sum(sizes)
+        for size in sizes:
+            row = columns.add(request(int(columns.live.sum()) + 1, num_prompt=4 * size), 0.0, KV)
+            columns.worker[row], columns.movable[row] = w, True
+            ledger.add(w)
+    for w, state in (states or {}).items():
+        if state in (PARKED, LOST):
+            ledger.gone(w, state)
+        else:
+            ledger.enter(w, state)
+    growth_Bps = np.zeros(len(workers) + 1)
+    growth_Bps[1:] = growth
+    return View(now=now, workers=ledger, requests=columns, waiting_bytes=waiting,
+                growth_Bps=growth_Bps, token_rate=0.0, horizon_s=2.0, park_after_s=1.0, seed=seed,
+                tick=tick)  # fmt: skip
+
+
+def place(policy, view, blocks=1, model="m"):
+    row = view.requests.add(request(99, num_prompt=4 * blocks), 0.0, KV)
+    found = POLICIES[policy].place(view, row, model)
+    view.requests.drop(row)
+    return found
+
+
+def rebalance(view, policy="frugal"):
+    return POLICIES[policy].rebalance(view)
+
+
+# --- placement -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("policy", "worker"), [("best_fit", 3), ("worst_fit", 2), ("frugal", 3)])
+def test_best_fit_and_frugal_take_the_fullest_worst_fit_the_emptiest(policy, worker):
+    assert place(policy, view([5], [2], [9])) == worker
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_lowest_id_breaks_ties(policy):
+    assert place(policy, view([5], [5], [5])) == 1
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_with_no_room_there_is_no_place(policy):
+    assert place(policy, view([18], [18]), blocks=3) is None
+    assert place(policy, view([18], [17]), blocks=3) == 2
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("state", [DRAINING, PARKING, PARKED, WAKING, LOST])
+def test_only_active_workers_take_requests(policy, state):
+    assert place(policy, view([], [], states={1: state})) == 2
+    assert place(policy, view([], states={1: state})) is None
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_only_workers_of_the_model_take_a_request(policy):
+    v = view([], [])
+    v.workers.ready(2, (ModelKv("other", 4, 10),), 200, 8, acked=0)
+    assert place(policy, v, model="other") == 2 and place(policy, v, model="third") is None
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_worker_with_all_seats_taken_takes_no_request(policy):
+    assert place(policy, view([1] * 8, [])) == 2
+
+
+def test_what_was_ordered_counts_as_spent():
+    v = view([10], [9])
+    v.workers.order(2, 50)
+    assert place("best_fit", v, blocks=4) == 2 and place("worst_fit", v, blocks=4) == 1
+
+
+def test_frugal_keeps_room_for_a_horizon_of_growth():
+    # 10 B/s for 2 s: two blocks are to stay free.
+    assert place("frugal", view([17], [2], growth=10.0)) == 1
+    assert place("frugal", view([18], [2], growth=10.0)) == 2
+
+
+def test_frugal_keeps_half_a_block_a_request_until_rates_are_known():
+    assert growth_room(view([1, 1, 1], []), 2.0).tolist() == [0, 15, 0]
+    assert growth_room(view([1, 1, 1], [], growth=10.0), 2.0).tolist() == [0, 20, 20]
+
+
+def test_frugal_waits_for_a_worker_that_can_come_rather_than_crowd():
+    crowded = ([18], [18])
+    assert place("frugal", view(*crowded, growth=10.0)) == 1
+    for state in (PARKED, WAKING, PARKING, DRAINING):
+        assert place("frugal", view(*crowded, [], growth=10.0, states={3: state})) is None
+    assert place("frugal", view(*crowded, [], growth=10.0, states={3: LOST})) == 1
+
+
+def test_frugal_uses_an_empty_worker_however_little_room_to_grow_it_has():
+    assert place("frugal", view([], [], growth=150.0, states={2: PARKED}), blocks=19) == 1
+
+
+# --- parking -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_workers_empty_for_long_enough_are_parked_but_never_the_last_one(policy):
+    assert rebalance(view([9], [], []), policy) == [ParkWorker(3), ParkWorker(2)]
+    assert rebalance(view([], [], []), policy) == [ParkWorker(3), ParkWorker(2)]
+    assert rebalance(view([]), policy) == []
+    assert rebalance(view([], [], states={2: PARKED}), policy) == []
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_worker_empty_for_a_moment_or_needed_by_the_queue_is_not_parked(policy):
+    assert rebalance(view([9], [], now=0.9), policy) == []
+    assert rebalance(view([9], [], now=1.0), policy) == [ParkWorker(2)]
+    assert rebalance(view([9], [], waiting=1), policy) == []
+
+
+def test_frugal_parks_nothing_that_a_crowded_worker_may_need():
+    v = view([16, 2], [], growth=15.0)
+    v.requests.movable[:] = False  # so that nothing else is to be done
+    assert rebalance(v) == []
+    assert rebalance(view([16, 2], [], growth=5.0)) == [ParkWorker(2)]
+
+
+# --- moves ---------------------------------------------------------------------------------------
+
+
+def test_frugal_relieves_what_is_about_to_overflow_of_the_smallest_request_that_cures_it():
+    # Worker 1 grows by 40 bytes in half a horizon, 10 are left: 30 are lacking.
+    v = view([2, 6, 4, 7], [5])
+    v.growth_Bps[1] = 40.0
+    assert rebalance(v) == [Move(3, 2, "overflow")]
+
+
+def test_frugal_moves_the_largest_when_none_is_enough():
+    v = view([2, 2, 3, 2, 3, 3, 2, 2], [5])
+    v.growth_Bps[1] = 50.0
+    assert rebalance(v) == [Move(3, 2, "overflow")]
+
+
+def test_a_request_alone_on_its_worker_is_left_there():
+    assert rebalance(view([19], [10], growth=50.0)) == []
+
+
+def test_frugal_does_not_relieve_twice():
+    v = view([10, 9], [5], [])
+    v.growth_Bps[1] = 40.0
+    v.requests.movable[0] = False
+    assert rebalance(v) == []
+
+
+def test_two_that_overflow_do_not_take_the_same_room():
+    v = view([7, 12], [7, 12], [6], [7])
+    v.growth_Bps[[1, 2]] = 40.0
+    assert rebalance(v) == [Move(1, 4, "overflow"), Move(3, 3, "overflow")]
+
+
+def test_a_crowded_worker_is_no_help_to_another():
+    v = view([7, 12], [7, 12])
+    v.growth_Bps[:] = 40.0
+    assert rebalance(v) == []
+
+
+def test_seats_are_room_too():
+    v = view([7, 12], [1] * 8, [1])
+    v.growth_Bps[1] = 40.0
+    assert rebalance(v) == [Move(1, 3, "overflow")]
+
+
+def crowd(**states):
+    v = view([7, 12], [7, 12], [], [], states=states.get("states"))
+    v.growth_Bps[:] = 40.0
+    return v
+
+
+def test_with_nowhere_to_go_a_draining_worker_is_kept_or_else_a_parked_one_woken():
+    assert rebalance(crowd(states={3: PARKED, 4: PARKED})) == [WakeWorker(3)]
+    assert rebalance(crowd(states={3: PARKED, 4: DRAINING})) == [WakeWorker(4)]
+
+
+def test_one_worker_is_woken_at_a_time():
+    assert rebalance(crowd(states={3: PARKED, 4: WAKING})) == []
+
+
+# --- draining ------------------------------------------------------------------------------------
+
+
+def test_frugal_empties_the_worker_that_holds_least_when_its_requests_fit_elsewhere():
+    v = view([10], [3, 2], [9])
+    assert rebalance(v) == [Drain(2), Move(2, 1, "drain"), Move(3, 1, "drain")]
+
+
+def test_frugal_empties_no_worker_without_twice_the_room_to_grow():
+    # 10 B/s: 40 bytes are to stay free on worker 1, and the request may grow by 40 itself.
+    assert rebalance(view([10], [2], growth=10.0)) != []
+    assert rebalance(view([11], [2], growth=10.0)) == []
+
+
+def test_frugal_empties_a_worker_wholly_or_not_at_all():
+    assert rebalance(view([16], [3, 2])) == []
+    assert rebalance(view([1] * 7, [1, 1])) == []  # there is one seat
+
+
+def test_frugal_drains_one_worker_at_a_time_and_none_while_something_waits_or_moves():
+    assert rebalance(view([10], [2], waiting=1)) == []
+    assert rebalance(view([10], [2], [2], states={3: DRAINING})) == [Move(3, 1, "drain")]
+    v = view([10], [2])
+    v.requests.movable[0] = False
+    assert rebalance(v) == []
+
+
+def test_a_worker_being_emptied_gives_away_what_fits_and_does_not_move():
+    v = view([15], [3, 4], states={2: DRAINING})
+    assert rebalance(v) == [Move(2, 1, "drain")]
+    v.requests.movable[1] = False
+    assert rebalance(v) == [Move(3, 1, "drain")]
+
+
+def test_the_only_busy_worker_is_not_emptied_into_an_empty_one():
+    assert rebalance(view([5])) == []
+    assert rebalance(view([5], [], now=0.0)) == []
+    assert rebalance(view([5], [], states={2: PARKED})) == []
+
+
+# --- the others ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["best_fit", "worst_fit"])
+def test_best_fit_and_worst_fit_move_nothing(policy):
+    assert rebalance(view([19, 1], [1], growth=50.0), policy) == []
+
+
+def test_never_means_that_nothing_moves_but_workers_still_park():
+    never = policy_for("frugal", "never")
+    assert never.place is POLICIES["frugal"].place
+    assert never.rebalance(view([10], [2])) == []
+    assert never.rebalance(view([10], [])) == [ParkWorker(2)]
+
+
+def test_auto_is_the_policy_itself_and_an_unknown_one_is_refused():
+    assert policy_for("best_fit", "auto") is POLICIES["best_fit"]
+    with pytest.raises(ValueError, match="--policy must be one of best_fit, worst_fit, frugal"):
+        policy_for("worst", "auto")
+
+
+def stress(seed=0, tick=1, **kwargs):
+    policy = policy_for("worst_fit", "stress")
+    assert isinstance(policy, Policy) and policy.place is POLICIES["worst_fit"].place
+    return policy.rebalance(view([1] * 5, [1] * 5, [1] * 5, seed=seed, tick=tick, **kwargs))
+
+
+def test_stress_moves_requests_to_other_active_workers_by_both_modes():
+    moves = [m for tick in range(50) for m in stress(tick=tick, states={3: PARKED})]
+    assert len(moves) == 50 * MOVES_A_TICK and {m.mode for m in moves} == {"transfer", "recompute"}
+    assert {(m.dst, (m.request_id - 1) // 5 + 1) for m in moves} == {(1, 2), (2, 1), (1, 3), (2, 3)}
+
+
+def test_stress_depends_on_seed_and_tick_alone():
+    assert stress() == stress() != stress(seed=1) != stress(tick=2) != stress()
+
+
+def test_stress_moves_only_what_can_move_and_needs_two_workers():
+    policy = policy_for("worst_fit", "stress")
+    assert policy.rebalance(view([1, 1])) == []
+    v = view([1, 1], [1])
+    v.requests.movable[:] = False
+    assert policy.rebalance(v) == []
+    v.requests.movable[1] = True
+    assert {move.request_id for move in policy.rebalance(v)} == {2}

@@ -1,0 +1,66 @@
+"""The configuration: frozen, checked once, and sent to all ranks as plain data."""
+
+import dataclasses
+
+import msgpack
+import pytest
+
+from mellmpi.config import BatchConfig, CacheConfig, ClusterConfig, Config, ModelConfig
+
+SECTIONS = (ModelConfig, CacheConfig, BatchConfig, ClusterConfig)
+
+
+def test_the_defaults_are_valid_and_survive_the_broadcast():
+    config = Config()
+    assert Config.from_dict(msgpack.unpackb(msgpack.packb(config.to_dict()))) == config
+
+
+def test_what_was_set_survives_the_broadcast():
+    config = Config(
+        model=ModelConfig(model="x", dtype="float32"), batch=BatchConfig(max_num_seqs=3),
+        cache=CacheConfig(block_size=8), cluster=ClusterConfig(policy="best_fit"), threads=2,
+    )  # fmt: skip
+    back = Config.from_dict(config.to_dict())
+    assert back == config and type(back.batch) is BatchConfig
+
+
+def test_nothing_is_changed_after_the_start():
+    for section in [Config(), *(make() for make in SECTIONS)]:
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(section, dataclasses.fields(section)[0].name, None)
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "option"),
+    [
+        (ModelConfig, {"dtype": "float16"}, "--dtype"),
+        (ModelConfig, {"max_model_len": 0}, "--max-model-len"),
+        (CacheConfig, {"block_size": 0}, "--block-size"),
+        (CacheConfig, {"gpu_memory_utilization": 0.0}, "--gpu-memory-utilization"),
+        (CacheConfig, {"gpu_memory_utilization": 1.1}, "--gpu-memory-utilization"),
+        (BatchConfig, {"max_num_seqs": 0}, "--max-num-seqs"),
+        (BatchConfig, {"max_num_seqs": 9, "max_num_batched_tokens": 8}, "--max-num-batched-tokens"),
+        (ClusterConfig, {"migrate": "always"}, "--migrate"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_the_name_of_its_option(section, values, option):
+    with pytest.raises(ValueError, match=option):
+        section(**values)
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [
+        (ModelConfig, {"max_model_len": 1}),
+        (CacheConfig, {"block_size": 1, "gpu_memory_utilization": 1.0}),
+        (BatchConfig, {"max_num_seqs": 1, "max_num_batched_tokens": 1}),
+        (ClusterConfig, {"migrate": "never"}),
+    ],
+)
+def test_the_edges_are_allowed(section, values):
+    section(**values)
+
+
+def test_a_model_is_served_under_its_own_name_or_another():
+    assert ModelConfig(model="m").name == "m"
+    assert ModelConfig(model="m", served_model_name="n").name == "n"
