@@ -43,7 +43,8 @@ class BatchFront:
         self._cancels = []
         self._more = False
         while self._may_submit(now):
-            if self._more := len(events) >= DRAWN_A_TURN:
+            if len(events) >= DRAWN_A_TURN:
+                self._more = True
                 break
             request = next(self._job.requests(), None)
             if request is None:

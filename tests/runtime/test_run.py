@@ -43,8 +43,10 @@ def test_moving_requests_at_random_changes_no_token(undisturbed, tmp_path):
     requests, expected = undisturbed
     (tmp_path / "in.jsonl").write_text(requests.read_text())
     # In small steps, so that there is time for many moves.
-    found, report = batch(tmp_path, 4, "stress", "--migrate", "stress", "--policy", "worst_fit",
-                          "--max-num-batched-tokens", "64", "--rebalance-every-s", "0.01")  # fmt: skip
+    small = ("--max-num-batched-tokens", "64", "--rebalance-every-s", "0.01")
+    found, report = batch(
+        tmp_path, 4, "stress", "--migrate", "stress", "--policy", "worst_fit", *small
+    )
     assert found == expected
     moves = report["migrations"]
     assert moves["transfer"] > 40 and moves["recompute"] > 40
