@@ -155,6 +155,7 @@ class ClusterScheduler:
                     aligned(logprobs, len(run), len(new)), reason)  # fmt: skip
         self.fleet.out.append((FRONT, emit))
         if reason:
+            self.fleet.finished(len(outputs))
             self._forget(record, "finished")
 
     # --- placement ------------------------------------------------------------------------------

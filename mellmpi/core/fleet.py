@@ -24,6 +24,8 @@ from mellmpi.protocol import (
 )
 
 Commands = list[tuple[Address, Any]]
+ANSWER_TOKENS = 128.0  # length of an output, until some have ended
+LENGTH_BLEND = 0.05  # weight of the newest one
 RATE_BLEND = 0.3  # weight of the newest interval in a rate
 
 
@@ -41,7 +43,8 @@ class Fleet:
         self._ticked_s = 0.0
         self.view = View(
             now=0.0, workers=self.ledger, requests=RequestColumns(), waiting_bytes=0,
-            growth_Bps=np.zeros(num_workers + 1), token_rate=0.0, horizon_s=config.horizon_s,
+            growth_Bps=np.zeros(num_workers + 1), token_rate=0.0,
+            answer_tokens=ANSWER_TOKENS, horizon_s=config.horizon_s,
             park_after_s=config.park_after_s, seed=config.seed, tick=0,
         )  # fmt: skip
 
@@ -171,6 +174,10 @@ class Fleet:
         return self._largest[model]
 
     # --- rates ----------------------------------------------------------------------------------
+
+    def finished(self, num_outputs: int) -> None:
+        """A request has ended after so many tokens: what is to come may be like it."""
+        self.view.answer_tokens += LENGTH_BLEND * (num_outputs - self.view.answer_tokens)
 
     def report(self, worker: int, event: StepReport) -> None:
         if self.ledger.state[worker] in (WorkerState.PARKED, WorkerState.WAKING):

@@ -37,6 +37,7 @@ class Ledger:
         self.max_requests = np.zeros(rows, np.int64)
         self.empty_since_s = np.zeros(rows, np.float64)  # valid while num_requests == 0
         self.block_bytes = np.zeros(rows, np.int64)  # of the largest block of its models
+        self.token_bytes = np.zeros(rows, np.float64)  # KV of one position, the largest likewise
         self._able: dict[str, np.ndarray] = {}  # by model
         self._hosting: dict[str, np.ndarray] = {}  # by model; forgotten when a state changes
         self._nobody = np.zeros(rows, bool)
@@ -89,6 +90,7 @@ class Ledger:
         for m in models:
             self._able.setdefault(m.model, np.zeros_like(self._nobody))[worker] = True
         self.block_bytes[worker] = max(m.block_bytes for m in models)
+        self.token_bytes[worker] = max(m.block_bytes / m.block_size for m in models)
         self.capacity[worker], self.max_requests[worker] = capacity_bytes, max_requests
         self.enter(worker, WorkerState.ACTIVE)
         self.report(worker, acked, capacity_bytes)

@@ -111,6 +111,7 @@ class View:
     waiting_bytes: int  # what the queue needs to be placed
     growth_Bps: np.ndarray  # float64 [workers + 1]: KV bytes a second each worker grows by
     token_rate: float  # output tokens a second of one request, lately
+    answer_tokens: float  # length of an output, as those that ended lately had it
     horizon_s: float  # room is kept for so many seconds of growth
     park_after_s: float  # a worker empty for so long may be parked
     seed: int  # of --migrate stress

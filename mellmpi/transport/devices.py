@@ -93,7 +93,7 @@ class CudaCopies:
 
 def lane_for(arena: Arena, device_buffers: bool) -> Lane:
     """How blocks of this arena travel; `device_buffers`: MPI takes device memory (proven)."""
-    if arena.device == "cpu" or device_buffers:
+    if str(arena.device) == "cpu" or device_buffers:  # torch gives a device, not its name
         return InPlace(arena)
     return Staged(arena.block_bytes, CudaCopies(arena))
 

@@ -15,7 +15,8 @@ ACTIVE, DRAINING, PARKED = WorkerState.ACTIVE, WorkerState.DRAINING, WorkerState
 PARKING, WAKING, LOST = WorkerState.PARKING, WorkerState.WAKING, WorkerState.LOST
 
 
-def view(*workers: list[int], states=None, growth=0.0, waiting=0, now=100.0, seed=0, tick=1):
+def view(*workers: list[int], states=None, growth=0.0, waiting=0, now=100.0, seed=0, tick=1,
+         answer_tokens=0.0):  # fmt: skip
     """Worker w has requests of so many blocks each, numbered from 1 on through all workers."""
     ledger, columns = Ledger(len(workers)), RequestColumns()
     for w, sizes in enumerate(workers, start=1):
@@ -33,8 +34,8 @@ def view(*workers: list[int], states=None, growth=0.0, waiting=0, now=100.0, see
     growth_Bps = np.zeros(len(workers) + 1)
     growth_Bps[1:] = growth
     return View(now=now, workers=ledger, requests=columns, waiting_bytes=waiting,
-                growth_Bps=growth_Bps, token_rate=0.0, horizon_s=2.0, park_after_s=1.0, seed=seed,
-                tick=tick)  # fmt: skip
+                growth_Bps=growth_Bps, token_rate=0.0, answer_tokens=answer_tokens, horizon_s=2.0,
+                park_after_s=1.0, seed=seed, tick=tick)  # fmt: skip
 
 
 def place(policy, view, blocks=1, model="m"):
@@ -64,7 +65,7 @@ def test_the_lowest_id_breaks_ties(policy):
 @pytest.mark.parametrize("policy", POLICIES)
 def test_with_no_room_there_is_no_place(policy):
     assert place(policy, view([18], [18]), blocks=3) is None
-    assert place(policy, view([18], [17]), blocks=3) == 2
+    assert place(policy, view([18], [14]), blocks=3) == 2
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -103,12 +104,17 @@ def test_frugal_keeps_half_a_block_a_request_until_rates_are_known():
     assert growth_room(view([1, 1, 1], [], growth=10.0), 2.0).tolist() == [0, 20, 20]
 
 
-def test_frugal_waits_for_a_worker_that_can_come_rather_than_crowd():
-    crowded = ([18], [18])
+def test_frugal_lets_the_queue_wait_rather_than_crowd():
+    crowded = [17], [18]
     assert place("frugal", view(*crowded, growth=10.0)) == 1
-    for state in (PARKED, WAKING, PARKING, DRAINING):
-        assert place("frugal", view(*crowded, [], growth=10.0, states={3: state})) is None
-    assert place("frugal", view(*crowded, [], growth=10.0, states={3: LOST})) == 1
+    for state in (DRAINING, PARKING, PARKED, WAKING, LOST):
+        assert place("frugal", view([18], [18], [], growth=10.0, states={3: state})) is None
+
+
+def test_frugal_keeps_half_an_answer_a_request_where_no_worker_can_come():
+    assert place("frugal", view([8], [9], answer_tokens=80.0)) is not None
+    assert place("frugal", view([11], [11], answer_tokens=80.0)) is None
+    assert place("frugal", view([11], [11], [], answer_tokens=80.0, states={3: PARKED})) == 1
 
 
 def test_frugal_uses_an_empty_worker_however_little_room_to_grow_it_has():

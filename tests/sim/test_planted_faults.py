@@ -17,7 +17,7 @@ from mellmpi.protocol import KvReceived, Release
 from mellmpi.sim.network import Network
 from tests.sim.histories import check, random_history
 
-SEEDS = 200
+SEEDS = 1000
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 FAULTS: list[Plant] = []

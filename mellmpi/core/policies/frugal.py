@@ -19,15 +19,22 @@ FULL = np.iinfo(np.int64).max
 
 
 def place(view: View, row: int, model: str) -> int | None:
-    """The fullest worker with room to grow; any worker with room if none can be woken."""
+    """The fullest worker with room to grow, while others can be woken; else one that is spared.
+
+    Where every worker is active already, what overflows can only be preempted: then the queue
+    waits, rather than fill the last room of those that run.
+    """
     room = room_after(view, row, model)
-    spare = np.where(room >= 0, room - growth_room(view, view.horizon_s), -1)
+    keep = growth_room(view, view.horizon_s)
+    if not _more_workers(view, model):
+        keep = np.maximum(keep, _answers_room(view))
+    spare = np.where(room >= 0, room - keep, -1)
     worker = int(np.argmin(np.where(spare >= 0, spare, FULL)))
     if spare[worker] >= 0:
         return worker
     worker = int(np.argmax(room))
     alone = not view.workers.num_requests[worker]  # an empty worker is all the room there is
-    return worker if room[worker] >= 0 and (alone or not _more_workers(view, model)) else None
+    return worker if room[worker] >= 0 and alone else None
 
 
 def rebalance(view: View) -> list[Proposal]:
@@ -39,6 +46,14 @@ def growth_room(view: View, horizon_s: float) -> np.ndarray:
     """int64 [workers + 1]: bytes to keep free; half a block a request until rates are known."""
     floor = view.workers.num_requests * view.workers.block_bytes // 2
     return np.asarray(np.maximum((view.growth_Bps * horizon_s).astype(np.int64), floor))
+
+
+def _answers_room(view: View) -> np.ndarray:
+    """int64 [workers + 1]: bytes for half an answer of every request, what is left on average."""
+    workers = view.workers
+    return np.asarray(
+        (workers.num_requests * workers.token_bytes * (view.answer_tokens / 2)).astype(np.int64)
+    )
 
 
 class Room:
