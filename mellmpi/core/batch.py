@@ -203,24 +203,20 @@ class BatchScheduler:
     def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Blocks for `num_tokens` positions, all or none."""
         missing = blocks_for(num_tokens, self.kv.block_size) - len(sequence.block_table)
-        if missing <= 0:
-            return True
-        ids = self.pool.take(missing)
+        ids = self.pool.take(max(0, missing))
         if ids is not None:
             sequence.block_table += ids
         return ids is not None
 
     def _end(self, sequence: Sequence) -> None:
-        del self.sequences[sequence.epoch]
-        if sequence.in_flight:
-            self.lingering[sequence.epoch] = sequence
+        self.lingering[sequence.epoch] = self.sequences.pop(sequence.epoch)
         self._free(sequence)
 
     def _free(self, sequence: Sequence) -> None:
+        """Give the blocks of what has ended back, once no transfer touches them any more."""
         if not sequence.in_flight:
             self.pool.give(sequence.block_table)
-            sequence.block_table = []
-            self.lingering.pop(sequence.epoch, None)
+            del self.lingering[sequence.epoch]
 
     def _preempt(self, sequence: Sequence) -> None:
         self._end(sequence)

@@ -72,9 +72,8 @@ class Ledger:
     def order(self, worker: int, num_bytes: int) -> None:
         """One more command went out; it will take `num_bytes` of the arena (0: none)."""
         self._sent[worker] += 1
-        if num_bytes:
-            self._unacked[worker].append((self._sent[worker], num_bytes))
-            self.ordered[worker] += num_bytes
+        self._unacked[worker].append((self._sent[worker], num_bytes))
+        self.ordered[worker] += num_bytes
 
     def report(self, worker: int, acked: int, free_bytes: int) -> None:
         """The worker has handled `acked` commands and has `free_bytes` since."""

@@ -547,6 +547,7 @@ def test_full_blocks_of_the_same_beginning_are_not_computed_again(caching):
     second = caching.assign(2, num_prompt=10)
     assert second.block_table[:2] == first.block_table[:2]
     assert caching.chunks() == [(1, 9, 1, True), (2, 8, 2, True)]
+    assert first.num_known == second.num_known == 2
 
 
 def test_at_least_one_position_is_left_to_compute(caching):
@@ -593,6 +594,7 @@ def test_without_the_option_nothing_is_reused(bench):
     bench.step()
     bench.assign(2, num_prompt=9)
     assert bench.chunks()[1] == (2, 0, 9, True)
+    assert not any(s.keys for s in bench.batch.sequences.values())  # nor is time spent on it
 
 
 def test_shared_blocks_are_freed_with_the_last_sequence_that_holds_them(caching):

@@ -1,0 +1,156 @@
+"""The simulated cluster itself: what the histories rely on."""
+
+import random
+
+import numpy as np
+import pytest
+
+from mellmpi.config import BatchConfig, CacheConfig
+from mellmpi.protocol import (
+    BlocksArrived,
+    BlocksSent,
+    Chunk,
+    DrainBlocks,
+    ReceiveBlocks,
+    SendBlocks,
+    StepPlan,
+)
+from mellmpi.sim.data_plane import DataPlane
+from mellmpi.sim.executor import HashExecutor, expected_outputs
+from mellmpi.sim.network import Network
+from mellmpi.sim.worker import SimWorker, WorkerSpec
+from tests.sim.histories import KV, random_history, random_request
+
+SPEC = WorkerSpec(KV, 8, BatchConfig(), CacheConfig(block_size=4), wake_s=0.1)
+
+
+def test_a_link_never_reorders_but_two_links_may():
+    network = Network(1.0, random.Random(0))
+    arrivals = [network.arrival(1, 0, now) for now in range(50)]
+    assert arrivals == sorted(arrivals) and len(set(arrivals)) < 50
+    other = [network.arrival(2, 0, now) for now in range(50)]
+    assert any(a > b for a, b in zip(arrivals, other[1:], strict=False))
+    assert Network(0.0, random.Random(0)).arrival(1, 0, 5.0) == 5.0
+
+
+def test_the_same_seed_is_the_same_history():
+    first, second = (random_history(11)[0].run() for _ in range(2))
+    assert first.observed == second.observed and first.outputs == second.outputs
+
+
+def decode(engine, request, table):
+    outputs = []
+    while len(outputs) < len(expected_outputs(request)):
+        known = request.prompt + tuple(outputs)
+        start = 0 if not outputs else len(known) - 1
+        chunk = Chunk(request.id, start, known[start:], table, request.sampling, ((), []))
+        outputs.append(engine.execute(StepPlan((chunk,), ())).tokens[0])
+    return outputs
+
+
+def test_tokens_depend_on_the_request_and_not_on_where_its_blocks_lie():
+    request = random_request(1, random.Random(0))
+    expected = expected_outputs(request)
+    assert decode(HashExecutor(12, 4), request, list(range(12))) == expected
+    assert decode(HashExecutor(30, 4), request, [7, 3, 29, 0, 5, 6, 2, 1, 4, 8, 9, 10]) == expected
+
+
+@pytest.mark.parametrize("position", range(6))
+def test_any_wrong_position_of_the_cache_changes_what_comes_next(position):
+    def logits(spoil):
+        engine = HashExecutor(2, 4)
+        prefix = Chunk(1, 0, (1, 2, 3, 4, 5, 6), [0, 1], None, ((), []))
+        engine.execute(StepPlan((prefix,), ()))
+        engine.arena[divmod(position, 4)] += np.uint64(spoil)
+        sampling = random_request(1, random.Random(0)).sampling
+        last = Chunk(1, 6, (7,), [0, 1], sampling, ((), []))
+        return engine.execute(StepPlan((last,), ())).tokens
+
+    assert any(logits(spoil) != logits(0) for spoil in (1, 2, 3))
+
+
+class Wire:
+    """Two workers with four held blocks each, their data plane, and what it tells them."""
+
+    def __init__(self):
+        self.workers = {w: SimWorker(w, SPEC) for w in (1, 2)}
+        for worker in self.workers.values():
+            worker.batch.pool.take(4)
+        self.todo, self.told = [], []
+        self.plane = DataPlane(
+            self.workers, block_s=lambda: 0.5, later=lambda delay, act: self.todo.append(act),
+            tell=lambda worker, event: self.told.append((worker.id, event)),
+        )  # fmt: skip
+
+    def start(self, order):
+        self.plane.handle(self.workers[1], SendBlocks(7, 1, 2, 9, (0, 1)), 0.0)
+        self.plane.handle(self.workers[2], order, 0.0)
+
+    def run(self):
+        while self.todo:
+            self.todo.pop(0)()
+
+
+RECEIVE, DRAIN = ReceiveBlocks(7, 9, 1, 9, (2, 3)), DrainBlocks(1, 9, 2)
+
+
+@pytest.fixture
+def wire():
+    return Wire()
+
+
+def test_blocks_arrive_as_they_were_sent_and_both_sides_are_told(wire):
+    wire.workers[1].executor.arena[:2] = [[1, 2, 3, 4], [5, 6, 7, 8]]
+    wire.start(RECEIVE)
+    wire.run()
+    assert wire.workers[2].executor.arena[2:4].tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
+    assert wire.told == [(1, BlocksSent(7, 1)), (2, BlocksArrived(7, 9, True, 0.0))]
+
+
+def test_drained_blocks_go_nowhere_and_only_the_sender_is_told(wire):
+    wire.workers[1].executor.arena[:2] = 5
+    wire.start(DRAIN)
+    wire.run()
+    assert not wire.workers[2].executor.arena.any() and wire.told == [(1, BlocksSent(7, 1))]
+
+
+@pytest.mark.parametrize(("lost", "told"), [
+    (1, [(1, BlocksSent(7, 1)), (2, BlocksArrived(7, 9, False, 0.0))]),
+    (2, [(1, BlocksSent(7, 1)), (2, BlocksArrived(7, 9, False, 0.0))]),
+])  # fmt: skip
+@pytest.mark.parametrize("when", ["before", "during"])
+def test_a_transfer_with_a_lost_worker_ends(wire, lost, told, when):
+    if when == "before":
+        wire.workers[lost].alive = False
+        wire.plane.handle(wire.workers[3 - lost], RECEIVE if lost == 1 else SendBlocks(
+            7, 1, 2, 9, (0, 1)), 0.0)  # fmt: skip
+        assert wire.told == [told[1 if lost == 1 else 0]]
+    else:
+        wire.start(RECEIVE)
+        wire.plane.lost(lost)
+        wire.run()
+        assert wire.told == told
+    assert not wire.plane.sends and not wire.plane.receives
+
+
+@pytest.mark.parametrize("worker", [1, 2])
+def test_a_block_in_flight_that_is_nobody_s_is_caught(wire, worker):
+    wire.start(RECEIVE)
+    wire.workers[worker].batch.pool.give([0, 1, 2, 3])
+    with pytest.raises(AssertionError, match="is nobody's"):
+        wire.run()
+
+
+@pytest.mark.parametrize("order", [RECEIVE, DRAIN])
+def test_a_block_written_while_it_is_sent_is_caught(wire, order):
+    wire.start(order)
+    wire.workers[1].executor.arena[1] += np.uint64(1)
+    with pytest.raises(AssertionError, match="written while it was sent"):
+        wire.run()
+
+
+def test_a_history_without_end_is_a_livelock():
+    sim, _ = random_history(0)
+    sim.max_events = 10
+    with pytest.raises(RuntimeError, match="10 events and no end"):
+        sim.run()
