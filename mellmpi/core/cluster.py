@@ -74,8 +74,7 @@ class ClusterScheduler:
                 self._worker_lost(worker)
             case _:
                 raise TypeError(event)
-        if self.queue:
-            self._place_waiting()
+        self._place_waiting()
         return self.fleet.take()
 
     def tick(self, now: float) -> Commands:

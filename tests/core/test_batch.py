@@ -615,6 +615,12 @@ def test_an_empty_worker_parks_at_once_and_says_so_once(bench):
     assert bench.batch.handle(2, header()) == [(DATA_PLANE, DrainBlocks(2, 2, 1))]
 
 
+def test_a_worker_that_still_holds_something_parks_when_it_does_not(bench):
+    bench.assign(1)
+    assert bench.order(Park()) == []
+    assert bench.order(Release(1, 1)) == [(SCHEDULER, Parked(acked=3))]
+
+
 def test_a_worker_whose_blocks_are_still_read_parks_when_they_are_not(bench):
     sending(bench)
     bench.order(Release(7, 1))

@@ -1,0 +1,87 @@
+"""Frugal over time: it follows the load, and does not undo what it has just done."""
+
+import random
+from collections import Counter
+
+import pytest
+
+from mellmpi.config import BatchConfig, CacheConfig, ClusterConfig
+from mellmpi.core.cost import CostModel
+from mellmpi.protocol import MigrationEnded, ModelKv, Preempted, WorkerChanged
+from mellmpi.sim.executor import SilentExecutor
+from mellmpi.sim.network import Network
+from mellmpi.sim.simulator import Simulation
+from mellmpi.sim.worker import WorkerSpec
+from tests.core.stage import request
+
+KV = ModelKv("m", block_size=16, block_bytes=16)
+COST = CostModel(prefill_token_s=2e-4, step_s=2e-2, decode_token_s=1e-4, link_latency_s=5e-4)
+SPEC = WorkerSpec(KV, 150, BatchConfig(), CacheConfig(), wake_s=1.0, executor=SilentExecutor)
+
+
+class Day:
+    """Requests of 100 + 200 tokens, five seconds each, at these times; what was observed."""
+
+    def __init__(self, *arrivals_s, num_workers=4, num_outputs=200):
+        rng = random.Random(0)
+        sim = Simulation(num_workers, SPEC, ClusterConfig(), COST, Network(2e-4, rng), rng)
+        for i, at_s in enumerate(arrivals_s):
+            sim.submit(at_s, request(i, num_prompt=100, max_tokens=num_outputs))
+        self.observed = sim.run().observed
+        self.end_s = sim.now
+        self.counts = Counter(type(event).__name__ for _, event in self.observed)
+        self.moved = [(t, e) for t, e in self.observed if isinstance(e, MigrationEnded)]
+
+    def entered(self, state, after_s=0.0):
+        return [
+            e.worker for t, e in self.observed
+            if isinstance(e, WorkerChanged) and e.state == state and t > after_s
+        ]  # fmt: skip
+
+    def active_at(self, time_s):
+        states = {}
+        for t, event in self.observed:
+            if isinstance(event, WorkerChanged) and t <= time_s:
+                states[event.worker] = event.state
+        return sum(state in ("active", "draining") for state in states.values())
+
+
+def every(gap_s, start_s, end_s):
+    return [start_s + i * gap_s for i in range(int((end_s - start_s) / gap_s))]
+
+
+def test_a_single_request_keeps_one_worker_and_never_moves():
+    day = Day(0.1, num_outputs=400)
+    assert not day.moved and not day.entered("waking")
+    assert day.active_at(3.0) == 1
+
+
+def test_under_a_steady_load_the_number_of_workers_settles_and_little_moves():
+    # 5 s of 220 tokens on average, two a second: ten at once, 140 of 150 blocks, and growing.
+    arrivals = every(0.5, 0.1, 60.0)
+    day = Day(*arrivals)
+    assert not day.entered("waking", 20.0)
+    assert {day.active_at(t) for t in range(20, 60)} == {2}
+    assert len(day.moved) < 0.5 * len(arrivals)
+
+
+@pytest.mark.parametrize("gap_s", [0.15, 0.2, 0.3, 0.7])
+def test_at_any_load_few_moves_and_few_wakes_a_request(gap_s):
+    arrivals = every(gap_s, 0.1, 40.0)
+    day = Day(*arrivals)
+    assert len(day.moved) < 0.75 * len(arrivals)
+    assert len(day.entered("waking")) < 6
+    assert day.counts["Preempted"] < 0.05 * len(arrivals)
+
+
+def test_when_the_load_falls_workers_are_emptied_and_parked_for_good():
+    day = Day(*every(0.15, 0.1, 10.0), *every(2.0, 12.0, 40.0))
+    assert day.active_at(9.0) >= 3
+    assert day.active_at(20.0) <= 2 and day.active_at(30.0) == 1
+    assert not day.entered("waking", 12.0)
+
+
+def test_when_the_load_rises_workers_are_woken_before_anybody_is_preempted():
+    day = Day(*every(2.0, 0.1, 10.0), *every(0.25, 10.0, 30.0))
+    assert day.active_at(9.0) == 1 and day.active_at(25.0) > 1
+    assert day.counts[Preempted.__name__] == 0
