@@ -55,7 +55,7 @@ class CpuModel:
         if reason := unsupported(arch, dtype, LANES):
             raise ValueError(reason)
         self.arch, self.dtype, self.num_threads = arch, dtype, num_threads
-        self._sizes, self._weights = sizes_of(arch), take_weights(arch, weights, dtype)
+        self._sizes, self._weights = sizes_of(arch, dtype), take_weights(arch, weights, dtype)
         self._rotary = RotaryTable(arch)
         self._scratch = self._make_scratch(1)
         self._helpers = ThreadPoolExecutor(num_threads - 1) if num_threads > 1 else None
@@ -117,7 +117,7 @@ class CpuModel:
         )
 
     def _make_scratch(self, rows: int) -> Scratch:
-        sizes, width = self._sizes, self.arch.num_heads * self.arch.head_dim
+        sizes = self._sizes
 
         def floats(columns: int) -> np.ndarray:
             return np.zeros(rows * columns, np.float32)
@@ -127,11 +127,11 @@ class CpuModel:
 
         return Scratch(
             residual=floats(sizes.hidden),
-            normed=stored(sizes.hidden),
+            normed=stored(sizes.normed_stride),
             qkv=floats(sizes.qkv),
-            queries=stored(width),
-            attended=stored(width),
-            inner=stored(sizes.inner),
+            queries=stored(self.arch.num_heads * self.arch.head_dim),
+            attended=stored(sizes.attended_stride),
+            inner=stored(sizes.inner_stride),
         )
 
 

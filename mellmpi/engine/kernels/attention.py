@@ -5,6 +5,8 @@ tile are one vector a row, the maximum is exact, and the sums run over tiles in 
 row does not see add exact zeros. So a row's result does not depend on the rows beside it.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 from numba import njit
 
@@ -24,11 +26,21 @@ from mellmpi.engine.kernels.vectors import (
     total,
 )
 
-AHEAD = 4 * LANES  # positions whose keys or values are prefetched: blocks lie scattered
 QUERIES = 16  # tokens of a chunk that make one item
+AHEAD = 4  # tiles that are prefetched, keys and then values: blocks lie scattered
 ROWS, WIDE_ROWS = MOST_ROWS[1], MOST_ROWS[4]
 NOTHING = np.float32(-np.inf)
-ZEROS = np.zeros(LANES, np.float32)
+ZEROS = np.zeros(4 * LANES, np.float32)
+
+
+class Memory(NamedTuple):
+    """What one thread needs for one tile of query rows."""
+
+    scores: np.ndarray  # float32 [rows, stride]
+    shares: np.ndarray  # storage type [rows, stride]: their exponentials
+    sums: np.ndarray  # float32 [rows, head_dim]: weighted values
+    wholes: np.ndarray  # float32 [rows]: sums of the exponentials
+    places: np.ndarray  # int64 [2 tiles + AHEAD]: where keys, then values of each tile begin
 
 
 def items_of(cu_chunks: np.ndarray, kv_heads: int) -> np.ndarray:
@@ -38,18 +50,28 @@ def items_of(cu_chunks: np.ndarray, kv_heads: int) -> np.ndarray:
 
 
 @njit(**KERNEL)
-def attend(first, last, q, kv, layer_at, chunks, heads, out):
+def memory_for(num_positions, head_dim, kv):
+    tiles = num_positions // LANES + 2
+    return Memory(
+        np.empty(ROWS * tiles * LANES, np.float32),
+        np.empty(ROWS * tiles * LANES, kv.dtype),
+        np.empty(ROWS * head_dim, np.float32),
+        np.empty(ROWS, np.float32),
+        np.empty(2 * tiles + AHEAD, np.int64),
+    )
+
+
+@njit(**KERNEL)
+def attend(first, last, q, kv, layer_at, chunks, heads, out, out_stride):
     """out [rows, heads, head_dim] = softmax(scale * q k) v, each row over the positions it sees.
 
     first, last  items of `items_of`
     q            [kv_heads, rows, group, head_dim] storage type (see `rows.place`)
     kv           the arena, flat; layer_at: where this layer begins in a block
+    out_stride   elements from row to row of out
     """
     group, chunk = heads.heads // heads.kv_heads, 0
-    longest = (np.int64(chunks.context_lens.max()) // LANES + 2) * LANES
-    scores = np.empty(ROWS * longest, np.float32)
-    shares = np.empty(ROWS * longest, kv.dtype)
-    sums = np.empty(ROWS * (heads.head_dim + 1), np.float32)
+    memory = memory_for(np.int64(chunks.context_lens.max()), heads.head_dim, kv)
     for item in range(first, last):
         while item >= chunks.cu_items[chunk + 1]:
             chunk += 1
@@ -62,114 +84,106 @@ def attend(first, last, q, kv, layer_at, chunks, heads, out):
         while tiles > 0:
             m = (count - done + tiles - 1) // tiles
             attend_rows(
-                m, row, done, head, chunk, q, kv, layer_at, chunks, heads, scores, shares, sums, out
-            )
+                m, row, done, head, q, kv, layer_at, chunks, chunks.tables[chunk], heads, memory,
+                out, out_stride,
+            )  # fmt: skip
             done, tiles = done + m, tiles - 1
 
 
 @njit(**KERNEL)
-def attend_rows(
-    m, row, done, head, chunk, q, kv, layer_at, chunks, heads, scores, shares, sums, out
-):
-    """Query rows done … done + m - 1, counted over (token, head of the group) from token `row`.
-
-    scores, shares  [m, tiles * 16]: float32, and in the storage type once they are exponentials
-    sums            float32 [m * head_dim + m]: weighted values, then the sums of the exponentials
-    """
+def attend_rows(m, row, done, head, q, kv, layer_at, chunks, table, heads, memory, out, out_stride):
+    """Query rows done … done + m - 1, counted over (token, head of the group) from token `row`."""
     group, head_dim = heads.heads // heads.kv_heads, heads.head_dim
     start = np.int64(chunks.positions[row])
-    low = max(start + done // group - heads.window + 1, 0) // LANES
+    low = max(start + done // group - heads.window + 1, 0) // LANES * LANES
     end = start + (done + m - 1) // group + 1
-    stride = ((end + LANES - 1) // LANES - low) * LANES
-    table = chunks.tables[chunk]
+    tiles = (end - low + LANES - 1) // LANES
+    stride = (tiles | 1) * LANES  # see `panels.spread`
     head_at = layer_at + head * heads.block_size * head_dim
+    find(tiles, low, table, head_at, heads, pair_of(kv), memory.places)
     query_at = ((head * len(chunks.positions) + row) * group + done) * head_dim
-    values_at = head_at + heads.kv_heads * heads.block_size * head_dim
-    score(m, q, query_at, kv, head_at, values_at, table, low * LANES, stride, heads, scores)
+    score(m, q, query_at, kv, tiles, stride, heads, memory)
     for r in range(m):
-        soften(scores, shares, r * stride, stride, low * LANES,
-               start + (done + r) // group, heads, sums, m * head_dim + r)  # fmt: skip
-    mix(m, shares, stride, kv, values_at, table, low * LANES, end, heads, sums)
+        soften(r, r * stride, tiles, low, start + (done + r) // group, heads, memory)
+    mix(m, kv, tiles, stride, (end - 1) % LANES + 1, head_dim, memory)
     for r in range(m):
         token, member = divmod(done + r, group)
-        at = ((row + token) * heads.heads + head * group + member) * head_dim
-        whole = fill(np.float32(1) / sums[m * head_dim + r])
+        at = (row + token) * out_stride + (head * group + member) * head_dim
+        scale = fill(np.float32(1) / memory.wholes[r])
         for d in range(0, head_dim, LANES):
-            store(out, at + d, load(sums, r * head_dim + d) * whole)
+            store(out, at + d, load(memory.sums, r * head_dim + d) * scale)
 
 
 @njit(**KERNEL)
-def tile_at(table, position, head_at, step, heads):
-    """Where the 16 positions from `position` on begin: `step` elements a position in a block."""
-    block, slot = divmod(position, heads.block_size)
-    return np.int64(table[block]) * heads.block_stride + head_at + slot * step
+def find(tiles, low, table, head_at, heads, pair, places):
+    """places = where the keys of each tile of positions begin, then the values, then again."""
+    values_at = head_at + heads.kv_heads * heads.block_size * heads.head_dim
+    for tile in range(tiles):
+        block, slot = divmod(low + tile * LANES, heads.block_size)
+        at = np.int64(table[block]) * heads.block_stride
+        places[tile] = at + head_at + slot * pair
+        places[tiles + tile] = at + values_at + slot * heads.head_dim
+    for tile in range(2 * tiles, 2 * tiles + AHEAD):
+        places[tile] = places[2 * tiles - 1]
 
 
 @njit(**KERNEL)
-def score(m, q, query_at, kv, head_at, values_at, table, low, stride, heads, scores):
-    """scores [m, stride] = q k for the positions low … low + stride - 1."""
-    pair, size, dim = pair_of(kv), heads.block_size, heads.head_dim
-    for at in range(0, stride, LANES):
-        keys, soon = tile_at(table, low + at, head_at, pair, heads), at + AHEAD
-        if soon < stride:
-            ahead = tile_at(table, low + soon, head_at, pair, heads) - keys
-        else:
-            first = low + min(soon - stride, stride - LANES)
-            ahead = tile_at(table, first, values_at, dim, heads) - keys
+def score(m, q, query_at, kv, tiles, stride, heads, memory):
+    """scores [m, stride] = q k for all tiles of positions."""
+    pair, dim = pair_of(kv), heads.head_dim
+    steps = dim // pair
+    for tile in range(tiles):
         tile16(
-            m, q, query_at, dim, kv, keys, size * pair, dim // pair, ahead,
-            ZEROS, 0, 0, scores, at, stride,
+            m, q, query_at, dim, kv, 0, heads.block_size * pair,
+            memory.places, tile, tile + AHEAD, 1, steps, steps,
+            ZEROS, 0, 0, memory.scores, tile * LANES, stride,
         )  # fmt: skip
 
 
 @njit(**KERNEL)
-def soften(scores, shares, at, stride, low, position, heads, sums, sum_at):
+def soften(r, at, tiles, low, position, heads, memory):
     """shares = exp(scale * (scores - their maximum)) where the row may look, else 0; their sum."""
+    scores, shares = memory.scores, memory.shares
     oldest = max(position - heads.window + 1, 0)
     best = fill(NOTHING)
-    for i in range(0, stride, LANES):
-        lanes = inside(load(scores, at + i), low + i, oldest, position, NOTHING)
-        store(scores, at + i, lanes)
+    for i in range(0, tiles * LANES, LANES):
+        lanes = load(scores, at + i)
+        if low + i < oldest or low + i + LANES > position + 1:
+            lanes = inside(lanes, low + i, oldest, position, NOTHING)
+            store(scores, at + i, lanes)
         best = larger(best, lanes)
     scale = fill(heads.scale)
     top = fill(-largest(best) * heads.scale)
     whole = fill(np.float32(0))
-    for i in range(0, stride, LANES):
+    for i in range(0, tiles * LANES, LANES):
         lanes = exp2(fma(load(scores, at + i), scale, top))
         store(shares, at + i, lanes)
         whole = whole + lanes
-    sums[sum_at] = total(whole)
+    memory.wholes[r] = total(whole)
 
 
 @njit(**KERNEL)
-def mix(m, shares, stride, kv, values_at, table, low, end, heads, sums):
-    """sums [m, head_dim] = shares v over the positions low … end - 1."""
-    pair, head_dim = pair_of(kv), heads.head_dim
-    sums[: m * head_dim] = 0
-    for at in range(0, stride, LANES):
-        values = tile_at(table, low + at, values_at, head_dim, heads)
-        soon = low + min(at + AHEAD, stride - LANES)
-        ahead = tile_at(table, soon, values_at, head_dim, heads) - values
-        steps = (min(LANES, end - low - at) + pair - 1) // pair
-        for r in range(0, m, WIDE_ROWS):
-            mix_tile(
-                min(WIDE_ROWS, m - r), shares, r * stride + at, stride, kv, values, steps, head_dim,
-                pair, ahead, sums, r * head_dim,
+def mix(m, kv, tiles, stride, in_last, head_dim, memory):
+    """sums [m, head_dim] = shares v over all tiles of positions, `in_last` of them in the last."""
+    pair, shares, sums, places = pair_of(kv), memory.shares, memory.sums, memory.places
+    steps, last_steps = LANES // pair, (in_last + pair - 1) // pair
+    for row in range(0, m, WIDE_ROWS):
+        rows, d = min(WIDE_ROWS, m - row), 0
+        at, to = row * stride, row * head_dim
+        while d + 64 <= head_dim:
+            tile64(
+                rows, shares, at, stride, kv, d * pair, head_dim * pair, places, tiles,
+                tiles + AHEAD, tiles, steps, last_steps, ZEROS, 0, 0, sums, to + d, head_dim,
             )  # fmt: skip
-
-
-@njit(**KERNEL)
-def mix_tile(m, shares, at, stride, kv, v_at, steps, head_dim, pair, ahead, sums, to):
-    """sums += shares v for one tile of positions, 64 dimensions at a time."""
-    d = 0
-    while d + 64 <= head_dim:
-        tile64(m, shares, at, stride, kv, v_at + d * pair, head_dim * pair, steps, ahead,
-               sums, to + d, head_dim, sums, to + d, head_dim)  # fmt: skip
-        d += 64
-    if d + 32 <= head_dim:
-        tile32(m, shares, at, stride, kv, v_at + d * pair, head_dim * pair, steps, ahead,
-               sums, to + d, head_dim, sums, to + d, head_dim)  # fmt: skip
-        d += 32
-    if d < head_dim:
-        tile16(m, shares, at, stride, kv, v_at + d * pair, head_dim * pair, steps, ahead,
-               sums, to + d, head_dim, sums, to + d, head_dim)  # fmt: skip
+            d += 64
+        if d + 32 <= head_dim:
+            tile32(
+                rows, shares, at, stride, kv, d * pair, head_dim * pair, places, tiles,
+                tiles + AHEAD, tiles, steps, last_steps, ZEROS, 0, 0, sums, to + d, head_dim,
+            )  # fmt: skip
+            d += 32
+        if d < head_dim:
+            tile16(
+                rows, shares, at, stride, kv, d * pair, head_dim * pair, places, tiles,
+                tiles + AHEAD, tiles, steps, last_steps, ZEROS, 0, 0, sums, to + d, head_dim,
+            )  # fmt: skip

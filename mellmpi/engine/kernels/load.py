@@ -12,6 +12,7 @@ from mellmpi.engine.kernels.panels import (
     packed,
     pad_to,
     padded,
+    spread,
     storage,
 )
 from mellmpi.engine.kernels.shapes import Sizes, Weights
@@ -20,21 +21,25 @@ from mellmpi.engine.kernels.vectors import LANES
 Tensors = dict[str, torch.Tensor]
 
 
-def sizes_of(arch: Architecture) -> Sizes:
+def sizes_of(arch: Architecture, dtype: torch.dtype) -> Sizes:
+    hidden, inner = padded(arch.hidden_size), padded(arch.intermediate_size)
     return Sizes(
         layers=arch.num_layers,
         size=arch.hidden_size,
-        hidden=padded(arch.hidden_size),
-        inner=padded(arch.intermediate_size),
+        hidden=hidden,
+        inner=inner,
         qkv=padded((arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim),
         vocabulary=padded(arch.vocab_size),
+        normed_stride=spread(hidden, dtype.itemsize),
+        attended_stride=spread(arch.num_heads * arch.head_dim, dtype.itemsize),
+        inner_stride=spread(inner, dtype.itemsize),
         tied=arch.tie_embeddings,
     )
 
 
 def take_weights(arch: Architecture, tensors: Tensors, dtype: torch.dtype) -> Weights:
     """Everything packed; `tensors` is emptied on the way, to hold the weights only once."""
-    sizes = sizes_of(arch)
+    sizes = sizes_of(arch, dtype)
     norms, head_norms = _take_norms(arch, tensors, sizes)
     biases, bias_begins = _take_biases(arch, tensors, sizes)
     embedding = tensors.pop("model.embed_tokens.weight").to(dtype)

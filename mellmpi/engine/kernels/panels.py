@@ -18,6 +18,16 @@ def padded(size: int, multiple: int = PANEL) -> int:
     return -(-size // multiple) * multiple
 
 
+def spread(width: int, itemsize: int) -> int:
+    """Elements from row to row of `tile`'s left operand: an odd number of cache lines.
+
+    Rows a power of two apart would all fall into the same few lines of the first-level cache:
+    2,048 bfloat16 inputs computed at 170 instead of 230 GFLOP/s.
+    """
+    lines = -(-width * itemsize // 64) | 1
+    return lines * 64 // itemsize
+
+
 def pair_of(dtype: torch.dtype) -> int:
     """Consecutive k that share one 32-bit word."""
     return 4 // dtype.itemsize

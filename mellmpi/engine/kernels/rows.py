@@ -41,10 +41,10 @@ def embed(first, last, tokens, matrix, begin, in_panels, size, hidden, x):
 
 
 @njit(**KERNEL)
-def normalise(first, last, rows, x, size, hidden, weight, weight_at, eps, out):
-    """out [., hidden] storage type = RMSNorm of x[rows]; `size` elements count, the rest is 0."""
+def normalise(first, last, rows, x, size, hidden, weight, weight_at, eps, out, stride):
+    """out [., stride] storage type = RMSNorm of x[rows]; `size` elements count, the rest is 0."""
     for i in range(first, last):
-        source, target = np.int64(rows[i]) * hidden, i * hidden
+        source, target = np.int64(rows[i]) * hidden, i * stride
         scale = fill(inverse_rms(x, source, hidden, size, eps))
         for d in range(0, hidden, LANES):
             scaled = load(x, source + d) * scale

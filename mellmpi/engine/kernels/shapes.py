@@ -44,6 +44,9 @@ class Sizes(NamedTuple):
     inner: int
     qkv: int
     vocabulary: int
+    normed_stride: int  # elements from row to row of what matrices are multiplied with: `spread`
+    attended_stride: int
+    inner_stride: int
     tied: bool  # the output projection is the embedding
 
 
@@ -63,8 +66,8 @@ class Scratch(NamedTuple):
     """Memory for one step of at most so many rows, flat."""
 
     residual: np.ndarray  # float32 [rows, hidden]
-    normed: np.ndarray  # storage type [rows, hidden]
+    normed: np.ndarray  # storage type [rows, normed_stride]
     qkv: np.ndarray  # float32 [rows, qkv]
     queries: np.ndarray  # storage type [kv_heads, rows, group, head_dim]
-    attended: np.ndarray  # storage type [rows, heads * head_dim]
-    inner: np.ndarray  # storage type [rows, inner]
+    attended: np.ndarray  # storage type [rows, attended_stride]
+    inner: np.ndarray  # storage type [rows, inner_stride]

@@ -43,8 +43,8 @@ def step(team, tokens, last_rows, chunks, weights, sizes, heads, rotary, kv, scr
     phase, wanted = 1 + PHASES * sizes.layers, len(last_rows)
     norm(team, phase, last_rows, 2 * sizes.layers, weights, sizes, heads.eps, scratch)
     project(
-        team, phase + 1, 4 * sizes.layers, scratch.normed, wanted, hidden, weights,
-        sizes.vocabulary, KEEP, logits, sizes.vocabulary,
+        team, phase + 1, 4 * sizes.layers, scratch.normed, sizes.normed_stride, wanted, hidden,
+        weights, sizes.vocabulary, KEEP, logits, sizes.vocabulary,
     )  # fmt: skip
 
 
@@ -55,7 +55,7 @@ def norm(team, phase, rows, index, weights, sizes, eps, scratch):
     for first, last in shares(team, phase, len(rows)):
         normalise(
             first, last, rows, scratch.residual, sizes.size, hidden, weights.norms, index * hidden,
-            eps, scratch.normed,
+            eps, scratch.normed, sizes.normed_stride,
         )  # fmt: skip
 
 
@@ -68,8 +68,8 @@ def self_attention(
     layer_at = layer * 2 * heads.kv_heads * heads.block_size * heads.head_dim
     norm(team, phase, every_row, 2 * layer, weights, sizes, heads.eps, scratch)
     project(
-        team, phase + 1, 4 * layer, scratch.normed, rows, hidden, weights, sizes.qkv, KEEP,
-        scratch.qkv, sizes.qkv,
+        team, phase + 1, 4 * layer, scratch.normed, sizes.normed_stride, rows, hidden, weights,
+        sizes.qkv, KEEP, scratch.qkv, sizes.qkv,
     )  # fmt: skip
     for first, last in shares(team, phase + 2, rows):
         place(
@@ -77,10 +77,11 @@ def self_attention(
             2 * layer * heads.head_dim, chunks, heads, scratch.queries, kv, layer_at,
         )  # fmt: skip
     for first, last in shares(team, phase + 3, chunks.cu_items[-1]):
-        attend(first, last, scratch.queries, kv, layer_at, chunks, heads, scratch.attended)
+        attend(first, last, scratch.queries, kv, layer_at, chunks, heads, scratch.attended,
+               sizes.attended_stride)  # fmt: skip
     project(
-        team, phase + 4, 4 * layer + 1, scratch.attended, rows, width, weights, hidden, ADD,
-        scratch.residual, hidden,
+        team, phase + 4, 4 * layer + 1, scratch.attended, sizes.attended_stride, rows, width,
+        weights, hidden, ADD, scratch.residual, hidden,
     )  # fmt: skip
 
 
@@ -90,19 +91,19 @@ def mlp(team, phase, layer, every_row, weights, sizes, eps, scratch):
     rows, hidden, inner = len(every_row), sizes.hidden, sizes.inner
     norm(team, phase, every_row, 2 * layer + 1, weights, sizes, eps, scratch)
     project(
-        team, phase + 1, 4 * layer + 2, scratch.normed, rows, hidden, weights, 2 * inner, GATE_UP,
-        scratch.inner, inner,
+        team, phase + 1, 4 * layer + 2, scratch.normed, sizes.normed_stride, rows, hidden, weights,
+        2 * inner, GATE_UP, scratch.inner, sizes.inner_stride,
     )  # fmt: skip
     project(
-        team, phase + 2, 4 * layer + 3, scratch.inner, rows, inner, weights, hidden, ADD,
-        scratch.residual, hidden,
+        team, phase + 2, 4 * layer + 3, scratch.inner, sizes.inner_stride, rows, inner, weights,
+        hidden, ADD, scratch.residual, hidden,
     )  # fmt: skip
 
 
 @njit(**KERNEL)
-def project(team, phase, matrix, a, rows, k, weights, width, how, out, stride):
+def project(team, phase, matrix, a, a_stride, rows, k, weights, width, how, out, stride):
     """`linear` with the model's matrix of that number, `width` columns wide."""
     linear(
-        team, phase, a, rows, k, weights.matrices, weights.begins[matrix], width // PANEL,
+        team, phase, a, a_stride, rows, k, weights.matrices, weights.begins[matrix], width // PANEL,
         weights.biases, weights.bias_begins[matrix], how, out, stride,
     )  # fmt: skip

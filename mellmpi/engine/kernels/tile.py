@@ -14,6 +14,7 @@ Without AVX512-BF16 the two halves are widened and multiplied one after the othe
 lowers the vectors of 16 to what the CPU has. Bits are equal within one kind of CPU.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import binding as llvm
@@ -101,54 +102,74 @@ class _Rows:
         return offset(b, self.bases[row // 4], self.strides[row % 4])
 
 
-def _emit_rows(b: Builder, rows: int, width: int, step: Any, p: dict[str, Emitted]) -> None:
-    """The loop over k for `rows` rows and `width` vectors of columns."""
-    grid = [(row, column) for row in range(rows) for column in range(width)]
-    start, out = (
-        _Rows(b, p["init"], p["init_stride"], rows),
-        _Rows(b, p["out"], p["out_stride"], rows),
-    )
-    begin = [read(b, offset(b, start.at(b, r), i64(VECTOR_BYTES * c)), F32X16) for r, c in grid]
-    a = _Rows(b, p["a"], p["a_stride"], rows)
-    before, loop = b.block, b.append_basic_block("steps")
-    after = b.append_basic_block("stepped")
+def _repeat(
+    b: Builder, times: Emitted, carried: list[Emitted], body: Callable[..., list[Emitted]]
+) -> list[Emitted]:
+    """A loop of `times`, at least 1: `body(turn, carried)` gives what the next turn carries."""
+    before, loop = b.block, b.append_basic_block("turn")
+    after = b.append_basic_block("turned")
     b.branch(loop)
     b.position_at_end(loop)
-    k, w = b.phi(I64), b.phi(p["w"].type)
-    moving = [b.phi(base.type) for base in a.bases]
-    sums = [b.phi(F32X16) for _ in grid]
-    entering = [i64(0), p["w"], *a.bases, *begin]
-    a.bases = moving
-    columns = []
-    for c in range(width):
-        at = offset(b, w, i64(VECTOR_BYTES * c))
-        columns.append(read(b, at, I32X16))
-        prefetch_line(b, offset(b, at, p["ahead"]))
-    results = []
-    for row in range(rows):
-        word = splat(b, read(b, a.at(b, row), I32))
-        results += [step(b, sums[row * width + c], word, columns[c]) for c in range(width)]
-    following = b.add(k, i64(1))
-    leaving = [following, offset(b, w, p["w_step"]), *(offset(b, m, i64(4)) for m in moving)]
-    phis = [k, w, *moving, *sums]
-    for phi, first, again in zip(phis, entering, [*leaving, *results], strict=True):
+    turn, entered = b.phi(I64), [b.phi(value.type) for value in carried]
+    left = body(turn, entered)
+    following = b.add(turn, i64(1))
+    for phi, first, again in zip(
+        [turn, *entered], [i64(0), *carried], [following, *left], strict=True
+    ):
         phi.add_incoming(first, before)
         phi.add_incoming(again, b.block)
-    b.cbranch(b.icmp_signed("<", following, p["steps"]), loop, after)
+    b.cbranch(b.icmp_signed("<", following, times), loop, after)
     b.position_at_end(after)
+    return left
+
+
+def _emit_tile(b: Builder, rows: int, width: int, kind: str, p: dict[str, Emitted]) -> None:
+    """`rows` rows times `width` vectors of columns: all parts of k, all steps of each."""
+    grid = [(row, column) for row in range(rows) for column in range(width)]
+    a = _Rows(b, p["a"], p["a_stride"], rows)
+    init = _Rows(b, p["init"], p["init_stride"], rows)
+    out = _Rows(b, p["out"], p["out_stride"], rows)
+    size, num_bases = i64(SIZES[kind]), len(a.bases)
+    last = b.sub(p["num_parts"], i64(1))
+
+    def part(turn: Emitted, carried: list[Emitted]) -> list[Emitted]:
+        w, soon = (
+            offset(b, p["w"], b.mul(read(b, offset(b, p[name], b.mul(turn, i64(8))), I64), size))
+            for name in ("parts", "soon")
+        )
+        steps = b.select(b.icmp_signed("==", turn, last), p["last_steps"], p["steps"])
+        return _repeat(b, steps, [w, soon, *carried], step)[2:]
+
+    def step(turn: Emitted, carried: list[Emitted]) -> list[Emitted]:
+        w, soon, *rest = carried
+        a.bases, sums = rest[:num_bases], rest[num_bases:]
+        columns = [read(b, offset(b, w, i64(VECTOR_BYTES * c)), I32X16) for c in range(width)]
+        for c in range(width):
+            prefetch_line(b, offset(b, soon, i64(VECTOR_BYTES * c)))
+        results = []
+        for row in range(rows):
+            word = splat(b, read(b, a.at(b, row), I32))
+            results += [
+                STEPS[kind](b, sums[row * width + c], word, columns[c]) for c in range(width)
+            ]
+        moved = [offset(b, base, i64(4)) for base in a.bases]
+        return [offset(b, w, p["w_step"]), offset(b, soon, p["w_step"]), *moved, *results]
+
+    begin = [read(b, offset(b, init.at(b, r), i64(VECTOR_BYTES * c)), F32X16) for r, c in grid]
+    results = _repeat(b, p["num_parts"], [*a.bases, *begin], part)[num_bases:]
     for (r, c), result in zip(grid, results, strict=True):
         write(b, result, offset(b, out.at(b, r), i64(VECTOR_BYTES * c)))
 
 
-def _emit_choice(b: Builder, width: int, step: Any, rows: Emitted, p: dict[str, Emitted]) -> None:
-    """One loop for each possible number of rows."""
+def _emit_choice(b: Builder, width: int, kind: str, p: dict[str, Emitted]) -> None:
+    """The loops once for each possible number of rows."""
     done = b.append_basic_block("tiled")
-    chosen = b.switch(rows, done)
+    chosen = b.switch(p["rows"], done)
     for count in range(1, MOST_ROWS[width] + 1):
         block = b.append_basic_block(f"rows{count}")
         chosen.add_case(i64(count), block)
         b.position_at_end(block)
-        _emit_rows(b, count, width, step, p)
+        _emit_tile(b, count, width, kind, p)
         b.branch(done)
     b.position_at_end(done)
 
@@ -156,9 +177,10 @@ def _emit_choice(b: Builder, width: int, step: Any, rows: Emitted, p: dict[str, 
 # --- machine code --------------------------------------------------------------------------------
 
 STEPS = {"float32": _step_f32, "bfloat16": _step_bf16_dot if HAS_BF16_DOT else _step_bf16}
-POINTERS = ("a", "w", "init", "out")
+SIZES = {"float32": 4, "bfloat16": 2}
+POINTERS = ("a", "w", "parts", "soon", "init", "out")
 PARAMETERS = (
-    "rows", "a", "a_stride", "w", "w_step", "steps", "ahead",
+    "rows", "a", "a_stride", "w", "parts", "soon", "num_parts", "w_step", "steps", "last_steps",
     "init", "init_stride", "out", "out_stride",
 )  # fmt: skip
 TAKES = [BYTES if name in POINTERS else I64 for name in PARAMETERS]
@@ -172,8 +194,7 @@ def _define(module: ir.Module, width: int, kind: str) -> None:
     name = _symbol(width, kind)
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), TAKES), name)
     b = ir.IRBuilder(function.append_basic_block())
-    p = dict(zip(PARAMETERS, function.args, strict=True))
-    _emit_choice(b, width, STEPS[kind], p.pop("rows"), p)
+    _emit_choice(b, width, kind, dict(zip(PARAMETERS, function.args, strict=True)))
     b.ret_void()
 
 
@@ -204,28 +225,26 @@ CODE = _compile()  # owns the machine code
 def _tile(width: int) -> Any:
     @intrinsic
     def tile(
-        typing, rows, a, a_at, a_stride, w, w_at, w_step, steps, ahead,
-        init, init_at, init_stride, out, out_at, out_stride,
+        typing, rows, a, a_at, a_stride, w, w_at, w_step, parts, part_at, soon_at, num_parts,
+        steps, last_steps, init, init_at, init_stride, out, out_at, out_stride,
     ):  # fmt: skip
         index, f32 = types.int64, types.float32
         assert a.dtype == w.dtype and init.dtype == f32 and out.dtype == f32, (a, w, init, out)
-        symbol = _symbol(width, "bfloat16" if holds_bfloat16(w) else "float32")
+        kind = "bfloat16" if holds_bfloat16(w) else "float32"
         takes = (
-            index, a, index, index, w, index, index, index, index,
-            init, index, index, out, index, index,
+            index, a, index, index, w, index, index, parts, index, index, index,
+            index, index, init, index, index, out, index, index,
         )  # fmt: skip
 
         def emit(context, b, sig, args):
-            def pointer(at):
-                return element_pointer(context, b, takes[at], args[at], args[at + 1])
+            def pointer(array, at):
+                return element_pointer(context, b, takes[array], args[array], args[at])
 
-            def num_bytes(at, array):
-                return b.mul(args[at], i64(array.dtype.bitwidth // 8))
-
-            function = external(b, symbol, ir.VoidType(), *TAKES)
-            b.call(function, [
-                args[0], pointer(1), num_bytes(3, a), pointer(4), num_bytes(6, w), args[7],
-                num_bytes(8, w), pointer(9), num_bytes(11, init), pointer(12), num_bytes(14, out),
+            size = i64(SIZES[kind])
+            b.call(external(b, _symbol(width, kind), ir.VoidType(), *TAKES), [
+                args[0], pointer(1, 2), b.mul(args[3], size), pointer(4, 5), pointer(7, 8),
+                pointer(7, 9), args[10], b.mul(args[6], size), *args[11:13],
+                pointer(13, 14), b.mul(args[15], i64(4)), pointer(16, 17), b.mul(args[18], i64(4)),
             ])  # fmt: skip
             return context.get_dummy_value()
 
@@ -241,7 +260,9 @@ rows        1 … MOST_ROWS[N / 16]
 a, w        both float32 or both bfloat16 bits; `_at`: index of the first element
 a_stride    elements from row to row
 w_step      elements from one step to the next; the N columns of a step are contiguous
-steps       at least 1: elements of k in float32, pairs of them in bfloat16
-ahead       elements: what lies so far after each part of w that is read is prefetched
+parts       int64: part i of w begins parts[part_at + i] elements after w_at …
+soon        … and meanwhile what begins parts[soon_at + i] after w_at is prefetched
+num_parts   at least 1, of `steps` steps each and the last of `last_steps`, at least 1: elements of
+            k in float32, pairs of them in bfloat16; a goes on from part to part
 init, out   float32, rows `_stride` elements apart; init_stride 0: all rows begin alike
 """

@@ -25,6 +25,7 @@ BYTES = I8.as_pointer()
 F32X16 = ir.VectorType(F32, LANES)
 I16X16 = ir.VectorType(I16, LANES)
 I32X16 = ir.VectorType(I32, LANES)
+ALIGNMENT = {I16X16: 2, I64: 8}  # bytes; of all else 4
 
 Builder = ir.IRBuilder
 Emitted = Any  # an LLVM value under construction
@@ -71,11 +72,11 @@ def offset(b: Builder, pointer: Emitted, num_bytes: Emitted) -> Emitted:
 
 def read(b: Builder, pointer: Emitted, kind: ir.Type) -> Emitted:
     """Load without assuming more alignment than an element has."""
-    return b.load(b.bitcast(pointer, kind.as_pointer()), align=2 if kind == I16X16 else 4)
+    return b.load(b.bitcast(pointer, kind.as_pointer()), align=ALIGNMENT.get(kind, 4))
 
 
 def write(b: Builder, value: Emitted, pointer: Emitted) -> None:
-    align = 2 if value.type == I16X16 else 4
+    align = ALIGNMENT.get(value.type, 4)
     b.store(value, b.bitcast(pointer, value.type.as_pointer()), align=align)
 
 
@@ -308,21 +309,19 @@ EXP2 = (
 
 @intrinsic
 def exp2(typing, lanes):
-    """2**x lane by lane, x clamped to at most 126; exactly 0 where x < -126."""
+    """2**x lane by lane, for x up to 127; exactly 0 where x < -126."""
 
     def emit(context, b, sig, args):
-        x = args[0]
-        top, bottom = lanes_of(126.0), lanes_of(-126.0)
-        clamped = b.select(b.fcmp_ordered("<", x, top), x, top)
-        clamped = b.select(b.fcmp_ordered(">", clamped, bottom), clamped, bottom)
-        whole = b.call(external(b, "llvm.rint.v16f32", F32X16, F32X16), [clamped])
-        rest = b.fsub(clamped, whole)
+        x, bottom = args[0], lanes_of(-126.0)
+        tiny = b.fcmp_ordered("<", x, bottom)
+        x = b.select(tiny, bottom, x)
+        whole = b.call(external(b, "llvm.rint.v16f32", F32X16, F32X16), [x])
+        rest = b.fsub(x, whole)
         value = lanes_of(EXP2[0])
         for coefficient in EXP2[1:]:
             value = fused(b, value, rest, lanes_of(coefficient))
-        biased = b.add(b.fptosi(whole, I32X16), lanes_of(127, I32X16))
-        power = b.bitcast(b.shl(biased, lanes_of(23, I32X16)), F32X16)
-        tiny = b.fcmp_ordered("<", x, bottom)
-        return b.select(tiny, lanes_of(0.0), b.fmul(value, power))
+        exponent = b.shl(b.fptosi(whole, I32X16), lanes_of(23, I32X16))
+        scaled = b.add(b.bitcast(value, I32X16), exponent)
+        return b.bitcast(b.select(tiny, lanes_of(0, I32X16), scaled), F32X16)
 
     return float32x16(float32x16), emit

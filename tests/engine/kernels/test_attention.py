@@ -17,7 +17,8 @@ LENGTH, BLOCKS = 150, 40
 
 @njit(**KERNEL)
 def run(q, kv, layer_at, chunks, heads, out):
-    attend(0, chunks.cu_items[-1], q, kv, layer_at, chunks, heads, out)
+    width = heads.heads * heads.head_dim
+    attend(0, chunks.cu_items[-1], q, kv, layer_at, chunks, heads, out, width)
 
 
 class Sequence:

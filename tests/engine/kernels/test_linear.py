@@ -8,19 +8,22 @@ import torch
 from numba import njit
 
 from mellmpi.engine.kernels.linear import ADD, GATE_UP, KEEP, linear
-from mellmpi.engine.kernels.panels import PANEL, interleaved, packed, storage
+from mellmpi.engine.kernels.panels import PANEL, interleaved, packed, pad_to, storage
 from mellmpi.engine.kernels.team import KERNEL, team
 
-K, WIDTH = 96, 160
+K, STRIDE, WIDTH = 96, 112, 160
 
 
 @njit(**KERNEL)
 def run(team, a, rows, w, begins, bias, out, inner):
     """Keeps the first matrix's product, adds the second's, gates the third's."""
     panels = WIDTH // PANEL
-    linear(team, 0, a, rows, K, w, begins[0], panels, bias, 0, KEEP, out, WIDTH)
-    linear(team, 1, a, rows, K, w, begins[1], panels, bias, WIDTH, ADD, out, WIDTH)
-    linear(team, 2, a, rows, K, w, begins[2], panels, bias, 2 * WIDTH, GATE_UP, inner, WIDTH // 2)
+    linear(team, 0, a, STRIDE, rows, K, w, begins[0], panels, bias, 0, KEEP, out, WIDTH)
+    linear(team, 1, a, STRIDE, rows, K, w, begins[1], panels, bias, WIDTH, ADD, out, WIDTH)
+    linear(
+        team, 2, a, STRIDE, rows, K, w, begins[2], panels, bias, 2 * WIDTH, GATE_UP, inner,
+        WIDTH // 2,
+    )  # fmt: skip
 
 
 class Layer:
@@ -41,8 +44,8 @@ class Layer:
         out = np.zeros((rows, WIDTH), np.float32)
         inner = torch.zeros(rows, WIDTH // 2, dtype=self.dtype)
         arguments = (
-            team(3, threads), storage(self.x[:rows].clone()).ravel(), rows, self.w, self.begins,
-            self.bias.numpy(), out.ravel(), storage(inner).ravel(),
+            team(3, threads), storage(pad_to(self.x[:rows], rows, STRIDE)).ravel(), rows,
+            self.w, self.begins, self.bias.numpy(), out.ravel(), storage(inner).ravel(),
         )  # fmt: skip
         with ThreadPoolExecutor(threads) as pool:
             for done in [pool.submit(run, *arguments) for _ in range(threads)]:

@@ -11,6 +11,7 @@ from mellmpi.engine.kernels.panels import (
     pad_to,
     padded,
     pair_of,
+    spread,
     storage,
     to_panels,
 )
@@ -36,6 +37,13 @@ def test_padding_is_zero_and_sizes_are_rounded_up():
     matrix = pad_to(torch.ones(3, 5), 4, 8)
     assert matrix.shape == (4, 8) and matrix.sum() == 15
     assert [padded(n) for n in (1, 32, 33)] == [32, 32, 64]
+
+
+@pytest.mark.parametrize("width", [1, 576, 1024, 2048, 4100])
+def test_rows_are_spread_over_the_lines_of_a_cache(width):
+    for itemsize in (2, 4):
+        stride = spread(width, itemsize)
+        assert width <= stride < width + 128 // itemsize and stride * itemsize // 64 % 2 == 1
 
 
 def test_gate_and_up_take_turns_of_sixteen():

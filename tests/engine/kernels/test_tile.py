@@ -13,21 +13,31 @@ from mellmpi.engine.kernels.panels import pair_of, storage
 from mellmpi.engine.kernels.tile import MOST_ROWS, tile16, tile32, tile64
 
 DTYPES = [torch.float32, torch.bfloat16]
+ONE_PART = np.array([0, 64])  # where it begins, what to prefetch
 
 
 @njit
 def run16(rows, a, stride, w, steps, pair, init, init_stride, out):
-    tile16(rows, a, 0, stride, w, 0, 16 * pair, steps, 64, init, 0, init_stride, out, 0, 16)
+    tile16(
+        rows, a, 0, stride, w, 0, 16 * pair, ONE_PART, 0, 1, 1, steps, steps,
+        init, 0, init_stride, out, 0, 16,
+    )  # fmt: skip
 
 
 @njit
 def run32(rows, a, stride, w, steps, pair, init, init_stride, out):
-    tile32(rows, a, 0, stride, w, 0, 32 * pair, steps, 64, init, 0, init_stride, out, 0, 32)
+    tile32(
+        rows, a, 0, stride, w, 0, 32 * pair, ONE_PART, 0, 1, 1, steps, steps,
+        init, 0, init_stride, out, 0, 32,
+    )  # fmt: skip
 
 
 @njit
 def run64(rows, a, stride, w, steps, pair, init, init_stride, out):
-    tile64(rows, a, 0, stride, w, 0, 64 * pair, steps, 64, init, 0, init_stride, out, 0, 64)
+    tile64(
+        rows, a, 0, stride, w, 0, 64 * pair, ONE_PART, 0, 1, 1, steps, steps,
+        init, 0, init_stride, out, 0, 64,
+    )  # fmt: skip
 
 
 TILES = {1: run16, 2: run32, 4: run64}
@@ -79,6 +89,32 @@ def test_a_product_cut_along_k_has_the_same_bits(dtype):
     run32(3, flat, 96, panel, first, pair, zero, 0, parts)
     rest = (flat[first * pair :], 96, panel[first * 32 * pair :], steps - first, pair)
     run32(3, *rest, parts, 32, parts)
+    assert np.array_equal(whole, parts)
+
+
+@njit
+def run_parts(a, stride, w, places, steps, last_steps, pair, init, out):
+    num_parts = len(places) - 1
+    tile32(
+        3, a, 0, stride, w, 0, 32 * pair, places, 0, 1, num_parts, steps, last_steps,
+        init, 0, 0, out, 0, 32,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_parts_of_a_panel_may_lie_anywhere(dtype):
+    _, _, flat, panel, steps, pair = operands(dtype, 32)
+    zero, whole, parts = (np.zeros(32 * n, np.float32) for n in (1, 3, 3))
+    used = steps - 3  # the last part is shorter
+    run32(3, flat, 96, panel, used, pair, zero, 0, whole)
+    part = steps // 6 * 32 * pair
+    order = [4, 0, 5, 2, 1, 3]
+    scattered = np.empty_like(panel)
+    for place, piece in zip(order, panel.reshape(6, part), strict=True):
+        scattered[place * part :][:part] = piece
+    places = np.array([*order, 0]) * part
+    last_steps = used - 5 * (steps // 6)
+    run_parts(flat, 96, scattered, places, steps // 6, last_steps, pair, zero, parts)
     assert np.array_equal(whole, parts)
 
 
