@@ -71,11 +71,10 @@ def migrate(transport: Transport, num_blocks: int) -> float:
     return elapsed_s
 
 
-def accept(transport: Transport) -> None:
+def accept(transport: Transport, places: list[int]) -> None:
     """The same, at worker 2, into other places."""
-    num_blocks = receive(transport).num_blocks
-    order = np.random.default_rng(0).permutation(num_blocks).tolist()
-    finish(transport, transport.receive_blocks(1, 2, order))
+    assert receive(transport).num_blocks == len(places)
+    finish(transport, transport.receive_blocks(1, 2, places))
     transport.send(1, Cancel(1, "gone"))
 
 
@@ -96,13 +95,14 @@ def compare(transport: Transport, num_blocks: int, block_bytes: int) -> dict[str
     """Migration against one MPI_Send, in turn; medians. Workers 1 and 2 together."""
     arena = BenchArena(num_blocks, block_bytes)
     transport.attach(arena)
+    places = np.random.default_rng(0).permutation(num_blocks).tolist()
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(REPEATS + 2):
         times[0].append(bare(MPI.COMM_WORLD, arena))
         if transport.worker == 1:
             times[1].append(migrate(transport, num_blocks))
         else:
-            accept(transport)
+            accept(transport, places)
     transport.attach(None)
     if transport.worker != 1:
         return {}

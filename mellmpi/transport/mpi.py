@@ -51,14 +51,14 @@ class MpiChannel:
 
     def send(self, address: int, num_bytes: int, dst: int, tag: int) -> MPI.Request:
         buffer = MPI.buffer.fromaddress(address, num_bytes)
-        return self._try(self._comm.Isend, [buffer, MPI.BYTE], rank_of(dst), tag % self._tags)
+        return self._try(self._comm.Isend, buffer, rank_of(dst), tag % self._tags)
 
     def receive(self, address: int, num_bytes: int, src: int, tag: int) -> MPI.Request:
         buffer = MPI.buffer.fromaddress(address, num_bytes)
-        return self._try(self._comm.Irecv, [buffer, MPI.BYTE], rank_of(src), tag % self._tags)
+        return self._try(self._comm.Irecv, buffer, rank_of(src), tag % self._tags)
 
     def send_bytes(self, data: bytes, dst: int) -> MPI.Request:
-        return self._try(self._comm.Isend, [data, MPI.BYTE], rank_of(dst), 0)
+        return self._try(self._comm.Isend, data, rank_of(dst), 0)
 
     def take(self) -> tuple[int, bytearray, MPI.Request] | None:
         """Begin to receive the next message from anyone: (source, its bytes to be, request)."""
@@ -66,14 +66,14 @@ class MpiChannel:
         if message is None:
             return None
         src, data = worker_of(self._status.source), bytearray(self._status.Get_count(MPI.BYTE))
-        return src, data, self._try(message.Irecv, [data, MPI.BYTE])
+        return src, data, self._try(message.Irecv, data)
 
     def discard(self, src: int, tag: int) -> MPI.Request | None:
         arguments = rank_of(src), tag % self._tags, self._status
         if (message := self._try(self._comm.Improbe, *arguments)) is None:
             return None
         scratch = bytearray(self._status.Get_count(MPI.BYTE))  # mpi4py keeps it with the request
-        return self._try(message.Irecv, [scratch, MPI.BYTE])
+        return self._try(message.Irecv, scratch)
 
     def test(self, request: MPI.Request) -> int | None:
         if not self._try(request.Test, self._status):
