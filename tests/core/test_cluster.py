@@ -509,3 +509,17 @@ def test_a_worker_says_since_when_it_is_empty(stage):
     ledger = stage.scheduler.fleet.ledger
     stage.tell(1, report((7, record.epoch, 1, tuple(range(9)))))
     assert ledger.empty_since_s[1] == stage.now
+
+
+def test_the_length_of_answers_to_come_is_learned_from_those_that_ended(stage):
+    view = stage.scheduler.fleet.view
+    assert view.answer_tokens == 128
+    record = stage.running(max_tokens=2)
+    stage.tell(1, report((7, record.epoch, 1, (6,))))
+    assert view.answer_tokens == pytest.approx(0.95 * 128 + 0.05 * 2)
+
+
+def test_a_cancelled_answer_says_nothing_about_lengths(stage):
+    stage.running()
+    stage.tell(FRONT, Cancel(7, "gone"))
+    assert stage.scheduler.fleet.view.answer_tokens == 128

@@ -15,6 +15,8 @@ from mellmpi.core.ring import Ring
 from mellmpi.core.unreported import Unreported
 from mellmpi.protocol import KvReceived, Release
 from mellmpi.sim.network import Network
+from tests.core import test_cluster, test_transition_table
+from tests.core.stage import Stage
 from tests.sim.histories import check, random_history
 
 SEEDS = 1000
@@ -46,6 +48,50 @@ def fails(seed: int) -> bool:
 
 def test_without_a_fault_the_same_histories_pass():
     assert not any(fails(seed) for seed in range(10))
+
+
+# --- too rare, or without consequence for the tokens: a directed test catches them ----------------
+
+
+def no_epoch_check_of_preemptions(monkeypatch):
+    report = ClusterScheduler._report
+
+    def careless(self, worker, event):
+        ids = [i for i, _ in event.preempted if i in self.records]
+        report(self, worker, replace(event, preempted=[(i, self.records[i].epoch) for i in ids]))
+
+    monkeypatch.setattr(ClusterScheduler, "_report", careless)
+
+
+def preemptions_are_handled_before_the_tokens_of_the_same_report(monkeypatch):
+    report = ClusterScheduler._report
+
+    def hasty(self, worker, event):
+        runs = {"request_ids": (), "epochs": (), "firsts": (), "counts": (), "tokens": ()}
+        report(self, worker, replace(event, **runs))
+        report(self, worker, replace(event, preempted=()))
+
+    monkeypatch.setattr(ClusterScheduler, "_report", hasty)
+
+
+@pytest.mark.parametrize(
+    ("plant", "test"),
+    [
+        (
+            no_epoch_check_of_preemptions,
+            test_transition_table.test_a_preemption_under_a_stale_epoch_is_dropped,
+        ),
+        (
+            preemptions_are_handled_before_the_tokens_of_the_same_report,
+            test_cluster.test_what_was_produced_before_a_preemption_is_emitted_not_thrown_away,
+        ),
+    ],
+)
+def test_a_directed_test_catches(plant, test, monkeypatch):
+    test(Stage())
+    plant(monkeypatch)
+    with pytest.raises((AssertionError, IndexError)):
+        test(Stage())
 
 
 # --- rank 0 --------------------------------------------------------------------------------------
