@@ -13,6 +13,7 @@ from mellmpi.transport.devices import lane_for
 from mellmpi.transport.doorbell import Doorbell
 from mellmpi.transport.messages import ByteChannel, Dismissed, Mailbox
 
+FIRST_SLEEP_S = 100e-6  # where nobody rings: sleeps double from here on
 BUSY_POLL_S = 0.001  # longest sleep while something is under way that may need our progress
 FLUSH_S = 5.0  # a closing transport waits that long for its messages to leave
 SUSPICION_S = 10.0  # an error that no lost worker explains by then is a bug, and is raised
@@ -32,6 +33,7 @@ class PeerChannel(Channel, ByteChannel, Protocol):
 class Wakes:
     """How a process waits."""
 
+    all_ring: bool  # every peer can ring our bell, and does
     longest_s: float  # sleep between looks
     spin_s: float  # look for so long before sleeping, while something is going on
 
@@ -122,7 +124,7 @@ class Endpoint:
         now = time.perf_counter()
         deadline_s = now + timeout_s
         spin_until_s = now + (self._wakes.spin_s if self._active else 0.0)
-        doze_s = 100e-6
+        sleep_s = FIRST_SLEEP_S
         while not self._look() and not self.progress():
             if (now := time.perf_counter()) >= deadline_s:
                 return
@@ -130,10 +132,17 @@ class Endpoint:
                 os.sched_yield()
                 continue
             self._active = False
-            longest_s = doze_s if self._mover.busy or self._mailbox.busy else self._wakes.longest_s
-            if self._bell.sleep(min(deadline_s - now, longest_s)):
+            if self._bell.sleep(min(deadline_s - now, self._limit_s(sleep_s))):
                 return
-            doze_s = min(BUSY_POLL_S, 2 * doze_s)
+            sleep_s *= 2
+
+    def _limit_s(self, sleep_s: float) -> float:
+        """How much of a growing sleep is allowed now."""
+        if self._mover.busy or self._mailbox.busy:
+            return min(sleep_s, BUSY_POLL_S)
+        return (
+            self._wakes.longest_s if self._wakes.all_ring else min(sleep_s, self._wakes.longest_s)
+        )
 
     def wake(self) -> None:
         self._bell.wake()

@@ -154,7 +154,8 @@ class Job:
         rows = self.gather(bytes(worker_of(rank) in heard for rank in range(self.size)))
         all_ring = all(row[self.rank] for row in rows)
         may_spin = len(self.neighbours) <= len(os.sched_getaffinity(0))
-        wakes = Wakes(LOCAL_POLL_S if all_ring else idle_poll_s, SPIN_S if may_spin else 0.0)
+        longest_s = LOCAL_POLL_S if all_ring else idle_poll_s
+        wakes = Wakes(all_ring, longest_s, SPIN_S if may_spin else 0.0)
         channels = MpiChannel(self._comm), MpiChannel(self._comm)
         self._transport = Endpoint(
             worker_of(self.rank), self.size - 1, channels, bell, wakes, device_buffers

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,16 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).parents[2]
-FLAGS = [
+ANY_PATH = [
     *("--allow-run-as-root", "--with-ft", "ulfm"),
-    *("--mca", "pml", "ob1", "--mca", "btl", "sm,self,tcp"),
+    *("--mca", "pml", "ob1"),
     *("--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"),
 ]
+# Ways for bytes between two ranks of this machine.
+LOCAL = ("--mca", "btl", "sm,self,tcp")
+TCP = ("--mca", "btl", "tcp,self")  # as between hosts
+COPIED_TWICE = ("--mca", "btl", "sm,self", "--mca", "btl_sm_single_copy_mechanism", "none")
+FLAGS = [*ANY_PATH, *LOCAL]
 
 
 @dataclass(frozen=True)
@@ -46,10 +51,15 @@ def mpirun() -> str:
 
 
 def run_job(
-    num_ranks: int, module: str, *args: str, directory: Path, limit_s: float = 60
+    num_ranks: int,
+    module: str,
+    *args: str,
+    directory: Path,
+    limit_s: float = 60,
+    path: Sequence[str] = LOCAL,
 ) -> Outcome:
-    """Run `python -m module DIRECTORY args…` on `num_ranks` ranks under ULFM."""
-    command = [mpirun(), *FLAGS, "-n", str(num_ranks), sys.executable, "-m", module]
+    """Run `python -m module DIRECTORY args…` on `num_ranks` ranks under ULFM, over this path."""
+    command = [mpirun(), *ANY_PATH, *path, "-n", str(num_ranks), sys.executable, "-m", module]
     started_s = time.monotonic()
     with open(directory / "output", "w+") as output:
         job = subprocess.Popen(

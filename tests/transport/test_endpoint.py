@@ -9,9 +9,9 @@ from tests.transport.fakes import FakeBell, FakeChannel
 LONGEST_S = 0.5
 
 
-def endpoint(bell=None, spin_s=0.0):
+def endpoint(bell=None, spin_s=0.0, all_ring=True):
     channels = FakeChannel(), FakeChannel()
-    wakes = Wakes(longest_s=LONGEST_S, spin_s=spin_s)
+    wakes = Wakes(all_ring, longest_s=LONGEST_S, spin_s=spin_s)
     return Endpoint(1, 3, channels, bell or FakeBell(), wakes, device_buffers=False), *channels
 
 
@@ -21,6 +21,13 @@ def test_an_idle_wait_sleeps_in_the_longest_pieces_and_looks_once_a_piece():
     idle.wait(60.0)
     assert bell.slept == [LONGEST_S] * 3
     assert control.num_looks == 3 * 2  # two probes each: one alone may make no progress
+
+
+def test_where_nobody_rings_sleeps_double_up_to_the_longest():
+    bell = FakeBell(rings_at=20)
+    idle, _, _ = endpoint(bell, all_ring=False)
+    idle.wait(60.0)
+    assert bell.slept[1] == 2 * bell.slept[0] < 1e-3 and bell.slept[-1] == LONGEST_S
 
 
 def test_a_wait_does_not_spin_again_when_nothing_has_happened_since():

@@ -1,12 +1,14 @@
 import pytest
 
+from tests.mpi import harness
 from tests.mpi.harness import run_job
 from tests.transport.conformance import SCENARIOS
 
 
-@pytest.fixture(scope="module")
-def conformance(tmp_path_factory):
-    return run_job(4, "tests.mpi.conformance", directory=tmp_path_factory.mktemp("conformance"))
+@pytest.fixture(scope="module", params=["LOCAL", "TCP", "COPIED_TWICE"])
+def conformance(request, tmp_path_factory):
+    directory, path = tmp_path_factory.mktemp("conformance"), getattr(harness, request.param)
+    return run_job(4, "tests.mpi.conformance", directory=directory, path=path)
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda s: s.__name__)
@@ -21,9 +23,10 @@ def test_the_job_ends_by_itself_though_transfers_were_left_open(conformance):
     assert [verdict["ended"] for verdict in conformance.verdicts] == [[True, True]] * 4
 
 
-@pytest.fixture(scope="module")
-def loss(tmp_path_factory):
-    return run_job(5, "tests.mpi.lost_worker", directory=tmp_path_factory.mktemp("loss"))
+@pytest.fixture(scope="module", params=["LOCAL", "TCP"])
+def loss(request, tmp_path_factory):
+    directory, path = tmp_path_factory.mktemp("loss"), getattr(harness, request.param)
+    return run_job(5, "tests.mpi.lost_worker", directory=directory, path=path)
 
 
 def survivors(outcome):
