@@ -11,6 +11,7 @@ import torch
 
 from mellmpi.engine.architecture import Architecture
 from mellmpi.engine.kernels.attention import items_of
+from mellmpi.engine.kernels.compiled import one_at_a_time
 from mellmpi.engine.kernels.load import sizes_of, take_weights
 from mellmpi.engine.kernels.panels import storage
 from mellmpi.engine.kernels.rotary import RotaryTable
@@ -85,7 +86,8 @@ class CpuModel:
         )  # fmt: skip
         one, zero = np.ones(1, np.int32), np.zeros(1, np.int32)
         batch = PackedBatch(zero, zero, np.array([0, 1], np.int32), one, zero[None], num_sampled=1)
-        self.forward(batch, KvArena(geometry, 1))
+        with one_at_a_time(step):
+            self.forward(batch, KvArena(geometry, 1))
 
     def _run(self, *arguments) -> None:
         """One step by all threads; whoever comes late finds nothing left to do."""

@@ -92,6 +92,8 @@ def build_executor(
         if kernels
         else TorchModel(arch, tensors, dtype, on)
     )
+    if isinstance(model, CpuModel):
+        model.warm_up()
     geometry = KvGeometry(
         model=model_config.name,
         dtype=dtype,

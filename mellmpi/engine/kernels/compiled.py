@@ -1,19 +1,24 @@
-"""Machine code kept on disk between starts.
+"""Machine code kept on disk between starts, where numba would keep it: `__pycache__` or the home.
 
 Numba's own cache looks only at the file of the function itself: it would go on using code made from
 an older `tile.py`. And when two ranks compile for different types at once, both may write their
 code under one name. Here the name of an entry says what it was made from, so that it never changes.
 """
 
+import fcntl
 import hashlib
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from time import monotonic, sleep
+from typing import IO, Any
+from uuid import uuid4
 
 import llvmlite
 import numba
-from numba.core.caching import FunctionCache, IndexDataCacheFile
+from llvmlite import binding as llvm
+from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataCacheFile
+from numba.core.registry import cpu_target
 
 
 def source_stamp() -> str:
@@ -50,3 +55,59 @@ def kept(dispatcher: Any) -> Any:
     with suppress(RuntimeError):  # numba: no locator available, as in a read-only home
         dispatcher._cache = SourceCache(dispatcher.py_func)
     return dispatcher
+
+
+@contextmanager
+def one_at_a_time(dispatcher: Any, wait_s: float = 60.0) -> Iterator[None]:
+    """Let the first of several starting ranks compile a `kept` function, and the others load it.
+
+    Who has waited too long, or has no file to wait at, goes ahead.
+    """
+    with ExitStack() as stack:
+        with suppress(OSError, TypeError):  # TypeError: there is no path
+            lock = stack.enter_context(open(Path(dispatcher._cache.cache_path) / "compiling", "w"))
+            until = monotonic() + wait_s
+            while not _locked(lock) and monotonic() < until:
+                sleep(0.05)
+        yield
+
+
+def _locked(lock: IO[str]) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def object_code(module: Callable[[], str]) -> bytes:
+    """An object file for this CPU, of the LLVM assembly that `module` writes."""
+    _, cpu, features = magic = cpu_target.target_context.codegen().magic_tuple()
+    digest = hashlib.sha256(repr((source_stamp(), magic)).encode()).hexdigest()[:16]
+    path = None
+    with suppress(RuntimeError, OSError):
+        locator = CompileResultCacheImpl(module).locator
+        locator.ensure_cache_path()
+        path = Path(locator.get_cache_path()) / f"{module.__name__}-{digest}.o"
+        return path.read_bytes()
+    machine = llvm.Target.from_default_triple().create_target_machine(
+        cpu=cpu, features=features, opt=3, jit=True
+    )
+    code = machine.emit_object(llvm.parse_assembly(module()))
+    if path is not None:
+        with suppress(OSError):
+            part = path.with_suffix(f".{uuid4().hex[:12]}")
+            part.write_bytes(code)
+            part.replace(path)
+    return code
+
+
+def link(code: bytes, symbols: list[str]) -> llvm.ExecutionEngine:
+    """Let all functions that are linked later find these; the engine owns the machine code."""
+    machine = llvm.Target.from_default_triple().create_target_machine(jit=True)
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    for symbol in symbols:
+        llvm.add_symbol(symbol, engine.get_function_address(symbol))
+    return engine

@@ -17,12 +17,12 @@ lowers the vectors of 16 to what the CPU has. Bits are equal within one kind of 
 from collections.abc import Callable
 from typing import Any
 
-from llvmlite import binding as llvm
 from llvmlite import ir
 from numba import types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
+from mellmpi.engine.kernels.compiled import link, object_code
 from mellmpi.engine.kernels.vectors import (
     BYTES,
     F32X16,
@@ -198,28 +198,20 @@ def _define(module: ir.Module, width: int, kind: str) -> None:
     b.ret_void()
 
 
-def _compile() -> llvm.ExecutionEngine:
-    """Make the tiles known to every function that is linked later, under their symbols.
+CHOICES = [(width, kind) for width in MOST_ROWS for kind in STEPS]
 
-    Not by numba: it would generate their code again for each function that calls, directly or
-    through others, which takes longer than all other kernels.
-    """
+
+def tiles() -> str:
+    """LLVM assembly of all tiles."""
     module = ir.Module()
-    choices = [(width, kind) for width in MOST_ROWS for kind in STEPS]
-    for choice in choices:
+    for choice in CHOICES:
         _define(module, *choice)
-    _, cpu, features = cpu_target.target_context.codegen().magic_tuple()
-    machine = llvm.Target.from_default_triple().create_target_machine(
-        cpu=cpu, features=features, opt=3, jit=True
-    )
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(str(module)), machine)
-    engine.finalize_object()
-    for choice in choices:
-        llvm.add_symbol(_symbol(*choice), engine.get_function_address(_symbol(*choice)))
-    return engine
+    return str(module)
 
 
-CODE = _compile()  # owns the machine code
+# Not by numba: it would generate their code again for each function that calls them, directly or
+# through others, which takes longer than all other kernels.
+CODE = link(object_code(tiles), [_symbol(*choice) for choice in CHOICES])
 
 
 def _tile(width: int) -> Any:

@@ -6,21 +6,24 @@ import sys
 from pathlib import Path
 
 import mellmpi.engine.kernels
-from mellmpi.engine.kernels.compiled import source_stamp
+from mellmpi.engine.kernels.compiled import object_code, one_at_a_time, source_stamp
+from mellmpi.engine.kernels.step import step
+from mellmpi.engine.kernels.tile import tiles
 
 SOURCES = Path(mellmpi.engine.kernels.__file__).parent
 PROGRAM = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from numba import njit, config
-from compiled import kept
+from compiled import kept, one_at_a_time
 
 @kept
 @njit
 def twice(x):
     return 2 * x
 
-assert twice(int(sys.argv[2])) == 2 * int(sys.argv[2])
+with one_at_a_time(twice):
+    assert twice(int(sys.argv[2])) == 2 * int(sys.argv[2])
 twice(1.5)
 print(sum(twice.stats.cache_hits.values()), sum(twice.stats.cache_misses.values()))
 """
@@ -28,10 +31,18 @@ print(sum(twice.stats.cache_hits.values()), sum(twice.stats.cache_misses.values(
 
 def run(program: Path, sources: Path) -> tuple[int, int]:
     """(hits, misses) of a process that compiles `twice` for integers and floats."""
+    return ended(start(program, sources))
+
+
+def start(program: Path, sources: Path) -> subprocess.Popen:
     command = [sys.executable, str(program), str(sources), "21"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    hits, misses = done.stdout.split()
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def ended(process: subprocess.Popen) -> tuple[int, int]:
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    hits, misses = output.split()
     return int(hits), int(misses)
 
 
@@ -53,6 +64,26 @@ def test_each_signature_has_a_file_of_its_own(tmp_path):
     run(program, sources)
     assert len(list((tmp_path / "__pycache__").glob("*.nbi"))) == 2
     assert len(list((tmp_path / "__pycache__").glob("*.nbc"))) == 2
+
+
+def test_of_ranks_that_start_together_one_compiles_and_the_others_load(tmp_path):
+    """Only what is compiled under the lock: the integers."""
+    program, cached = tmp_path / "program.py", tmp_path / "__pycache__"
+    cached.mkdir()
+    program.write_text(PROGRAM.replace("twice(1.5)", ""))
+    ranks = [start(program, SOURCES) for _ in range(3)]
+    assert sorted(ended(rank) for rank in ranks) == [(0, 1), (1, 0), (1, 0)]
+
+
+def test_a_lock_that_is_never_given_back_is_not_waited_for_for_ever():
+    with one_at_a_time(step), one_at_a_time(step, wait_s=0):
+        pass
+
+
+def test_an_object_file_is_made_once():
+    assert object_code(tiles) == object_code(tiles)
+    names = [path.name for path in (SOURCES / "__pycache__").glob("tiles-*")]
+    assert all(name.endswith(".o") for name in names)  # no parts are left behind
 
 
 def test_the_stamp_is_of_all_sources_and_stays_the_same():
