@@ -265,28 +265,25 @@ class BatchScheduler:
 
     def plan(self) -> StepPlan | None:
         """The next forward pass, or None with nothing to compute. Decodes first, then prefill."""
+        assert not self._planned, "planned twice without a commit"
         # While a send reads its blocks, even one that will be thrown away, nobody may write them.
         running = [
             s for s in self.sequences.values() if s.phase is Phase.RUNNING and not s.in_flight
         ]
         running.sort(key=lambda s: s.num_tokens - s.num_computed > 1)  # stable: oldest first
         budget = self._limits.max_num_batched_tokens
-        sampled: list[tuple[Sequence, Chunk]] = []
-        partial: list[tuple[Sequence, Chunk]] = []
+        chunks: list[Chunk] = []  # only the last can end before its sequence has caught up
         for sequence in running:
-            if not budget or len(sampled) + len(partial) == self._limits.max_num_seqs:
+            if not budget or len(chunks) == self._limits.max_num_seqs:
                 break
             if sequence.epoch not in self.sequences or not self._make_room(sequence):
                 continue  # preempted: for an older one, or because it is the youngest
             end = min(sequence.num_tokens, sequence.num_computed + budget)
             budget -= end - sequence.num_computed
-            (sampled if end == sequence.num_tokens else partial).append(
-                (sequence, self._chunk(sequence, end))
-            )
-        # Who has its chunk keeps it: only decodes grow, and they push out what is younger.
-        chosen = sampled + partial
-        self._planned = [sequence for sequence, _ in chosen]
-        return StepPlan(tuple(chunk for _, chunk in chosen), ()) if chosen else None
+            # Who has its chunk keeps it: only decodes grow, and they push out what comes later.
+            self._planned.append(sequence)
+            chunks.append(self._chunk(sequence, end))
+        return StepPlan(tuple(chunks), ()) if chunks else None
 
     def _chunk(self, sequence: Sequence, end: int) -> Chunk:
         caught_up = end == sequence.num_tokens

@@ -81,8 +81,9 @@ class Ring:
 
     def recomputed(self, record: Record, outcome: str) -> None:
         """The recompute migration under way has ended."""
-        src, record.moved_from = record.moved_from or 0, None
+        src, record.moved_from = record.moved_from, None
         dst, _ = record.owner
+        assert src is not None
         self._ended(record, "recompute", src, dst, outcome)
 
     def _send(self, record: Record, offer: Offer) -> None:

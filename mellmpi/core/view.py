@@ -78,7 +78,6 @@ class RequestColumns:
         """A row for a new request; its index."""
         row = self.take()
         self.request_id[row], self.live[row] = request.id, True
-        self.worker[row], self.movable[row] = 0, False
         self.num_tokens[row] = self.num_prompt[row] = len(request.prompt)
         self.max_tokens[row] = request.sampling.max_tokens
         self.arrival_s[row] = self.placed_s[row] = now

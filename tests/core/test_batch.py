@@ -185,6 +185,23 @@ def test_nothing_is_handled_between_plan_and_commit(bench):
     bench.order(Release(1, 1))
 
 
+def test_a_result_that_does_not_fit_its_plan_is_a_bug(bench):
+    bench.assign(1)
+    bench.assign(2)
+    plan = bench.batch.plan()
+    with pytest.raises((ValueError, StopIteration)):
+        bench.batch.commit(plan, StepResult((5,), (None,)))
+
+
+def test_a_plan_that_is_not_the_last_one_made_is_a_bug(bench):
+    bench.assign(1)
+    first = bench.step()
+    bench.assign(2)
+    bench.batch.plan()
+    with pytest.raises(ValueError, match="zip"):
+        bench.batch.commit(first, StepResult((5,), (None,)))
+
+
 def test_an_unknown_message_is_a_bug(bench):
     with pytest.raises(TypeError):
         bench.order(Cancel(1, "gone"))

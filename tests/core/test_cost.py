@@ -35,13 +35,15 @@ def steps(prefill, decode):
     message = report()
     return type(message)(**{
         **{name: getattr(message, name) for name in message.__slots__},
-        "prefill_tokens": prefill, "decode_tokens": decode, "step_s": 32.0,
+        "prefill_tokens": prefill, "decode_tokens": decode, "step_s": 64.0,
     })  # fmt: skip
 
 
 def test_steps_that_mostly_prefilled_blend_in_what_a_position_takes():
-    assert COST.after_steps(steps(64, 8)).prefill_token_s == pytest.approx(0.7 * 0.5 + 0.3 * 0.5)
-    assert COST.after_steps(steps(128, 0)).prefill_token_s == pytest.approx(0.7 * 0.5 + 0.3 * 0.25)
+    assert COST.after_steps(steps(64, 8)).prefill_token_s == pytest.approx(0.7 * 0.5 + 0.3 * 1.0)
+    assert COST.after_steps(steps(128, 16)).prefill_token_s == pytest.approx(
+        0.7 * 0.5 + 0.3 * 0.5 * 1.0
+    )
 
 
 @pytest.mark.parametrize(("prefill", "decode"), [(63, 0), (64, 9), (0, 0)])
