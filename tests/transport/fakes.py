@@ -27,10 +27,13 @@ class FakeChannel:
     requests: list[FakeRequest] = field(default_factory=list)
     lost: set[int] = field(default_factory=set)
     waiting: dict[tuple[int, int], deque[bytes]] = field(default_factory=lambda: defaultdict(deque))
+    too_long: list[FakeRequest] = field(default_factory=list)
     inbox: deque[tuple[int, bytes]] = field(default_factory=deque)
+    last_words: list[tuple[int, bytes]] = field(default_factory=list)  # come with the failures
     failures: list[int] = field(default_factory=list)
     error: Exception | None = None
     num_looks: int = 0
+    stuck: bool = False  # messages do not leave
 
     def _post(self, *args: Any) -> FakeRequest:
         request = FakeRequest(*args)
@@ -60,6 +63,8 @@ class FakeChannel:
         if not (request.done or request.cancelled or request.peer in self.lost):
             return None
         request.used_up = True
+        if request in self.too_long:
+            raise LinkError("truncated")
         if not request.done and not request.cancelled:
             raise LinkError("lost")
         return 0 if request.cancelled else request.num_bytes
@@ -82,7 +87,9 @@ class FakeChannel:
         return [r for r in self.requests if r.kind == kind and not r.used_up]
 
     def send_bytes(self, data: bytes, dst: int) -> FakeRequest:
-        return self._post("send", dst, 0, 0, len(data))
+        request = self._post("send", dst, 0, 0, len(data))
+        request.done = not self.stuck
+        return request
 
     def take(self) -> tuple[int, bytearray, FakeRequest] | None:
         self.num_looks += 1
@@ -93,6 +100,7 @@ class FakeChannel:
 
     def newly_failed(self) -> list[int]:
         failures, self.failures = self.failures, []
+        self.inbox += self.last_words if failures else []
         return failures
 
 

@@ -130,6 +130,30 @@ def test_a_block_of_another_size_fails_the_transfer_but_all_are_taken_in(channel
     assert transfer.done and transfer.failed and transfer.num_bytes == BLOCK_BYTES + 10
 
 
+def test_a_block_that_was_too_long_fails_the_transfer_and_no_more(channel, mover, arena):
+    transfer = mover.receive(1, 5, range(3))
+    mover.progress()
+    channel.too_long = channel.pending("receive")[:1]
+    arrive(channel, 1, 5, 3)
+    mover.progress()
+    assert transfer.done and transfer.failed and arena.blocks[1:3, 0].tolist() == [2, 3]
+
+
+def test_the_arena_stays_while_blocks_are_under_way(channel, mover):
+    mover.drain(1, 6, 1)
+    mover.attach(None)  # a drain does not need it
+    mover.attach(InPlace(HostArena(1)))
+    mover.receive(1, 5, [0])
+    with pytest.raises(AssertionError, match="under way"):
+        mover.attach(None)
+    channel.waiting[1, 6].append(b"xyz")
+    mover.progress()
+
+
+def test_an_empty_transfer_is_done_at_once(mover):
+    assert mover.send(1, 5, []).done and mover.receive(1, 5, []).done and mover.drain(1, 5, 0).done
+
+
 def test_closing_gives_up_every_receive(channel, mover):
     transfer = mover.receive(1, 5, range(16))
     mover.progress()

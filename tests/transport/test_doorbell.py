@@ -29,6 +29,7 @@ def test_many_rings_end_one_sleep(bells):
     bells[0].find([1])
     for _ in range(5000):
         bells[0].ring(1)
+    assert bells[0].find([1]) == {1}  # too full to take another ring, but there
     assert bells[1].sleep(60.0) and not bells[1].sleep(0.0)
 
 

@@ -51,7 +51,8 @@ def test_a_wait_stays_short_while_blocks_are_under_way():
 
 def test_a_wait_stays_short_while_a_message_has_not_left():
     bell = FakeBell()
-    busy, _, _ = endpoint(bell)
+    busy, control, _ = endpoint(bell)
+    control.stuck = True
     busy.send(2, Cancel(1, "gone"))
     busy.wait(60.0)
     assert bell.slept[0] <= BUSY_POLL_S and bell.rung == [2]
@@ -76,6 +77,21 @@ def test_a_lost_worker_is_the_last_that_is_heard_of_it():
     survivor.send(2, Cancel(3, "gone"))
     assert survivor.poll() == [] and survivor.lost == {2}
     assert transfer.done and transfer.failed and not control.pending("send")
+
+
+def test_a_dead_workers_last_words_come_before_the_news():
+    survivor, control, _ = endpoint()
+    control.failures, control.last_words = [2], [(2, encode(Cancel(1, "gone")))]
+    assert survivor.poll() == [(2, Cancel(1, "gone")), (2, WorkerLost(2))]
+
+
+def test_nothing_is_sent_to_the_lost():
+    survivor, control, _ = endpoint()
+    control.failures = [2]
+    survivor.poll()
+    survivor.send(2, Cancel(3, "gone"))
+    survivor.dismiss(1)
+    assert {request.peer for request in control.requests} == {0, 3}
 
 
 def test_an_error_that_no_loss_explains_is_raised_in_the_end(monkeypatch):
