@@ -69,7 +69,7 @@ class ClusterScheduler:
             case WorkerReady():
                 self.fleet.ready(int(source), event)
             case Parked():
-                self.fleet.parked(int(source), event)
+                self.fleet.parked(int(source))
             case WorkerLost(worker):
                 self._worker_lost(worker)
             case _:

@@ -15,7 +15,6 @@ from mellmpi.protocol import (
     Address,
     ModelKv,
     Park,
-    Parked,
     Request,
     StepReport,
     Wake,
@@ -112,8 +111,7 @@ class Fleet:
             self.send(worker, Park())
             self.change(worker, WorkerState.PARKING)
 
-    def parked(self, worker: int, event: Parked) -> None:
-        self.ledger.report(worker, event.acked, 0)
+    def parked(self, worker: int) -> None:
         self.ledger.gone(worker, WorkerState.PARKED)
         self._changed(worker)
 

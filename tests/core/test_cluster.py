@@ -1,5 +1,7 @@
 """What the cluster scheduler does beside its transition table."""
 
+from dataclasses import replace
+
 import pytest
 
 from mellmpi.core.cost import CostModel
@@ -495,6 +497,9 @@ def test_rates_follow_what_workers_decode(stage):
     # 10 tokens a second of 2.5 bytes each, blended into nothing with weight 0.3
     assert view.growth_Bps[1] == pytest.approx(0.3 * 25) and view.growth_Bps[2] == 0
     assert view.token_rate == pytest.approx(0.3 * 10)
+    stage.scheduler.tick(14.0)
+    assert view.growth_Bps[1] == pytest.approx(0.7 * 0.3 * 25)
+    assert view.token_rate == pytest.approx(0.7 * 0.3 * 10)
 
 
 def test_a_view_tells_what_waits_and_how_often_it_was_made(stage):
@@ -523,3 +528,37 @@ def test_a_cancelled_answer_says_nothing_about_lengths(stage):
     stage.running()
     stage.tell(FRONT, Cancel(7, "gone"))
     assert stage.scheduler.fleet.view.answer_tokens == 128
+
+
+def test_the_policy_is_asked_from_the_first_moment_on():
+    stage = Stage()
+    stage.scheduler.tick(0.0)
+    assert stage.scheduler.fleet.view.tick == 1
+
+
+def test_a_report_whose_columns_disagree_is_a_bug(stage):
+    record = stage.running()
+    with pytest.raises(ValueError, match="zip"):
+        stage.tell(1, replace(report((7, record.epoch, 1, (6,))), counts=()))
+
+
+def test_steps_that_prefilled_teach_the_cost_model(stage):
+    stage.running()
+    before = stage.scheduler.fleet.cost.prefill_token_s
+    stage.tell(1, replace(report(), prefill_tokens=100, step_s=1.0))
+    after = stage.scheduler.fleet.cost.prefill_token_s
+    assert after == pytest.approx(0.7 * before + 0.3 * 0.01)
+
+
+def test_a_worker_is_empty_since_it_became_ready(stage):
+    park(stage, 3)
+    stage.tick(WakeWorker(3))
+    stage.ready(3, acked=2)
+    assert stage.scheduler.fleet.ledger.empty_since_s[3] == stage.now
+
+
+def test_a_worker_kept_from_draining_takes_the_head_of_the_queue_at_once(stage):
+    stage.running()
+    stage.tick(Drain(1))
+    stage.place = lambda view, row: 1 if view.active()[1] else None
+    assert assigned(stage.tell(FRONT, Submit(request(8)))) == [8]
