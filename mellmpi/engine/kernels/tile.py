@@ -46,10 +46,11 @@ from mellmpi.engine.kernels.vectors import (
 )
 
 VECTOR_BYTES = 4 * LANES
+UPPER = 0xFFFF0000  # the half of a word that holds the odd bfloat16
 FEATURES = frozenset(cpu_target.target_context.codegen().magic_tuple()[2].split(","))
 HAS_BF16_DOT = "+avx512bf16" in FEATURES
 # Accumulators fill the registers: 32 of 64 bytes with AVX-512, else 16 or 32 smaller ones.
-MOST_ROWS = {1: 14, 2: 14, 4: 6} if "+avx512f" in FEATURES else {1: 6, 2: 3, 4: 1}
+MOST_ROWS = {1: 14, 2: 14, 4: 6} if "+avx512f" in FEATURES else {1: 4, 2: 2, 4: 1}
 
 
 class BFloat(ir.Type):
@@ -68,27 +69,26 @@ class BFloat(ir.Type):
 BF16X32 = ir.VectorType(BFloat(), 2 * LANES)
 
 
-def _even(b: Builder, words: Emitted) -> Emitted:
-    return b.bitcast(b.shl(words, lanes_of(16, I32X16)), F32X16)
-
-
-def _odd(b: Builder, words: Emitted) -> Emitted:
-    return b.bitcast(b.and_(words, lanes_of(0xFFFF0000, I32X16)), F32X16)
+# One step for one row: the word of `a` times the words of a vector of columns.
 
 
 def _step_bf16_dot(b: Builder, accumulator: Emitted, a: Emitted, w: Emitted) -> Emitted:
     name = "llvm.x86.avx512bf16.dpbf16ps.512"
     dot = external(b, name, F32X16, F32X16, BF16X32, BF16X32)
-    return b.call(dot, [accumulator, b.bitcast(w, BF16X32), b.bitcast(a, BF16X32)])
+    return b.call(dot, [accumulator, b.bitcast(w, BF16X32), b.bitcast(splat(b, a), BF16X32)])
 
 
 def _step_bf16(b: Builder, accumulator: Emitted, a: Emitted, w: Emitted) -> Emitted:
-    accumulator = fused(b, _even(b, a), _even(b, w), accumulator)
-    return fused(b, _odd(b, a), _odd(b, w), accumulator)
+    for a_half, w_half in (
+        (b.shl(a, ir.Constant(I32, 16)), b.shl(w, lanes_of(16, I32X16))),
+        (b.and_(a, ir.Constant(I32, UPPER)), b.and_(w, lanes_of(UPPER, I32X16))),
+    ):
+        accumulator = _step_f32(b, accumulator, a_half, w_half)
+    return accumulator
 
 
 def _step_f32(b: Builder, accumulator: Emitted, a: Emitted, w: Emitted) -> Emitted:
-    return fused(b, b.bitcast(a, F32X16), b.bitcast(w, F32X16), accumulator)
+    return fused(b, b.bitcast(splat(b, a), F32X16), b.bitcast(w, F32X16), accumulator)
 
 
 class _Rows:
@@ -148,7 +148,7 @@ def _emit_tile(b: Builder, rows: int, width: int, kind: str, p: dict[str, Emitte
             prefetch_line(b, offset(b, soon, i64(VECTOR_BYTES * c)))
         results = []
         for row in range(rows):
-            word = splat(b, read(b, a.at(b, row), I32))
+            word = read(b, a.at(b, row), I32)
             results += [
                 STEPS[kind](b, sums[row * width + c], word, columns[c]) for c in range(width)
             ]

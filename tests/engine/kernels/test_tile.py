@@ -1,8 +1,10 @@
 """The tile product: right against torch, and the same bits for any number of rows."""
 
 import os
+import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from mellmpi.engine.kernels.panels import pair_of, storage
 from mellmpi.engine.kernels.tile import MOST_ROWS, tile16, tile32, tile64
 
 DTYPES = [torch.float32, torch.bfloat16]
+ROOT = Path(__file__).parents[3]
 ONE_PART = np.array([0, 64])  # where it begins, what to prefetch
 
 
@@ -82,13 +85,13 @@ def test_a_row_has_the_same_bits_whatever_rows_are_beside_it(dtype, width):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_product_cut_along_k_has_the_same_bits(dtype):
     _, _, flat, panel, steps, pair = operands(dtype, 32)
-    zero, whole = np.zeros(32, np.float32), np.zeros(3 * 32, np.float32)
-    run32(3, flat, 96, panel, steps, pair, zero, 0, whole)
-    parts = np.zeros(3 * 32, np.float32)
+    zero, whole = np.zeros(32, np.float32), np.zeros(2 * 32, np.float32)
+    run32(2, flat, 96, panel, steps, pair, zero, 0, whole)
+    parts = np.zeros(2 * 32, np.float32)
     first = steps // 3
-    run32(3, flat, 96, panel, first, pair, zero, 0, parts)
+    run32(2, flat, 96, panel, first, pair, zero, 0, parts)
     rest = (flat[first * pair :], 96, panel[first * 32 * pair :], steps - first, pair)
-    run32(3, *rest, parts, 32, parts)
+    run32(2, *rest, parts, 32, parts)
     assert np.array_equal(whole, parts)
 
 
@@ -96,7 +99,7 @@ def test_a_product_cut_along_k_has_the_same_bits(dtype):
 def run_parts(a, stride, w, places, steps, last_steps, pair, init, out):
     num_parts = len(places) - 1
     tile32(
-        3, a, 0, stride, w, 0, 32 * pair, places, 0, 1, num_parts, steps, last_steps,
+        2, a, 0, stride, w, 0, 32 * pair, places, 0, 1, num_parts, steps, last_steps,
         init, 0, 0, out, 0, 32,
     )  # fmt: skip
 
@@ -104,9 +107,9 @@ def run_parts(a, stride, w, places, steps, last_steps, pair, init, out):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_parts_of_a_panel_may_lie_anywhere(dtype):
     _, _, flat, panel, steps, pair = operands(dtype, 32)
-    zero, whole, parts = (np.zeros(32 * n, np.float32) for n in (1, 3, 3))
+    zero, whole, parts = (np.zeros(32 * n, np.float32) for n in (1, 2, 2))
     used = steps - 3  # the last part is shorter
-    run32(3, flat, 96, panel, used, pair, zero, 0, whole)
+    run32(2, flat, 96, panel, used, pair, zero, 0, whole)
     part = steps // 6 * 32 * pair
     order = [4, 0, 5, 2, 1, 3]
     scattered = np.empty_like(panel)
@@ -122,21 +125,24 @@ FOREIGN = """
 import numpy as np, torch
 from mellmpi.engine.kernels.tile import HAS_BF16_DOT, MOST_ROWS
 from tests.engine.kernels.test_tile import operands, run32
-assert not HAS_BF16_DOT and MOST_ROWS[2] == 3
+assert not HAS_BF16_DOT and MOST_ROWS[2] == 2
 for dtype in (torch.float32, torch.bfloat16):
     a, w, flat, panel, steps, pair = operands(dtype, 32)
-    outs = [np.zeros((16, 32), np.float32) for _ in range(4)]
-    for rows in (1, 2, 3):
+    outs = [np.zeros((16, 32), np.float32) for _ in range(3)]
+    for rows in (1, 2):
         run32(rows, flat, 96, panel, steps, pair, np.zeros(32, np.float32), 0, outs[rows].ravel())
         assert np.array_equal(outs[rows][:rows - 1], outs[rows - 1][:rows - 1])
     expected = a.double() @ w.double().T
-    assert np.abs(outs[3][:3] - expected[:3].numpy()).max() < 2e-5
+    assert np.abs(outs[2][:2] - expected[:2].numpy()).max() < 2e-5
 """
 
 
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="it is an x86 that is imitated")
 def test_a_cpu_without_avx512_computes_the_same_products():
     """As numba compiles for such a CPU; on any x86 that has AVX2."""
     environment = os.environ | {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+fma"}
     command = [sys.executable, "-c", FOREIGN]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=120
+    )
     assert done.returncode == 0, done.stderr
