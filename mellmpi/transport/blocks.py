@@ -39,8 +39,12 @@ class Channel(Protocol):
 class Lane(Protocol):
     """Where the bytes of a block are while they travel."""
 
-    block_bytes: int
-    send_window: int | None  # blocks of one transfer posted and not yet sent; None: no limit
+    @property
+    def block_bytes(self) -> int: ...
+    @property
+    def send_window(self) -> int | None:
+        """Blocks of one transfer that may be posted and not yet sent; None: all of them."""
+        ...
 
     def outgoing(self, block_id: int) -> int:
         """The address to send this block from."""

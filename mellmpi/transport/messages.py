@@ -91,7 +91,7 @@ class Mailbox:
                     data, _ = queue.popleft()
                     if len(data) == 1:
                         raise Dismissed(data[0])
-                    came.append((src, decode(data)))
+                    came.append((src, decode(bytes(data))))
             except LinkError:
                 queue.clear()  # cut off in the middle of a message: nothing more will come
             if not queue:

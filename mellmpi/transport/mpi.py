@@ -1,5 +1,6 @@
 """Workers as MPI ranks. The only module that imports MPI, and the only one that knows ranks."""
 
+import atexit
 import contextlib
 import ctypes
 import os
@@ -49,15 +50,15 @@ class MpiChannel:
         self._status = MPI.Status()
         self._tags = (comm.Get_attr(MPI.TAG_UB) or 32767) + 1
 
-    def send(self, address: int, num_bytes: int, dst: int, tag: int) -> MPI.Request:
+    def send(self, address: int, num_bytes: int, dst: int, tag: int) -> Any:
         buffer = MPI.buffer.fromaddress(address, num_bytes)
         return self._try(self._comm.Isend, buffer, rank_of(dst), tag % self._tags)
 
-    def receive(self, address: int, num_bytes: int, src: int, tag: int) -> MPI.Request:
+    def receive(self, address: int, num_bytes: int, src: int, tag: int) -> Any:
         buffer = MPI.buffer.fromaddress(address, num_bytes)
         return self._try(self._comm.Irecv, buffer, rank_of(src), tag % self._tags)
 
-    def send_bytes(self, data: bytes, dst: int) -> MPI.Request:
+    def send_bytes(self, data: bytes, dst: int) -> Any:
         return self._try(self._comm.Isend, data, rank_of(dst), 0)
 
     def take(self) -> tuple[int, bytearray, MPI.Request] | None:
@@ -68,7 +69,7 @@ class MpiChannel:
         src, data = worker_of(self._status.source), bytearray(self._status.Get_count(MPI.BYTE))
         return src, data, self._try(message.Irecv, data)
 
-    def discard(self, src: int, tag: int) -> MPI.Request | None:
+    def discard(self, src: int, tag: int) -> Any:
         arguments = rank_of(src), tag % self._tags, self._status
         if (message := self._try(self._comm.Improbe, *arguments)) is None:
             return None
@@ -120,6 +121,8 @@ class Job:
         names = self.gather(MPI.Get_processor_name().encode().ljust(MPI.MAX_PROCESSOR_NAME))
         self.hosts = [name.decode().strip() for name in names]  # of every rank
         self._transport: Endpoint | None = None
+        if self.size == 1:
+            atexit.register(self.finish)  # nobody to hang with, and mpirun insists on it
 
     @property
     def neighbours(self) -> list[int]:
@@ -164,6 +167,8 @@ class Job:
 
     def finish(self) -> None:
         """All is done: shut MPI down, together. The process can then end as it likes."""
+        if MPI.Is_finalized():
+            return
         if self._transport:
             self._transport.close()
             if not self._transport.lost:
@@ -174,11 +179,13 @@ class Job:
 
     def _meet(self, transport: Endpoint) -> None:
         """Sleep until all ranks are here: inside MPI_Finalize they would spin."""
+        pause_s = 0.001
         try:
             request = self._comm.Ibarrier()
             while not transport.lost and not request.Test():
                 transport.poll()
-                time.sleep(0.002)
+                time.sleep(pause_s)
+                pause_s = min(LOCAL_POLL_S, 2 * pause_s)
         except MPI.Exception:
             transport.poll()
 
@@ -212,7 +219,7 @@ class Job:
         if MPI.get_vendor()[0] != "Open MPI":
             return False
         address = self._comm.Get_attr(OPEN_MPI_FT)
-        return bool(address) and ctypes.c_int.from_address(address).value != 0
+        return isinstance(address, int) and ctypes.c_int.from_address(address).value != 0
 
     def gather(self, data: bytes) -> list[bytes]:
         """Every rank's data, by rank; the same length on all."""

@@ -4,6 +4,8 @@ Through the harness: `python -m tests.mpi.conformance DIRECTORY`, on 4 ranks.
 By hand: `mpirun -n 4 python -m pytest --with-mpi tests/mpi/conformance.py`.
 """
 
+import atexit
+
 import pytest
 
 from mellmpi.transport.base import Transfer, Transport
@@ -14,7 +16,9 @@ from tests.transport.conformance import SCENARIOS, HostArena, Post
 
 @pytest.fixture(scope="module")
 def post():
-    return Post(Job().connect(idle_poll_s=0.005))
+    job = Job()
+    atexit.register(job.finish)  # pytest-mpi still talks at the end
+    return Post(job.connect(idle_poll_s=0.005))
 
 
 @pytest.mark.mpi(min_size=4)

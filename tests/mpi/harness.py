@@ -20,16 +20,15 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).parents[2]
-ANY_PATH = [
-    *("--allow-run-as-root", "--with-ft", "ulfm"),
-    *("--mca", "pml", "ob1"),
-    *("--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"),
-]
-# Ways for bytes between two ranks of this machine.
-LOCAL = ("--mca", "btl", "sm,self,tcp")
-TCP = ("--mca", "btl", "tcp,self")  # as between hosts
-COPIED_TWICE = ("--mca", "btl", "sm,self", "--mca", "btl_sm_single_copy_mechanism", "none")
-FLAGS = [*ANY_PATH, *LOCAL]
+_ANY = ["--allow-run-as-root", "--mca", "pml", "ob1", "--map-by", ":OVERSUBSCRIBE"]
+_ANY += ["--bind-to", "none"]
+_ULFM = ["--with-ft", "ulfm"]
+_LOCAL = ["--mca", "btl", "sm,self,tcp"]
+FLAGS = [*_ANY, *_ULFM, *_LOCAL]
+WITHOUT_ULFM = [*_ANY, *_LOCAL]
+OVER_TCP = [*_ANY, *_ULFM, "--mca", "btl", "tcp,self"]  # as between hosts
+WITHOUT_CMA = [*_ANY, *_ULFM, "--mca", "btl", "sm,self"]  # as in a container without ptrace
+WITHOUT_CMA += ["--mca", "btl_sm_single_copy_mechanism", "none"]
 
 
 @dataclass(frozen=True)
@@ -56,10 +55,10 @@ def run_job(
     *args: str,
     directory: Path,
     limit_s: float = 60,
-    path: Sequence[str] = LOCAL,
+    flags: Sequence[str] = FLAGS,
 ) -> Outcome:
-    """Run `python -m module DIRECTORY args…` on `num_ranks` ranks under ULFM, over this path."""
-    command = [mpirun(), *ANY_PATH, *path, "-n", str(num_ranks), sys.executable, "-m", module]
+    """Run `python -m module DIRECTORY args…` on `num_ranks` ranks, with these flags of mpirun."""
+    command = [mpirun(), *flags, "-n", str(num_ranks), sys.executable, "-m", module]
     started_s = time.monotonic()
     with open(directory / "output", "w+") as output:
         job = subprocess.Popen(

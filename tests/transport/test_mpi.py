@@ -5,10 +5,10 @@ from tests.mpi.harness import run_job
 from tests.transport.conformance import SCENARIOS
 
 
-@pytest.fixture(scope="module", params=["LOCAL", "TCP", "COPIED_TWICE"])
+@pytest.fixture(scope="module", params=["FLAGS", "OVER_TCP", "WITHOUT_CMA"])
 def conformance(request, tmp_path_factory):
-    directory, path = tmp_path_factory.mktemp("conformance"), getattr(harness, request.param)
-    return run_job(4, "tests.mpi.conformance", directory=directory, path=path)
+    directory, flags = tmp_path_factory.mktemp("conformance"), getattr(harness, request.param)
+    return run_job(4, "tests.mpi.conformance", directory=directory, flags=flags)
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda s: s.__name__)
@@ -23,10 +23,10 @@ def test_the_job_ends_by_itself_though_transfers_were_left_open(conformance):
     assert [verdict["ended"] for verdict in conformance.verdicts] == [[True, True]] * 4
 
 
-@pytest.fixture(scope="module", params=["LOCAL", "TCP"])
+@pytest.fixture(scope="module", params=["FLAGS", "OVER_TCP"])
 def loss(request, tmp_path_factory):
-    directory, path = tmp_path_factory.mktemp("loss"), getattr(harness, request.param)
-    return run_job(5, "tests.mpi.lost_worker", directory=directory, path=path)
+    directory, flags = tmp_path_factory.mktemp("loss"), getattr(harness, request.param)
+    return run_job(5, "tests.mpi.lost_worker", directory=directory, flags=flags)
 
 
 def survivors(outcome):
@@ -70,10 +70,22 @@ def test_ranks_share_rank_0s_settings_and_refuse_a_mixed_installation(start):
         assert verdict["refusal"].startswith("ranks [2] (on ")
 
 
+def test_one_rank_alone_needs_no_finish(tmp_path):
+    flags = harness.WITHOUT_ULFM  # under ULFM mpirun would not mind
+    outcome = run_job(1, "tests.mpi.starting", "alone", directory=tmp_path, flags=flags)
+    assert outcome.returncode == 0 and outcome.verdicts == [{"size": 1}], outcome.output
+
+
 def test_an_abort_ends_every_rank_with_its_exit_code(start):
     outcome = start("abort")
     assert outcome.returncode == 7, outcome.output
     assert outcome.verdicts == [None] * 4
+
+
+def test_without_ulfm_too_an_abort_ends_every_rank_with_its_exit_code(tmp_path):
+    flags = harness.WITHOUT_ULFM
+    outcome = run_job(4, "tests.mpi.starting", "abort", directory=tmp_path, flags=flags)
+    assert outcome.returncode == 7 and outcome.verdicts == [None] * 4, outcome.output
 
 
 def test_a_vanished_worker_is_lost_and_the_others_finish_well(start):
