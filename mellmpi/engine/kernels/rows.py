@@ -16,7 +16,8 @@ from mellmpi.engine.kernels.vectors import (
     load,
     pair_of,
     store,
-    store_halves,
+    store_odd,
+    store_pairs,
     store_words,
     total,
 )
@@ -77,7 +78,8 @@ def place(first, last, qkv, qkv_stride, rotary, norms, norms_at, chunks, heads, 
         position, chunk, source = np.int64(chunks.positions[row]), chunks.row_chunks[row], 0
         block, slot = divmod(position, heads.block_size)
         block_at = np.int64(chunks.tables[chunk, block]) * heads.block_stride + layer_at
-        is_last = position + 1 == chunks.context_lens[chunk]
+        begins = row == chunks.cu_chunks[chunk]
+        follows = row + 1 < chunks.cu_chunks[chunk + 1]
         for head in range(heads.heads):
             source = row * qkv_stride + head * head_dim
             turn(qkv, source, rotary, position, norms, norms_at, heads, turned)
@@ -91,7 +93,7 @@ def place(first, last, qkv, qkv_stride, rotary, norms, norms_at, chunks, heads, 
             write_key(turned, kv, at, slot, heads.block_size, head_dim)
             at += heads.kv_heads * heads.block_size * head_dim
             value = source + heads.kv_heads * head_dim
-            write_value(qkv, value, kv, at, slot, head_dim, is_last)
+            write_value(qkv, value, qkv_stride, kv, at, slot, head_dim, begins, follows)
 
 
 @njit(**KERNEL)
@@ -130,14 +132,24 @@ def write_key(key, kv, at, slot, block_size, head_dim):
 
 
 @njit(**KERNEL)
-def write_value(x, x_at, kv, at, slot, head_dim, is_last):
+def write_value(x, x_at, x_stride, kv, at, slot, head_dim, begins, follows):
     """kv[at :] is [block_size / pair][head_dim][pair]: a vector of dimensions for each position.
 
-    The slot after the last one shares words with it and is multiplied by 0: it must be finite.
+    In bfloat16 two positions share words. Whoever has the even one writes both, the odd one's
+    from the next row, so that no two threads write a word; or zeros where no row `follows` in the
+    chunk: what is in the slot is multiplied by 0, and must be finite. Only an odd one that
+    `begins` a chunk goes in beside what an earlier step wrote.
     """
     pair = pair_of(kv)
     at += slot // pair * head_dim * pair
     for d in range(0, head_dim, LANES):
-        if is_last and pair == 2 and slot % 2 == 0:
-            store_halves(kv, at + d * pair, 1, fill(np.float32(0)))
-        store_halves(kv, at + d * pair, slot % pair, load(x, x_at + d))
+        value = load(x, x_at + d)
+        if pair == 1:
+            store(kv, at + d, value)
+        elif slot % 2 == 0:
+            odd = fill(np.float32(0))
+            if follows:
+                odd = load(x, x_at + x_stride + d)
+            store_pairs(kv, at + d * pair, value, odd)
+        elif begins:
+            store_odd(kv, at + d * pair, value)

@@ -185,23 +185,38 @@ def store_words(typing, array, at, stride, lanes):
 
 
 @intrinsic
-def store_halves(typing, array, at, half, lanes):
-    """The lanes in one half each of 16 words in a row from `at`; all of the word in float32."""
+def store_pairs(typing, array, at, even, odd):
+    """16 words from array[at] on, of one lane of each; for bfloat16 only."""
 
     def emit(context, b, sig, args):
-        pointer = element_pointer(context, b, sig.args[0], *args[:2])
-        value = args[3]
-        if holds_bfloat16(array):
-            shift = splat(b, b.trunc(b.mul(args[2], i64(16)), I32))
-            kept = b.and_(read(b, pointer, I32X16), b.lshr(lanes_of(-65536, I32X16), shift))
-            value = b.or_(kept, b.shl(b.zext(rounded(b, value), I32X16), shift))
-        write(b, value, pointer)
+        if not holds_bfloat16(array):
+            return context.get_dummy_value()
+        halves = [b.zext(rounded(b, lanes), I32X16) for lanes in args[2:]]
+        words = b.or_(halves[0], b.shl(halves[1], lanes_of(16, I32X16)))
+        write(b, words, element_pointer(context, b, sig.args[0], *args[:2]))
         return context.get_dummy_value()
 
-    return types.void(array, types.int64, types.int64, float32x16), emit
+    return types.void(array, types.int64, float32x16, float32x16), emit
+
+
+@intrinsic
+def store_odd(typing, array, at, odd):
+    """The odd halves alone of 16 words from array[at] on; for bfloat16 only. Not atomic."""
+
+    def emit(context, b, sig, args):
+        if not holds_bfloat16(array):
+            return context.get_dummy_value()
+        pointer = element_pointer(context, b, sig.args[0], *args[:2])
+        even = b.and_(read(b, pointer, I32X16), lanes_of(0xFFFF, I32X16))
+        odd = b.shl(b.zext(rounded(b, args[2]), I32X16), lanes_of(16, I32X16))
+        write(b, b.or_(even, odd), pointer)
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, float32x16), emit
 
 
 def prefetch_line(b: Builder, pointer: Emitted) -> None:
+    """Ask for a cache line in the second-level cache; any address is safe."""
     fetch = external(b, "llvm.prefetch.p0", ir.VoidType(), BYTES, I32, I32, I32)
     b.call(fetch, [pointer, *(ir.Constant(I32, flag) for flag in (0, 2, 1))])  # read, L2, data
 
