@@ -14,8 +14,6 @@ LEAST_GATE = np.float32(-87)  # where SiLU is as good as 0 and exp(-gate) still 
 LOG2E = np.float32(1.4426950408889634)
 # Elements to prefetch ahead: fewer than FEW rows wait for memory, more compute.
 NEAR, FAR, FEW = 2048, 8192, 5
-
-
 KEEP, ADD, GATE_UP = 0, 1, 2  # what becomes of a tile
 
 

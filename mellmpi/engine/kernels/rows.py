@@ -1,6 +1,6 @@
 """What happens to one row at a time: embedding, RMSNorm, rotary embedding, the write into the KV.
 
-Functions that take `first, last` do rows first … last - 1 (see `team.share`).
+Functions that take `first, last` do rows first … last - 1 (see `team.shares`).
 """
 
 import numpy as np
