@@ -562,3 +562,12 @@ def test_a_worker_kept_from_draining_takes_the_head_of_the_queue_at_once(stage):
     stage.tick(Drain(1))
     stage.place = lambda view, row: 1 if view.active()[1] else None
     assert assigned(stage.tell(FRONT, Submit(request(8)))) == [8]
+
+
+def test_only_an_active_or_draining_worker_is_parked(stage):
+    stage.tick(ParkWorker(3))
+    assert stage.tick(ParkWorker(3)) == []
+    stage.tell(3, Parked(acked=1))
+    assert stage.tick(ParkWorker(3)) == []
+    stage.tick(WakeWorker(3))
+    assert stage.tick(ParkWorker(3)) == []
