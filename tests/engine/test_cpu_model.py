@@ -12,6 +12,7 @@ from mellmpi.engine import weights
 from mellmpi.engine.architecture import Architecture
 from mellmpi.engine.cpu_model import CpuModel, unsupported
 from mellmpi.engine.kv_cache import KvArena, KvGeometry
+from mellmpi.engine.model import TorchModel
 from mellmpi.engine.packing import PackedBatch
 from mellmpi.engine.parameters import parameter_shapes
 
@@ -157,6 +158,18 @@ def test_positions_far_out_do_not_depend_on_how_the_table_of_angles_grew(dtype):
     grown = Served(model, num_blocks=140).alone(prompt(2100), [900, 1100])
     fresh = CpuModel(PLAIN, random_weights(PLAIN, dtype), dtype, num_threads=1)
     assert same(grown, Served(fresh, num_blocks=140).alone(prompt(2100), []))
+
+
+# --- the right ones ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_logits_are_those_of_plain_torch(arch):
+    kernels = CpuModel(arch, random_weights(arch, torch.float32), torch.float32, num_threads=1)
+    plain = TorchModel(arch, random_weights(arch, torch.float32), torch.float32, "cpu")
+    for edges in ([], [1, 30, 31]):
+        ours, theirs = (Served(model).alone(prompt(70), edges)[0] for model in (kernels, plain))
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
 # --- weights and limits --------------------------------------------------------------------------
