@@ -18,6 +18,7 @@ run_ranks 3 python -m mellmpi run-batch \
   --report mellmpi-out/report.json \
   --timeline mellmpi-out/timeline.png \
   --kv-cache-memory-bytes 64M \
+  --request-rate 3 \
   --show 3 </dev/null
 
 cat <<'NEXT'

@@ -33,9 +33,9 @@ def batch(tmp_path, num_ranks, name, *args, limit_s=120):
 def undisturbed(tmp_path_factory):
     """Requests, and their answers on one worker that moves nothing."""
     tmp_path = tmp_path_factory.mktemp("undisturbed")
-    write_requests(tmp_path / "in.jsonl", 64)
+    write_requests(tmp_path / "in.jsonl", 96, longest=240)
     found, report = batch(tmp_path, 2, "alone", "--migrate", "never")
-    assert len(found) == 64 and report["migrations"]["transfer"] == 0
+    assert len(found) == 96 and report["migrations"]["transfer"] == 0
     return tmp_path / "in.jsonl", found
 
 
@@ -75,7 +75,7 @@ def test_the_report_has_every_figure(undisturbed, tmp_path):
     found, report = batch(tmp_path, 3, "run", "--timeline", str(picture), "--request-rate", "60")
     assert found == expected
     assert report.keys() >= REPORT_KEYS
-    assert report["completed"] == 64 and report["failed"] == 0
+    assert report["completed"] == 96 and report["failed"] == 0
     assert report["output_tokens"] == sum(map(len, expected.values()))
     assert picture.read_bytes().startswith(b"\x89PNG")
 
