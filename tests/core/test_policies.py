@@ -115,6 +115,7 @@ def test_frugal_keeps_half_an_answer_a_request_where_no_worker_can_come():
     assert place("frugal", view([8], [9], answer_tokens=80.0)) is not None
     assert place("frugal", view([11], [11], answer_tokens=80.0)) is None
     assert place("frugal", view([11], [11], [], answer_tokens=80.0, states={3: PARKED})) == 1
+    assert place("frugal", view([11], [11], [], answer_tokens=80.0, states={3: LOST})) is None
 
 
 def test_frugal_uses_an_empty_worker_however_little_room_to_grow_it_has():
@@ -146,6 +147,12 @@ def test_frugal_parks_nothing_that_a_crowded_worker_may_need():
     assert rebalance(view([16, 2], [], growth=5.0)) == [ParkWorker(2)]
 
 
+def test_the_rate_of_a_worker_that_is_parked_now_keeps_nobody_from_parking():
+    v = view([5], [], [], states={3: PARKED})
+    v.growth_Bps[3] = 50.0
+    assert rebalance(v) == [ParkWorker(2)]
+
+
 # --- moves ---------------------------------------------------------------------------------------
 
 
@@ -163,7 +170,16 @@ def test_frugal_moves_the_largest_when_none_is_enough():
 
 
 def test_a_request_alone_on_its_worker_is_left_there():
-    assert rebalance(view([19], [10], growth=50.0)) == []
+    v = view([17], [2])
+    v.growth_Bps[1] = 50.0
+    assert rebalance(v) == []
+
+
+def test_a_worker_full_of_what_has_yet_to_arrive_is_left_alone():
+    v = view([], [5])
+    v.workers.order(1, 190)
+    v.workers.num_requests[1], v.growth_Bps[1] = 2, 50.0
+    assert rebalance(v) == []
 
 
 def test_frugal_does_not_relieve_twice():
@@ -231,6 +247,19 @@ def test_frugal_drains_one_worker_at_a_time_and_none_while_something_waits_or_mo
     v = view([10], [2])
     v.requests.movable[0] = False
     assert rebalance(v) == []
+
+
+def test_while_a_worker_cannot_be_emptied_further_no_other_is():
+    assert rebalance(view([10], [2], [19], states={3: DRAINING})) == []
+
+
+def test_an_empty_worker_that_is_not_ripe_for_parking_does_not_keep_others_from_being_emptied():
+    assert rebalance(view([10], [2], [], now=0.0)) == [Drain(2), Move(2, 1, "drain")]
+
+
+def test_as_many_seats_as_are_left_are_used():
+    moves = [Move(7, 1, "drain"), Move(8, 1, "drain")]
+    assert rebalance(view([2] * 6, [1, 1])) == [Drain(2), *moves]
 
 
 def test_a_worker_being_emptied_gives_away_what_fits_and_does_not_move():

@@ -89,13 +89,10 @@ def _rows_on(view: View, worker: int) -> np.ndarray:
 def _relieve(view: View) -> list[Proposal]:
     """For each worker that is about to overflow, the smallest request that cures it."""
     lack = growth_room(view, RELIEVE * view.horizon_s) - view.workers.budget
-    short = np.flatnonzero((lack > 0) & (view.workers.num_requests > 1))
-    if not len(short):
-        return []
+    short = (lack > 0) & (view.workers.num_requests > 1)
     proposals: list[Proposal] = []
-    room = Room(view, view.horizon_s)
-    room.spare[short] = -1
-    for worker in short:
+    room = Room(view, view.horizon_s)  # nothing on those that are short: they lack even half of it
+    for worker in np.flatnonzero(short):
         rows = _rows_on(view, int(worker))
         if not len(rows) or not view.requests.movable[rows].all():
             continue  # what is here has yet to arrive, or help is on its way
@@ -137,9 +134,8 @@ def _drain(view: View) -> list[Proposal]:
         return []
     busy = view.active() & (workers.num_requests > 0)
     victim = int(np.argmin(np.where(busy, workers.capacity - workers.budget, FULL)))
-    placed = requests.live & (requests.worker > 0)
     rows = _rows_on(view, victim)
-    if not len(rows) or not requests.movable[placed].all():
+    if not len(rows) or not requests.movable[requests.live].all():
         return []  # nothing to drain, or something is still moving
     growth = int(view.growth_Bps[victim] / len(rows) * DRAIN * view.horizon_s)  # of one request
     room = Room(view, DRAIN * view.horizon_s)
@@ -155,6 +151,5 @@ def _drain(view: View) -> list[Proposal]:
 
 def _park(view: View) -> list[Proposal]:
     """The empty workers, unless one of the others may soon need them."""
-    busy = view.active() & (view.workers.num_requests > 0)
     lack = growth_room(view, view.horizon_s) > view.workers.budget
-    return [] if (busy & lack).any() else idle_workers(view)
+    return [] if (lack & (view.workers.num_requests > 0)).any() else idle_workers(view)
