@@ -35,6 +35,6 @@ def idle_workers(view: View) -> list[Proposal]:
     empty = active & (workers.num_requests == 0)
     ripe = empty & (view.now - workers.empty_since_s >= view.park_after_s)
     spare = int(active.sum()) - 1
-    if view.waiting_bytes or spare <= 0:
+    if view.waiting_bytes:
         return []
     return [ParkWorker(int(w)) for w in np.flatnonzero(ripe)[::-1][:spare]]
