@@ -14,6 +14,7 @@ from mellmpi.transport.doorbell import Doorbell
 from mellmpi.transport.messages import ByteChannel, Dismissed, Mailbox
 
 FIRST_SLEEP_S = 100e-6  # where nobody rings: sleeps double from here on
+MOVING_SPIN_S = 200e-6  # without a block done, then sleep all the same
 BUSY_POLL_S = 0.001  # longest sleep while something is under way that may need our progress
 FLUSH_S = 5.0  # a closing transport waits that long for its messages to leave
 SUSPICION_S = 10.0  # an error that no lost worker explains by then is a bug, and is raised
@@ -123,7 +124,7 @@ class Endpoint:
     def wait(self, timeout_s: float) -> None:
         now = time.perf_counter()
         deadline_s = now + timeout_s
-        spin_until_s = now + (self._wakes.spin_s if self._active else 0.0)
+        spin_until_s = now + self._spin_s()
         sleep_s = FIRST_SLEEP_S
         while not self._look() and not self.progress():
             if (now := time.perf_counter()) >= deadline_s:
@@ -135,6 +136,14 @@ class Endpoint:
             if self._bell.sleep(min(deadline_s - now, self._limit_s(sleep_s))):
                 return
             sleep_s *= 2
+
+    def _spin_s(self) -> float:
+        """How long to look before sleeping: not at all, unless something is going on."""
+        if not self._active:
+            return 0.0
+        # Blocks that move are worth it on any machine: they are soon there, and a sleeper under
+        # load comes back late. It yields to whoever wants the core.
+        return MOVING_SPIN_S if self._mover.busy else self._wakes.spin_s
 
     def _limit_s(self, sleep_s: float) -> float:
         """How much of a growing sleep is allowed now."""

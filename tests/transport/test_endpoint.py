@@ -49,6 +49,18 @@ def test_a_wait_stays_short_while_blocks_are_under_way():
     blocks.lost.add(2)
 
 
+def test_a_wait_looks_on_for_a_while_when_blocks_move_though_ranks_share_cores(monkeypatch):
+    monkeypatch.setattr("mellmpi.transport.endpoint.MOVING_SPIN_S", 0.05)
+    busy, control, _ = endpoint(spin_s=0.0)
+    busy.attach(HostArena(1))
+    busy.receive_blocks(2, 1, [0])
+    busy.wait(60.0)
+    looks = control.num_looks
+    assert looks > 3 * 2
+    busy.wait(60.0)  # nothing has moved since
+    assert control.num_looks == looks + 2
+
+
 def test_a_wait_stays_short_while_a_message_has_not_left():
     bell = FakeBell()
     busy, control, _ = endpoint(bell)
