@@ -2,6 +2,7 @@
 
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from mellmpi.protocol import FINGERPRINT, WorkerLost
@@ -43,10 +44,18 @@ def listen(job: Job) -> Any:
             leave_verdict(job.rank, {"lost": message.worker})
             if message.worker == 0:
                 job.vanish(9)
+            until_all_have_heard(job.size - 1, stop_s)
             job.finish()
             return {"lost": message.worker, "finished": True}
         transport.wait(1.0)
     raise AssertionError("nobody was lost")
+
+
+def until_all_have_heard(num_living: int, stop_s: float) -> None:
+    """Who leaves at once is the next one to be lost, and perhaps the first that others hear of."""
+    while len(list(Path(sys.argv[1]).glob("*.json"))) < num_living:
+        assert time.monotonic() < stop_s, "somebody has not heard of the loss"
+        time.sleep(0.005)
 
 
 def main() -> None:
