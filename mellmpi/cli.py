@@ -96,6 +96,8 @@ SERVING = (
     Flag("migrate", str, "never; auto (default): as the policy decides; stress: at random, for "
          "tests", choices=MIGRATE),
     Flag("rebalance-every-s", float, "the policy looks at the whole cluster (default: 0.1)", "S"),
+    Flag("thrift", float, "of frugal: 0 moves the fewest bytes, 1 uses the fewest workers "
+         "(default: 0.5)", "X"),
     Flag("park-after-s", float, "a worker empty for so long may be parked (default: 1)", "S"),
     Flag("threads", int, "compute threads a worker (default: cores / workers of the host)", "N"),
     Flag("device", str, "auto (default), cpu or cuda", choices=("auto", "cpu", "cuda")),

@@ -81,8 +81,10 @@ class ClusterConfig:
     rebalance_every_s: float = 0.1  # at most so often the policy looks at the whole cluster
     horizon_s: float = 2.0  # placement keeps room for so many seconds of growth
     park_after_s: float = 1.0  # a worker empty for so long may be parked
+    thrift: float = 0.5  # of `frugal`: 0 moves the fewest bytes, 1 uses the fewest workers
 
     def __post_init__(self) -> None:
+        _check(0 <= self.thrift <= 1, f"--thrift must be in [0, 1], not {self.thrift}")
         _check(self.migrate in MIGRATE, f"--migrate must be one of {', '.join(MIGRATE)}")
 
 

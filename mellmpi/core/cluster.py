@@ -100,7 +100,9 @@ class ClusterScheduler:
         if (why := self.fleet.refusal(request, longest)) is not None:
             self.fleet.out.append((FRONT, Rejected(request.id, why)))
             return
-        row = self.fleet.view.requests.add(request, now, self.fleet.models[request.model])
+        model = self.fleet.ledger.models.index(request.model)
+        kv = self.fleet.models[request.model]
+        row = self.fleet.view.requests.add(request, now, kv, model)
         record = Record(request, now, row)
         self.records[request.id] = record
         self.queue.append(record, self._kv_bytes(record))
@@ -154,7 +156,7 @@ class ClusterScheduler:
                     aligned(logprobs, len(run), len(new)), reason)  # fmt: skip
         self.fleet.out.append((FRONT, emit))
         if reason:
-            self.fleet.finished(len(outputs))
+            self.fleet.finished(len(record.request.prompt), len(outputs))
             self._forget(record, "finished")
 
     # --- placement ------------------------------------------------------------------------------
@@ -226,7 +228,7 @@ class ClusterScheduler:
         if record.settled:
             if record.transfer_failed:
                 return "recompute"
-            return move.mode or cheaper_mode(record.num_tokens, num_bytes, self.fleet.cost)
+            return move.mode or cheaper_mode(record.num_tokens, num_bytes, self.fleet.view.cost)
         # Computing it once more before it has got anywhere could go on for ever.
         return None if record.transfer_failed else "transfer"
 

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 
 from mellmpi.config import ClusterConfig
-from mellmpi.core.cost import CostModel
 from mellmpi.core.ledger import Ledger, WorkerState
 from mellmpi.core.requests import Record
 from mellmpi.core.view import RequestColumns, View, kv_need
@@ -33,7 +32,6 @@ class Fleet:
 
     def __init__(self, num_workers: int, config: ClusterConfig):
         self.ledger = Ledger(num_workers)
-        self.cost = CostModel()
         self.models: dict[str, ModelKv] = {}
         self.out: Commands = []
         self._epochs = count(1)
@@ -44,7 +42,7 @@ class Fleet:
             now=0.0, workers=self.ledger, requests=RequestColumns(), waiting_bytes=0,
             growth_Bps=np.zeros(num_workers + 1), token_rate=0.0,
             answer_tokens=ANSWER_TOKENS, horizon_s=config.horizon_s,
-            park_after_s=config.park_after_s, seed=config.seed, tick=0,
+            park_after_s=config.park_after_s, seed=config.seed, tick=0, thrift=config.thrift,
         )  # fmt: skip
 
     def take(self) -> Commands:
@@ -173,15 +171,16 @@ class Fleet:
 
     # --- rates ----------------------------------------------------------------------------------
 
-    def finished(self, num_outputs: int) -> None:
+    def finished(self, num_prompt: int, num_outputs: int) -> None:
         """A request has ended after so many tokens: what is to come may be like it."""
+        self.view.lengths.add(num_prompt, num_outputs)
         self.view.answer_tokens += LENGTH_BLEND * (num_outputs - self.view.answer_tokens)
 
     def report(self, worker: int, event: StepReport) -> None:
         if self.ledger.state[worker] in (WorkerState.PARKED, WorkerState.WAKING):
             return  # of what it did before it parked: there is no arena any more
         self.ledger.report(worker, event.acked, event.free_bytes)
-        self.cost = self.cost.after_steps(event)
+        self.view.cost = self.view.cost.after_steps(event)
         self._decoded[worker] += event.decode_tokens
 
     def tick(self, now: float) -> None:

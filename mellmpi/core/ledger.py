@@ -38,7 +38,10 @@ class Ledger:
         self.empty_since_s = np.zeros(rows, np.float64)  # valid while num_requests == 0
         self.block_bytes = np.zeros(rows, np.int64)  # of the largest block of its models
         self.token_bytes = np.zeros(rows, np.float64)  # KV of one position, the largest likewise
-        self._able: dict[str, np.ndarray] = {}  # by model
+        self.activated = np.zeros(rows, np.int64)  # the higher, the later it got its first request
+        self.models: list[str] = []  # all that any worker has said it runs
+        self.runs = np.zeros((0, rows), bool)  # [model, worker]: has said that it runs it
+        self._able: dict[str, np.ndarray] = {}  # by model: the rows of `runs`
         self._hosting: dict[str, np.ndarray] = {}  # by model; forgotten when a state changes
         self._nobody = np.zeros(rows, bool)
         self._sent = [0] * rows  # commands
@@ -87,12 +90,19 @@ class Ledger:
               max_requests: int, acked: int) -> None:  # fmt: skip
         """A worker has loaded its models and holds no request."""
         for m in models:
-            self._able.setdefault(m.model, np.zeros_like(self._nobody))[worker] = True
+            self._know(m.model)
+            self._able[m.model][worker] = True
         self.block_bytes[worker] = max(m.block_bytes for m in models)
         self.token_bytes[worker] = max(m.block_bytes / m.block_size for m in models)
         self.capacity[worker], self.max_requests[worker] = capacity_bytes, max_requests
         self.enter(worker, WorkerState.ACTIVE)
         self.report(worker, acked, capacity_bytes)
+
+    def _know(self, model: str) -> None:
+        if model not in self._able:
+            self.models.append(model)
+            self.runs = np.concatenate([self.runs, self._nobody[None]])
+            self._able = dict(zip(self.models, self.runs, strict=True))
 
     def gone(self, worker: int, state: WorkerState) -> None:
         """It has no arena any more: parked or lost."""
@@ -101,6 +111,8 @@ class Ledger:
         self._unacked[worker].clear()
 
     def add(self, worker: int) -> None:
+        if not self.num_requests[worker]:
+            self.activated[worker] = self.activated.max() + 1
         self.num_requests[worker] += 1
 
     def remove(self, worker: int, now: float) -> None:

@@ -99,7 +99,8 @@ class Ring:
         record.offer = None
         record.move(State.RUNNING, f"received by {offer.dst}")
         self.fleet.own(record, offer.dst, offer.epoch)
-        self.fleet.cost = self.fleet.cost.after_transfer(event.num_bytes, event.transfer_s)
+        view = self.fleet.view
+        view.cost = view.cost.after_transfer(event.num_bytes, event.transfer_s)
         self._ended(record, "transfer", src, offer.dst, "moved", event.num_bytes, event.transfer_s)
 
     def _thaw(self, record: Record) -> None:

@@ -1,11 +1,13 @@
 """What a policy sees, and what it may propose. Numbers only; it can change nothing."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from mellmpi.core.blocks import blocks_for
+from mellmpi.core.cost import CostModel
 from mellmpi.core.ledger import Ledger, WorkerState
+from mellmpi.core.lengths import AnswerLengths
 from mellmpi.protocol import ModelKv, Request
 
 
@@ -49,6 +51,7 @@ class RequestColumns:
     def __init__(self, capacity: int = 64):
         self.request_id = np.zeros(capacity, np.int64)
         self.live = np.zeros(capacity, bool)
+        self.model = np.zeros(capacity, np.int64)  # index in Ledger.models
         self.worker = np.zeros(capacity, np.int64)  # 0: none
         self.movable = np.zeros(capacity, bool)  # owned, and not on the move: RUNNING
         self.num_tokens = np.zeros(capacity, np.int64)  # prompt + output
@@ -56,6 +59,8 @@ class RequestColumns:
         self.max_tokens = np.zeros(capacity, np.int64)  # the client's bound on the output
         self.arrival_s = np.zeros(capacity, np.float64)
         self.placed_s = np.zeros(capacity, np.float64)  # when it came to its worker
+        self.home = np.zeros(capacity, np.int64)  # waits to resume on this worker; 0: on any
+        self.token_bytes = np.zeros(capacity, np.float64)  # KV of one position
         self.block_size = np.ones(capacity, np.int64)
         self.block_bytes = np.zeros(capacity, np.int64)
         self._free = list(range(capacity))[::-1]
@@ -74,9 +79,11 @@ class RequestColumns:
             self._free = list(range(n, 2 * n))[::-1]
         return self._free.pop()
 
-    def add(self, request: Request, now: float, kv: ModelKv) -> int:
-        """A row for a new request; its index."""
+    def add(self, request: Request, now: float, kv: ModelKv, model: int = 0) -> int:
+        """A row for a new request of the `model`-th model of the ledger; its index."""
         row = self.take()
+        self.model[row], self.home[row] = model, 0
+        self.token_bytes[row] = kv.block_bytes / kv.block_size
         self.request_id[row], self.live[row] = request.id, True
         self.num_tokens[row] = self.num_prompt[row] = len(request.prompt)
         self.max_tokens[row] = request.sampling.max_tokens
@@ -115,6 +122,9 @@ class View:
     park_after_s: float  # a worker empty for so long may be parked
     seed: int  # of --migrate stress
     tick: int  # counts rebalancing rounds: with the seed, a policy's only source of randomness
+    thrift: float = 0.5  # 0: move as few bytes as possible; 1: use as few workers as possible
+    lengths: AnswerLengths = field(default_factory=AnswerLengths)  # of those that ended lately
+    cost: CostModel = field(default_factory=CostModel)  # of transfers, recomputing and waking
 
     def active(self) -> np.ndarray:
         """bool [workers + 1]: may take requests."""

@@ -353,10 +353,10 @@ def test_a_move_is_announced_with_its_mode_and_reason(stage):
 
 def test_a_move_says_how_much_came_and_teaches_the_cost_model(stage):
     record = stage.sending()
-    before = stage.scheduler.fleet.cost.link_Bps
+    before = stage.scheduler.fleet.view.cost.link_Bps
     commands = stage.tell(2, received(record, num_bytes=20, transfer_s=0.5))
     assert told(commands, MigrationEnded) == [MigrationEnded(7, "transfer", 1, 2, 20, 0.5, "moved")]
-    assert stage.scheduler.fleet.cost.link_Bps == pytest.approx(0.7 * before + 0.3 * 40)
+    assert stage.scheduler.fleet.view.cost.link_Bps == pytest.approx(0.7 * before + 0.3 * 40)
 
 
 def test_a_recompute_ends_with_the_first_token_of_the_new_owner(stage):
@@ -425,10 +425,10 @@ def test_the_order_to_receive_counts_as_spent_until_it_is_acknowledged(stage):
 
 def test_the_cheaper_mode_is_taken_when_the_policy_has_none(stage):
     stage.running(7)
-    stage.scheduler.fleet.cost = CostModel(prefill_token_s=1.0)
+    stage.scheduler.fleet.view.cost = CostModel(prefill_token_s=1.0)
     assert told(stage.tick(Move(7, 2, "test")), ReceiveKv)
     stage.running(8)
-    stage.scheduler.fleet.cost = CostModel(prefill_token_s=0.0)
+    stage.scheduler.fleet.view.cost = CostModel(prefill_token_s=0.0)
     assert told(stage.tick(Move(8, 2, "test")), Assign)
 
 
@@ -544,9 +544,9 @@ def test_a_report_whose_columns_disagree_is_a_bug(stage):
 
 def test_steps_that_prefilled_teach_the_cost_model(stage):
     stage.running()
-    before = stage.scheduler.fleet.cost.prefill_token_s
+    before = stage.scheduler.fleet.view.cost.prefill_token_s
     stage.tell(1, replace(report(), prefill_tokens=100, step_s=1.0))
-    after = stage.scheduler.fleet.cost.prefill_token_s
+    after = stage.scheduler.fleet.view.cost.prefill_token_s
     assert after == pytest.approx(0.7 * before + 0.3 * 0.01)
 
 
