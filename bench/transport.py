@@ -1,6 +1,6 @@
 """What do messages and migrations cost, against bare MPI and against nothing to do?
 
-    mpirun --map-by :OVERSUBSCRIBE --bind-to none -n 4 python bench/transport.py
+    launch/mpirun.sh -n 4 python bench/transport.py
 
 Worker 1 sends to worker 2; the others sleep, as in a cluster with little to do. Everything is
 timed at the sender, from the first call to the receiver's answer; competitors alternate.
