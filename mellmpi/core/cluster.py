@@ -74,6 +74,7 @@ class ClusterScheduler:
                 self._worker_lost(worker)
             case _:
                 raise TypeError(event)
+        self._resume(source)
         self._place_waiting()
         return self.fleet.take()
 
@@ -89,6 +90,9 @@ class ClusterScheduler:
             self._enact(proposal)
         for worker in self.fleet.ledger.workers(WorkerState.DRAINING):
             self.fleet.park(worker)
+        for worker in self.queue.homes():
+            if self.fleet.ledger.state[worker] != WorkerState.ACTIVE:
+                self._turn_away(worker)
         return self.fleet.take()
 
     # --- a request comes and goes ---------------------------------------------------------------
@@ -120,6 +124,7 @@ class ClusterScheduler:
         self.ring.withdraw(record, outcome)
         self.fleet.leave(record)
         self.queue.remove(record)
+        self.fleet.keep_for(record, 0)
         del self.records[record.request.id]
         self.fleet.view.requests.drop(record.slot)
 
@@ -140,7 +145,7 @@ class ClusterScheduler:
             record = self.records.get(request_id)
             if record is not None and record.epoch == epoch:
                 self.fleet.out.append((OBSERVER, Preempted(request_id, worker)))
-                self._wait_again(record, "preempted")
+                self._wait_again(record, "preempted", self._home(record, worker))
 
     def _tokens(self, record: Record, first: int, run: tuple[int, ...],
                 logprobs: tuple[TokenLogprob, ...]) -> None:  # fmt: skip
@@ -161,24 +166,50 @@ class ClusterScheduler:
 
     # --- placement ------------------------------------------------------------------------------
 
-    def _place_waiting(self) -> None:
-        """Place the queue from its head, until one fits nowhere."""
-        while self.queue:
-            record = self.queue.head()
-            model = record.request.model
-            worker = self.policy.place(self.fleet.view, record.slot, model)
-            if worker is not None:
+    def _resume(self, worker: Address) -> None:
+        """Who was preempted there goes back as soon as it fits; only its own word makes room."""
+        for record in self.queue.returning(worker) if isinstance(worker, int) else ():
+            if self.fleet.can_return(worker, self._kv_bytes(record)):
                 self.queue.remove(record)
                 self._assign(record, worker)
-            elif (why := self.fleet.refusal(record.request, record.num_tokens)) is not None:
-                self.fleet.out.append((FRONT, Rejected(record.request.id, why)))
-                self._forget(record, "refused")
-            elif not self.fleet.undrain():
-                return self.fleet.wake_for(model, self.queue.kv_bytes)
+
+    def _home(self, record: Record, worker: int) -> int:
+        """The worker on which a preempted request has to resume; 0: on any."""
+        ledger = self.fleet.ledger
+        stays = self.policy.resumes_at_home and ledger.state[worker] == WorkerState.ACTIVE
+        return worker if stays and self._kv_bytes(record) <= ledger.capacity[worker] else 0
+
+    def _turn_away(self, worker: int) -> None:
+        """It is nobody's home any more."""
+        for record in self.queue.turn_away(worker):
+            self.fleet.keep_for(record, 0)
+
+    def _place_waiting(self) -> None:
+        """Place the queue in its order; a model whose head fits nowhere is passed over."""
+        full: set[str] = set()
+        while (record := self.queue.head(full)) is not None:
+            if not self._place(record):
+                full.add(record.request.model)
+
+    def _place(self, record: Record) -> bool:
+        """Assign or refuse it, or get a worker back for it; False: it has to wait."""
+        model = record.request.model
+        worker = self.policy.place(self.fleet.view, record.slot, model)
+        if worker is not None:
+            self.queue.remove(record)
+            self._assign(record, worker)
+        elif (why := self.fleet.refusal(record.request, record.num_tokens)) is not None:
+            self.fleet.out.append((FRONT, Rejected(record.request.id, why)))
+            self._forget(record, "refused")
+        elif not self.fleet.undrain(model):
+            self.fleet.wake_for(model, self.queue.lane_bytes(model))
+            return False
+        return True
 
     def _assign(self, record: Record, worker: int) -> None:
         epoch = self.fleet.next_epoch()
         record.move(State.RUNNING, f"assigned to {worker} under {epoch}")
+        self.fleet.keep_for(record, 0)
         self.fleet.ledger.add(worker)
         self.fleet.own(record, worker, epoch)
         order = Assign(record.request, epoch, tuple(record.log.tokens))
@@ -187,12 +218,13 @@ class ClusterScheduler:
     def _kv_bytes(self, record: Record) -> int:
         return kv_need(self.fleet.models[record.request.model], record.num_tokens)
 
-    def _wait_again(self, record: Record, why: str) -> None:
+    def _wait_again(self, record: Record, why: str, home: int = 0) -> None:
         """The owner has lost it, or given it back: first in the queue."""
         self.ring.withdraw(record, why)
         self.fleet.leave(record)
         record.move(State.WAITING, why)
-        self.queue.prepend(record, self._kv_bytes(record))
+        self.queue.prepend(record, self._kv_bytes(record), home)
+        self.fleet.keep_for(record, home)
 
     # --- what the policy wants ------------------------------------------------------------------
 
@@ -252,6 +284,7 @@ class ClusterScheduler:
             return
         self._lost.add(worker)
         self.fleet.lost(worker)
+        self._turn_away(worker)
         # Last first, each to the head of the queue: they wait in the order they came in.
         for record in reversed(list(self.records.values())):
             if record.worker == worker:

@@ -78,6 +78,24 @@ class Fleet:
         requests = self.view.requests
         requests.worker[record.slot], requests.movable[record.slot] = 0, False
 
+    def keep_for(self, record: Record, worker: int) -> None:
+        """It waits to resume on this worker, which takes no others meanwhile; 0: on any."""
+        home = self.view.requests.home
+        if home[record.slot]:
+            self.ledger.expect(int(home[record.slot]), -1)
+        home[record.slot] = worker
+        if worker:
+            self.ledger.expect(worker, 1)
+
+    def can_return(self, worker: int, num_bytes: int) -> bool:
+        """Has its former worker room for it again?"""
+        ledger = self.ledger
+        return bool(
+            ledger.state[worker] == WorkerState.ACTIVE
+            and ledger.num_requests[worker] < ledger.max_requests[worker]
+            and ledger.budget[worker] >= num_bytes
+        )
+
     # --- states ---------------------------------------------------------------------------------
 
     def ready(self, worker: int, event: WorkerReady) -> None:
@@ -125,9 +143,10 @@ class Fleet:
         self.ledger.gone(worker, WorkerState.LOST)
         self._changed(worker)
 
-    def undrain(self) -> bool:
-        """Let draining workers take requests again; True if there was one."""
-        draining = self.ledger.workers(WorkerState.DRAINING)
+    def undrain(self, model: str) -> bool:
+        """Let draining workers take requests of this model again; True if there was one."""
+        able = self.ledger.able(model)
+        draining = [w for w in self.ledger.workers(WorkerState.DRAINING) if able[w]]
         for worker in draining:
             self.change(worker, WorkerState.ACTIVE)
         return bool(draining)
@@ -187,12 +206,24 @@ class Fleet:
         """Turn what was decoded since the last tick into rates."""
         elapsed, self._ticked_s = now - self._ticked_s, now
         rates = self._decoded / max(elapsed, 1e-9)
-        token_bytes = max((m.block_bytes / m.block_size for m in self.models.values()), default=0)
         growth = self.view.growth_Bps
-        growth += RATE_BLEND * (rates * token_bytes - growth)
+        growth += RATE_BLEND * (rates * self._token_bytes() - growth)
         running = int(self.ledger.num_requests.sum())
         if running:
             per_request = float(rates.sum()) / running
             self.view.token_rate += RATE_BLEND * (per_request - self.view.token_rate)
         self._decoded[:] = 0
         self.view.tick += 1
+
+    def _token_bytes(self) -> np.ndarray:
+        """float64 [workers + 1]: KV of one position, the mean of the requests there.
+
+        All sequences of a worker decode one token a step: the mean is what a token adds.
+        """
+        requests, num_workers = self.view.requests, len(self.ledger.state)
+        rows = np.flatnonzero(requests.live & (requests.worker > 0))
+        workers = requests.worker[rows]
+        total = np.bincount(workers, requests.token_bytes[rows], minlength=num_workers)
+        number = np.bincount(workers, minlength=num_workers)
+        # Where all have ended since, the largest of its models.
+        return np.where(number > 0, total / np.maximum(number, 1), self.ledger.token_bytes)

@@ -35,6 +35,7 @@ class Ledger:
         self.ordered = np.zeros(rows, np.int64)  # bytes in unacknowledged orders
         self.num_requests = np.zeros(rows, np.int64)  # owned, or on their way here
         self.max_requests = np.zeros(rows, np.int64)
+        self.num_returning = np.zeros(rows, np.int64)  # preempted, and to resume here alone
         self.empty_since_s = np.zeros(rows, np.float64)  # valid while num_requests == 0
         self.block_bytes = np.zeros(rows, np.int64)  # of the largest block of its models
         self.token_bytes = np.zeros(rows, np.float64)  # KV of one position, the largest likewise
@@ -57,9 +58,13 @@ class Ledger:
         return self._able.get(model, self._nobody)
 
     def hosting(self, model: str) -> np.ndarray:
-        """bool [workers + 1]: active and able to run `model`. Do not write it."""
+        """bool [workers + 1]: takes new requests of `model`. Do not write it.
+
+        That is: active, able to run it, and with nobody who waits to resume there.
+        """
         if (hosting := self._hosting.get(model)) is None:
-            hosting = self.able(model) & (self.state == WorkerState.ACTIVE)
+            takes = (self.state == WorkerState.ACTIVE) & (self.num_returning == 0)
+            hosting = self.able(model) & takes
             self._hosting[model] = hosting
         return hosting
 
@@ -114,6 +119,11 @@ class Ledger:
         if not self.num_requests[worker]:
             self.activated[worker] = self.activated.max() + 1
         self.num_requests[worker] += 1
+
+    def expect(self, worker: int, change: int) -> None:
+        """So many more (or fewer) requests wait to resume there."""
+        self.num_returning[worker] += change
+        self._hosting.clear()
 
     def remove(self, worker: int, now: float) -> None:
         self.num_requests[worker] -= 1

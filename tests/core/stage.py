@@ -174,8 +174,14 @@ def _check_columns(scheduler: ClusterScheduler) -> None:
 def _check_queue(scheduler: ClusterScheduler) -> None:
     queue = scheduler.queue
     waiting = {id for id, r in scheduler.records.items() if r.state is State.WAITING}
-    assert set(queue._records) == waiting
-    assert queue.kv_bytes == sum(size for _, size in queue._records.values())
+    assert set(queue._waiting) == waiting
+    assert queue.kv_bytes == sum(w.kv_bytes for w in queue._waiting.values())
+    homes = {w.record.slot: w.home for w in queue._waiting.values()}
+    fleet = scheduler.fleet
+    for record in scheduler.records.values():
+        assert fleet.view.requests.home[record.slot] == homes.get(record.slot, 0)
+    for worker in range(len(fleet.ledger.state)):
+        assert fleet.ledger.num_returning[worker] == len(queue.returning(worker))
 
 
 def _check_ledger(scheduler: ClusterScheduler) -> None:

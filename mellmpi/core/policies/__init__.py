@@ -6,8 +6,8 @@ from mellmpi.core.policies.base import Policy, without_moves
 __all__ = ["POLICIES", "Policy", "policy_for"]
 
 POLICIES = {
-    "best_fit": Policy(best_fit.place, best_fit.rebalance),
-    "worst_fit": Policy(worst_fit.place, worst_fit.rebalance),
+    "best_fit": Policy(best_fit.place, best_fit.rebalance, resumes_at_home=True),
+    "worst_fit": Policy(worst_fit.place, worst_fit.rebalance, resumes_at_home=True),
     "frugal": Policy(frugal.place, frugal.rebalance),
 }
 

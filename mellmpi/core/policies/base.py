@@ -14,11 +14,12 @@ class Policy:
 
     place: Callable[[View, int, str], int | None]
     rebalance: Callable[[View], list[Proposal]]
+    resumes_at_home: bool = False  # who was preempted waits for room on the same worker
 
 
 def without_moves(policy: Policy) -> Policy:
     """The same placement; nothing is ever moved, and workers park when they are empty."""
-    return Policy(policy.place, idle_workers)
+    return Policy(policy.place, idle_workers, resumes_at_home=True)
 
 
 def room_after(view: View, row: int, model: str) -> np.ndarray:
