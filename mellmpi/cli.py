@@ -117,6 +117,23 @@ BATCH = (
          "FILE.png"),
     Flag("show", int, "print so many of the first answers (default: 0)", "N"),
 )  # fmt: skip
+SIMULATE = (
+    Flag("trace", str, "arrivals and lengths: uniform CSV or JSONL, Azure 2023, BurstGPT, "
+         "Mooncake; gzipped or not", "FILE"),
+    Flag("rate-scale", float, "requests arrive X times as fast (default: 1)", "X"),
+    Flag("model", str, "a known model, for the size of its KV", "NAME"),
+    Flag("kv-bytes-per-token", byte_size, "of any other model, such as 512K", "SIZE"),
+    Flag("gpu-kv-gib", float, "GiB of KV cache a GPU", "G"),
+    Flag("policies", str, "to compare, with commas between", "NAMES"),
+    Flag("ideal", switch, "prefill, waking and moves take no time", is_switch=True),
+    Flag("decode-rate", float, "tokens/s of every request, with --ideal (default: 30)", "R"),
+    Flag("tick-s", float, "the policy looks at the whole cluster (default: 0.5)", "S"),
+    Flag("gpus", int, "at most so many (default: as many as it takes)", "MAX"),
+    Flag("thrift", float, "of frugal (default: 0.5)", "X"),
+    Flag("seed", int, "of what is random (default: 0)", "N"),
+    Flag("json", str, "write the figures", "OUT"),
+    Flag("plot", str, "draw the figures", "OUT.png"),
+)  # fmt: skip
 SHORT = {"input-file": "-i", "output-file": "-o"}
 
 
@@ -153,7 +170,22 @@ def make_parser() -> argparse.ArgumentParser:
     batch = commands.add_parser("run-batch", help="answer a file of requests")
     batch.add_argument("--config", **config)
     _add(batch, (*SERVING, *BATCH))
+    simulated = commands.add_parser("simulate", help="compare policies on a trace, without GPUs")
+    _add(simulated, SIMULATE)
     return parser
+
+
+def _simulate(arguments: Sequence[str]) -> int:
+    """The command that needs neither MPI nor torch."""
+    from mellmpi.simulate import SimulateOptions, simulate
+
+    try:
+        given = vars(make_parser().parse_args(list(arguments)))
+        given.pop("command")
+        return simulate(SimulateOptions(**given))
+    except (UsageError, ValueError) as error:
+        sys.stderr.write(f"mellmpi: {error}\n")
+        return 2
 
 
 def read_options(
@@ -258,6 +290,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     first = is_first(os.environ)
     if {"-h", "--help", "--version"} & set(arguments):
         return _help(arguments) if first else 0
+    if arguments[:1] == ["simulate"]:
+        return _simulate(arguments)
     from mellmpi.runtime.launch import launch  # imports MPI
 
     return launch(

@@ -227,9 +227,9 @@ class IdealWorkers:
         """What the scheduler has not heard of this worker; None if there is nothing."""
         worker, step = self.workers[w], self.step
         free = worker.capacity - self.used(worker)
-        if not worker.growth and not worker.ended and not worker.preempted:
-            if worker.said == (worker.acked, free):
-                return None
+        idle = not (worker.growth or worker.ended or worker.preempted)
+        if idle and worker.said == (worker.acked, free):
+            return None
         runs = [(s, s.outputs(step)) for s in worker.sequences.values() if not s.arriving]
         runs = [(s, n) for s, n in runs if n > s.reported]
         runs += [(s, n) for s, n in worker.preempted if n > s.reported]

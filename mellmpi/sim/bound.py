@@ -1,0 +1,72 @@
+"""A trace as the idealised cluster sees it, and how few workers could hold it."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mellmpi.workload import Workload
+
+SAMPLE_S = 0.5  # between two samples of what is in use
+
+
+@dataclass(frozen=True)
+class Load:
+    """Requests in whole decode steps; those that no worker can hold are left out."""
+
+    rate: float  # decode steps a second
+    capacity: int  # KV bytes of a worker
+    token_bytes: dict[str, int]  # KV of one position, by model
+    models: tuple[str, ...]  # of each request
+    arrivals: np.ndarray  # int64 [requests], steps
+    prompts: np.ndarray  # int64 [requests], tokens
+    outputs: np.ndarray  # int64 [requests], tokens
+    final_bytes: np.ndarray  # int64 [requests]: KV of prompt and output
+    samples: np.ndarray  # int64 [samples], steps: from the first to the last arrival
+    bound: np.ndarray  # int64 [samples]: ceil(live KV bytes / capacity)
+    dropped: int
+
+    @property
+    def peak_live(self) -> int:
+        """Requests alive at once, if none ever waits."""
+        changes = np.concatenate([self.arrivals * 2 + 1, (self.arrivals + self.outputs) * 2])
+        signs = np.repeat([1, -1], len(self.arrivals))
+        return int(np.cumsum(signs[np.argsort(changes, kind="stable")]).max())
+
+
+def make_load(workload: Workload, token_bytes: dict[str, int], capacity: int,
+              rate: float) -> Load:  # fmt: skip
+    """What is to be simulated. A model that `token_bytes` does not name is the first it names."""
+    default = next(iter(token_bytes))
+    models = [m if m in token_bytes else default for m in workload.model]
+    sizes = np.array([token_bytes[m] for m in models], np.int64)
+    final = (workload.prompt_tokens + workload.output_tokens) * sizes
+    fits = final <= capacity
+    if not fits.any():
+        raise ValueError(f"no request of the trace fits in {capacity} bytes of KV cache; "
+                         "give --gpu-kv-gib more")  # fmt: skip
+    arrivals = np.rint(workload.arrival_s[fits] * rate).astype(np.int64)
+    prompts, outputs = workload.prompt_tokens[fits], workload.output_tokens[fits]
+    span_s = (arrivals[-1] - arrivals[0]) / rate
+    times_s = np.arange(int(span_s / SAMPLE_S) + 1) * SAMPLE_S
+    samples = arrivals[0] + np.floor(times_s * rate + 1e-6).astype(np.int64)
+    live = live_bytes(arrivals, prompts, outputs, sizes[fits], samples)
+    return Load(
+        rate, capacity, token_bytes, tuple(m for m, fit in zip(models, fits, strict=True) if fit),
+        arrivals, prompts, outputs, final[fits], samples, -(-live // capacity),
+        workload.dropped + int((~fits).sum()),
+    )  # fmt: skip
+
+
+def live_bytes(arrivals: np.ndarray, prompts: np.ndarray, outputs: np.ndarray, sizes: np.ndarray,
+               samples: np.ndarray) -> np.ndarray:  # fmt: skip
+    """int64 [samples]: KV of all requests between arrival and end, if none ever waits.
+
+    A request holds prompt + (step - arrival) tokens; so the sum is a line between events.
+    """
+    ends = arrivals + outputs
+    begins, stops = np.searchsorted(samples, arrivals), np.searchsorted(samples, ends)
+    fixed, growth = np.zeros(len(samples) + 1, np.int64), np.zeros(len(samples) + 1, np.int64)
+    for at, sign in ((begins, 1), (stops, -1)):
+        np.add.at(fixed, at, sign * sizes * (prompts - arrivals))
+        np.add.at(growth, at, sign * sizes)
+    return np.cumsum(fixed)[:-1] + np.cumsum(growth)[:-1] * samples
