@@ -308,6 +308,37 @@ class Unfreeze:
     epoch: int
 
 
+# --- links, measured at the start ----------------------------------------------------------------
+
+
+@message
+class LinkProbe:
+    """Worker → worker: answer `LinkProbed` once the blocks that follow have come."""
+
+    num_blocks: int  # 0: a small message, answered at once
+    done: bool  # the last one: no answer
+
+
+@message
+class LinkProbed:
+    """Worker → worker: they have come."""
+
+
+@message
+class LinksMeasured:
+    """Worker → scheduler, transport → scheduler: links between hosts, a row a direction.
+
+    From worker a to worker b it is the row of `(host_of[a - 1], host_of[b - 1])`; links of workers
+    that were lost meanwhile are not there. Both directions of a host's own link are one row.
+    """
+
+    host_of: tuple[int, ...]  # host of worker 1, 2, 3 …
+    srcs: tuple[int, ...]  # hosts
+    dsts: tuple[int, ...]
+    latency_s: tuple[float, ...]  # one way, of a small message between loops that sleep
+    Bps: tuple[float, ...]  # of blocks in flight, beyond the latency
+
+
 # --- scheduler → observer (never on the wire) ----------------------------------------------------
 
 

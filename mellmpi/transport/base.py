@@ -68,6 +68,10 @@ class Transport(Protocol):
         """
         ...
 
+    def unread(self, messages: list[tuple[int, Any]]) -> None:
+        """The next `poll` returns these first: they came to somebody who does not want them."""
+        ...
+
     def attach(self, arena: Arena | None) -> None:
         """Send blocks from and receive them into this arena from now on (None: no arena).
 

@@ -72,6 +72,9 @@ class Endpoint:
         ready, self._ready = self._ready, []
         return ready
 
+    def unread(self, messages: list[tuple[int, Any]]) -> None:
+        self._ready = messages + self._ready
+
     def _look(self) -> bool:
         """Take in what has come; True if there is anything for poll()."""
         try:

@@ -86,6 +86,11 @@ class LocalTransport:
             (src, decode(data)) for src, data in (messages.popleft() for _ in range(len(messages)))
         ]
 
+    def unread(self, messages: list[tuple[int, Any]]) -> None:
+        for src, message in reversed(messages):
+            self._inbox.messages.appendleft((src, encode(message)))
+        self._inbox.bell.set()
+
     def attach(self, arena: Arena | None) -> None:
         busy = [want for want in self._wants if want.arena is not None]
         self._sending = [(dst, t) for dst, t in self._sending if not t.done]

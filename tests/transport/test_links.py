@@ -1,0 +1,58 @@
+import threading
+
+import pytest
+
+from mellmpi.transport.links import Places, measure_links
+from mellmpi.transport.local import LocalNetwork
+
+
+def measured(hosts, lose=()):
+    """What rank 0 learns, when a thread plays each address."""
+    network = LocalNetwork(len(hosts) - 1)
+    results = {}
+
+    def run(transport):
+        results[transport.worker] = measure_links(transport, hosts, limit_s=0.1)
+
+    for worker in lose:
+        network.lose(worker)
+    living = [t for t in network.transports if t.worker not in lose]
+    threads = [threading.Thread(target=run, args=(t,), daemon=True) for t in living]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert not any(thread.is_alive() for thread in threads)
+    assert all(results[t.worker] is None for t in living if t.worker)
+    return results[0], network
+
+
+def test_every_pair_of_hosts_is_measured_both_ways_and_a_host_with_itself_once():
+    links, network = measured(["a", "a", "a", "b", "c", "b"])
+    assert links.host_of == (0, 0, 1, 2, 1)
+    expected = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (2, 0), (2, 1)]
+    assert list(zip(links.srcs, links.dsts, strict=True)) == expected
+    assert all(s > 0 for s in links.latency_s) and all(Bps > 0 for Bps in links.Bps)
+    assert all(t.poll() == [] for t in network.transports)
+
+
+def test_links_of_a_lost_worker_are_left_out_and_its_loss_is_still_news():
+    links, network = measured(["a", "a", "b", "c"], lose=[2])
+    assert list(zip(links.srcs, links.dsts, strict=True)) == [(0, 2), (2, 0)]
+    assert [len(network.transports[w].poll()) for w in (0, 1, 3)] == [1, 1, 1]
+
+
+def test_one_worker_has_no_link():
+    links, _ = measured(["a", "a"])
+    assert links.host_of == (0,) and links.srcs == ()
+
+
+@pytest.mark.parametrize("num_hosts", [2, 3, 4, 7, 8])
+def test_in_a_round_no_host_talks_to_two_others_and_all_pairs_meet_once(num_hosts):
+    places = Places.of(["scheduler", *(f"h{i}" for i in range(num_hosts))])
+    met = []
+    for pairs in places.rounds():
+        workers = [worker for pair in pairs for worker in pair]
+        assert len(workers) == len(set(workers))
+        met += pairs
+    assert len(met) == len(set(met)) == num_hosts * (num_hosts - 1) // 2
