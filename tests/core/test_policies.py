@@ -269,7 +269,7 @@ def test_never_means_that_nothing_moves_but_workers_still_park():
 
 def test_auto_is_the_policy_itself_and_an_unknown_one_is_refused():
     assert policy_for("best_fit", "auto") is POLICIES["best_fit"]
-    with pytest.raises(ValueError, match="--policy must be one of best_fit, worst_fit, frugal"):
+    with pytest.raises(ValueError, match="--policy must be one of best_fit, worst_fit"):
         policy_for("worst", "auto")
 
 

@@ -1,0 +1,77 @@
+"""Load balance: worst fit, and requests move from crowded workers to free ones.
+
+After Llumnix (OSDI 2024): a worker's freeness is the number of decode steps it can go on for. The
+least free worker is paired with the freest, the next with the next, and of each pair one request
+moves where that brings the two closer. On overflow the youngest request is preempted, and resumes
+wherever there is room, as Llumnix dispatches it anew.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from mellmpi.core.ledger import WorkerState
+from mellmpi.core.policies import worst_fit
+from mellmpi.core.policies.base import idle_workers
+from mellmpi.core.view import Move, Proposal, View
+
+CROWDED = 60.0  # steps: with fewer left a worker gives a request away
+FREE = 120.0  # steps: with more left a worker takes one
+
+place = worst_fit.place
+
+
+def rebalance(view: View) -> list[Proposal]:
+    """At most one move for each pair of a crowded and a free worker; else park the empty ones."""
+    return _balance(view) or idle_workers(view)
+
+
+def freeness(budget: np.ndarray, num_requests: np.ndarray, token_bytes: np.ndarray) -> np.ndarray:
+    """Steps that each worker can go on for: every request takes one position a step."""
+    return np.asarray(budget / np.maximum(num_requests, 1) / np.maximum(token_bytes, 1e-9))
+
+
+def _balance(view: View) -> list[Proposal]:
+    workers = view.workers
+    steps = freeness(workers.budget, workers.num_requests, workers.token_bytes)
+    giving = view.active() | (workers.state == WorkerState.DRAINING)
+    crowded = np.flatnonzero(giving & (workers.num_requests > 1) & (steps < CROWDED))
+    free = np.flatnonzero(
+        view.active() & (workers.num_requests < workers.max_requests) & (steps > FREE)
+    )
+    if not len(crowded) or not len(free):
+        return []
+    crowded = crowded[np.argsort(steps[crowded], kind="stable")]
+    free = free[np.argsort(-steps[free], kind="stable")]
+    of = _rows_by_worker(view)
+    moves = [
+        _move(view, of(int(src)), int(src), int(dst))
+        for src, dst in zip(crowded, free, strict=False)
+    ]
+    return [move for move in moves if move is not None]
+
+
+def _rows_by_worker(view: View) -> Callable[[int], np.ndarray]:
+    """A function from a worker to the rows of the requests that can leave it."""
+    rows = np.flatnonzero(view.requests.movable)
+    on = view.requests.worker[rows]
+    order = np.argsort(on, kind="stable")
+    rows, on = rows[order], on[order]
+    return lambda worker: rows[np.searchsorted(on, worker) : np.searchsorted(on, worker + 1)]
+
+
+def _move(view: View, rows: np.ndarray, src: int, dst: int) -> Move | None:
+    """The smallest request that brings the two closer, without making dst the less free one."""
+    workers, requests = view.workers, view.requests
+    runs = workers.runs[requests.model[rows], dst]
+    sizes = requests.kv_bytes(rows)
+    left = workers.budget[dst] - sizes
+    after_src = freeness(
+        workers.budget[src] + sizes, workers.num_requests[src] - 1, workers.token_bytes[src]
+    )
+    after_dst = freeness(left, workers.num_requests[dst] + 1, workers.token_bytes[dst])
+    good = runs & (left >= 0) & (after_dst >= after_src)
+    if not good.any():
+        return None
+    i = int(np.argmin(np.where(good, sizes, np.iinfo(np.int64).max)))
+    return Move(int(requests.request_id[rows[i]]), dst, "balance", "transfer")
