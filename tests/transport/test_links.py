@@ -4,6 +4,8 @@ import pytest
 
 from mellmpi.transport.links import Places, measure_links
 from mellmpi.transport.local import LocalNetwork
+from tests.mpi import harness
+from tests.mpi.harness import run_job
 
 
 def measured(hosts, lose=()):
@@ -56,3 +58,18 @@ def test_in_a_round_no_host_talks_to_two_others_and_all_pairs_meet_once(num_host
         assert len(workers) == len(set(workers))
         met += pairs
     assert len(met) == len(set(met)) == num_hosts * (num_hosts - 1) // 2
+
+
+@pytest.mark.parametrize("flags", ["FLAGS", "OVER_TCP", "WITHOUT_CMA"])
+def test_mpi_ranks_measure_all_pairs_of_hosts(flags, tmp_path):
+    outcome = run_job(5, "tests.mpi.links", directory=tmp_path, flags=getattr(harness, flags))
+    assert outcome.returncode == 0, outcome.output
+    expected = [[0, 1], [0, 2], [1, 0], [1, 2], [2, 0], [2, 1], [2, 2]]
+    assert outcome.verdicts[0]["pairs"] == expected, outcome.output
+    assert [v["measured"] for v in outcome.verdicts] == [True, False, False, False, False]
+
+
+def test_a_rank_that_is_killed_meanwhile_does_not_hang_the_measurement(tmp_path):
+    outcome = run_job(5, "tests.mpi.links", "lose", directory=tmp_path)
+    assert outcome.verdicts[2] is None and outcome.verdicts[0], outcome.output
+    assert outcome.verdicts[0]["pairs"] == [[0, 2], [2, 0], [2, 2]], outcome.output
