@@ -68,6 +68,12 @@ def byte_size(text: str) -> int:
         raise ValueError(f"{text!r} is no number of bytes (write 512M or 2G)") from error
 
 
+def sizes_by_model(text: str) -> dict[str, int]:
+    """512K for all, or a=512K,b=128K by model."""
+    parts = [part.rpartition("=") for part in text.split(",")]
+    return {name.strip(): byte_size(size) for name, _, size in parts}
+
+
 def switch(text: str) -> bool:
     """A switch in the environment or a YAML file."""
     known = {"1": True, "true": True, "yes": True, "on": True,
@@ -122,7 +128,8 @@ SIMULATE = (
          "Mooncake; gzipped or not", "FILE"),
     Flag("rate-scale", float, "requests arrive X times as fast (default: 1)", "X"),
     Flag("model", str, "a known model, for the size of its KV", "NAME"),
-    Flag("kv-bytes-per-token", byte_size, "of any other model, such as 512K", "SIZE"),
+    Flag("kv-bytes-per-token", sizes_by_model, "of any other model, such as 512K; or, by the names "
+         "of models in the trace, a=512K,b=128K: then every GPU hosts all of them", "SIZE"),
     Flag("gpu-kv-gib", float, "GiB of KV cache a GPU", "G"),
     Flag("policies", str, "to compare, with commas between", "NAMES"),
     Flag("ideal", switch, "prefill, waking and moves take no time", is_switch=True),

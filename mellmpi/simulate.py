@@ -31,7 +31,7 @@ class SimulateOptions:
     trace: str = ""
     rate_scale: float = 1.0
     model: str | None = None
-    kv_bytes_per_token: int | None = None
+    kv_bytes_per_token: dict[str, int] | None = None  # by model; "" for one that fits all
     gpu_kv_gib: float = 0.0
     policies: str = "best_fit,worst_fit,frugal"
     ideal: bool = False
@@ -51,9 +51,10 @@ class SimulateOptions:
         if self.model is not None and self.model not in MODELS:
             raise ValueError(f"--model must be one of {', '.join(MODELS)}, not {self.model}; "
                              "give others by --kv-bytes-per-token")  # fmt: skip
+        sizes = (("--kv-bytes-per-token", size) for size in self.token_bytes.values())
         for flag, value in (("--gpu-kv-gib", self.gpu_kv_gib), ("--decode-rate", self.decode_rate),
                             ("--tick-s", self.tick_s), ("--rate-scale", self.rate_scale),
-                            ("--kv-bytes-per-token", self.token_bytes)):  # fmt: skip
+                            *sizes):  # fmt: skip
             if not 0 < value < float("inf"):
                 raise ValueError(f"{flag} must be given, and over 0")
         if self.gpus is not None and self.gpus < 1:
@@ -71,19 +72,20 @@ class SimulateOptions:
         return [name.strip() for name in self.policies.split(",")]
 
     @property
-    def token_bytes(self) -> int:
+    def token_bytes(self) -> dict[str, int]:
+        """KV of one position, by model."""
         if self.kv_bytes_per_token is not None:
             return self.kv_bytes_per_token
         layers, heads, size = MODELS[self.model or ""]
-        return 2 * layers * heads * size * FP16  # keys and values
+        return {"": 2 * layers * heads * size * FP16}  # keys and values
 
 
 def simulate(options: SimulateOptions) -> int:
     """Run all policies and write what was asked for; the exit code."""
     try:
         workload = load(options.trace).faster(options.rate_scale)
-        name, capacity = options.model or "model", int(options.gpu_kv_gib * 2**30)
-        trace = make_load(workload, {name: options.token_bytes}, capacity, options.decode_rate)
+        capacity = int(options.gpu_kv_gib * 2**30)
+        trace = make_load(workload, options.token_bytes, capacity, options.decode_rate)
     except ValueError as error:
         raise UsageError(str(error)) from error
     runs = {name: _run(trace, name, options) for name in dict.fromkeys(options.names)}

@@ -35,7 +35,10 @@ class Load:
 
 def make_load(workload: Workload, token_bytes: dict[str, int], capacity: int,
               rate: float) -> Load:  # fmt: skip
-    """What is to be simulated. A model that `token_bytes` does not name is the first it names."""
+    """What is to be simulated. `token_bytes` is by model; of only one, it is that of all."""
+    if len(token_bytes) > 1 and (unknown := sorted(set(workload.model) - token_bytes.keys())):
+        raise ValueError(f"the trace has requests of the model {unknown[0]!r}; give its size, too: "
+                         f"--kv-bytes-per-token {unknown[0] or 'NAME'}=N,…")  # fmt: skip
     default = next(iter(token_bytes))
     models = [m if m in token_bytes else default for m in workload.model]
     sizes = np.array([token_bytes[m] for m in models], np.int64)
