@@ -122,10 +122,19 @@ class Fleet:
 
     def park(self, worker: int) -> None:
         """Tell an empty worker to give its arena back; nothing if it is not empty or not active."""
-        idle = not self.ledger.num_requests[worker]
+        idle = not self.ledger.num_requests[worker] and not self._is_last(worker)
         if idle and self.ledger.state[worker] in (WorkerState.ACTIVE, WorkerState.DRAINING):
             self.send(worker, Park())
             self.change(worker, WorkerState.PARKING)
+
+    def _is_last(self, worker: int) -> bool:
+        """Is it the last active worker of a model that some live request asks for?"""
+        ledger, requests = self.ledger, self.view.requests
+        used = np.bincount(requests.model[requests.live], minlength=len(ledger.models)) > 0
+        active = ledger.state == WorkerState.ACTIVE
+        active[worker] = False
+        served = (ledger.runs & active).any(axis=1)
+        return bool((used & ledger.runs[:, worker] & ~served).any())
 
     def parked(self, worker: int) -> None:
         self.ledger.gone(worker, WorkerState.PARKED)

@@ -3,12 +3,13 @@
 import pytest
 
 from mellmpi.core.policies import POLICIES, policy_for
-from mellmpi.core.view import Drain, Move
+from mellmpi.core.view import Drain, Move, ParkWorker
 from mellmpi.protocol import (
     FRONT,
     Assign,
     Cancel,
     ModelKv,
+    Park,
     Request,
     Submit,
     WorkerLost,
@@ -145,3 +146,15 @@ def test_only_a_draining_worker_of_the_model_is_called_back():
     stage.tell(FRONT, Submit(other(2)))
     assert stage.scheduler.fleet.ledger.state[1] != stage.scheduler.fleet.ledger.state[2]
     assert not told(stage.tick(Move(1, 1, "where it is")), Assign)
+
+
+def test_the_last_active_worker_of_a_model_is_parked_only_when_nobody_asks_for_the_model():
+    stage = Stage()
+    stage.tell(3, WorkerReady((OTHER,), 200, 8, 0, 0.5))
+    stage.scheduler.fleet.ledger._able["m"][3] = False
+    stage.place_at = None
+    stage.tell(FRONT, Submit(other(1)))
+    assert not told(stage.tick(ParkWorker(3)), Park)
+    assert told(stage.tick(ParkWorker(2)), Park)
+    stage.tell(FRONT, Cancel(1, "gone"))
+    assert told(stage.tick(ParkWorker(3)), Park)
