@@ -226,6 +226,17 @@ def test_frugal_drains_one_worker_at_a_time_and_none_while_something_waits_or_mo
     assert rebalance(v) == []
 
 
+def test_frugal_empties_several_workers_at_once_and_none_that_is_to_receive():
+    v = view([3], [2], [10], [1])
+    moves = [Move(4, 3, "drain"), Move(2, 3, "drain"), Move(1, 3, "drain")]
+    assert rebalance(v) == [Drain(4), moves[0], Drain(2), moves[1], Drain(1), moves[2]]
+    assert rebalance(view([2], [3])) == [Drain(1), Move(1, 2, "drain")]
+
+
+def test_what_was_promised_to_one_worker_being_emptied_is_not_promised_to_the_next():
+    assert rebalance(view([4], [3], [15])) == [Drain(2), Move(2, 3, "drain")]
+
+
 def test_while_a_worker_cannot_be_emptied_further_no_other_is():
     assert rebalance(view([10], [2], [19], states={3: DRAINING})) == []
 

@@ -1,8 +1,8 @@
 """Frugal: as few workers as hold the load, with room for it to grow.
 
 Placement is best fit that leaves room for a few seconds of growth. A worker that is about to
-overflow gives its smallest sufficient request away; the emptiest worker is drained and parked
-as soon as its requests fit elsewhere, again with room to grow. The three ask for different
+overflow gives its smallest sufficient request away; the emptiest workers are drained and parked
+as soon as their requests fit elsewhere, again with room to grow. The three ask for different
 amounts of room (RELIEVE < placement < DRAIN), so that one does not undo what another did.
 """
 
@@ -38,7 +38,7 @@ def place(view: View, row: int, model: str) -> int | None:
 
 
 def rebalance(view: View) -> list[Proposal]:
-    """One thing at a time: avert overflow, else empty a worker, else park the empty ones."""
+    """Avert overflow and go on with what is being emptied; else empty more, else park."""
     return _relieve(view) or _go_on_draining(view) or _drain(view) or _park(view)
 
 
@@ -63,6 +63,7 @@ class Room:
         workers = view.workers
         self.spare = np.where(view.active(), workers.budget - growth_room(view, horizon_s), -1)
         self._seats = workers.max_requests - workers.num_requests
+        self.taken = np.zeros(len(workers.state), bool)  # something is to come here
 
     def take(self, num_bytes: int) -> int | None:
         """The fullest worker with so much to spare, which is spoken for now; or None."""
@@ -72,6 +73,7 @@ class Room:
             return None
         self.spare[worker] -= num_bytes
         self._seats[worker] -= 1
+        self.taken[worker] = True
         return worker
 
 
@@ -128,25 +130,41 @@ def _go_on_draining(view: View) -> list[Proposal]:
 
 
 def _drain(view: View) -> list[Proposal]:
-    """Empty the worker that holds least, if all that it holds fits elsewhere with room to grow."""
+    """Empty the workers that hold least, one after the other, while what they hold fits elsewhere.
+
+    Short answers leave many workers almost empty within a moment: one a round would lag behind.
+    """
     workers, requests = view.workers, view.requests
     if view.waiting_bytes or (workers.state == WorkerState.DRAINING).any():
         return []
+    if not requests.movable[requests.live].all():
+        return []  # something is still moving
     busy = view.active() & (workers.num_requests > 0)
-    victim = int(np.argmin(np.where(busy, workers.capacity - workers.budget, FULL)))
-    rows = _rows_on(view, victim)
-    if not len(rows) or not requests.movable[requests.live].all():
-        return []  # nothing to drain, or something is still moving
-    growth = int(view.growth_Bps[victim] / len(rows) * DRAIN * view.horizon_s)  # of one request
     room = Room(view, DRAIN * view.horizon_s)
-    room.spare[~busy] = room.spare[victim] = -1  # to move into an empty worker would gain nothing
+    room.spare[~busy] = -1  # to move into an empty worker would gain nothing
+    held = np.where(busy, workers.capacity - workers.budget, FULL)
+    proposals: list[Proposal] = []
+    for victim in np.argsort(held, kind="stable")[: int(busy.sum()) - 1]:
+        if room.taken[victim] or not (moves := _empty(view, int(victim), room)):
+            break  # the next ones hold more
+        proposals += [Drain(int(victim)), *moves]
+    return proposals
+
+
+def _empty(view: View, victim: int, room: Room) -> list[Proposal]:
+    """All moves away from this worker, or none; `room` has less then, and nothing on the victim."""
+    rows = _rows_on(view, victim)
+    if len(rows) == 0:
+        return []  # what it holds has yet to arrive
+    growth = int(view.growth_Bps[victim] / len(rows) * DRAIN * view.horizon_s)  # of one request
+    room.spare[victim] = -1
     moves: list[Proposal] = []
-    sizes = requests.kv_bytes(rows)
+    sizes = view.requests.kv_bytes(rows)
     for i in np.argsort(-sizes):
         if (dst := room.take(int(sizes[i]) + growth)) is None:
             return []
-        moves.append(Move(int(requests.request_id[rows[i]]), dst, "drain"))
-    return [Drain(victim), *moves]
+        moves.append(Move(int(view.requests.request_id[rows[i]]), dst, "drain"))
+    return moves
 
 
 def _park(view: View) -> list[Proposal]:
