@@ -29,7 +29,7 @@ SECTIONS = {
     "cluster": ClusterConfig,
     "transport": TransportConfig,
 }
-POLICIES = ("best_fit", "worst_fit", "load_balance", "frugal")
+POLICIES = ("best_fit", "worst_fit", "load_balance", "mell", "frugal")
 EXAMPLES = """examples:
   mpirun -np 3 python -m mellmpi                              the demo: a small model, 2 workers
   mpirun -np 3 python -m mellmpi run-batch -i in.jsonl -o out.jsonl --model DIR

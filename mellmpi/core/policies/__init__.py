@@ -1,6 +1,6 @@
 """Placement and migration policies: pairs of functions of a view, chosen by name."""
 
-from mellmpi.core.policies import best_fit, frugal, load_balance, stress, worst_fit
+from mellmpi.core.policies import best_fit, frugal, load_balance, mell, stress, worst_fit
 from mellmpi.core.policies.base import Policy, without_moves
 
 __all__ = ["POLICIES", "Policy", "policy_for"]
@@ -9,6 +9,7 @@ POLICIES = {
     "best_fit": Policy(best_fit.place, best_fit.rebalance, resumes_at_home=True),
     "worst_fit": Policy(worst_fit.place, worst_fit.rebalance, resumes_at_home=True),
     "load_balance": Policy(load_balance.place, load_balance.rebalance),
+    "mell": Policy(mell.place, mell.rebalance),
     "frugal": Policy(frugal.place, frugal.rebalance),
 }
 
