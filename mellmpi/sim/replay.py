@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -63,7 +63,7 @@ def timed(policy: Policy, tally: Tally, clock: Callable[[], float]) -> Policy:
 
         return watched
 
-    return Policy(watch(policy.place), watch(policy.rebalance))
+    return replace(policy, place=watch(policy.place), rebalance=watch(policy.rebalance))
 
 
 class IdealReplay:
