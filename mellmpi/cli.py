@@ -33,6 +33,7 @@ POLICIES = ("best_fit", "worst_fit", "load_balance", "mell", "frugal")
 EXAMPLES = """examples:
   mpirun -np 3 python -m mellmpi                              the demo: a small model, 2 workers
   mpirun -np 3 python -m mellmpi run-batch -i in.jsonl -o out.jsonl --model DIR
+  mpirun -np 3 python -m mellmpi run-batch --replay trace.csv --model DIR --report figures.json
   cat in.jsonl | mpirun -np 3 python -m mellmpi > out.jsonl   requests from a pipe
 Every flag can also stand in a YAML file (--config), or in the environment as MELLMPI_FLAG_NAME;
 the command line beats the environment, which beats the file."""
@@ -118,6 +119,12 @@ BATCH = (
          "finds; - is a pipe", "FILE"),
     Flag("request-rate", float, "requests arrive at R a second, Poisson (default: all at once)",
          "R"),
+    Flag("replay", str, "in place of -i: arrivals and lengths of a trace (uniform CSV or JSONL, "
+         "Azure 2023, BurstGPT, Mooncake; gzipped or not), made-up tokens", "TRACE"),
+    Flag("rate-scale", float, "of a replay: requests arrive X times as fast (default: 1)", "X"),
+    Flag("length-scale", float, "of a replay: prompts and answers are X times as long (default: 1)",
+         "X"),
+    Flag("max-requests", int, "of a replay: only the first N (default: all)", "N"),
     Flag("report", str, "write figures of the run as JSON", "FILE"),
     Flag("timeline", str, "draw the run: KV of every worker over time, moves, parked workers",
          "FILE.png"),
@@ -209,7 +216,7 @@ def read_options(
         **_from_environment(environment),
         **given,
     }
-    if command is None and "input_file" not in values:
+    if command is None and not {"input_file", "replay"} & values.keys():
         command = "pipe" if piped() else "demo"
     try:
         return _options(command or "run-batch", values)

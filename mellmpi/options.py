@@ -14,6 +14,10 @@ class Options:
     input_file: str | None = None
     output_file: str | None = None
     request_rate: float | None = None  # requests a second; None: all at once
+    replay: str | None = None  # a trace, in place of input_file
+    rate_scale: float | None = None  # of a replay; None: as the trace has it
+    length_scale: float | None = None
+    max_requests: int | None = None
     report: str | None = None
     timeline: str | None = None
     show: int = 0  # answers to print
@@ -22,3 +26,20 @@ class Options:
     def __post_init__(self) -> None:
         if self.request_rate is not None and not self.request_rate > 0:
             raise ValueError(f"--request-rate must be over 0, not {self.request_rate}")
+        scales = {"--rate-scale": self.rate_scale, "--length-scale": self.length_scale,
+                  "--max-requests": self.max_requests}  # fmt: skip
+        given = {flag: value for flag, value in scales.items() if value is not None}
+        for flag, value in given.items():
+            if not 0 < value < float("inf"):
+                raise ValueError(f"{flag} must be over 0, not {value}")
+        if self.replay is None and given:
+            raise ValueError(f"{next(iter(given))} goes with --replay TRACE")
+        if self.replay is not None:
+            self._check_replay()
+
+    def _check_replay(self) -> None:
+        if self.input_file is not None:
+            raise ValueError("requests come from -i FILE or from --replay TRACE: leave one out")
+        if self.request_rate is not None:
+            raise ValueError("a replay has the arrivals of its trace; in place of --request-rate, "
+                             "--rate-scale X makes them X times as fast")  # fmt: skip

@@ -34,6 +34,25 @@ class Workload:
             raise ValueError(f"--rate-scale must be over 0, not {factor}")
         return replace(self, arrival_s=self.arrival_s / factor)
 
+    def longer(self, factor: float) -> "Workload":
+        """The same arrivals; prompts and outputs `factor` times as long, at least one token."""
+        if not (factor > 0 and math.isfinite(factor)):
+            raise ValueError(f"--length-scale must be over 0, not {factor}")
+
+        def scaled(tokens: np.ndarray) -> np.ndarray:
+            return np.maximum(1, np.rint(tokens * factor)).astype(np.int64)
+
+        return replace(self, prompt_tokens=scaled(self.prompt_tokens),
+                       output_tokens=scaled(self.output_tokens))  # fmt: skip
+
+    def first(self, count: int) -> "Workload":
+        """Only so many requests."""
+        return replace(
+            self, arrival_s=self.arrival_s[:count], prompt_tokens=self.prompt_tokens[:count],
+            output_tokens=self.output_tokens[:count], model=self.model[:count],
+            session=self.session[:count],
+        )  # fmt: skip
+
 
 def _seconds(value: Any) -> float:
     return float(value)

@@ -28,6 +28,7 @@ def test_without_a_command_it_is_the_demo_or_what_is_piped():
     assert options().command == "demo"
     assert options(piped=True).command == "pipe"
     assert options("-i", "a", "-o", "b").command == "run-batch"
+    assert options("--replay", "a", piped=True).command == "run-batch"
 
 
 @pytest.mark.parametrize(
@@ -40,6 +41,10 @@ def test_without_a_command_it_is_the_demo_or_what_is_piped():
         (["--config", "/no/such.yaml"], "/no/such.yaml"),
         (["serve-coffee"], "run-batch"),
         (["--request-rate", "0"], "--request-rate"),
+        (["--replay", "t.csv", "-i", "in.jsonl"], "leave one out"),
+        (["--replay", "t.csv", "--request-rate", "3"], "--rate-scale"),
+        (["--replay", "t.csv", "--length-scale", "-1"], "--length-scale must be over 0"),
+        (["--rate-scale", "2"], "goes with --replay"),
     ],
 )
 def test_a_mistake_is_named_with_what_to_type_instead(arguments, hint):

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,6 +56,7 @@ class Counts:
     completed: int = 0
     failed: int = 0
     skipped: int = 0  # answered by an earlier run
+    reasons: Counter[str] = field(default_factory=Counter)  # error code -> lines that failed
 
 
 @dataclass
@@ -175,20 +177,28 @@ class BatchJob:
         answer_id = _digest(f"{number}/{custom_id}")
         self._write(custom_id, answer_id, bad.status, {"error": error}, error)
         self.counts.failed += 1
+        self.counts.reasons[bad.error["code"] or "invalid_request"] += 1
         self.answered(Answered(number, custom_id, "", "", error["message"]))
 
     def _write(
         self, custom_id: str | None, answer_id: str, status: int, body: Json, error: Json | None
     ) -> None:
-        line = {
-            "id": f"batch_req_{answer_id}",
-            "custom_id": custom_id,
-            "response": {"status_code": status, "request_id": f"req_{answer_id}", "body": body},
-            "error": error,
-        }
-        text = json.dumps(line, ensure_ascii=False, allow_nan=False).translate(LINE_ENDS)
-        # A lone surrogate in a custom_id goes back as the JSON escape it came as.
-        self.write(text.encode("utf-8", "backslashreplace") + b"\n")
+        self.write(batch_line(custom_id, answer_id, status, body, error))
+
+
+def batch_line(
+    custom_id: str | None, answer_id: str, status: int, body: Json, error: Json | None
+) -> bytes:
+    """One line of the output, in OpenAI's form."""
+    line = {
+        "id": f"batch_req_{answer_id}",
+        "custom_id": custom_id,
+        "response": {"status_code": status, "request_id": f"req_{answer_id}", "body": body},
+        "error": error,
+    }
+    text = json.dumps(line, ensure_ascii=False, allow_nan=False).translate(LINE_ENDS)
+    # A lone surrogate in a custom_id goes back as the JSON escape it came as.
+    return text.encode("utf-8", "backslashreplace") + b"\n"
 
 
 def open_batch(
@@ -216,11 +226,17 @@ def pipe_batch(
 ) -> BatchJob:  # fmt: skip
     """A job from whatever can be read, as `LineReader` wants it, to an open descriptor."""
 
+    return BatchJob(LineReader(read), writer(sink), tokenizer, model, answered=answered)
+
+
+def writer(sink: int) -> Callable[[bytes], None]:
+    """Writes whole lines to an open descriptor."""
+
     def write(data: bytes) -> None:
         while data:
             data = data[os.write(sink, data) :]
 
-    return BatchJob(LineReader(read), write, tokenizer, model, answered=answered)
+    return write
 
 
 def parse_line(line: Line) -> Json:

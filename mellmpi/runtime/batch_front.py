@@ -2,9 +2,9 @@
 
 import random
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
-from mellmpi.front.batch import BatchJob
-from mellmpi.protocol import Cancel, Emit, Rejected, Submit
+from mellmpi.protocol import Cancel, Emit, Rejected, Request, Submit
 
 OPEN_REQUESTS = 1024  # submitted at once; the rest of the input stays unread
 DRAWN_A_TURN = 32  # tokenizing takes time, and the loop has others to hear
@@ -20,12 +20,26 @@ def poisson(rate: float, seed: int) -> Iterator[float]:
         now += rng.expovariate(rate)
 
 
+class Job(Protocol):
+    """Where requests come from and answers go: `BatchJob` or `ReplayJob`."""
+
+    @property
+    def exhausted(self) -> bool: ...
+    @property
+    def done(self) -> bool: ...
+    def requests(self) -> Iterator[Request]: ...
+    def emit(self, event: Emit) -> tuple[int, ...]: ...
+    def rejected(self, event: Rejected) -> tuple[int, ...]: ...
+
+
 class BatchFront:
     """Submits what is due, cancels what nobody waits for, and passes answers to the job."""
 
-    def __init__(self, job: BatchJob, arrivals: Iterator[float] | None,
-                 advanced: Callable[[int], None] = lambda _: None):  # fmt: skip
+    def __init__(self, job: Job, arrivals: Iterator[float] | None,
+                 advanced: Callable[[int], None] = lambda _: None,
+                 max_open: float = OPEN_REQUESTS):  # fmt: skip
         self._job, self._arrivals, self._advanced = job, arrivals, advanced
+        self._max_open = max_open
         self._start_s: float | None = None
         self._next_s = next(arrivals) if arrivals is not None else 0.0
         self._cancels: list[Cancel] = []
@@ -56,16 +70,17 @@ class BatchFront:
         return events
 
     def _may_submit(self, now: float) -> bool:
-        if self._job.exhausted or len(self._open) >= OPEN_REQUESTS:
+        if self._job.exhausted or len(self._open) >= self._max_open:
             return False
         return now - (self._start_s or 0.0) >= self._next_s
 
     def due_s(self, now: float) -> float:
         if self._cancels or self._more:
             return 0.0
-        if self._job.exhausted or len(self._open) >= OPEN_REQUESTS:
+        if self._job.exhausted or len(self._open) >= self._max_open:
             return LONG_S
-        return max(PIPE_POLL_S, (self._start_s or now) + self._next_s - now)
+        left_s = (self._start_s or now) + self._next_s - now
+        return left_s if left_s > 0 else PIPE_POLL_S
 
     def deliver(self, command: Emit | Rejected) -> None:
         if isinstance(command, Emit):

@@ -5,17 +5,18 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from mellmpi.config import Config, UsageError
 from mellmpi.core.cluster import ClusterScheduler
 from mellmpi.core.policies import policy_for
 from mellmpi.engine.architecture import Architecture
-from mellmpi.front.batch import Answered, BatchJob, open_batch, pipe_batch
+from mellmpi.front.batch import Answered, BatchJob, open_batch, pipe_batch, writer
 from mellmpi.front.lines import descriptor_reader
 from mellmpi.front.openai import ServedModel
+from mellmpi.front.replay import ReplayJob
 from mellmpi.front.tokenizer import Tokenizer
 from mellmpi.metrics import Metrics
 from mellmpi.options import Options
@@ -25,6 +26,7 @@ from mellmpi.runtime.scheduler import SchedulerLoop
 from mellmpi.runtime.standard_input import StandardInput
 from mellmpi.runtime.terminal import Terminal
 from mellmpi.transport.base import Transport
+from mellmpi.workload import Workload, load
 
 STDOUT = 1
 NEXT = """
@@ -44,13 +46,35 @@ def check_files(options: Options) -> None:
     """UsageError now rather than after the model was loaded."""
     if options.command != "run-batch":
         return
-    if not options.input_file or not options.output_file:
-        raise UsageError("run-batch needs -i requests.jsonl and -o answers.jsonl")
-    if options.input_file != "-" and not os.access(options.input_file, os.R_OK):
+    if options.replay:
+        _check_replay(options)
+    elif not options.input_file or not options.output_file:
+        raise UsageError("run-batch needs -i requests.jsonl and -o answers.jsonl, or --replay "
+                         "trace.csv")  # fmt: skip
+    elif options.input_file != "-" and not os.access(options.input_file, os.R_OK):
         raise UsageError(f"-i {options.input_file}: there is no such file that can be read")
     for name in filter(None, (options.output_file, options.report, options.timeline)):
         if name != "-" and not Path(name).absolute().parent.is_dir():
             raise UsageError(f"{name}: there is no directory {Path(name).absolute().parent}")
+
+
+def _check_replay(options: Options) -> None:
+    try:
+        trace(options)
+    except ValueError as error:
+        raise UsageError(f"--replay {error}") from error
+    name = options.output_file
+    if name not in (None, "-") and Path(name).exists() and Path(name).stat().st_size:
+        raise UsageError(f"-o {name} exists, and a replay starts anew: give another name")
+
+
+@lru_cache(maxsize=1)  # checked before the model is there, used after
+def trace(options: Options) -> Workload:
+    """What is to be replayed. ValueError as `load`."""
+    assert options.replay is not None
+    workload = load(options.replay).faster(options.rate_scale or 1.0)
+    workload = workload.longer(options.length_scale or 1.0)
+    return workload.first(options.max_requests or len(workload))
 
 
 @dataclass
@@ -79,7 +103,7 @@ class Rank0:
             raise RuntimeError("no worker could start")
         job = self._open(self._served(scheduler), terminal.answered)
         with terminal.progress(self._num_lines(), job.counts) as advance:
-            front = BatchFront(job, self._arrivals(), advance)
+            front = self._front(job, advance)
             self._drive(loop, front, lambda: front.done)
         ended_s = time.perf_counter()
         loop.stop()
@@ -93,9 +117,12 @@ class Rank0:
             if not (self.beside() or busy) and not done():
                 loop.wait(front)
 
-    def _arrivals(self) -> Any:
+    def _front(self, job: BatchJob | ReplayJob, advance: Callable[[int], None]) -> BatchFront:
+        if isinstance(job, ReplayJob):  # holding arrivals back would make it another load
+            return BatchFront(job, job.arrivals(), advance, max_open=float("inf"))
         rate = self.options.request_rate
-        return None if rate is None else poisson(rate, self.config.cluster.seed)
+        arrivals = None if rate is None else poisson(rate, self.config.cluster.seed)
+        return BatchFront(job, arrivals, advance)
 
     # --- the job --------------------------------------------------------------------------------
 
@@ -112,7 +139,11 @@ class Rank0:
             eos_ids=arch.eos_ids,
         )  # fmt: skip
 
-    def _open(self, served: ServedModel, answered: Callable[[Answered], None]) -> BatchJob:
+    def _open(self, served: ServedModel,
+              answered: Callable[[Answered], None]) -> BatchJob | ReplayJob:  # fmt: skip
+        if self.options.replay:
+            write = writer(self._sink()) if self.options.output_file else None
+            return ReplayJob(trace(self.options), served, self.config.model.seed, write, answered)
         template = self.config.model.chat_template
         tokenizer = Tokenizer.load(self.directory, Path(template) if template else None)
         output = self.options.output_file
@@ -142,10 +173,14 @@ class Rank0:
         return os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
     def _sink_is_stdout(self) -> bool:
-        return self.options.command != "demo" and self.options.output_file in (None, "-")
+        if self.options.command == "demo" or self.options.replay:
+            return self.options.output_file == "-"
+        return self.options.output_file in (None, "-")
 
     def _num_lines(self) -> int | None:
         """Lines of the input, for the progress bar; None where it is a pipe."""
+        if self.options.replay:
+            return len(trace(self.options))
         if (source := self._source()) is None:
             return None
         with source.open("rb") as lines:
@@ -153,12 +188,13 @@ class Rank0:
 
     # --- the end --------------------------------------------------------------------------------
 
-    def _conclude(self, terminal: Terminal, job: BatchJob, metrics: Metrics,
+    def _conclude(self, terminal: Terminal, job: BatchJob | ReplayJob, metrics: Metrics,
                   ended_s: float) -> None:  # fmt: skip
         report = {
             **metrics.report(ended_s),
             "lines": {"completed": job.counts.completed, "failed": job.counts.failed,
                       "skipped": job.counts.skipped},
+            "failures": dict(job.counts.reasons),
             "config": self.config.to_dict(),
         }  # fmt: skip
         if self.options.report:

@@ -2,7 +2,7 @@ import itertools
 from types import SimpleNamespace
 
 from mellmpi.protocol import Cancel, Emit, Rejected, Submit
-from mellmpi.runtime.batch_front import DRAWN_A_TURN, BatchFront, poisson
+from mellmpi.runtime.batch_front import DRAWN_A_TURN, OPEN_REQUESTS, BatchFront, poisson
 from tests.runtime.cell import request
 
 
@@ -39,6 +39,20 @@ def test_requests_arrive_when_they_are_due():
     assert len(front.inbox(10.0)) == 1
     assert front.inbox(10.5) == [] and 0.4 < front.due_s(10.5) < 0.6
     assert len(front.inbox(12.0)) == 2 and front.done
+
+
+def test_a_replay_holds_no_arrival_back():
+    many = OPEN_REQUESTS + 1
+    front = BatchFront(Job(many), itertools.repeat(0.0), max_open=float("inf"))
+    assert sum(len(front.inbox(0.0)) for _ in range(many)) == many
+    held = BatchFront(Job(many), itertools.repeat(0.0))
+    assert sum(len(held.inbox(0.0)) for _ in range(many)) == OPEN_REQUESTS
+
+
+def test_the_next_arrival_is_waited_for_exactly():
+    front = BatchFront(Job(2), iter([0.0, 1.0, 2.0]))
+    front.inbox(5.0)
+    assert front.due_s(5.999) < 0.002
 
 
 def test_poisson_arrivals_are_seeded_and_have_the_rate():

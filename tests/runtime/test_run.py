@@ -104,6 +104,23 @@ def test_bad_lines_get_an_error_each_and_all_others_complete(tmp_path):
         assert entry["response"]["body"]["error"].keys() == {"message", "type", "param", "code"}
 
 
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_a_trace_is_replayed_with_its_lengths(num_ranks, tmp_path):
+    trace, out, report = (tmp_path / name for name in ("trace.csv", "out.jsonl", "report.json"))
+    rows = [f"{0.02 * i},{20 + i},{2 * (5 + i)}" for i in range(24)]
+    trace.write_text("\n".join(["arrival_s,prompt_tokens,output_tokens", *rows, "1,5000,9"]))
+    done = Run(num_ranks, "run-batch", "--replay", str(trace), "-o", str(out), "--report",
+               str(report), "--length-scale", "0.5", *TINY, directory=tmp_path).wait()  # fmt: skip
+    assert done.code == 0, done.err
+    assert "1 of 25 requests" in done.err
+    found, figures = answers(out), json.loads(report.read_text())
+    assert {name: len(tokens) for name, tokens in found.items()} == {
+        f"row-{i + 1}": 5 + i for i in range(24)
+    }
+    assert figures["lines"] == {"completed": 24, "failed": 1, "skipped": 0}
+    assert figures["failures"] == {"too_long": 1}
+
+
 def test_a_restart_does_only_what_is_left(tmp_path):
     write_requests(tmp_path / "in.jsonl", 6)
     whole, _ = batch(tmp_path, 2, "first")
@@ -136,6 +153,7 @@ def test_without_anything_it_shows_the_demo_and_says_how_to_go_on(tmp_path):
     ("args", "hint"),
     [
         (["run-batch"], "-i requests.jsonl"),
+        (["run-batch", "--replay", "/no/such.csv"], "/no/such.csv cannot be read"),
         (["--model", "/no/such/model"], "--model takes"),
         (["--frobnicate"], "--help"),
     ],
