@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mellmpi import protocol as p
-from mellmpi.series import INACTIVE, Distribution, Move, Sample, Series, Track, WorkerSeries
+from mellmpi.series import INACTIVE, Distribution, Move, Sample, Series, Sums, Track, WorkerSeries
 
 
 @dataclass(slots=True)
@@ -63,6 +63,9 @@ class Metrics:
         self._moved: Counter[str] = Counter()
         self._ttft, self._tpot, self._itl = Distribution(), Distribution(), Distribution()
         self._e2e, self._downtime = Distribution(), Distribution()
+        self._steps = Sums("steps", "prefill_tokens", "decode_tokens")  # -> seconds
+        self._transfers, self._wakes = Sums("transfers", "bytes"), Sums("wakes")  # -> seconds
+        self._kv: dict[str, int] = {}  # what a worker is like
         self._active = self._peak = 0
         self._active_s, self._active_since = 0.0, 0.0
 
@@ -75,6 +78,7 @@ class Metrics:
             case p.StepReport() if isinstance(source, int):
                 self._reporter = source
                 self._used(now, source, event.free_bytes)
+                self._stepped(event)
             case p.Submit():
                 self._submitted(now, event.request)
             case p.Cancel(request_id, "stop") if request_id in self._live:
@@ -82,7 +86,7 @@ class Metrics:
             case p.Cancel():
                 self._counts["cancelled"] += self._forget(event.request_id) is not None
             case p.WorkerReady() if isinstance(source, int):
-                self._worker(source).capacity_bytes = event.capacity_bytes
+                self._ready(source, event)
                 self._enter(now, source, "active")
                 self._used(now, source, event.capacity_bytes)
             case p.Parked() if isinstance(source, int):
@@ -112,6 +116,22 @@ class Metrics:
                 self._counts["preemptions"] += 1
                 self._preempted.add((now, command.worker))
                 self._waits(command.request_id)
+
+    # --- what things take ---
+
+    def _stepped(self, report: p.StepReport) -> None:
+        if report.steps:
+            x = (report.steps, report.prefill_tokens, report.decode_tokens)
+            self._steps.add(x, report.step_s, weight=1 / report.steps)
+
+    def _ready(self, source: int, ready: p.WorkerReady) -> None:
+        worker = self._worker(source)
+        worker.capacity_bytes = ready.capacity_bytes
+        if worker.state == "waking":  # a start may convert weights, too, and all start at once
+            self._wakes.add((1,), ready.wake_s)
+        kv = ready.models[0]
+        self._kv = {"capacity_bytes": ready.capacity_bytes, "block_size": kv.block_size,
+                    "block_bytes": kv.block_bytes}  # fmt: skip
 
     # --- requests ---
 
@@ -187,6 +207,8 @@ class Metrics:
             return
         self._moved[e.mode] += 1
         self._counts["migrated_bytes"] += e.num_bytes
+        if e.num_bytes:
+            self._transfers.add((1, e.num_bytes), e.transfer_s)
         if live is not None and live.src is not None:  # None: its first token is here already
             live.landed_at = e.dst
 
@@ -259,6 +281,12 @@ class Metrics:
             "parks": count["parked"],
             "wakes": count["waking"],
             "workers_lost": count["lost"],
+            "worker_kv": self._kv,
+            "costs": {  # sums for `CostModel.fitted`
+                "steps": self._steps.to_dict(),
+                "transfers": self._transfers.to_dict(),
+                "wakes": self._wakes.to_dict(),
+            },
         }
 
     def _active_device_seconds(self, now: float) -> float:

@@ -85,6 +85,26 @@ class Sample:
             self._stride *= 2
 
 
+class Sums:
+    """What a least-squares fit of y by x needs to know of the samples, however many."""
+
+    def __init__(self, *names: str) -> None:
+        self.names, self.count = names, 0
+        self._xx, self._xy = np.zeros((len(names), len(names))), np.zeros(len(names))
+
+    def add(self, x: tuple[float, ...], y: float, weight: float = 1.0) -> None:
+        """`weight`: one over the variance of y, in any unit."""
+        row = np.array(x, np.float64)
+        self._xx += weight * np.outer(row, row)
+        self._xy += weight * row * y
+        self.count += 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: `xx` is the matrix of the normal equations, `xy` their right side."""
+        return {"of": list(self.names), "samples": self.count, "xx": self._xx.tolist(),
+                "xy": self._xy.tolist()}  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class Move:
     """One migration as rank 0 saw it; `outcome` as in MigrationEnded."""

@@ -1,11 +1,13 @@
 """Metrics: one hand-made history a rule, with times that make every duration a different number."""
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 
 from mellmpi import protocol as p
+from mellmpi.core.cost import CostModel
 from mellmpi.metrics import Metrics
 from mellmpi.series import EXACT_SAMPLES, Distribution, Sample, Track
 
@@ -378,3 +380,21 @@ def test_an_answer_that_a_stop_string_ends_is_completed_not_cancelled():
     m.observe(1.0, p.FRONT, p.Cancel(1, "stop"))
     report = m.report(2.0)
     assert (report["completed"], report["cancelled"]) == (1, 0)
+
+
+def test_the_costs_of_a_run_give_back_what_its_steps_transfers_and_wakes_took():
+    m, truth = Metrics(), CostModel(2e-5, 4e-3, 1e-3, 1e8, 5e-3, 1.5)
+    ready(m, 0.0, 1)
+    for i, (steps, prefill, decode) in enumerate([(1, 64, 0), (4, 0, 9), (5, 30, 5), (2, 7, 14)]):
+        took_s = steps * truth.step_s + truth.forward_s(prefill, decode) - truth.step_s
+        m.observe(i, 1, p.StepReport(steps, took_s, prefill, decode, 0, 0, *NO_RUNS))
+    for num_bytes in (10_000, 400_000):
+        took_s = truth.transfer_s(num_bytes)
+        m.command(4.0, p.OBSERVER,
+                  p.MigrationEnded(1, "transfer", 1, 2, num_bytes, took_s, "moved"))  # fmt: skip
+    m.command(5.0, 1, p.Wake())
+    kv = p.ModelKv("m", 16, 64)
+    m.observe(6.5, 1, p.WorkerReady((kv,), 1000, 8, 0, 1.5))
+    report = json.loads(json.dumps(m.report(7.0)))
+    assert asdict(CostModel.fitted(report["costs"])) == pytest.approx(asdict(truth))
+    assert report["worker_kv"] == {"capacity_bytes": 1000, "block_size": 16, "block_bytes": 64}

@@ -1,6 +1,9 @@
 """What things take: an estimate, and data. It decides in the runtime and ticks the simulator."""
 
 from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
 
 from mellmpi.protocol import StepReport
 
@@ -17,6 +20,28 @@ class CostModel:
     link_Bps: float = 4e9
     link_latency_s: float = 1e-3
     wake_s: float = 2.0
+
+    @staticmethod
+    def fitted(costs: dict[str, Any]) -> "CostModel":
+        """What fits a run best, from the `costs` of its report; the default where it says nothing.
+
+        Least squares with no coefficient below zero. ValueError if `costs` are not of a report.
+        """
+        try:
+            steps, transfers, wakes = (
+                _least_squares(costs[name]) for name in ("steps", "transfers", "wakes")
+            )
+        except (KeyError, TypeError, IndexError) as error:
+            raise ValueError(f"these are not the costs of a report: {error!r}") from error
+        found: dict[str, float] = {}
+        if steps is not None:
+            found |= zip(("step_s", "prefill_token_s", "decode_token_s"), steps, strict=True)
+        if transfers is not None:
+            latency_s, byte_s = transfers
+            found |= {"link_latency_s": latency_s, "link_Bps": 1 / byte_s if byte_s else np.inf}
+        if wakes is not None:
+            found["wake_s"] = wakes[0]
+        return CostModel(**found)
 
     def transfer_s(self, num_bytes: int) -> float:
         """KV of so many bytes, from one worker to another."""
@@ -47,3 +72,18 @@ class CostModel:
             return self
         measured = report.step_s / report.prefill_tokens
         return replace(self, prefill_token_s=(1 - BLEND) * self.prefill_token_s + BLEND * measured)
+
+
+def _least_squares(sums: dict[str, Any]) -> list[float] | None:
+    """Coefficients of normal equations, none below zero; None without samples."""
+    if not sums["samples"]:
+        return None
+    xx, xy = np.array(sums["xx"], np.float64), np.array(sums["xy"], np.float64)
+    used, found = list(range(len(xy))), np.zeros(len(xy))
+    while used:
+        some = np.linalg.lstsq(xx[np.ix_(used, used)], xy[used], rcond=None)[0]
+        if some.min() >= 0:
+            found[used] = some
+            break
+        del used[int(some.argmin())]  # what would be negative is nothing
+    return [float(value) for value in found]

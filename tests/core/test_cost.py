@@ -49,3 +49,27 @@ def test_steps_that_mostly_prefilled_blend_in_what_a_position_takes():
 @pytest.mark.parametrize(("prefill", "decode"), [(63, 0), (64, 9), (0, 0)])
 def test_steps_that_also_decoded_or_were_short_say_nothing(prefill, decode):
     assert COST.after_steps(steps(prefill, decode)) is COST
+
+
+def sums(xx, xy):
+    return {"samples": 9, "xx": xx, "xy": xy}
+
+
+NOTHING = {"samples": 0, "xx": [[0.0]], "xy": [0.0]}
+
+
+def test_no_fitted_cost_is_below_zero():
+    # Alone, the third column fits best with -1; without it the first two are 1 and 2.
+    steps = sums([[1, 0, 0], [0, 1, 0], [0, 0, 1]], [1, 2, -1])
+    found = CostModel.fitted({"steps": steps, "transfers": NOTHING, "wakes": NOTHING})
+    assert (found.step_s, found.prefill_token_s, found.decode_token_s) == pytest.approx((1, 2, 0))
+
+
+def test_what_a_run_does_not_say_keeps_its_default():
+    found = CostModel.fitted({"steps": NOTHING, "transfers": NOTHING, "wakes": NOTHING})
+    assert found == CostModel()
+
+
+def test_costs_of_something_else_are_refused():
+    with pytest.raises(ValueError, match="not the costs of a report"):
+        CostModel.fitted({"steps": 3})
