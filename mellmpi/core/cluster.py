@@ -132,12 +132,12 @@ class ClusterScheduler:
 
     def _report(self, worker: int, report: StepReport) -> None:
         self.fleet.report(worker, report)
-        logprobs = dict(report.logprobs)
+        logprobs, records = dict(report.logprobs), self.records
         runs = zip(report.request_ids, report.epochs, report.firsts, report.counts, strict=True)
         end = 0
         for i, (request_id, epoch, first, num_tokens) in enumerate(runs):
             start, end = end, end + num_tokens
-            record = self.records.get(request_id)
+            record = records.get(request_id)
             if record is not None and record.epoch == epoch:
                 self._tokens(record, first, report.tokens[start:end], logprobs.get(i, ()))
         # Only now: what it had produced by then is in the log.

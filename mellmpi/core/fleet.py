@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from mellmpi.config import ClusterConfig
-from mellmpi.core.ledger import Ledger, WorkerState
+from mellmpi.core.ledger import ACTIVE, WITHOUT_ARENA, Ledger, WorkerState
 from mellmpi.core.requests import Record
 from mellmpi.core.view import RequestColumns, View, kv_need
 from mellmpi.protocol import (
@@ -91,9 +91,9 @@ class Fleet:
         """Has its former worker room for it again?"""
         ledger = self.ledger
         return bool(
-            ledger.state[worker] == WorkerState.ACTIVE
+            ledger.state[worker] == ACTIVE
             and ledger.num_requests[worker] < ledger.max_requests[worker]
-            and ledger.budget[worker] >= num_bytes
+            and ledger.room(worker) >= num_bytes
         )
 
     # --- states ---------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ class Fleet:
         return bool(
             self.view.hosting(model)[worker]
             and ledger.num_requests[worker] < ledger.max_requests[worker]
-            and ledger.budget[worker] >= num_bytes
+            and ledger.room(worker) >= num_bytes
         )
 
     def refusal(self, request: Request, num_tokens: int) -> str | None:
@@ -205,7 +205,7 @@ class Fleet:
         self.view.answer_tokens += LENGTH_BLEND * (num_outputs - self.view.answer_tokens)
 
     def report(self, worker: int, event: StepReport) -> None:
-        if self.ledger.state[worker] in (WorkerState.PARKED, WorkerState.WAKING):
+        if int(self.ledger.state[worker]) in WITHOUT_ARENA:
             return  # of what it did before it parked: there is no arena any more
         self.ledger.report(worker, event.acked, event.free_bytes)
         self.view.cost = self.view.cost.after_steps(event)

@@ -24,6 +24,11 @@ class WorkerState(IntEnum):
     LOST = 6
 
 
+# Python 3.11 looks members up slowly, and numpy compares them slowly: plain numbers for every step.
+ACTIVE = int(WorkerState.ACTIVE)
+WITHOUT_ARENA = frozenset((int(WorkerState.PARKED), int(WorkerState.WAKING)))
+
+
 class Ledger:
     """Budget = free bytes as last reported - bytes ordered and not yet acknowledged."""
 
@@ -52,6 +57,10 @@ class Ledger:
     def budget(self) -> np.ndarray:
         """int64 [workers + 1], bytes."""
         return self.free - self.ordered
+
+    def room(self, worker: int) -> int:
+        """Bytes: the budget of one worker."""
+        return int(self.free[worker] - self.ordered[worker])
 
     def able(self, model: str) -> np.ndarray:
         """bool [workers + 1]: has said that it runs `model`, whatever its state is now."""

@@ -43,6 +43,8 @@ class WaitingQueue:
 
     def head(self, passed: Container[str] = ()) -> Record | None:
         """Whose turn it is, of the models that have not been passed over; or None."""
+        if not self._lanes:
+            return None  # by far the most frequent answer
         heads = [next(iter(ln.values())) for m, ln in self._lanes.items() if m not in passed]
         return min(heads, key=lambda w: w.order).record if heads else None
 

@@ -82,6 +82,7 @@ class IdealWorkers:
         self.rate, self.lengths = rate, lengths
         self.step = 0
         self.workers = {w: _Worker(w, models, capacity) for w, models in enumerate(hosts, start=1)}
+        self.busy = set(self.workers)  # those that may have something to report
         self._heap: list[tuple[int, int, int, int]] = []  # (step, worker, epoch or 0, version)
 
     def next_step(self) -> int | None:
@@ -116,6 +117,10 @@ class IdealWorkers:
 
     def used(self, worker: _Worker) -> int:
         return worker.fixed + worker.growth * self.step
+
+    def all_used(self) -> int:
+        """Bytes in use on all workers."""
+        return sum([self.used(self.workers[w]) for w in self.busy])
 
     def _put(self, worker: _Worker, sequence: _Sequence) -> None:
         worker.sequences[sequence.epoch] = sequence
@@ -153,6 +158,7 @@ class IdealWorkers:
         """One command of the scheduler; the answers, as (worker, message)."""
         worker = self.workers[w]
         worker.acked += 1
+        self.busy.add(w)
         match command:
             case Assign():
                 self._assign(worker, command)
@@ -227,26 +233,37 @@ class IdealWorkers:
         """What the scheduler has not heard of this worker; None if there is nothing."""
         worker, step = self.workers[w], self.step
         free = worker.capacity - self.used(worker)
-        idle = not (worker.growth or worker.ended or worker.preempted)
-        if idle and worker.said == (worker.acked, free):
-            return None
-        runs = [(s, s.outputs(step)) for s in worker.sequences.values() if not s.arriving]
+        if not (worker.sequences or worker.ended or worker.preempted):
+            self.busy.discard(w)
+            if worker.said == (worker.acked, free):
+                return None
+        runs = [(s, s.first + step - s.start) for s in worker.sequences.values() if not s.arriving]
+        runs += worker.preempted
         runs = [(s, n) for s, n in runs if n > s.reported]
-        runs += [(s, n) for s, n in worker.preempted if n > s.reported]
-        num_open = sum(n - s.reported for s, n in runs)
-        tokens = zeros(num_open)
+        tokens = zeros(sum([n - s.reported for s, n in runs]))
         for s in worker.ended:
             tokens += (*zeros(s.length - s.reported - 1), STOP)
             runs.append((s, s.length))
-        report = StepReport(
+        preempted = tuple([(s.request_id, s.epoch) for s, _ in worker.preempted])
+        report = self._report(worker, free, tokens, runs, preempted)
+        for s, n in runs:
+            s.reported = n
+        worker.ended, worker.preempted, worker.said = [], [], (worker.acked, free)
+        return report
+
+    def room(self, w: int) -> StepReport:
+        """How much is free on this worker; nothing of its requests, which is for `report`."""
+        worker = self.workers[w]
+        return self._report(worker, worker.capacity - self.used(worker), (), [], ())
+
+    def _report(self, worker: _Worker, free: int, tokens: tuple[int, ...],
+                runs: list[tuple[_Sequence, int]],
+                preempted: tuple[tuple[int, int], ...]) -> StepReport:  # fmt: skip
+        return StepReport(
             steps=1, step_s=1 / self.rate, prefill_tokens=0, decode_tokens=len(tokens),
             free_bytes=free, acked=worker.acked,
             request_ids=tuple([s.request_id for s, _ in runs]),
             epochs=tuple([s.epoch for s, _ in runs]), firsts=tuple([s.reported for s, _ in runs]),
             counts=tuple([n - s.reported for s, n in runs]), tokens=tokens, logprobs=(),
-            preempted=tuple([(s.request_id, s.epoch) for s, _ in worker.preempted]),
+            preempted=preempted,
         )  # fmt: skip
-        for s, n in runs:
-            s.reported = n
-        worker.ended, worker.preempted, worker.said = [], [], (worker.acked, free)
-        return report

@@ -77,6 +77,8 @@ class IdealReplay:
         config = ClusterConfig(policy=name, thrift=thrift, seed=seed, park_after_s=0.0,
                                rebalance_every_s=0.0)  # fmt: skip
         policy = timed(policy_for(name, "auto"), self.tally, clock)
+        # Such policies move nothing: until something ends or overflows, only free room counts.
+        self.says_room = policy.resumes_at_home
         self.scheduler = ClusterScheduler(num_workers, config, policy)
         self.scheduler.fleet.view.cost = NO_COST
         kvs = tuple(ModelKv(m, 1, size) for m, size in load.token_bytes.items())
@@ -103,7 +105,7 @@ class IdealReplay:
             step = min(due)
             self._advance(step)
             if i < len(arrivals) and arrivals[i] == step:
-                self._report(self.workers.workers)
+                self._before_arrival()
                 while i < len(arrivals) and arrivals[i] == step:
                     self._tell(FRONT, Submit(self._request(i)))
                     i += 1
@@ -133,11 +135,20 @@ class IdealReplay:
         self.now = step / self.rate
         self._report(self.workers.advance(step))
 
+    def _before_arrival(self) -> None:
+        if not self.says_room:
+            self._report(self.workers.busy)
+            return
+        for w in sorted(self.workers.busy):
+            self._tell(w, self.workers.room(w))
+
     def _tick(self) -> None:
-        self._report(self.workers.workers)
-        self._route(self.scheduler.tick(self.now))
-        if self.scheduler.queue:
-            self._report(self.workers.workers)
+        if not self.says_room:
+            self._report(self.workers.busy)
+        commands = self.scheduler.tick(self.now)
+        self._route(commands)
+        if commands and self.scheduler.queue:
+            self._report(self.workers.busy)  # who waits may fit by what has been done
         ledger = self.scheduler.fleet.ledger
         if not self.may_lack and ledger.num_requests[1:].all():
             raise Unserved
@@ -182,7 +193,7 @@ class IdealReplay:
         homes = requests.home[requests.live & (requests.worker == 0)]
         held[homes[homes > 0]] = True
         self.tally.gpus.append(int(held.sum()))
-        self.tally.used_bytes.append(sum(map(self.workers.used, self.workers.workers.values())))
+        self.tally.used_bytes.append(self.workers.all_used())
 
 
 def figures(load: Load, tally: Tally, wall_s: float) -> dict[str, Any]:
