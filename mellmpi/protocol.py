@@ -203,7 +203,7 @@ class StepReport:
     """
 
     steps: int
-    step_s: float  # wall time in forward passes, seconds
+    step_s: float  # wall time of the steps, the loop around them included, seconds
     prefill_tokens: int  # computed positions that were not sampled from
     decode_tokens: int  # sampled positions
     free_bytes: int  # of the KV arena, now
