@@ -181,8 +181,8 @@ def show(results: dict[str, Any]) -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trace", type=Path, metavar="FILE", help="default: a generated one")
-    parser.add_argument("--requests", type=int, default=100, help="of the generated trace")
-    parser.add_argument("--rate", type=float, default=4.0, help="requests/s of the generated one")
+    parser.add_argument("--requests", type=int, default=130, help="of the generated trace")
+    parser.add_argument("--rate", type=float, default=6.0, help="requests/s of the generated one")
     parser.add_argument("--prompt", type=float, default=60.0, help="its mean prompt, tokens")
     parser.add_argument("--output", type=float, default=400.0, help="its mean answer, tokens")
     parser.add_argument("--policies", nargs="+", default=["frugal"])
