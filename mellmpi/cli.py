@@ -141,7 +141,7 @@ SIMULATE = (
     Flag("policies", str, "to compare, with commas between", "NAMES"),
     Flag("ideal", switch, "prefill, waking and moves take no time", is_switch=True),
     Flag("decode-rate", float, "tokens/s of every request, with --ideal (default: 30)", "R"),
-    Flag("tick-s", float, "the policy looks at the whole cluster (default: 0.5)", "S"),
+    Flag("tick-s", float, "the policy looks at the whole cluster (default: 0.25)", "S"),
     Flag("gpus", int, "at most so many (default: as many as it takes)", "MAX"),
     Flag("thrift", float, "of frugal (default: 0.5)", "X"),
     Flag("seed", int, "of what is random (default: 0)", "N"),

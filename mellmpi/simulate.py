@@ -33,10 +33,10 @@ class SimulateOptions:
     model: str | None = None
     kv_bytes_per_token: dict[str, int] | None = None  # by model; "" for one that fits all
     gpu_kv_gib: float = 0.0
-    policies: str = "best_fit,worst_fit,frugal"
+    policies: str = ",".join(POLICIES)
     ideal: bool = False
     decode_rate: float = 30.0  # tokens a second of every request
-    tick_s: float = 0.5
+    tick_s: float = 0.25
     gpus: int | None = None  # None: as many as any policy asks for
     thrift: float = 0.5
     seed: int = 0
