@@ -168,7 +168,9 @@ class ClusterScheduler:
 
     def _resume(self, worker: Address) -> None:
         """Who was preempted there goes back as soon as it fits; only its own word makes room."""
-        for record in self.queue.returning(worker) if isinstance(worker, int) else ():
+        if not isinstance(worker, int):
+            return
+        for record in self.queue.returning(worker):
             if self.fleet.can_return(worker, self._kv_bytes(record)):
                 self.queue.remove(record)
                 self._assign(record, worker)

@@ -24,6 +24,7 @@ from mellmpi.protocol import (
 Commands = list[tuple[Address, Any]]
 ANSWER_TOKENS = 128.0  # length of an output, until some have ended
 LENGTH_BLEND = 0.05  # weight of the newest one
+LONGEST_PERIOD_S = 1.0  # between two rounds; more was a pause with nothing to do
 RATE_BLEND = 0.3  # weight of the newest interval in a rate
 
 
@@ -42,7 +43,8 @@ class Fleet:
             now=0.0, workers=self.ledger, requests=RequestColumns(), waiting_bytes=0,
             growth_Bps=np.zeros(num_workers + 1), token_rate=0.0,
             answer_tokens=ANSWER_TOKENS, horizon_s=config.horizon_s,
-            park_after_s=config.park_after_s, seed=config.seed, tick=0, thrift=config.thrift,
+            park_after_s=config.park_after_s, seed=config.seed, tick=0,
+            period_s=config.rebalance_every_s, thrift=config.thrift,
         )  # fmt: skip
 
     def take(self) -> Commands:
@@ -215,6 +217,7 @@ class Fleet:
         """Turn what was decoded since the last tick into rates."""
         elapsed, self._ticked_s = now - self._ticked_s, now
         rates = self._decoded / max(elapsed, 1e-9)
+        self.view.period_s = min(elapsed, LONGEST_PERIOD_S)
         growth = self.view.growth_Bps
         growth += RATE_BLEND * (rates * self._token_bytes() - growth)
         running = int(self.ledger.num_requests.sum())

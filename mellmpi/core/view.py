@@ -121,6 +121,7 @@ class View:
     horizon_s: float  # room is kept for so many seconds of growth
     park_after_s: float  # a worker empty for so long may be parked
     seed: int  # of --migrate stress
+    period_s: float  # from one rebalancing round to the next, lately
     tick: int  # counts rebalancing rounds: with the seed, a policy's only source of randomness
     thrift: float = 0.5  # 0: move as few bytes as possible; 1: use as few workers as possible
     lengths: AnswerLengths = field(default_factory=AnswerLengths)  # of those that ended lately

@@ -1,10 +1,12 @@
 """Policies, each a function of a view. A block is 4 positions or 10 bytes; a worker has 20."""
 
+from dataclasses import replace
+
 import pytest
 
 from mellmpi.core.ledger import WorkerState
 from mellmpi.core.policies import POLICIES, Policy, policy_for
-from mellmpi.core.policies.frugal import growth_room
+from mellmpi.core.policies.frugal import growth_Bps, half_blocks
 from mellmpi.core.policies.stress import MOVES_A_TICK
 from mellmpi.core.view import Drain, Move, ParkWorker, WakeWorker
 from mellmpi.protocol import ModelKv
@@ -77,8 +79,8 @@ def test_frugal_keeps_room_for_a_horizon_of_growth():
 
 
 def test_frugal_keeps_half_a_block_a_request_until_rates_are_known():
-    assert growth_room(view([1, 1, 1], []), 2.0).tolist() == [0, 15, 0]
-    assert growth_room(view([1, 1, 1], [], growth=10.0), 2.0).tolist() == [0, 20, 20]
+    assert half_blocks(view([1, 1, 1], [])).tolist() == [0, 15, 0]
+    assert growth_Bps(view([1, 1, 1], [], growth=10.0)).tolist() == [0, 10, 10]
 
 
 def test_frugal_lets_the_queue_wait_rather_than_crowd():
@@ -118,10 +120,9 @@ def test_a_worker_empty_for_a_moment_or_needed_by_the_queue_is_not_parked(policy
 
 
 def test_frugal_parks_nothing_that_a_crowded_worker_may_need():
-    v = view([16, 2], [], growth=15.0)
-    v.requests.movable[:] = False  # so that nothing else is to be done
-    assert rebalance(v) == []
-    assert rebalance(view([16, 2], [], growth=5.0)) == [ParkWorker(2)]
+    # In 2 s, while one could be woken, it grows by 60 bytes or by 10; it has 10 of whole blocks.
+    assert rebalance(view([16, 2], [], growth=30.0)) == []
+    assert rebalance(view([16, 2], [], growth=2.0)) == [ParkWorker(2)]
 
 
 def test_the_rate_of_a_worker_that_is_parked_now_keeps_nobody_from_parking():
@@ -133,11 +134,18 @@ def test_the_rate_of_a_worker_that_is_parked_now_keeps_nobody_from_parking():
 # --- moves ---------------------------------------------------------------------------------------
 
 
-def test_frugal_relieves_what_is_about_to_overflow_of_the_smallest_request_that_cures_it():
-    # Worker 1 grows by 40 bytes in half a horizon, 10 are left: 30 are lacking.
+def test_frugal_relieves_what_is_about_to_overflow_of_the_request_that_helps_longest():
     v = view([2, 6, 4, 7], [5])
     v.growth_Bps[1] = 40.0
-    assert rebalance(v) == [Move(3, 2, "overflow")]
+    assert rebalance(v) == [Move(4, 2, "overflow")]
+
+
+def test_frugal_gives_a_relief_to_the_place_that_it_fits_most_tightly():
+    v = view([12, 7], [7], [9], [11])
+    v.growth_Bps[1:] = [80.0, 1.0, 1.0, 1.0]
+    assert rebalance(v)[0] == Move(2, 4, "overflow")
+    v.growth_Bps[4] = 5.0  # now there are but 3 s left
+    assert rebalance(v)[0] == Move(2, 3, "overflow")
 
 
 def test_frugal_moves_the_largest_when_none_is_enough():
@@ -147,7 +155,7 @@ def test_frugal_moves_the_largest_when_none_is_enough():
 
 
 def test_a_request_alone_on_its_worker_is_left_there():
-    v = view([17], [2])
+    v = view([17], [4])
     v.growth_Bps[1] = 50.0
     assert rebalance(v) == []
 
@@ -163,13 +171,13 @@ def test_frugal_does_not_relieve_twice():
     v = view([10, 9], [5], [])
     v.growth_Bps[1] = 40.0
     v.requests.movable[0] = False
-    assert rebalance(v) == []
+    assert not [p for p in rebalance(v) if isinstance(p, Move)]
 
 
 def test_two_that_overflow_do_not_take_the_same_room():
     v = view([7, 12], [7, 12], [6], [7])
     v.growth_Bps[[1, 2]] = 40.0
-    assert rebalance(v) == [Move(1, 4, "overflow"), Move(3, 3, "overflow")]
+    assert rebalance(v) == [Move(2, 4, "overflow"), Move(4, 3, "overflow")]
 
 
 def test_a_crowded_worker_is_no_help_to_another():
@@ -181,7 +189,7 @@ def test_a_crowded_worker_is_no_help_to_another():
 def test_seats_are_room_too():
     v = view([7, 12], [1] * 8, [1])
     v.growth_Bps[1] = 40.0
-    assert rebalance(v) == [Move(1, 3, "overflow")]
+    assert rebalance(v) == [Move(2, 3, "overflow")]
 
 
 def crowd(**states):
@@ -207,10 +215,19 @@ def test_frugal_empties_the_worker_that_holds_least_when_its_requests_fit_elsewh
     assert rebalance(v) == [Drain(2), Move(2, 1, "drain"), Move(3, 1, "drain")]
 
 
-def test_frugal_empties_no_worker_without_twice_the_room_to_grow():
-    # 10 B/s: 40 bytes are to stay free on worker 1, and the request may grow by 40 itself.
-    assert rebalance(view([10], [2], growth=10.0)) != []
-    assert rebalance(view([11], [2], growth=10.0)) == []
+def test_frugal_empties_no_worker_without_room_to_grow_until_another_could_be_woken():
+    # 10 B/s for 1.8 s and twice the 2 s of waking: 58 bytes are to stay free on worker 1.
+    assert rebalance(view([11], [2], growth=10.0)) != []
+    assert rebalance(view([12], [2], growth=10.0)) == []
+
+
+def test_thrift_keeps_less_room_and_empties_more():
+    v = view([14], [2], growth=16.0)
+    v.cost = replace(v.cost, wake_s=0.0)
+    v.thrift = 0.0
+    assert rebalance(v) == []
+    v.thrift = 1.0
+    assert rebalance(v) == [Drain(2), Move(2, 1, "drain")]
 
 
 def test_frugal_empties_a_worker_wholly_or_not_at_all():
@@ -218,11 +235,11 @@ def test_frugal_empties_a_worker_wholly_or_not_at_all():
     assert rebalance(view([1] * 7, [1, 1])) == []  # there is one seat
 
 
-def test_frugal_drains_one_worker_at_a_time_and_none_while_something_waits_or_moves():
+def test_frugal_empties_none_while_one_is_being_emptied_or_something_waits_or_leaves_it():
     assert rebalance(view([10], [2], waiting=1)) == []
     assert rebalance(view([10], [2], [2], states={3: DRAINING})) == [Move(3, 1, "drain")]
-    v = view([10], [2])
-    v.requests.movable[0] = False
+    v = view([19], [2])
+    v.requests.movable[1] = False
     assert rebalance(v) == []
 
 

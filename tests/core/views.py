@@ -29,4 +29,4 @@ def view(*workers: list[int], states=None, growth=0.0, waiting=0, now=100.0, see
     growth_Bps[1:] = growth
     return View(now=now, workers=ledger, requests=columns, waiting_bytes=waiting,
                 growth_Bps=growth_Bps, token_rate=0.0, answer_tokens=answer_tokens, horizon_s=2.0,
-                park_after_s=1.0, seed=seed, tick=tick)  # fmt: skip
+                park_after_s=1.0, seed=seed, tick=tick, period_s=0.1)  # fmt: skip

