@@ -101,6 +101,17 @@ def leave_verdict(rank: int, verdict: Any) -> None:
     Path(sys.argv[1], f"{rank}.json").write_text(json.dumps(verdict))
 
 
+def until_verdicts(num_ranks: int, limit_s: float = 30) -> None:
+    """On a rank: wait until so many have left one.
+
+    After a loss nobody waits for the others: who leaves first is the next one to be lost.
+    """
+    stop_s = time.monotonic() + limit_s
+    while len(list(Path(sys.argv[1]).glob("*.json"))) < num_ranks:
+        assert time.monotonic() < stop_s, "not all ranks have left a verdict"
+        time.sleep(0.005)
+
+
 def or_abort(rank: int, abort: Callable[[int], None], program: Callable[[], Any]) -> Any:
     """On a rank: run the program; a failure becomes the verdict and ends the whole job."""
     try:

@@ -14,7 +14,7 @@ import numpy as np
 from mellmpi.protocol import Cancel, WorkerLost
 from mellmpi.transport.base import Transport
 from mellmpi.transport.mpi import Job
-from tests.mpi.harness import leave_verdict, or_abort
+from tests.mpi.harness import leave_verdict, or_abort, until_verdicts
 from tests.transport.conformance import LIMIT_S, HostArena, Post
 
 VICTIM = 3
@@ -127,6 +127,7 @@ def main() -> None:
             die(transport)
         verdict = survive(transport)
         leave_verdict(job.rank, verdict)
+        until_verdicts(job.size - 1)
         started_s = time.monotonic()
         job.finish()
         leave_verdict(job.rank, verdict | {"finish_s": time.monotonic() - started_s})

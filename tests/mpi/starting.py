@@ -2,12 +2,11 @@
 
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from mellmpi.protocol import FINGERPRINT, WorkerLost
 from mellmpi.transport.mpi import Job, MixedInstallation
-from tests.mpi.harness import leave_verdict, or_abort
+from tests.mpi.harness import leave_verdict, or_abort, until_verdicts
 from tests.transport.conformance import LIMIT_S
 
 
@@ -44,18 +43,11 @@ def listen(job: Job) -> Any:
             leave_verdict(job.rank, {"lost": message.worker})
             if message.worker == 0:
                 job.vanish(9)
-            until_all_have_heard(job.size - 1, stop_s)
+            until_verdicts(job.size - 1)
             job.finish()
             return {"lost": message.worker, "finished": True}
         transport.wait(1.0)
     raise AssertionError("nobody was lost")
-
-
-def until_all_have_heard(num_living: int, stop_s: float) -> None:
-    """Who leaves at once is the next one to be lost, and perhaps the first that others hear of."""
-    while len(list(Path(sys.argv[1]).glob("*.json"))) < num_living:
-        assert time.monotonic() < stop_s, "somebody has not heard of the loss"
-        time.sleep(0.005)
 
 
 def main() -> None:

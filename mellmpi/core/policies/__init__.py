@@ -2,6 +2,7 @@
 
 from mellmpi.core.policies import best_fit, frugal, load_balance, mell, stress, worst_fit
 from mellmpi.core.policies.base import Policy, without_moves
+from mellmpi.core.policies.kernels import warm_up
 
 __all__ = ["POLICIES", "Policy", "policy_for"]
 
@@ -19,6 +20,7 @@ def policy_for(name: str, migrate: str) -> Policy:
     if name not in POLICIES:
         raise ValueError(f"--policy must be one of {', '.join(POLICIES)}, not {name}")
     policy = POLICIES[name]
+    warm_up()  # or the first request would wait for it
     if migrate == "never":
         return without_moves(policy)
     return Policy(policy.place, stress.rebalance) if migrate == "stress" else policy
