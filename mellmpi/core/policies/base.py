@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mellmpi.core.ledger import WorkerState
 from mellmpi.core.view import ParkWorker, Proposal, View
 
 
@@ -27,6 +28,13 @@ def room_after(view: View, row: int, model: str) -> np.ndarray:
     workers = view.workers
     fits = view.hosting(model) & (workers.num_requests < workers.max_requests)
     return np.where(fits, workers.budget - view.requests.need(row), -1)
+
+
+def more_workers(view: View, model: str) -> bool:
+    """Can waiting bring a worker for this model that is not active now?"""
+    workers = view.workers
+    coming = (workers.state > WorkerState.ACTIVE) & (workers.state < WorkerState.LOST)
+    return bool((workers.able(model) & coming).any())
 
 
 def idle_workers(view: View) -> list[Proposal]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mellmpi.core.ledger import WorkerState
-from mellmpi.core.policies.base import idle_workers, room_after
+from mellmpi.core.policies.base import idle_workers, more_workers, room_after
 from mellmpi.core.policies.kernels import emptied, relief, tightest
 from mellmpi.core.view import Drain, Move, Proposal, View, WakeWorker
 
@@ -44,7 +44,7 @@ def place(view: View, row: int, model: str) -> int | None:
     workers, seats = view.workers, room >= 0
     grows = view.token_rate * float(view.requests.token_bytes[row])
     keep = half_blocks(view)
-    if not _more_workers(view, model):
+    if not more_workers(view, model):
         keep = np.maximum(keep, _answers_room(view))
     may = seats & (workers.num_requests > 0)
     spare = (room - keep).astype(float)
@@ -88,13 +88,6 @@ def _answers_room(view: View) -> np.ndarray:
     return np.asarray(
         (workers.num_requests * workers.token_bytes * (view.answer_tokens / 2)).astype(np.int64)
     )
-
-
-def _more_workers(view: View, model: str) -> bool:
-    """Can waiting bring a worker that is not active now?"""
-    workers = view.workers
-    coming = (workers.state > WorkerState.ACTIVE) & (workers.state < WorkerState.LOST)
-    return bool((workers.able(model) & coming).any())
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mellmpi.core.policies.base import idle_workers, room_after
+from mellmpi.core.policies.base import idle_workers, more_workers, room_after
 from mellmpi.core.policies.mell_plan import Plan
 from mellmpi.core.view import Move, Proposal, View
 
@@ -25,7 +25,7 @@ def place(view: View, row: int, model: str) -> int | None:
             if (target := plan.target([len(rows)])) is not None:
                 return int(workers[target])
     worker = int(np.argmax(room))
-    return worker if room[worker] >= 0 and not _can_open(view, model) else None
+    return worker if room[worker] >= 0 and not more_workers(view, model) else None
 
 
 def rebalance(view: View) -> list[Proposal]:
@@ -39,12 +39,6 @@ def rebalance(view: View) -> list[Proposal]:
         moves += [Move(int(ids[i]), int(workers[b]), "mell")
                   for i, b in enumerate(plan.where[: len(rows)]) if b != before[i]]  # fmt: skip
     return moves + idle_workers(view)
-
-
-def _can_open(view: View, model: str) -> bool:
-    """Is there a parked or waking worker of this model?"""
-    state = view.workers.state
-    return bool((view.workers.able(model) & (state > 1) & (state < 6)).any())
 
 
 def _groups(view: View) -> list[np.ndarray]:
