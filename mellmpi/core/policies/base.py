@@ -37,6 +37,17 @@ def more_workers(view: View, model: str) -> bool:
     return bool((workers.able(model) & coming).any())
 
 
+def by_worker(view: View, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(rows in the order of their workers, first): rows[first[w] : first[w + 1]] are on worker w.
+
+    first is int64 [workers + 2]. Order within a worker is kept.
+    """
+    on = view.requests.worker[rows]
+    order = np.argsort(on, kind="stable")
+    first = np.searchsorted(on[order], np.arange(len(view.workers.state) + 1))
+    return rows[order], first
+
+
 def idle_workers(view: View) -> list[Proposal]:
     """Park what has been empty for long enough, but never the last active worker."""
     workers = view.workers

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mellmpi.core.ledger import WorkerState
-from mellmpi.core.policies.base import idle_workers, more_workers, room_after
+from mellmpi.core.policies.base import by_worker, idle_workers, more_workers, room_after
 from mellmpi.core.policies.kernels import emptied, relief, tightest
 from mellmpi.core.view import Drain, Move, Proposal, View, WakeWorker
 
@@ -31,7 +31,6 @@ RELIEF_WORTH = (3.7, 0.67, 1.87, 15.0)  # theta_s, price of bytes, price of room
 OPENING_SHARE = 0.33  # a new worker takes over the largest request up to this share of a worker
 LEAD_TICKS = 1.2  # relief comes so many rounds before the overflow, and what a transfer takes
 DRAIN_TRIES = 2  # workers that cannot be emptied before the round gives up
-FULL = np.iinfo(np.int64).max
 
 
 def place(view: View, row: int, model: str) -> int | None:
@@ -105,8 +104,7 @@ class _Fleet:
     def of(view: View) -> "_Fleet":
         workers, requests = view.workers, view.requests
         placed = np.flatnonzero(requests.live & (requests.worker > 0))
-        rows = placed[np.argsort(requests.worker[placed], kind="stable")]
-        first = np.searchsorted(requests.worker[rows], np.arange(len(workers.state) + 1))
+        rows, first = by_worker(view, placed)
         return _Fleet(
             room=(workers.budget - half_blocks(view)).astype(float), growth=growth_Bps(view),
             seats=workers.max_requests - workers.num_requests,
@@ -117,6 +115,10 @@ class _Fleet:
         """For a trial: who is where is the same, what there is to give is its own."""
         return _Fleet(self.room.copy(), self.growth.copy(), self.seats.copy(), self.takes.copy(),
                       self.rows, self.first)  # fmt: skip
+
+    def accepting(self, view: View) -> np.ndarray:
+        """bool [workers + 1]: holds something, and may be given more."""
+        return self.takes & (view.workers.num_requests > 0) & (self.seats > 0)
 
     def on(self, worker: int) -> np.ndarray:
         return self.rows[self.first[worker] : self.first[worker + 1]]
@@ -192,7 +194,7 @@ def _best_relief(view: View, fleet: _Fleet, worker: int,
                  ) -> tuple[int, int] | None:  # fmt: skip
     """(row, destination) that helps most; of `keeps_s`, the first that some place can keep."""
     size, grow, hosts = _sizes(view, rows)
-    may = fleet.takes & (view.workers.num_requests > 0) & (fleet.seats > 0)
+    may = fleet.accepting(view)
     may[worker] = False
     capacity = float(view.workers.capacity[worker])
     for keep_s in keeps_s:
@@ -241,7 +243,7 @@ def _go_on_draining(view: View, fleet: _Fleet) -> list[Proposal]:
         rows = rows[view.requests.movable[rows]]
         size, grow, hosts = _sizes(view, rows)
         for i, row in enumerate(rows.tolist()):
-            may = fleet.takes & (view.workers.num_requests > 0) & hosts[i] & (fleet.seats > 0)
+            may = fleet.accepting(view) & hosts[i]
             dst = int(tightest(fleet.room, fleet.growth, may, size[i], grow[i],
                                _scale(view) * LAST_S))  # fmt: skip
             if dst:
@@ -263,7 +265,6 @@ def _drain(view: View, fleet: _Fleet) -> list[Proposal]:
     held = np.where(busy, 1 - workers.budget / np.maximum(workers.capacity, 1), np.inf)
     proposals: list[Proposal] = []
     touched = ~fleet.takes  # gave in this round
-    seats = fleet.seats.copy()
     failed = 0
     for victim in np.argsort(held, kind="stable")[: int(busy.sum())].tolist():
         if failed == DRAIN_TRIES:
@@ -273,7 +274,6 @@ def _drain(view: View, fleet: _Fleet) -> list[Proposal]:
         moves = [] if rows is None else _empty(view, fleet, victim, rows)
         failed = 0 if moves else failed + 1
         proposals += [Drain(victim), *moves] if moves else []
-    assert (fleet.seats <= seats).all()
     return proposals
 
 

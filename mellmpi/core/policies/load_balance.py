@@ -6,13 +6,11 @@ moves where that brings the two closer. On overflow the youngest request is pree
 wherever there is room, as Llumnix dispatches it anew.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 
 from mellmpi.core.ledger import WorkerState
 from mellmpi.core.policies import worst_fit
-from mellmpi.core.policies.base import idle_workers
+from mellmpi.core.policies.base import by_worker, idle_workers
 from mellmpi.core.view import Move, Proposal, View
 
 CROWDED = 60.0  # steps: with fewer left a worker gives a request away
@@ -43,21 +41,12 @@ def _balance(view: View) -> list[Proposal]:
         return []
     crowded = crowded[np.argsort(steps[crowded], kind="stable")]
     free = free[np.argsort(-steps[free], kind="stable")]
-    of = _rows_by_worker(view)
+    rows, first = by_worker(view, np.flatnonzero(view.requests.movable))
     moves = [
-        _move(view, of(int(src)), int(src), int(dst))
+        _move(view, rows[first[src] : first[src + 1]], int(src), int(dst))
         for src, dst in zip(crowded, free, strict=False)
     ]
     return [move for move in moves if move is not None]
-
-
-def _rows_by_worker(view: View) -> Callable[[int], np.ndarray]:
-    """A function from a worker to the rows of the requests that can leave it."""
-    rows = np.flatnonzero(view.requests.movable)
-    on = view.requests.worker[rows]
-    order = np.argsort(on, kind="stable")
-    rows, on = rows[order], on[order]
-    return lambda worker: rows[np.searchsorted(on, worker) : np.searchsorted(on, worker + 1)]
 
 
 def _move(view: View, rows: np.ndarray, src: int, dst: int) -> Move | None:
