@@ -57,7 +57,7 @@ def finish(transport: Transport, transfer: Any) -> None:
 
 def header(num_blocks: int) -> KvPayload:
     outputs = tuple(range(500))
-    return KvPayload(1, 2, "layout", 0, num_blocks, 1000, outputs, (), (1,) * num_blocks, True)
+    return KvPayload(1, 2, "layout", 0, num_blocks, 1000, outputs, (), True, 2)
 
 
 def migrate(transport: Transport, num_blocks: int) -> float:

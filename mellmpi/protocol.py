@@ -14,6 +14,7 @@ T = TypeVar("T")
 
 SCHEDULER: Final = 0  # the address of rank 0's scheduler; workers are 1, 2, 3 …
 FRONT: Final = "front"  # whoever submitted the request
+ROUNDS: Final = 64  # of one migration, at most; the i-th has the tag ROUNDS * dst_epoch + i
 OBSERVER: Final = "observer"  # metrics and timeline: told what happened, never asked
 DATA_PLANE: Final = "data plane"  # the worker's own block mover, beside its batch scheduler
 Address = int | str
@@ -267,15 +268,15 @@ class KvPayload:
     """
 
     request_id: int
-    epoch: int  # dst_epoch; its low bits are the tag of the block messages
+    epoch: int  # dst_epoch
     fingerprint: str  # of the KV layout: model, dtype, shape, version
     first_block: int  # logical index of the first block that follows
     num_blocks: int
     num_computed: int  # positions whose KV is valid once all blocks are here
     outputs: tuple[int, ...]  # all output tokens at the source
     logprobs: tuple[tuple[int, TokenLogprob], ...]  # (output index, logprob) of those asked for
-    checksums: tuple[int, ...]  # one a block, or empty
     last: bool  # the source has stopped; what follows completes the sequence
+    tag: int  # of the block messages: see `ROUNDS`
 
 
 @message
@@ -383,6 +384,11 @@ class Preempted:
 
 
 # --- batch scheduler ⇄ its own data plane (never on the wire) ------------------------------------
+#
+# A migration is one or more rounds, each a KvPayload and the blocks it announces under a tag of
+# its own: ROUNDS * dst_epoch + round. Rounds of one pair of workers may be under way together. To
+# each SendBlocks belongs exactly one ReceiveBlocks or DrainBlocks of the same tag, given in the
+# order of the headers.
 
 
 @message
@@ -422,6 +428,7 @@ class BlocksSent:
 
     request_id: int
     epoch: int
+    round: int  # tag of the order that has ended
 
 
 @message
@@ -432,6 +439,8 @@ class BlocksArrived:
     epoch: int
     ok: bool
     transfer_s: float
+    round: int  # tag of the order that has ended
+    reason: str  # "" if ok; "checksum", "truncated", "size" (of a block), "peer lost"
 
 
 # --- batch scheduler → engine (never on the wire) ------------------------------------------------

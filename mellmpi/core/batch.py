@@ -130,7 +130,7 @@ class BatchScheduler:
             request_id=order.request_id, epoch=order.dst_epoch, fingerprint=self.fingerprint,
             first_block=0, num_blocks=len(held), num_computed=sequence.num_computed,
             outputs=tuple(sequence.outputs), logprobs=tuple(sequence.logprobs.items()),
-            checksums=(), last=True,
+            last=True, tag=order.dst_epoch,
         )  # fmt: skip
         commands: Commands = [(order.dst, header)]
         if held:
@@ -154,10 +154,13 @@ class BatchScheduler:
         sequence.logprobs = dict(header.logprobs)
         sequence.num_computed = header.num_computed
         if not header.num_blocks:  # frozen before its first step: nothing to wait for
-            return self._arrived(BlocksArrived(header.request_id, header.epoch, True, 0.0))
+            nothing = BlocksArrived(
+                header.request_id, header.epoch, True, 0.0, header.tag, reason=""
+            )
+            return self._arrived(nothing)
         sequence.receiving = True
         ids = tuple(sequence.block_table[: header.num_blocks])
-        receive = ReceiveBlocks(header.request_id, header.epoch, source, header.epoch, ids)
+        receive = ReceiveBlocks(header.request_id, header.epoch, source, header.tag, ids)
         return [(DATA_PLANE, receive)]
 
     def _mismatch(self, sequence: Sequence, header: KvPayload) -> str | None:
@@ -168,7 +171,7 @@ class BatchScheduler:
         return None if self._grow(sequence, known) else "no room for what it has grown by"
 
     def _drain(self, source: int, header: KvPayload) -> Commands:
-        drain = DrainBlocks(source, header.epoch, header.num_blocks)
+        drain = DrainBlocks(source, header.tag, header.num_blocks)
         return [(DATA_PLANE, drain)] if header.num_blocks else []
 
     def _arrived(self, event: BlocksArrived) -> Commands:

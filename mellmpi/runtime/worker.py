@@ -140,12 +140,14 @@ class Worker:
         match order:
             case SendBlocks(request_id, epoch, dst, tag, block_ids):
                 transfer = transport.send_blocks(dst, tag, block_ids)
-                self._transfers.append((transfer, lambda _: BlocksSent(request_id, epoch)))
+                self._transfers.append((transfer, lambda _: BlocksSent(request_id, epoch, tag)))
             case ReceiveBlocks(request_id, epoch, src, tag, block_ids):
                 transfer = transport.receive_blocks(src, tag, block_ids)
                 self._transfers.append((
                     transfer,
-                    lambda t: BlocksArrived(request_id, epoch, not t.failed, t.elapsed_s),
+                    lambda t: BlocksArrived(
+                        request_id, epoch, not t.failed, t.elapsed_s, tag, t.reason
+                    ),
                 ))  # fmt: skip
             case DrainBlocks(src, tag, num_blocks):
                 self._transfers.append((transport.drain_blocks(src, tag, num_blocks), None))

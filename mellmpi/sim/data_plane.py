@@ -65,12 +65,19 @@ class DataPlane:
         self._tell_arrived(key, receive, ok=True)
 
     def _tell_sent(self, key: Key, send: SendBlocks) -> None:
-        self.tell(self.workers[key[0]], BlocksSent(send.request_id, send.epoch))
+        self.tell(self.workers[key[0]], BlocksSent(send.request_id, send.epoch, send.tag))
 
     def _tell_arrived(self, key: Key, receive: ReceiveBlocks | DrainBlocks, ok: bool) -> None:
         if isinstance(receive, ReceiveBlocks):
             took_s = self.started_s.pop(key)
-            arrived = BlocksArrived(receive.request_id, receive.epoch, ok, took_s)
+            arrived = BlocksArrived(
+                receive.request_id,
+                receive.epoch,
+                ok,
+                took_s,
+                receive.tag,
+                "" if ok else "peer lost",
+            )
             self.tell(self.workers[key[1]], arrived)
 
     def lost(self, worker: int) -> None:

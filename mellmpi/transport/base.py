@@ -23,16 +23,24 @@ class Arena(Protocol):
 class Transfer:
     """Blocks on their way, one message each. Once `done`, the blocks are the caller's again.
 
-    A transfer always ends. It ends `failed` if the peer was lost or sent blocks of another size;
-    blocks to receive then hold anything.
+    A transfer always ends. Where it failed, `reason` says why ("peer lost", "size": of a block,
+    "truncated", "checksum"), and blocks to receive hold anything.
     """
 
     def __init__(self) -> None:
         self.done = False
-        self.failed = False
+        self.reason = ""
         self.num_bytes = 0  # moved so far
         self.started_s = time.perf_counter()
         self._ended_s = 0.0
+
+    @property
+    def failed(self) -> bool:
+        return bool(self.reason)
+
+    def fail(self, reason: str) -> None:
+        """For transports: it will end as failed. The first reason stays."""
+        self.reason = self.reason or reason
 
     @property
     def elapsed_s(self) -> float:

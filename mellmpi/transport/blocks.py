@@ -120,7 +120,7 @@ class _Move:
             try:
                 num_bytes = self._channel.test(request)
             except LinkError:
-                self.transfer.failed = True
+                self.transfer.fail("peer lost")
                 num_bytes = 0
             if num_bytes is None:
                 break
@@ -131,7 +131,7 @@ class _Move:
 
     def give_up(self) -> None:
         """The peer is lost: post no more. What is posted still ends by itself."""
-        self.transfer.failed = True
+        self.transfer.fail("peer lost")
         self._todo.clear()
 
     def _post(self) -> bool:
@@ -176,7 +176,8 @@ class _Receiving(_Move):
     def _finish(self, address: int, block_id: int, num_bytes: int) -> None:
         self._lane.arrived(address, block_id)
         self.transfer.num_bytes += num_bytes
-        self.transfer.failed |= num_bytes != self._lane.block_bytes
+        if num_bytes != self._lane.block_bytes:
+            self.transfer.fail("size")
 
     def give_up(self) -> None:
         super().give_up()

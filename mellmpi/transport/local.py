@@ -103,7 +103,8 @@ class LocalTransport:
         transfer = Transfer()
         with self._network.lock:
             if dst in self._network.lost or not block_ids:
-                transfer.failed = bool(block_ids)
+                if block_ids:
+                    transfer.fail("peer lost")
                 transfer.end()
                 return transfer
             inbox = self._network.inboxes[dst]
@@ -125,7 +126,7 @@ class LocalTransport:
         with self._network.lock:
             self._wants.append(want)
             if src in self._network.lost and not self._inbox.offers.get((src, tag)):
-                want.transfer.failed = True
+                want.transfer.fail("peer lost")
                 self._end(want)
             elif not block_ids:
                 self._end(want)
@@ -152,7 +153,7 @@ class LocalTransport:
         source, size = offer.arena, offer.arena.block_bytes
         block_id, into = offer.block_ids.popleft(), want.block_ids.popleft()
         if want.arena is not None and want.arena.block_bytes != size:
-            want.transfer.failed = True
+            want.transfer.fail("size")
         elif want.arena is not None:
             to = want.arena.address + into * size
             ctypes.memmove(to, source.address + block_id * size, size)
@@ -178,18 +179,18 @@ class LocalTransport:
         """End what can no longer come from, or go to, a lost worker. Under the network's lock."""
         for tag in [key for key in self._inbox.offers if key[0] == worker]:
             for offer in self._inbox.offers.pop(tag):
-                offer.transfer.failed = True
+                offer.transfer.fail("peer lost")
                 offer.transfer.end()
         for want in [w for w in self._wants if w.src == worker]:
-            want.transfer.failed = True
+            want.transfer.fail("peer lost")
             self._end(want)
         for dst, transfer in self._sending:
             if dst == worker and not transfer.done:
-                transfer.failed = True
+                transfer.fail("peer lost")
                 transfer.end()
 
     def close(self) -> None:
         with self._network.lock:
             for want in list(self._wants):
-                want.transfer.failed = True
+                want.transfer.fail("peer lost")
                 self._end(want)

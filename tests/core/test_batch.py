@@ -85,7 +85,7 @@ def header(num_computed=3, outputs=(5,), epoch=2, **fields):
     values = {
         "request_id": 7, "epoch": epoch, "fingerprint": "layout", "first_block": 0,
         "num_blocks": -(-num_computed // 4), "num_computed": num_computed, "outputs": outputs,
-        "logprobs": (), "checksums": (), "last": True,
+        "logprobs": (), "last": True, "tag": epoch,
     }  # fmt: skip
     return KvPayload(**(values | fields))
 
@@ -142,7 +142,7 @@ def test_a_younger_decode_goes_before_an_older_prefill():
     bench.assign(3, num_prompt=1)
     bench.step()
     bench.batch.handle(2, header(num_computed=4, outputs=()))
-    bench.batch.handle(DATA_PLANE, BlocksArrived(7, 2, True, 0.1))
+    bench.batch.handle(DATA_PLANE, BlocksArrived(7, 2, True, 0.1, 2, ""))
     assert bench.chunks() == [(3, 1, 1, True), (7, 4, 7, False)]
 
 
@@ -305,7 +305,7 @@ def test_freed_blocks_alone_are_news(bench):
 def test_only_the_scheduler_s_messages_are_acknowledged(bench):
     bench.receive()
     bench.batch.handle(2, header())
-    bench.batch.handle(DATA_PLANE, BlocksArrived(7, 2, True, 0.1))
+    bench.batch.handle(DATA_PLANE, BlocksArrived(7, 2, True, 0.1, 2, ""))
     assert bench.batch.acked == 1
 
 
@@ -386,13 +386,13 @@ def test_released_before_all_was_read_it_keeps_its_blocks_until_then(bench):
     sending(bench)
     bench.order(Release(7, 1))
     assert bench.batch.free_bytes == 60 and not bench.batch.sequences
-    assert bench.batch.handle(DATA_PLANE, BlocksSent(7, 1)) == []
+    assert bench.batch.handle(DATA_PLANE, BlocksSent(7, 1, 9)) == []
     assert bench.batch.free_bytes == 80 and not bench.batch.lingering
 
 
 def test_released_after_all_was_read_it_frees_its_blocks_at_once(bench):
     sending(bench)
-    bench.batch.handle(DATA_PLANE, BlocksSent(7, 1))
+    bench.batch.handle(DATA_PLANE, BlocksSent(7, 1, 9))
     assert bench.batch.free_bytes == 60
     bench.order(Release(7, 1))
     assert bench.batch.free_bytes == 80
@@ -402,7 +402,7 @@ def test_unfrozen_it_decodes_on_once_nobody_reads_its_blocks(bench):
     sending(bench)
     bench.order(Unfreeze(7, 1))
     assert bench.batch.plan() is None
-    bench.batch.handle(DATA_PLANE, BlocksSent(7, 1))
+    bench.batch.handle(DATA_PLANE, BlocksSent(7, 1, 9))
     assert bench.chunks() == [(7, 5, 1, True)]
 
 
@@ -415,9 +415,9 @@ def test_sent_twice_its_blocks_are_read_twice(bench):
     bench.order(Unfreeze(7, 1))
     bench.order(SendKv(7, 1, 3, 10, 0))
     bench.order(Release(7, 1))
-    bench.batch.handle(DATA_PLANE, BlocksSent(7, 1))
+    bench.batch.handle(DATA_PLANE, BlocksSent(7, 1, 9))
     assert bench.batch.free_bytes == 60
-    bench.batch.handle(DATA_PLANE, BlocksSent(7, 1))
+    bench.batch.handle(DATA_PLANE, BlocksSent(7, 1, 9))
     assert bench.batch.free_bytes == 80
 
 
@@ -466,7 +466,7 @@ def test_a_header_sets_the_blocks_to_receive_into(bench):
 def test_when_all_is_there_it_owns_the_request_and_tells_what_is_not_logged(bench):
     bench.receive(num_logged=1)
     bench.batch.handle(2, header(num_computed=5, outputs=(5, 6, 7)))
-    commands = bench.batch.handle(DATA_PLANE, BlocksArrived(7, 2, True, 0.25))
+    commands = bench.batch.handle(DATA_PLANE, BlocksArrived(7, 2, True, 0.25, 2, ""))
     assert commands == [(SCHEDULER, KvReceived(7, 2, 1, (6, 7), (), 20, 0.25))]
     assert bench.chunks() == [(7, 5, 1, True)]
     report = bench.batch.report(1, 0.1)
@@ -477,7 +477,7 @@ def test_it_tells_the_logprobs_of_what_is_not_logged_and_goes_on_from_there(benc
     bench.receive(num_logged=1, num_logprobs=1)
     others = tuple((-i, (i,), (-i,)) for i in range(3))
     bench.batch.handle(2, header(5, (5, 6, 7), logprobs=tuple(enumerate(others))))
-    [(_, received)] = bench.batch.handle(DATA_PLANE, BlocksArrived(7, 2, True, 0.25))
+    [(_, received)] = bench.batch.handle(DATA_PLANE, BlocksArrived(7, 2, True, 0.25, 2, ""))
     assert received.logprobs == others[1:]
     bench.step(LOGPROB)
     assert bench.batch.report(1, 0.1).logprobs == ((0, (LOGPROB,)),)
@@ -486,7 +486,7 @@ def test_it_tells_the_logprobs_of_what_is_not_logged_and_goes_on_from_there(benc
 def test_what_arrives_in_mid_prefill_is_prefilled_on(bench):
     bench.receive(num_prompt=10, num_logged=0)
     bench.batch.handle(2, header(num_computed=8, outputs=()))
-    bench.batch.handle(DATA_PLANE, BlocksArrived(7, 2, True, 0.25))
+    bench.batch.handle(DATA_PLANE, BlocksArrived(7, 2, True, 0.25, 2, ""))
     assert bench.chunks() == [(7, 8, 2, True)]
 
 
@@ -535,7 +535,7 @@ def test_what_nobody_waits_for_any_more_is_taken_off_the_wire(bench, num_compute
 def test_a_broken_stream_fails_and_frees_the_blocks(bench):
     bench.receive()
     bench.batch.handle(2, header())
-    commands = bench.batch.handle(DATA_PLANE, BlocksArrived(7, 2, False, 0.1))
+    commands = bench.batch.handle(DATA_PLANE, BlocksArrived(7, 2, False, 0.1, 2, "peer lost"))
     assert commands == [(SCHEDULER, KvFailed(7, 2, "the stream broke off"))]
     assert bench.batch.free_bytes == 80
 
@@ -546,7 +546,10 @@ def test_released_while_blocks_arrive_it_keeps_them_until_they_have(bench, ok):
     bench.batch.handle(2, header())
     bench.order(Release(7, 2))
     assert bench.batch.free_bytes == 70
-    assert bench.batch.handle(DATA_PLANE, BlocksArrived(7, 2, ok, 0.1)) == []
+    assert (
+        bench.batch.handle(DATA_PLANE, BlocksArrived(7, 2, ok, 0.1, 2, "" if ok else "checksum"))
+        == []
+    )
     assert bench.batch.free_bytes == 80
 
 
@@ -593,7 +596,7 @@ def test_outputs_are_reused_as_prompts_are(caching):
 def test_blocks_that_arrived_are_reused(caching):
     caching.receive(num_prompt=8)
     caching.batch.handle(2, header(num_computed=8))
-    caching.batch.handle(DATA_PLANE, BlocksArrived(7, 2, True, 0.1))
+    caching.batch.handle(DATA_PLANE, BlocksArrived(7, 2, True, 0.1, 2, ""))
     caching.assign(8, num_prompt=9)
     assert caching.chunks() == [(7, 8, 1, True), (8, 8, 1, True)]
 
@@ -642,7 +645,7 @@ def test_a_worker_whose_blocks_are_still_read_parks_when_they_are_not(bench):
     sending(bench)
     bench.order(Release(7, 1))
     assert bench.order(Park()) == []
-    assert bench.batch.handle(DATA_PLANE, BlocksSent(7, 1)) == [(SCHEDULER, Parked(acked=4))]
+    assert bench.batch.handle(DATA_PLANE, BlocksSent(7, 1, 9)) == [(SCHEDULER, Parked(acked=4))]
 
 
 def test_a_header_is_what_the_destination_expects(bench):

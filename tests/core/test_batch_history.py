@@ -167,7 +167,8 @@ class BatchHistory(RuleBasedStateMachine):
         num_blocks = blocks_for(computed, SIZE)
         waited_for = epoch in self.batch.sequences
         commands = self.batch.handle(2, KvPayload(
-            which, epoch, layout, 0, num_blocks, computed, ANSWERS[which][:outputs], (), (), True,
+            which, epoch, layout, 0, num_blocks, computed, ANSWERS[which][:outputs], (), True,
+            epoch,
         ))  # fmt: skip
         drain = [(DATA_PLANE, DrainBlocks(2, epoch, num_blocks))] if num_blocks else []
         match commands:
@@ -190,8 +191,10 @@ class BatchHistory(RuleBasedStateMachine):
         order, kv = self.receives.pop(i)
         self.engine.arena[list(order.block_ids)] = kv if ok else 0
         waited_for = order.epoch in self.batch.sequences
+        reason = "" if ok else "checksum"
         commands = self.batch.handle(
-            DATA_PLANE, BlocksArrived(order.request_id, order.epoch, ok, 0.1)
+            DATA_PLANE,
+            BlocksArrived(order.request_id, order.epoch, ok, 0.1, order.tag, reason),
         )
         match commands:
             case [(_, KvReceived() as received)]:
@@ -212,7 +215,10 @@ class BatchHistory(RuleBasedStateMachine):
     def blocks_sent(self, data):
         order, as_sent = self.sends.pop(data.draw(st.integers(0, len(self.sends) - 1)))
         assert (self.engine.arena[list(order.block_ids)] == as_sent).all(), "written while sent"
-        assert self.batch.handle(DATA_PLANE, BlocksSent(order.request_id, order.epoch)) == []
+        assert (
+            self.batch.handle(DATA_PLANE, BlocksSent(order.request_id, order.epoch, order.tag))
+            == []
+        )
 
     # --- steps and reports ----------------------------------------------------------------------
 
@@ -311,12 +317,15 @@ class BatchHistory(RuleBasedStateMachine):
         for epoch in range(1, self.epoch + 1):
             self.order(Release(0, epoch))
         for order, _ in self.receives:
-            self.batch.handle(DATA_PLANE, BlocksArrived(order.request_id, order.epoch, True, 0.1))
+            arrived = BlocksArrived(order.request_id, order.epoch, True, 0.1, order.tag, "")
+            self.batch.handle(DATA_PLANE, arrived)
         waiting = self.order(Park()) if self.sends else None
         assert not waiting
         parked = []
         for order, _ in self.sends:
-            parked = self.batch.handle(DATA_PLANE, BlocksSent(order.request_id, order.epoch))
+            parked = self.batch.handle(
+                DATA_PLANE, BlocksSent(order.request_id, order.epoch, order.tag)
+            )
         assert self.batch.pool.num_free == self.batch.pool.num_blocks
         parked = parked or self.order(Park())
         assert parked == [(SCHEDULER, Parked(self.orders))]

@@ -21,7 +21,7 @@ from mellmpi.sim.network import Network
 from mellmpi.sim.worker import SimWorker, WorkerSpec
 from tests.sim.histories import KV, random_history, random_request
 
-SPEC = WorkerSpec(KV, 8, BatchConfig(), CacheConfig(block_size=4), wake_s=0.1)
+SPEC = WorkerSpec((KV,), 8, BatchConfig(), CacheConfig(block_size=4), wake_s=0.1)
 
 
 def test_a_link_never_reorders_but_two_links_may():
@@ -44,27 +44,27 @@ def decode(engine, request, table):
         known = request.prompt + tuple(outputs)
         start = 0 if not outputs else len(known) - 1
         chunk = Chunk(request.id, start, known[start:], table, request.sampling, ((), []))
-        outputs.append(engine.execute(StepPlan((chunk,), ())).tokens[0])
+        outputs.append(engine.execute(StepPlan(KV.model, (chunk,), ())).tokens[0])
     return outputs
 
 
 def test_tokens_depend_on_the_request_and_not_on_where_its_blocks_lie():
     request = random_request(1, random.Random(0))
     expected = expected_outputs(request)
-    assert decode(HashExecutor(12, 4), request, list(range(12))) == expected
-    assert decode(HashExecutor(30, 4), request, [7, 3, 29, 0, 5, 6, 2, 1, 4, 8, 9, 10]) == expected
+    assert decode(HashExecutor(12, [KV]), request, list(range(12))) == expected
+    assert decode(HashExecutor(30, [KV]), request, [7, 3, 29, 0, 5, 6, 2, 1, 4, 8, 9, 10]) == expected
 
 
 @pytest.mark.parametrize("position", range(6))
 def test_any_wrong_position_of_the_cache_changes_what_comes_next(position):
     def logits(spoil):
-        engine = HashExecutor(2, 4)
+        engine = HashExecutor(2, [KV])
         prefix = Chunk(1, 0, (1, 2, 3, 4, 5, 6), [0, 1], None, ((), []))
-        engine.execute(StepPlan((prefix,), ()))
+        engine.execute(StepPlan(KV.model, (prefix,), ()))
         engine.arena[divmod(position, 4)] += np.uint64(spoil)
         sampling = random_request(1, random.Random(0)).sampling
         last = Chunk(1, 6, (7,), [0, 1], sampling, ((), []))
-        return engine.execute(StepPlan((last,), ())).tokens
+        return engine.execute(StepPlan(KV.model, (last,), ())).tokens
 
     assert any(logits(spoil) != logits(0) for spoil in (1, 2, 3))
 
@@ -104,19 +104,19 @@ def test_blocks_arrive_as_they_were_sent_and_both_sides_are_told(wire):
     wire.start(RECEIVE)
     wire.run()
     assert wire.workers[2].executor.arena[2:4].tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
-    assert wire.told == [(1, BlocksSent(7, 1)), (2, BlocksArrived(7, 9, True, 0.0))]
+    assert wire.told == [(1, BlocksSent(7, 1, 9)), (2, BlocksArrived(7, 9, True, 0.0, 9, ""))]
 
 
 def test_drained_blocks_go_nowhere_and_only_the_sender_is_told(wire):
     wire.workers[1].executor.arena[:2] = 5
     wire.start(DRAIN)
     wire.run()
-    assert not wire.workers[2].executor.arena.any() and wire.told == [(1, BlocksSent(7, 1))]
+    assert not wire.workers[2].executor.arena.any() and wire.told == [(1, BlocksSent(7, 1, 9))]
 
 
 @pytest.mark.parametrize(("lost", "told"), [
-    (1, [(1, BlocksSent(7, 1)), (2, BlocksArrived(7, 9, False, 0.0))]),
-    (2, [(1, BlocksSent(7, 1)), (2, BlocksArrived(7, 9, False, 0.0))]),
+    (1, [(1, BlocksSent(7, 1, 9)), (2, BlocksArrived(7, 9, False, 0.0, 9, "peer lost"))]),
+    (2, [(1, BlocksSent(7, 1, 9)), (2, BlocksArrived(7, 9, False, 0.0, 9, "peer lost"))]),
 ])  # fmt: skip
 @pytest.mark.parametrize("when", ["before", "during"])
 def test_a_transfer_with_a_lost_worker_ends(wire, lost, told, when):
