@@ -12,7 +12,7 @@ from mellmpi.core.ledger import WorkerState
 from mellmpi.core.migration import cheaper_mode
 from mellmpi.core.policies import Policy
 from mellmpi.core.queue import WaitingQueue
-from mellmpi.core.requests import Record, State, aligned, finish_reason
+from mellmpi.core.requests import Log, Record, State, TokenLog, aligned, finish_reason
 from mellmpi.core.ring import Ring
 from mellmpi.core.view import Drain, Move, ParkWorker, Proposal, WakeWorker, kv_need
 from mellmpi.protocol import (
@@ -107,9 +107,13 @@ class ClusterScheduler:
         model = self.fleet.ledger.models.index(request.model)
         kv = self.fleet.models[request.model]
         row = self.fleet.view.requests.add(request, now, kv, model)
-        record = Record(request, now, row)
+        record = Record(request, now, row, log=self.log_for(row))
         self.records[request.id] = record
         self.queue.append(record, self._kv_bytes(record))
+
+    def log_for(self, row: int) -> Log:
+        """Where the tokens of the request in this row of the view are kept."""
+        return TokenLog()
 
     def _cancel(self, request_id: int) -> None:
         if (record := self.records.get(request_id)) is None:
@@ -154,8 +158,8 @@ class ClusterScheduler:
             return
         if record.moved_from is not None:
             self.ring.recomputed(record, "moved")
-        outputs = record.log.tokens
         self.fleet.view.requests.num_tokens[record.slot] += len(new)
+        outputs = record.log.tokens
         reason = finish_reason(record.request, outputs)
         emit = Emit(record.request.id, len(outputs) - len(new), new,
                     aligned(logprobs, len(run), len(new)), reason)  # fmt: skip

@@ -213,6 +213,10 @@ class Fleet:
         self.view.cost = self.view.cost.after_steps(event)
         self._decoded[worker] += event.decode_tokens
 
+    def decoded(self, tokens: np.ndarray) -> None:
+        """So many more, by worker. int64 [workers + 1]."""
+        self._decoded += tokens
+
     def tick(self, now: float) -> None:
         """Turn what was decoded since the last tick into rates."""
         elapsed, self._ticked_s = now - self._ticked_s, now

@@ -1,8 +1,10 @@
 """One request as rank 0 sees it: its state, who owns it, and the log of its tokens."""
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Protocol
 
 from mellmpi.protocol import Request, TokenLogprob
 
@@ -31,21 +33,31 @@ class Offer:
     start: int  # positions before it are recomputed by the destination
 
 
+class Log(Protocol):
+    """The output tokens of one request, in order. KV is only a cache of this."""
+
+    @property
+    def tokens(self) -> Sequence[int]: ...
+
+    def merge(self, first: int, tokens: tuple[int, ...]) -> tuple[int, ...]:
+        """Append the part of a run that is new, and return it. Idempotent; a gap is a bug."""
+        ...
+
+
 @dataclass(slots=True)
 class TokenLog:
-    """All output tokens rank 0 has heard of, in order. KV is only a cache of this."""
+    """All output tokens rank 0 has heard of, in order."""
 
     tokens: list[int] = field(default_factory=list)
 
     def merge(self, first: int, tokens: tuple[int, ...]) -> tuple[int, ...]:
-        """Append the part of a run that is new, and return it. Idempotent; a gap is a bug."""
         assert first <= len(self.tokens), f"gap: have {len(self.tokens)}, run starts at {first}"
         new = tokens[len(self.tokens) - first :]
         self.tokens.extend(new)
         return new
 
 
-def finish_reason(request: Request, outputs: list[int]) -> str | None:
+def finish_reason(request: Request, outputs: Sequence[int]) -> str | None:
     """Why the output is complete, or None. A function of request and tokens: all ranks agree."""
     if outputs and outputs[-1] in request.sampling.stop_token_ids:
         return "stop"
@@ -63,7 +75,7 @@ class Record:
     worker: int | None = None  # the owner, while there is one
     epoch: int | None = None  # of the owner's assignment
     offer: Offer | None = None  # while RESERVING or SENDING
-    log: TokenLog = field(default_factory=TokenLog)
+    log: Log = field(default_factory=TokenLog)
     num_placed: int = 0  # output tokens in the log when the owner took it
     moved_from: int | None = None  # recompute migration: until the first token from the new owner
     transfer_failed: bool = False  # under this owner: next time it is recomputed

@@ -7,9 +7,11 @@ with blocks of one token: on overflow the youngest request is preempted.
 
 import heapq
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
+import numpy as np
+
+from mellmpi.core.view import RequestColumns
 from mellmpi.protocol import (
     Assign,
     KvReceived,
@@ -26,15 +28,9 @@ from mellmpi.protocol import (
     Wake,
     WorkerReady,
 )
+from mellmpi.sim.progress import STOP, Progress, zeros
 
-STOP = 1  # the token that ends an answer; all others are 0
 MANY = 1 << 30  # sequences: no bound
-
-
-@lru_cache(maxsize=4096)
-def zeros(n: int) -> tuple[int, ...]:
-    """Shared, so that a thousand prompts of one length cost one."""
-    return (0,) * n
 
 
 @dataclass(slots=True, eq=False)
@@ -46,7 +42,6 @@ class _Sequence:
     length: int  # tokens of the whole answer
     first: int  # outputs it had at step `start`
     start: int
-    reported: int
     arriving: bool = False
 
     def outputs(self, step: int) -> int:
@@ -78,12 +73,17 @@ class IdealWorkers:
     """All workers of a cell. `handle` takes the scheduler's commands, `advance` passes time."""
 
     def __init__(self, hosts: list[tuple[ModelKv, ...]], capacity: int, rate: float,
-                 lengths: dict[int, int]):  # fmt: skip
+                 lengths: list[int]):  # fmt: skip
         self.rate, self.lengths = rate, lengths
         self.step = 0
         self.workers = {w: _Worker(w, models, capacity) for w, models in enumerate(hosts, start=1)}
         self.busy = set(self.workers)  # those that may have something to report
         self._heap: list[tuple[int, int, int, int]] = []  # (step, worker, epoch or 0, version)
+        # By request; with `step`, the outputs of all that decode are one sum.
+        self._decodes = np.zeros(len(lengths), bool)
+        self._on = np.zeros(len(lengths), np.int64)  # worker
+        self._before = np.zeros(len(lengths), np.int64)  # outputs at step 0, had it decoded since
+        self._reported = np.zeros(len(lengths), np.int64)  # outputs
 
     def next_step(self) -> int | None:
         """When something happens by itself."""
@@ -128,6 +128,9 @@ class IdealWorkers:
         worker.fixed += size * (known - sequence.start)
         worker.growth += size
         if not sequence.arriving:
+            i = sequence.request_id
+            self._decodes[i], self._on[i] = True, worker.id
+            self._before[i] = sequence.first - sequence.start
             heapq.heappush(self._heap, (sequence.end, worker.id, sequence.epoch, 0))
         self._watch(worker)
 
@@ -136,6 +139,8 @@ class IdealWorkers:
         size, known = sequence.token_bytes, sequence.num_prompt + sequence.first
         worker.fixed -= size * (known - sequence.start)
         worker.growth -= size
+        if not sequence.arriving:
+            self._decodes[sequence.request_id] = False
         self._watch(worker)
         return sequence
 
@@ -190,11 +195,12 @@ class IdealWorkers:
         request = order.request
         return _Sequence(
             request.id, order.epoch, len(request.prompt), self._kv(worker, request.model),
-            self.lengths[request.id], num_outputs, self.step, num_outputs,
+            self.lengths[request.id], num_outputs, self.step,
         )  # fmt: skip
 
     def _assign(self, worker: _Worker, order: Assign) -> None:
         sequence = self._sequence(worker, order, len(order.outputs))
+        self._reported[sequence.request_id] = sequence.first
         need = sequence.token_bytes * (sequence.num_prompt + sequence.first)
         if self.used(worker) + need > worker.capacity:
             worker.preempted.append((sequence, sequence.first))
@@ -203,7 +209,6 @@ class IdealWorkers:
 
     def _reserve(self, worker: _Worker, order: ReceiveKv) -> KvReserved | KvRefused:
         sequence = self._sequence(worker, order, order.num_tokens - len(order.request.prompt))
-        sequence.reported = order.num_logged
         sequence.arriving = True
         if self.used(worker) + sequence.token_bytes * order.num_tokens > worker.capacity:
             return KvRefused(order.request.id, order.epoch)
@@ -220,8 +225,8 @@ class IdealWorkers:
         sequence = self._take(destination, order.dst_epoch)
         sequence.first, sequence.start, sequence.arriving = sent.first, sent.start, False
         self._put(destination, sequence)
-        first, outputs = sequence.reported, sequence.outputs(self.step)
-        sequence.reported = outputs
+        first, outputs = int(self._reported[order.request_id]), sequence.outputs(self.step)
+        self._reported[order.request_id] = outputs
         num_bytes = sequence.token_bytes * (sequence.num_prompt + outputs)
         return [(order.dst, KvReceived(
             order.request_id, order.dst_epoch, first, zeros(outputs - first), (), num_bytes, 0.0,
@@ -237,33 +242,41 @@ class IdealWorkers:
             self.busy.discard(w)
             if worker.said == (worker.acked, free):
                 return None
-        runs = [(s, s.first + step - s.start) for s in worker.sequences.values() if not s.arriving]
-        runs += worker.preempted
-        runs = [(s, n) for s, n in runs if n > s.reported]
-        tokens = zeros(sum([n - s.reported for s, n in runs]))
+        made = [(s, s.outputs(step)) for s in worker.sequences.values() if not s.arriving]
+        told = self._reported.item  # plain numbers: these go into messages
+        runs = [(s, told(s.request_id), n) for s, n in made + worker.preempted]
+        runs = [run for run in runs if run[2] > run[1]]
+        tokens = zeros(sum([n - first for _, first, n in runs]))
         for s in worker.ended:
-            tokens += (*zeros(s.length - s.reported - 1), STOP)
-            runs.append((s, s.length))
+            first = told(s.request_id)
+            tokens += (*zeros(s.length - first - 1), STOP)
+            runs.append((s, first, s.length))
+        for s, _, n in runs:
+            self._reported[s.request_id] = n
         preempted = tuple([(s.request_id, s.epoch) for s, _ in worker.preempted])
-        report = self._report(worker, free, tokens, runs, preempted)
-        for s, n in runs:
-            s.reported = n
         worker.ended, worker.preempted, worker.said = [], [], (worker.acked, free)
-        return report
-
-    def room(self, w: int) -> StepReport:
-        """How much is free on this worker; nothing of its requests, which is for `report`."""
-        worker = self.workers[w]
-        return self._report(worker, worker.capacity - self.used(worker), (), [], ())
-
-    def _report(self, worker: _Worker, free: int, tokens: tuple[int, ...],
-                runs: list[tuple[_Sequence, int]],
-                preempted: tuple[tuple[int, int], ...]) -> StepReport:  # fmt: skip
         return StepReport(
             steps=1, step_s=1 / self.rate, prefill_tokens=0, decode_tokens=len(tokens),
             free_bytes=free, acked=worker.acked,
-            request_ids=tuple([s.request_id for s, _ in runs]),
-            epochs=tuple([s.epoch for s, _ in runs]), firsts=tuple([s.reported for s, _ in runs]),
-            counts=tuple([n - s.reported for s, n in runs]), tokens=tokens, logprobs=(),
+            request_ids=tuple([s.request_id for s, _, _ in runs]),
+            epochs=tuple([s.epoch for s, _, _ in runs]), firsts=tuple([f for _, f, _ in runs]),
+            counts=tuple([n - f for _, f, n in runs]), tokens=tokens, logprobs=(),
             preempted=preempted,
+        )  # fmt: skip
+
+    def progress(self, requests: RequestColumns) -> Progress:
+        """What all workers have decoded; who has ended or was preempted is for `report`."""
+        step, busy = self.step, [self.workers[w] for w in sorted(self.busy)]
+        rows = np.flatnonzero(requests.live & (requests.worker > 0))
+        ids = requests.request_id[rows]
+        decodes = self._decodes[ids]
+        rows, ids = rows[decodes], ids[decodes]
+        outputs = self._before[ids] + step
+        new = np.bincount(self._on[ids], outputs - self._reported[ids], len(self.workers) + 1)
+        self._reported[ids] = outputs
+        free = [w.capacity - w.fixed - w.growth * step for w in busy]
+        self.busy = {w.id for w in busy if w.sequences or w.ended or w.preempted}
+        return Progress(
+            np.array([w.id for w in busy], np.int64), np.array(free, np.int64),
+            [w.acked for w in busy], new, rows, outputs,
         )  # fmt: skip

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from mellmpi.config import ClusterConfig
-from mellmpi.core.cluster import ClusterScheduler
 from mellmpi.core.cost import CostModel
 from mellmpi.core.policies import Policy, policy_for
 from mellmpi.protocol import (
@@ -26,7 +25,8 @@ from mellmpi.protocol import (
     WorkerChanged,
 )
 from mellmpi.sim.bound import SAMPLE_S, Load
-from mellmpi.sim.ideal import STOP, IdealWorkers, zeros
+from mellmpi.sim.ideal import IdealWorkers
+from mellmpi.sim.progress import STOP, CountingScheduler, zeros
 
 NO_COST = CostModel(0.0, 0.0, 0.0, float("inf"), 0.0, 0.0)
 
@@ -77,13 +77,11 @@ class IdealReplay:
         config = ClusterConfig(policy=name, thrift=thrift, seed=seed, park_after_s=0.0,
                                rebalance_every_s=0.0)  # fmt: skip
         policy = timed(policy_for(name, "auto"), self.tally, clock)
-        # Such policies move nothing: until something ends or overflows, only free room counts.
-        self.says_room = policy.resumes_at_home
-        self.scheduler = ClusterScheduler(num_workers, config, policy)
+        self.scheduler = CountingScheduler(num_workers, config, policy)
         self.scheduler.fleet.view.cost = NO_COST
         kvs = tuple(ModelKv(m, 1, size) for m, size in load.token_bytes.items())
-        lengths = dict(enumerate(load.outputs.tolist()))
-        self.workers = IdealWorkers([kvs] * num_workers, load.capacity, self.rate, lengths)
+        self.workers = IdealWorkers([kvs] * num_workers, load.capacity, self.rate,
+                                    load.outputs.tolist())  # fmt: skip
         self.now = 0.0
         for w, worker in self.workers.workers.items():
             self._tell(w, self.workers.ready(worker))
@@ -105,7 +103,7 @@ class IdealReplay:
             step = min(due)
             self._advance(step)
             if i < len(arrivals) and arrivals[i] == step:
-                self._before_arrival()
+                self._progress()
                 while i < len(arrivals) and arrivals[i] == step:
                     self._tell(FRONT, Submit(self._request(i)))
                     i += 1
@@ -135,16 +133,12 @@ class IdealReplay:
         self.now = step / self.rate
         self._report(self.workers.advance(step))
 
-    def _before_arrival(self) -> None:
-        if not self.says_room:
-            self._report(self.workers.busy)
-            return
-        for w in sorted(self.workers.busy):
-            self._tell(w, self.workers.room(w))
+    def _progress(self) -> None:
+        progress = self.workers.progress(self.scheduler.fleet.view.requests)
+        self._route(self.scheduler.advance(progress, self.now))
 
     def _tick(self) -> None:
-        if not self.says_room:
-            self._report(self.workers.busy)
+        self._progress()
         commands = self.scheduler.tick(self.now)
         self._route(commands)
         if commands and self.scheduler.queue:

@@ -1,0 +1,80 @@
+"""The cluster scheduler of a simulation: tokens are counted, and all workers report at once.
+
+Whoever ends or is preempted is reported as ever; what the others have decoded meanwhile is a few
+columns. The decisions are those of ClusterScheduler, from the same view.
+"""
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+
+from mellmpi.core.cluster import ClusterScheduler
+from mellmpi.core.fleet import Commands
+from mellmpi.core.ledger import WITHOUT_ARENA
+from mellmpi.core.requests import Log
+from mellmpi.core.view import RequestColumns
+
+STOP = 1  # the token that ends an answer; all others are 0
+
+
+@lru_cache(maxsize=4096)
+def zeros(n: int) -> tuple[int, ...]:
+    """Shared, so that a thousand prompts of one length cost one."""
+    return (0,) * n
+
+
+@dataclass(slots=True)
+class CountedLog:
+    """As many tokens as its row of the view says: nobody reads them."""
+
+    columns: RequestColumns
+    row: int
+    ended: bool = field(default=False)
+
+    @property
+    def _length(self) -> int:
+        return int(self.columns.num_tokens[self.row] - self.columns.num_prompt[self.row])
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return (*zeros(self._length - 1), STOP) if self.ended else zeros(self._length)
+
+    def merge(self, first: int, tokens: tuple[int, ...]) -> tuple[int, ...]:
+        """The part of a run that is new; whoever asks adds it to the row."""
+        assert first <= self._length, f"gap: have {self._length}, run starts at {first}"
+        new = tokens[self._length - first :]
+        self.ended = self.ended or STOP in new[-1:]
+        return new
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What several workers have decoded since they last said so. Nothing else has happened."""
+
+    workers: np.ndarray  # int64 [workers], ids
+    free_bytes: np.ndarray  # int64 [workers]
+    acked: list[int]  # commands handled, by worker in the order of `workers`
+    decoded: np.ndarray  # int64 [workers + 1], tokens, by worker id
+    rows: np.ndarray  # int64 [requests]: rows of the view
+    outputs: np.ndarray  # int64 [requests]: tokens that each has by now
+
+
+class CountingScheduler(ClusterScheduler):
+    """Rank 0 on simulated workers."""
+
+    def log_for(self, row: int) -> Log:
+        return CountedLog(self.fleet.view.requests, row)
+
+    def advance(self, progress: Progress, now: float) -> Commands:
+        """As `handle` of one report a worker. Nobody resumes by it: room has only shrunk."""
+        view, ledger = self.fleet.view, self.fleet.ledger
+        view.now = now
+        for i, worker in enumerate(progress.workers.tolist()):
+            if int(ledger.state[worker]) not in WITHOUT_ARENA:
+                ledger.report(worker, progress.acked[i], int(progress.free_bytes[i]))
+        self.fleet.decoded(progress.decoded)
+        requests = view.requests
+        requests.num_tokens[progress.rows] = requests.num_prompt[progress.rows] + progress.outputs
+        self._place_waiting()
+        return self.fleet.take()
