@@ -8,7 +8,7 @@ from typing import Any
 
 from mellmpi.config import ClusterConfig
 from mellmpi.core.fleet import Commands, Fleet
-from mellmpi.core.ledger import WorkerState
+from mellmpi.core.ledger import ACTIVE, WorkerState
 from mellmpi.core.migration import cheaper_mode
 from mellmpi.core.policies import Policy
 from mellmpi.core.queue import WaitingQueue
@@ -91,7 +91,7 @@ class ClusterScheduler:
         for worker in self.fleet.ledger.workers(WorkerState.DRAINING):
             self.fleet.park(worker)
         for worker in self.queue.homes():
-            if self.fleet.ledger.state[worker] != WorkerState.ACTIVE:
+            if self.fleet.ledger.state[worker] != ACTIVE:
                 self._turn_away(worker)
         return self.fleet.take()
 
@@ -182,7 +182,7 @@ class ClusterScheduler:
     def _home(self, record: Record, worker: int) -> int:
         """The worker on which a preempted request has to resume; 0: on any."""
         ledger = self.fleet.ledger
-        stays = self.policy.resumes_at_home and ledger.state[worker] == WorkerState.ACTIVE
+        stays = self.policy.resumes_at_home and ledger.state[worker] == ACTIVE
         return worker if stays and self._kv_bytes(record) <= ledger.capacity[worker] else 0
 
     def _turn_away(self, worker: int) -> None:

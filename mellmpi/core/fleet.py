@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from mellmpi.config import ClusterConfig
-from mellmpi.core.ledger import ACTIVE, WITHOUT_ARENA, Ledger, WorkerState
+from mellmpi.core.ledger import ACTIVE, LOST, WITHOUT_ARENA, Ledger, WorkerState
 from mellmpi.core.requests import Record
 from mellmpi.core.view import RequestColumns, View, kv_need
 from mellmpi.protocol import (
@@ -54,7 +54,7 @@ class Fleet:
 
     def send(self, worker: int, command: Any, num_bytes: int = 0) -> None:
         """Order something of a worker; it will take `num_bytes` of its arena."""
-        if self.ledger.state[worker] != WorkerState.LOST:
+        if self.ledger.state[worker] != LOST:
             self.ledger.order(worker, num_bytes)
             self.out.append((worker, command))
 

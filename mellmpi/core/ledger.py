@@ -25,7 +25,7 @@ class WorkerState(IntEnum):
 
 
 # Python 3.11 looks members up slowly, and numpy compares them slowly: plain numbers for every step.
-ACTIVE = int(WorkerState.ACTIVE)
+ACTIVE, LOST = int(WorkerState.ACTIVE), int(WorkerState.LOST)
 WITHOUT_ARENA = frozenset((int(WorkerState.PARKED), int(WorkerState.WAKING)))
 
 
@@ -99,6 +99,13 @@ class Ledger:
         unacked = self._unacked[worker]
         while unacked and unacked[0][0] <= acked:
             self.ordered[worker] -= unacked.popleft()[1]
+
+    def report_all(self, workers: np.ndarray, acked: list[int], free_bytes: np.ndarray) -> None:
+        """As `report` of each. int64 [workers], by place in `workers`."""
+        for i, worker in enumerate(workers.tolist()):
+            if self._unacked[worker]:
+                self.report(worker, acked[i], 0)
+        self.free[workers] = free_bytes
 
     def ready(self, worker: int, models: tuple[ModelKv, ...], capacity_bytes: int,
               max_requests: int, acked: int) -> None:  # fmt: skip

@@ -175,6 +175,7 @@ class IdealWorkers:
             case SendKv():
                 return self._send(worker, command)
             case Park():
+                self.busy.discard(w)
                 return [(w, Parked(worker.acked))]
             case Wake():
                 return [(w, self.ready(worker))]

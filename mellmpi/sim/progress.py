@@ -11,7 +11,6 @@ import numpy as np
 
 from mellmpi.core.cluster import ClusterScheduler
 from mellmpi.core.fleet import Commands
-from mellmpi.core.ledger import WITHOUT_ARENA
 from mellmpi.core.requests import Log
 from mellmpi.core.view import RequestColumns
 
@@ -52,7 +51,7 @@ class CountedLog:
 class Progress:
     """What several workers have decoded since they last said so. Nothing else has happened."""
 
-    workers: np.ndarray  # int64 [workers], ids
+    workers: np.ndarray  # int64 [workers], ids; only of those that have an arena
     free_bytes: np.ndarray  # int64 [workers]
     acked: list[int]  # commands handled, by worker in the order of `workers`
     decoded: np.ndarray  # int64 [workers + 1], tokens, by worker id
@@ -70,9 +69,7 @@ class CountingScheduler(ClusterScheduler):
         """As `handle` of one report a worker. Nobody resumes by it: room has only shrunk."""
         view, ledger = self.fleet.view, self.fleet.ledger
         view.now = now
-        for i, worker in enumerate(progress.workers.tolist()):
-            if int(ledger.state[worker]) not in WITHOUT_ARENA:
-                ledger.report(worker, progress.acked[i], int(progress.free_bytes[i]))
+        ledger.report_all(progress.workers, progress.acked, progress.free_bytes)
         self.fleet.decoded(progress.decoded)
         requests = view.requests
         requests.num_tokens[progress.rows] = requests.num_prompt[progress.rows] + progress.outputs
