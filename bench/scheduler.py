@@ -101,10 +101,12 @@ def simulation(num_workers: int, seed: int) -> Simulation:
     """Workers in mid-life: as many requests as they hold on average, of all ages."""
     rng = random.Random(seed)
     cost = CostModel(prefill_token_s=0.0, step_s=STEP_S, decode_token_s=0.0, link_latency_s=1e-5)
-    spec = WorkerSpec(KV, ARENA_BLOCKS, BatchConfig(max_num_seqs=64, max_num_batched_tokens=2048),
-                      CacheConfig(), wake_s=1.0, executor=SilentExecutor)  # fmt: skip
+    batch = BatchConfig(max_num_seqs=64, max_num_batched_tokens=2048)
+    spec = WorkerSpec(
+        (KV,), ARENA_BLOCKS, batch, CacheConfig(), wake_s=1.0, executor=SilentExecutor
+    )
     network = Network(5e-5, rng)
-    sim = Simulation(num_workers, spec, ClusterConfig(policy="frugal"), cost, network, rng)
+    sim = Simulation([spec] * num_workers, ClusterConfig(policy="frugal"), cost, network, rng)
     sim.report_share = 1.0
     alive = num_workers * SEQUENCES
     for i in range(alive):

@@ -96,12 +96,12 @@ def simulated(report: dict[str, Any], requests: list[tuple[float, Request]],
     config, kv = Config.from_dict(report["config"]), report["worker_kv"]
     cost = CostModel.fitted(report["costs"])
     spec = WorkerSpec(
-        ModelKv(config.model.name, kv["block_size"], kv["block_bytes"]),
+        (ModelKv(config.model.name, kv["block_size"], kv["block_bytes"]),),
         kv["capacity_bytes"] // kv["block_bytes"], config.batch, config.cache, cost.wake_s,
         SilentExecutor,
     )  # fmt: skip
     rng = random.Random(seed)
-    sim = AsMeasured(report["workers"], spec, config.cluster, cost, Network(MESSAGE_S, rng), rng)
+    sim = AsMeasured([spec] * report["workers"], config.cluster, cost, Network(MESSAGE_S, rng), rng)
     sim.block_bytes, sim.max_events = kv["block_bytes"], 10**9
     sim.scheduler = observed = Observed(sim.scheduler, len(requests))
     for at_s, request in requests:

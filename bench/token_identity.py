@@ -57,8 +57,7 @@ def decode(executor: Executor, asked: list[tuple[int, ...]], num_out: int, batch
     sampling = Sampling(num_out, 0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, (), None)
     answers = [Answer(prompt) for prompt in asked]
     limits = BatchConfig(max_num_seqs=batch, max_num_batched_tokens=512)
-    scheduler = BatchScheduler(executor.model_kv, executor.arena.num_blocks, "", 0, limits,
-                               CacheConfig())  # fmt: skip
+    scheduler = BatchScheduler(executor.models, executor.arena.num_blocks, 0, limits, CacheConfig())
     waiting, model = list(range(len(asked))), executor.model
     forward, seen = model.forward, {}
     model.forward = lambda *args: seen.setdefault("logits", forward(*args))
@@ -66,7 +65,7 @@ def decode(executor: Executor, asked: list[tuple[int, ...]], num_out: int, batch
         while waiting or scheduler.sequences:
             while waiting and len(scheduler.sequences) < batch:
                 i = waiting.pop()
-                request = Request(i, "m", asked[i], sampling, None)
+                request = Request(i, executor.model_kv.model, asked[i], sampling, None)
                 scheduler.handle(SCHEDULER, Assign(request, i + 1, ()))
             seen.clear()
             plan = scheduler.plan()

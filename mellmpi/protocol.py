@@ -216,6 +216,7 @@ class StepReport:
     tokens: tuple[int, ...]
     logprobs: tuple[tuple[int, tuple[TokenLogprob, ...]], ...]  # (run index, one a token), sparse
     preempted: tuple[tuple[int, int], ...]  # (request id, epoch): handed back, blocks freed
+    attended: int = 0  # positions that the prefilled ones looked back on, one by one; 0: not said
 
 
 # --- migration: the ring -------------------------------------------------------------------------
@@ -443,7 +444,15 @@ class BlocksArrived:
     reason: str  # "" if ok; "checksum", "truncated", "size" (of a block), "peer lost"
 
 
-# --- batch scheduler → engine (never on the wire) ------------------------------------------------
+# --- batch scheduler ⇄ engine (never on the wire) ------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class HostedModel:
+    """Engine → batch scheduler: a model of this worker; all share its arena's blocks."""
+
+    kv: ModelKv
+    fingerprint: str  # of the KV layout: blocks travel between workers where it is the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -460,8 +469,9 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One forward pass of one worker. Sampled chunks first, in the order of their tokens."""
+    """One forward pass of one model. Sampled chunks first, in the order of their tokens."""
 
+    model: str
     chunks: tuple[Chunk, ...]
     copies: tuple[tuple[int, int], ...]  # (from, to) physical blocks, done before the pass
 

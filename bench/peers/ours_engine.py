@@ -18,9 +18,7 @@ class Worker:
 
     def __init__(self, executor: Executor, batch: BatchConfig, cache: CacheConfig):
         self.executor, self.name = executor, executor.model_kv.model
-        self.scheduler = BatchScheduler(
-            executor.model_kv, executor.arena.num_blocks, executor.fingerprint, 0, batch, cache
-        )
+        self.scheduler = BatchScheduler(executor.models, executor.arena.num_blocks, 0, batch, cache)
         self._epoch = 0
 
     def run(self, prompts: list[list[int]], num_out: int) -> list[list[int]]:

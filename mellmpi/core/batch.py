@@ -7,7 +7,7 @@ back (`commit`); `report` is what the scheduler has to hear since the last one.
 from typing import Any
 
 from mellmpi.config import BatchConfig, CacheConfig
-from mellmpi.core.blocks import BlockPool, block_key, blocks_for
+from mellmpi.core.block_tables import BlockTables
 from mellmpi.core.requests import finish_reason
 from mellmpi.core.sequences import Phase, Sequence
 from mellmpi.core.unreported import Unreported
@@ -20,12 +20,12 @@ from mellmpi.protocol import (
     BlocksSent,
     Chunk,
     DrainBlocks,
+    HostedModel,
     KvFailed,
     KvPayload,
     KvReceived,
     KvRefused,
     KvReserved,
-    ModelKv,
     Park,
     Parked,
     ReceiveBlocks,
@@ -44,26 +44,29 @@ Commands = list[tuple[Address, Any]]
 
 
 class BatchScheduler:
-    """The sequences of one worker and its block pool. Everything is keyed by epoch.
+    """The sequences of one worker and their blocks. Everything is keyed by epoch.
 
     Between `plan` and its `commit` nothing is handled: the pass still writes the blocks.
     """
 
-    def __init__(self, kv: ModelKv, num_blocks: int, fingerprint: str, acked: int,
+    def __init__(self, models: tuple[HostedModel, ...], num_blocks: int, acked: int,
                  batch: BatchConfig, cache: CacheConfig):  # fmt: skip
-        self.kv, self.fingerprint = kv, fingerprint
-        self.pool = BlockPool(num_blocks)
+        [self.block_bytes] = {m.kv.block_bytes for m in models}  # one size: any model can use it
+        self._fingerprints = {m.kv.model: m.fingerprint for m in models}
+        self._turns = list(self._fingerprints)  # models; who computed last comes last
+        self.tables = BlockTables((m.kv for m in models), num_blocks, cache.enable_prefix_caching)
+        self.pool = self.tables.pool
         self.sequences: dict[int, Sequence] = {}  # oldest assignment first
         self.lingering: dict[int, Sequence] = {}  # ended, but a transfer touches their blocks
         self.acked = acked
-        self._limits, self._prefix_caching = batch, cache.enable_prefix_caching
+        self._limits = batch
         self._planned: list[Sequence] = []
         self._unreported = Unreported()
         self._parking = False
 
     @property
     def free_bytes(self) -> int:
-        return self.pool.num_free * self.kv.block_bytes
+        return self.pool.num_free * self.block_bytes
 
     # --- events ---------------------------------------------------------------------------------
 
@@ -105,17 +108,19 @@ class BatchScheduler:
         return []
 
     def _assign(self, order: Assign) -> None:
+        assert order.request.model in self._fingerprints, f"{order.request.model} is not here"
         sequence = Sequence(order.request, order.epoch, list(order.outputs), [])
         sequence.num_reported = len(order.outputs)
         self.sequences[order.epoch] = sequence
-        self._reuse_prefix(sequence)
-        if not self._grow(sequence, sequence.num_tokens):
+        self.tables.reuse_prefix(sequence)
+        if not self.tables.grow(sequence, sequence.num_tokens):
             self._preempt(sequence)
 
     def _reserve(self, order: ReceiveKv) -> Commands:
+        assert order.request.model in self._fingerprints, f"{order.request.model} is not here"
         sequence = Sequence(order.request, order.epoch, [], [], Phase.ARRIVING, src=order.src)
         sequence.num_reported = order.num_logged
-        if not self._grow(sequence, order.num_tokens):
+        if not self.tables.grow(sequence, order.num_tokens):
             return [(SCHEDULER, KvRefused(order.request.id, order.epoch))]
         self.sequences[order.epoch] = sequence
         return [(SCHEDULER, KvReserved(order.request.id, order.epoch))]
@@ -125,9 +130,10 @@ class BatchScheduler:
         if sequence is None:  # preempted or finished meanwhile; the scheduler will hear of it
             return []
         sequence.phase = Phase.FROZEN
-        held = sequence.block_table[: blocks_for(sequence.num_computed, self.kv.block_size)]
+        held = sequence.block_table[: self.tables.needed(sequence, sequence.num_computed)]
         header = KvPayload(
-            request_id=order.request_id, epoch=order.dst_epoch, fingerprint=self.fingerprint,
+            request_id=order.request_id, epoch=order.dst_epoch,
+            fingerprint=self._fingerprints[sequence.request.model],
             first_block=0, num_blocks=len(held), num_computed=sequence.num_computed,
             outputs=tuple(sequence.outputs), logprobs=tuple(sequence.logprobs.items()),
             last=True, tag=order.dst_epoch,
@@ -164,11 +170,12 @@ class BatchScheduler:
         return [(DATA_PLANE, receive)]
 
     def _mismatch(self, sequence: Sequence, header: KvPayload) -> str | None:
-        if header.fingerprint != self.fingerprint:
-            return f"KV layout {header.fingerprint} is not ours ({self.fingerprint})"
+        ours = self._fingerprints[sequence.request.model]
+        if header.fingerprint != ours:
+            return f"KV layout {header.fingerprint} is not ours ({ours})"
         # It may have grown since the reservation was made.
         known = len(sequence.request.prompt) + len(header.outputs)
-        return None if self._grow(sequence, known) else "no room for what it has grown by"
+        return None if self.tables.grow(sequence, known) else "no room for what it has grown by"
 
     def _drain(self, source: int, header: KvPayload) -> Commands:
         drain = DrainBlocks(source, header.tag, header.num_blocks)
@@ -185,13 +192,13 @@ class BatchScheduler:
             self._end(sequence)
             return [(SCHEDULER, KvFailed(event.request_id, event.epoch, "the stream broke off"))]
         sequence.phase = Phase.RUNNING
-        self._know_blocks(sequence)
+        self.tables.know(sequence)
         first = sequence.num_reported
         sequence.num_reported = len(sequence.outputs)
-        num_blocks = blocks_for(sequence.num_computed, self.kv.block_size)
+        num_blocks = self.tables.needed(sequence, sequence.num_computed)
         received = KvReceived(
             event.request_id, event.epoch, first, tuple(sequence.outputs[first:]),
-            sequence.logprobs_from(first), num_blocks * self.kv.block_bytes, event.transfer_s,
+            sequence.logprobs_from(first), num_blocks * self.block_bytes, event.transfer_s,
         )  # fmt: skip
         return [(SCHEDULER, received)]
 
@@ -202,14 +209,6 @@ class BatchScheduler:
             self._free(sequence)
 
     # --- blocks ---------------------------------------------------------------------------------
-
-    def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Blocks for `num_tokens` positions, all or none."""
-        missing = blocks_for(num_tokens, self.kv.block_size) - len(sequence.block_table)
-        ids = self.pool.take(max(0, missing))
-        if ids is not None:
-            sequence.block_table += ids
-        return ids is not None
 
     def _end(self, sequence: Sequence) -> None:
         self.lingering[sequence.epoch] = self.sequences.pop(sequence.epoch)
@@ -227,7 +226,7 @@ class BatchScheduler:
 
     def _make_room(self, sequence: Sequence) -> bool:
         """A block for its next position, if need be by preempting the youngest; False: itself."""
-        while not self._grow(sequence, sequence.num_tokens):
+        while not self.tables.grow(sequence, sequence.num_tokens):
             youngest = next(
                 s for s in reversed(self.sequences.values())
                 if s.phase is Phase.RUNNING and not s.in_flight
@@ -237,42 +236,28 @@ class BatchScheduler:
                 return False
         return True
 
-    # --- prefix reuse ---------------------------------------------------------------------------
-
-    def _extend_keys(self, sequence: Sequence, num_tokens: int) -> None:
-        size = self.kv.block_size
-        for i in range(len(sequence.keys), num_tokens // size):
-            parent = sequence.keys[-1] if sequence.keys else b""
-            tokens = sequence.token_range(i * size, (i + 1) * size)
-            sequence.keys.append(block_key(parent, tokens))
-
-    def _reuse_prefix(self, sequence: Sequence) -> None:
-        if not self._prefix_caching:
-            return
-        # At least one position is left to compute: its logits are what comes next.
-        self._extend_keys(sequence, sequence.num_tokens - 1)
-        sequence.block_table = self.pool.share(sequence.keys)
-        sequence.num_known = len(sequence.block_table)
-        sequence.num_computed = sequence.num_known * self.kv.block_size
-
-    def _know_blocks(self, sequence: Sequence) -> None:
-        if not self._prefix_caching:
-            return
-        full = sequence.num_computed // self.kv.block_size
-        self._extend_keys(sequence, sequence.num_computed)
-        for i in range(sequence.num_known, full):
-            self.pool.know(sequence.block_table[i], sequence.keys[i])
-        sequence.num_known = full
-
     # --- steps ----------------------------------------------------------------------------------
 
     def plan(self) -> StepPlan | None:
-        """The next forward pass, or None with nothing to compute. Decodes first, then prefill."""
+        """The next forward pass, or None with nothing to compute.
+
+        A pass is of one model; models that have something to compute take turns.
+        """
         assert not self._planned, "planned twice without a commit"
+        for model in self._turns:
+            if chunks := self._chunks(model):
+                self._turns.remove(model)
+                self._turns.append(model)
+                return StepPlan(model, tuple(chunks), ())
+        return None
+
+    def _chunks(self, model: str) -> list[Chunk]:
+        """Of this model's sequences, within the limits of a step. Decodes first, then prefill."""
         # While a send reads its blocks, even one that will be thrown away, nobody may write them.
         running = [
-            s for s in self.sequences.values() if s.phase is Phase.RUNNING and not s.in_flight
-        ]
+            s for s in self.sequences.values()
+            if s.request.model == model and s.phase is Phase.RUNNING and not s.in_flight
+        ]  # fmt: skip
         running.sort(key=lambda s: s.num_tokens - s.num_computed > 1)  # stable: oldest first
         budget = self._limits.max_num_batched_tokens
         chunks: list[Chunk] = []  # only the last can end before its sequence has caught up
@@ -286,7 +271,7 @@ class BatchScheduler:
             # Who has its chunk keeps it: only decodes grow, and they push out what comes later.
             self._planned.append(sequence)
             chunks.append(self._chunk(sequence, end))
-        return StepPlan(tuple(chunks), ()) if chunks else None
+        return chunks
 
     def _chunk(self, sequence: Sequence, end: int) -> Chunk:
         caught_up = end == sequence.num_tokens
@@ -303,7 +288,7 @@ class BatchScheduler:
         sampled = zip(result.tokens, result.logprobs, strict=True)
         for sequence, chunk in zip(self._planned, plan.chunks, strict=True):
             sequence.num_computed += len(chunk.tokens)
-            self._know_blocks(sequence)
+            self.tables.know(sequence)
             self._unreported.computed(len(chunk.tokens), chunk.sampling is not None)
             if chunk.sampling is not None:
                 self._append(sequence, *next(sampled))

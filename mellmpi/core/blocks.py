@@ -13,6 +13,11 @@ def blocks_for(num_tokens: int, block_size: int) -> int:
     return -(-num_tokens // block_size)  # ceiling division
 
 
+def root_key(model: str) -> BlockKey:
+    """What stands before the first block of a sequence: equal tokens of two models differ."""
+    return hashlib.blake2b(model.encode(), digest_size=16).digest()
+
+
 def block_key(parent: BlockKey, tokens: Sequence[int]) -> BlockKey:
     """Identity of a full block: its tokens and, through the parent, all tokens before it."""
     return hashlib.blake2b(parent + array("q", tokens).tobytes(), digest_size=16).digest()

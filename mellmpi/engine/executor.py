@@ -16,7 +16,7 @@ from mellmpi.engine.kv_cache import KvArena, KvGeometry
 from mellmpi.engine.model import TorchModel
 from mellmpi.engine.packing import PackedBatch, pack
 from mellmpi.engine.sampler import sample
-from mellmpi.protocol import ModelKv, StepPlan, StepResult
+from mellmpi.protocol import HostedModel, ModelKv, StepPlan, StepResult
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +46,11 @@ class Executor:
     def fingerprint(self) -> str:
         """Of the KV layout: blocks travel between executors that agree on it."""
         return self.arena.fingerprint
+
+    @property
+    def models(self) -> tuple[HostedModel, ...]:
+        """The one model, as its worker sees it."""
+        return (HostedModel(self.model_kv, self.fingerprint),)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:

@@ -14,7 +14,7 @@ from mellmpi.protocol import (
     BlocksArrived,
     BlocksSent,
     DrainBlocks,
-    ModelKv,
+    HostedModel,
     Parked,
     ReceiveBlocks,
     SendBlocks,
@@ -39,9 +39,7 @@ class Engine(Protocol):
     arena: Arena
 
     @property
-    def model_kv(self) -> ModelKv: ...
-    @property
-    def fingerprint(self) -> str: ...
+    def models(self) -> tuple[HostedModel, ...]: ...
     def execute(self, plan: StepPlan) -> StepResult: ...
     def release(self) -> None: ...
 
@@ -71,11 +69,11 @@ class Worker:
         arena = engine.arena
         self._transport.attach(arena)
         self._batch = BatchScheduler(
-            engine.model_kv, arena.num_blocks, engine.fingerprint, self._acked, self._limits,
-            self._cache,
-        )  # fmt: skip
+            engine.models, arena.num_blocks, self._acked, self._limits, self._cache
+        )
         ready = WorkerReady(
-            models=(engine.model_kv,), capacity_bytes=arena.num_blocks * arena.block_bytes,
+            models=tuple(m.kv for m in engine.models),
+            capacity_bytes=arena.num_blocks * arena.block_bytes,
             max_num_seqs=self._limits.max_num_seqs, acked=self._acked,
             wake_s=time.perf_counter() - began_s,
         )  # fmt: skip

@@ -3,18 +3,25 @@
 The arena is real: a block freed too early, copied wrongly or never sent changes tokens.
 """
 
+from collections.abc import Sequence
+from zlib import crc32
+
 import numpy as np
 
-from mellmpi.protocol import Chunk, Request, StepPlan, StepResult, TokenLogprob
+from mellmpi.protocol import Chunk, ModelKv, Request, StepPlan, StepResult, TokenLogprob
 
 VOCABULARY = 50
 _A, _B = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9)
 
 
-def _kv(tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """What a position leaves in the cache. uint64 [n], uint64 [n] -> uint64 [n]."""
-    x = (tokens + np.uint64(1)) * _A + (positions + np.uint64(1)) * _B
+def _kv(model: str, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """What a position leaves in the cache of a model. uint64 [n], uint64 [n] -> uint64 [n]."""
+    x = (tokens + np.uint64(1)) * _A + (positions + np.uint64(1)) * _B + _salt(model)
     return x ^ (x >> np.uint64(29))
+
+
+def _salt(model: str) -> np.uint64:
+    return np.uint64(crc32(model.encode()))
 
 
 def _next_token(kv: np.ndarray, seed: int) -> int:
@@ -29,9 +36,8 @@ def expected_outputs(request: Request) -> list[int]:
     tokens, sampling = list(request.prompt), request.sampling
     for _ in range(sampling.max_tokens):
         known = np.array(tokens, np.uint64)
-        tokens.append(
-            _next_token(_kv(known, np.arange(len(known), dtype=np.uint64)), sampling.seed)
-        )
+        positions = np.arange(len(known), dtype=np.uint64)
+        tokens.append(_next_token(_kv(request.model, known, positions), sampling.seed))
         if tokens[-1] in sampling.stop_token_ids:
             break
     return tokens[len(request.prompt) :]
@@ -44,15 +50,16 @@ def logprob(token: int, position: int) -> TokenLogprob:
 
 
 class HashExecutor:
-    """Runs step plans on an arena of 8 bytes a position."""
+    """Runs step plans on one arena, of 8 bytes a position of the model with the largest blocks."""
 
-    def __init__(self, num_blocks: int, block_size: int):
-        self.arena = np.zeros((num_blocks, block_size), np.uint64)
+    def __init__(self, num_blocks: int, models: Sequence[ModelKv]):
+        self._sizes = {kv.model: kv.block_size for kv in models}
+        self.arena = np.zeros((num_blocks, max(self._sizes.values())), np.uint64)
 
     def execute(self, plan: StepPlan) -> StepResult:
         """One token a sampled chunk, in plan order."""
         assert not plan.copies
-        tokens = [self._chunk(chunk) for chunk in plan.chunks]
+        tokens = [self._chunk(plan.model, chunk) for chunk in plan.chunks]
         sampled = [(t, c) for t, c in zip(tokens, plan.chunks, strict=True) if c.sampling]
         return StepResult(
             tuple(t for t, _ in sampled), tuple(self._logprob(t, c) for t, c in sampled)
@@ -63,14 +70,14 @@ class HashExecutor:
             return None
         return logprob(token, chunk.start + len(chunk.tokens))
 
-    def _chunk(self, chunk: Chunk) -> int:
-        end, size = chunk.start + len(chunk.tokens), self.arena.shape[1]
+    def _chunk(self, model: str, chunk: Chunk) -> int:
+        end, size = chunk.start + len(chunk.tokens), self._sizes[model]
         positions = np.arange(chunk.start, end)
         table = np.array(chunk.block_table)
         self.arena[table[positions // size], positions % size] = _kv(
-            np.array(chunk.tokens, np.uint64), positions.astype(np.uint64)
+            model, np.array(chunk.tokens, np.uint64), positions.astype(np.uint64)
         )
-        context = self.arena[table].reshape(-1)[:end]
+        context = self.arena[table, :size].reshape(-1)[:end]
         return _next_token(context, chunk.sampling.seed if chunk.sampling else 0)
 
 

@@ -2,7 +2,7 @@
 
 import heapq
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -45,13 +45,13 @@ class Outcome:
 class Simulation:
     """Build it, `submit`, `cancel` and `crash` at chosen times, then `run`."""
 
-    def __init__(self, num_workers: int, spec: WorkerSpec, config: ClusterConfig, cost: CostModel,
+    def __init__(self, specs: Sequence[WorkerSpec], config: ClusterConfig, cost: CostModel,
                  network: Network, rng: random.Random):  # fmt: skip
         self.config, self.cost, self.network, self.rng = config, cost, network, rng
         self.scheduler = ClusterScheduler(
-            num_workers, config, policy_for(config.policy, config.migrate)
+            len(specs), config, policy_for(config.policy, config.migrate)
         )
-        self.workers = {w: SimWorker(w, spec) for w in range(1, num_workers + 1)}
+        self.workers = {w: SimWorker(w, spec) for w, spec in enumerate(specs, start=1)}
         self.data_plane = DataPlane(self.workers, self._block_s, self.later, self._tell)
         self.outcome = Outcome()
         self.max_events = 200_000  # of one `run`: more is a livelock

@@ -1,25 +1,25 @@
 """One simulated worker: the loop of the real one, on simulated time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from mellmpi.config import BatchConfig, CacheConfig
 from mellmpi.core.batch import BatchScheduler
-from mellmpi.protocol import Address, ModelKv, StepPlan, Stop, Wake, WorkerReady
+from mellmpi.protocol import Address, HostedModel, ModelKv, StepPlan, Stop, Wake, WorkerReady
 from mellmpi.sim.executor import HashExecutor
 
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """What every simulated worker is like."""
+    """What a simulated worker is like."""
 
-    kv: ModelKv
+    models: tuple[ModelKv, ...]  # blocks of equal bytes
     num_blocks: int
     batch: BatchConfig
     cache: CacheConfig
     wake_s: float
-    executor: Callable[[int, int], HashExecutor] = HashExecutor  # of (blocks, tokens a block)
+    executor: Callable[[int, Sequence[ModelKv]], HashExecutor] = HashExecutor  # of (blocks, models)
 
 
 @dataclass
@@ -41,11 +41,11 @@ class SimWorker:
     def wake(self) -> WorkerReady:
         """Arena and batch scheduler anew; the announcement of it."""
         spec = self.spec
-        self.batch = BatchScheduler(spec.kv, spec.num_blocks, "sim", self.acked, spec.batch,
-                                    spec.cache)  # fmt: skip
-        self.executor = spec.executor(spec.num_blocks, spec.kv.block_size)
-        capacity = spec.num_blocks * spec.kv.block_bytes
-        return WorkerReady((spec.kv,), capacity, spec.batch.max_num_seqs, self.acked, spec.wake_s)
+        hosted = tuple(HostedModel(kv, f"simulated {kv.model}") for kv in spec.models)
+        self.batch = BatchScheduler(hosted, spec.num_blocks, self.acked, spec.batch, spec.cache)
+        self.executor = spec.executor(spec.num_blocks, spec.models)
+        capacity = spec.num_blocks * self.batch.block_bytes
+        return WorkerReady(spec.models, capacity, spec.batch.max_num_seqs, self.acked, spec.wake_s)
 
     def handle(self, source: Address, message: Any) -> list[tuple[Address, Any]]:
         """One message; what it makes the worker send."""

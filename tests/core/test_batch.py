@@ -15,6 +15,7 @@ from mellmpi.protocol import (
     BlocksSent,
     Cancel,
     DrainBlocks,
+    HostedModel,
     KvFailed,
     KvPayload,
     KvReceived,
@@ -32,6 +33,7 @@ from mellmpi.protocol import (
 )
 from tests.core.stage import KV, request
 
+HOSTED = HostedModel(KV, "layout")
 LOGPROB = (-0.5, (3,), (-0.5,))
 
 
@@ -43,7 +45,7 @@ class Bench:
             max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
         )
         cache = CacheConfig(enable_prefix_caching=prefix)
-        self.batch = BatchScheduler(KV, num_blocks, "layout", 0, limits, cache)
+        self.batch = BatchScheduler((HOSTED,), num_blocks, 0, limits, cache)
         self.next_token = 100
 
     def order(self, command):
@@ -310,7 +312,7 @@ def test_only_the_scheduler_s_messages_are_acknowledged(bench):
 
 
 def test_a_worker_that_wakes_goes_on_counting():
-    batch = BatchScheduler(KV, 2, "layout", 5, BatchConfig(), CacheConfig())
+    batch = BatchScheduler((HOSTED,), 2, 5, BatchConfig(), CacheConfig())
     batch.handle(SCHEDULER, Park())
     assert batch.acked == 6
 

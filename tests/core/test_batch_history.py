@@ -26,6 +26,7 @@ from mellmpi.protocol import (
     BlocksSent,
     Chunk,
     DrainBlocks,
+    HostedModel,
     KvFailed,
     KvPayload,
     KvReceived,
@@ -44,7 +45,7 @@ from mellmpi.protocol import (
 from mellmpi.sim.executor import HashExecutor, expected_outputs
 from tests.core.stage import KV, request
 
-SIZE = KV.block_size
+SIZE, HOSTED = KV.block_size, HostedModel(KV, "layout")
 LENGTHS = [(1, 9), (3, 5), (4, 8), (9, 6), (10, 12), (17, 3)]  # (prompt, output)
 REQUESTS = [request(i, num_prompt=n, max_tokens=m, seed=i) for i, (n, m) in enumerate(LENGTHS)]
 ANSWERS = [tuple(expected_outputs(r)) for r in REQUESTS]
@@ -53,11 +54,11 @@ ANSWERS = [tuple(expected_outputs(r)) for r in REQUESTS]
 def kv_of(which: int, num_positions: int) -> np.ndarray:
     """Blocks as a source would have computed them. uint64 [blocks, SIZE]"""
     num_blocks = max(1, blocks_for(num_positions, SIZE))
-    engine = HashExecutor(num_blocks, SIZE)
+    engine = HashExecutor(num_blocks, [KV])
     tokens = (REQUESTS[which].prompt + ANSWERS[which])[:num_positions]
     if tokens:
         chunk = Chunk(which, 0, tokens, list(range(num_blocks)), None, ((), []))
-        engine.execute(StepPlan((chunk,), ()))
+        engine.execute(StepPlan(KV.model, (chunk,), ()))
     return engine.arena
 
 
@@ -72,8 +73,8 @@ class BatchHistory(RuleBasedStateMachine):
     def make(self, num_blocks, limits, prefix):
         self.limits = BatchConfig(max_num_seqs=limits[0], max_num_batched_tokens=limits[1])
         cache = CacheConfig(enable_prefix_caching=prefix)
-        self.batch = BatchScheduler(KV, num_blocks, "layout", 0, self.limits, cache)
-        self.engine = HashExecutor(num_blocks, SIZE)
+        self.batch = BatchScheduler((HOSTED,), num_blocks, 0, self.limits, cache)
+        self.engine = HashExecutor(num_blocks, [KV])
         self.epoch = 0
         self.request_of = {}  # epoch -> index of its request
         self.logs = {}  # epoch -> what reports have told

@@ -143,12 +143,12 @@ class Paged:
 
     def step(self, *chunks: tuple[Sequence, int]) -> torch.Tensor:
         """Compute the next n tokens of each sequence, all sampled: logits [chunks, vocab]."""
-        plan = StepPlan(tuple(self.chunk(seq, n, True) for seq, n in chunks), ())
+        plan = StepPlan("m", tuple(self.chunk(seq, n, True) for seq, n in chunks), ())
         return self.model.forward(pack(plan, self.arena.block_size), self.arena)
 
     def fill(self, *chunks: tuple[Sequence, int]) -> None:
         """As `step`, nothing sampled."""
-        plan = StepPlan(tuple(self.chunk(seq, n, False) for seq, n in chunks), ())
+        plan = StepPlan("m", tuple(self.chunk(seq, n, False) for seq, n in chunks), ())
         logits = self.model.forward(pack(plan, self.arena.block_size), self.arena)
         assert logits.shape[0] == 0
 

@@ -37,7 +37,7 @@ def plan(greedy):
     for start, n in shapes:
         table = [ids.pop() for _ in range(-(-(start + n) // BLOCK_SIZE))]
         chunks.append(Chunk(0, start, tuple(range(n)), table, greedy, ((), [])))
-    return StepPlan(tuple(chunks), ())
+    return StepPlan("m", tuple(chunks), ())
 
 
 def contents(cache, chunk):
@@ -124,5 +124,5 @@ def test_decoding_sequences_of_like_contexts_are_one_group(greedy):
     chunks = tuple(
         Chunk(0, start, (1,), list(range(20)), greedy, ((), [])) for start in (40, 33, 59, 47)
     )
-    groups = group_chunks(pack(StepPlan(chunks, ()), BLOCK_SIZE), BLOCK_SIZE)
+    groups = group_chunks(pack(StepPlan("m", chunks, ()), BLOCK_SIZE), BLOCK_SIZE)
     assert len(groups) == 1

@@ -57,7 +57,7 @@ class Loop:
     def step(self, lives: list[Live]) -> None:
         pairs = [(live, self._chunk(live)) for live in lives]
         pairs.sort(key=lambda pair: pair[1].sampling is None)
-        result = self.executor.execute(StepPlan(tuple(chunk for _, chunk in pairs), ()))
+        result = self.executor.execute(StepPlan("m", tuple(chunk for _, chunk in pairs), ()))
         for live, chunk in pairs:
             live.num_computed += len(chunk.tokens)
         for (live, _), token, logprob in zip(pairs, result.tokens, result.logprobs, strict=False):
@@ -176,15 +176,15 @@ def test_copies_are_done_before_the_pass(executor, greedy):
     """A shared block is copied when its owner is about to write behind what it shares."""
     tokens = tuple(range(10, 37))
     plain = Chunk(1, 0, tokens, [0, 1], greedy, (tokens, []))
-    expected = executor.execute(StepPlan((plain,), ())).tokens
+    expected = executor.execute(StepPlan("m", (plain,), ())).tokens
     executor.arena.tensor[2] = 7.0
     tail = Chunk(2, 26, tokens[26:], [0, 2], greedy, (tokens, []))
-    assert executor.execute(StepPlan((tail,), ((1, 2),))).tokens == expected
+    assert executor.execute(StepPlan("m", (tail,), ((1, 2),))).tokens == expected
 
 
 def test_a_plan_of_copies_alone_is_done_and_samples_nothing(executor):
     executor.arena.tensor[3] = 2.0
-    result = executor.execute(StepPlan((), ((3, 5),)))
+    result = executor.execute(StepPlan("m", (), ((3, 5),)))
     assert result.tokens == () and (executor.arena.tensor[5] == 2.0).all()
 
 

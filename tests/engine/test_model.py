@@ -49,7 +49,8 @@ def test_only_sampled_chunks_have_logits_and_the_others_still_write_kv(
     twin = get_twin("llama")
     run, first, second = paged(twin), sequence(20, 1), sequence(21, 2)
     mixed = [run.chunk(first, 20, True), run.chunk(second, 20, False)]
-    logits = run.model.forward(pack(StepPlan(tuple(mixed), ()), run.arena.block_size), run.arena)
+    plan = StepPlan("m", tuple(mixed), ())
+    logits = run.model.forward(pack(plan, run.arena.block_size), run.arena)
     assert logits.shape == (1, 131) and logits.dtype == torch.float32
     torch.testing.assert_close(logits[0], twin.logits(first.tokens)[-1], **TOLERANCE)
     torch.testing.assert_close(

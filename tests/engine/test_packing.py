@@ -15,6 +15,7 @@ def plan(greedy):
         return Chunk(0, start, tokens, table, sampling, ((), []))
 
     return StepPlan(
+        "m",
         (
             chunk(9, (70,), [5, 0, 7, 6], greedy),
             chunk(3, (40, 41), [1, 3], greedy),
@@ -55,14 +56,14 @@ def test_every_array_is_int32_and_contiguous(plan):
 def test_a_table_too_short_for_its_positions_is_a_bug(plan, greedy):
     short = Chunk(3, 7, (1, 2), [4, 5], greedy, ((), []))
     with pytest.raises(AssertionError, match="2 blocks for positions up to 9, which need 3"):
-        pack(StepPlan((short,), ()), BLOCK_SIZE)
+        pack(StepPlan("m", (short,), ()), BLOCK_SIZE)
 
 
 def test_an_empty_chunk_is_a_bug(greedy):
     with pytest.raises(AssertionError, match="empty chunk"):
-        pack(StepPlan((Chunk(3, 7, (), [4, 5], greedy, ((), [])),), ()), BLOCK_SIZE)
+        pack(StepPlan("m", (Chunk(3, 7, (), [4, 5], greedy, ((), [])),), ()), BLOCK_SIZE)
 
 
 def test_a_sampled_chunk_after_one_that_is_not_is_a_bug(plan):
     with pytest.raises(AssertionError, match="first"):
-        pack(StepPlan(plan.chunks[::-1], ()), BLOCK_SIZE)
+        pack(StepPlan("m", plan.chunks[::-1], ()), BLOCK_SIZE)

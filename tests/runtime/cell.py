@@ -8,7 +8,7 @@ from mellmpi.config import BatchConfig, CacheConfig, ClusterConfig
 from mellmpi.core.cluster import ClusterScheduler
 from mellmpi.core.policies import policy_for
 from mellmpi.metrics import Metrics
-from mellmpi.protocol import Emit, ModelKv, Rejected, Request, Sampling, Submit
+from mellmpi.protocol import Emit, HostedModel, ModelKv, Rejected, Request, Sampling, Submit
 from mellmpi.runtime.scheduler import SchedulerLoop
 from mellmpi.runtime.worker import Worker
 from mellmpi.sim.executor import HashExecutor
@@ -33,10 +33,10 @@ class HashEngine:
 
     def __init__(self, num_blocks: int):
         type(self).built += 1
-        self._executor = HashExecutor(num_blocks, BLOCK_SIZE)
+        kv = ModelKv("hash", BLOCK_SIZE, 8 * BLOCK_SIZE)
+        self._executor = HashExecutor(num_blocks, [kv])
         self.arena = HashArena(self._executor.arena)
-        self.model_kv = ModelKv("hash", BLOCK_SIZE, self.arena.block_bytes)
-        self.fingerprint = "hash"
+        self.models = (HostedModel(kv, "hash"),)
         self.released = False
 
     def execute(self, plan):

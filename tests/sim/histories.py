@@ -35,14 +35,14 @@ def random_history(seed: int, simulation=Simulation) -> tuple[Simulation, list[R
     cache = CacheConfig(block_size=4, enable_prefix_caching=rng.random() < 0.4)
     limits = rng.choice([(4, 8), (3, 3), (8, 64)])
     batch = BatchConfig(max_num_seqs=limits[0], max_num_batched_tokens=limits[1])
-    spec = WorkerSpec(KV, rng.choice([10, 14, 24]), batch, cache, COST.wake_s)
+    spec = WorkerSpec((KV,), rng.choice([10, 14, 24]), batch, cache, COST.wake_s)
     config = ClusterConfig(
         policy=rng.choice(["best_fit", "worst_fit", "frugal", "frugal"]),
         migrate=rng.choice(["auto", "auto", "stress"]), seed=seed, horizon_s=2e-3,
         rebalance_every_s=rng.choice([1e-3, 4e-3]), park_after_s=rng.choice([0.0, 5e-3]),
     )  # fmt: skip
     network = Network(rng.choice([1e-5, 5e-4, 5e-3]), rng)
-    sim = simulation(num_workers, spec, config, COST, network, rng)
+    sim = simulation([spec] * num_workers, config, COST, network, rng)
     requests = [random_request(i, rng) for i in range(rng.randint(4, 12))]
     for request in requests:
         sim.submit(rng.uniform(0, 0.03), request)

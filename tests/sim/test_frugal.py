@@ -16,7 +16,7 @@ from tests.core.stage import request
 
 KV = ModelKv("m", block_size=16, block_bytes=16)
 COST = CostModel(prefill_token_s=2e-4, step_s=2e-2, decode_token_s=1e-4, link_latency_s=5e-4)
-SPEC = WorkerSpec(KV, 150, BatchConfig(), CacheConfig(), wake_s=1.0, executor=SilentExecutor)
+SPEC = WorkerSpec((KV,), 150, BatchConfig(), CacheConfig(), wake_s=1.0, executor=SilentExecutor)
 
 
 class Day:
@@ -24,7 +24,7 @@ class Day:
 
     def __init__(self, *arrivals_s, num_workers=4, num_outputs=200):
         rng = random.Random(0)
-        sim = Simulation(num_workers, SPEC, ClusterConfig(), COST, Network(2e-4, rng), rng)
+        sim = Simulation([SPEC] * num_workers, ClusterConfig(), COST, Network(2e-4, rng), rng)
         for i, at_s in enumerate(arrivals_s):
             sim.submit(at_s, request(i, num_prompt=100, max_tokens=num_outputs))
         self.observed = sim.run().observed
