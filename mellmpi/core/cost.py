@@ -29,7 +29,7 @@ class CostModel:
         """
         try:
             steps, transfers, wakes = (
-                _least_squares(costs[name]) for name in ("steps", "transfers", "wakes")
+                _of_sums(costs[name]) for name in ("steps", "transfers", "wakes")
             )
         except (KeyError, TypeError, IndexError) as error:
             raise ValueError(f"these are not the costs of a report: {error!r}") from error
@@ -74,11 +74,15 @@ class CostModel:
         return replace(self, prefill_token_s=(1 - BLEND) * self.prefill_token_s + BLEND * measured)
 
 
-def _least_squares(sums: dict[str, Any]) -> list[float] | None:
-    """Coefficients of normal equations, none below zero; None without samples."""
+def _of_sums(sums: dict[str, Any]) -> list[float] | None:
+    """Coefficients that fit these sums; None without samples."""
     if not sums["samples"]:
         return None
-    xx, xy = np.array(sums["xx"], np.float64), np.array(sums["xy"], np.float64)
+    return [float(v) for v in least_squares(np.array(sums["xx"]), np.array(sums["xy"]))]
+
+
+def least_squares(xx: np.ndarray, xy: np.ndarray) -> np.ndarray:
+    """Solve normal equations with no coefficient below zero. float64 [n, n], [n] -> [n]."""
     used, found = list(range(len(xy))), np.zeros(len(xy))
     while used:
         some = np.linalg.lstsq(xx[np.ix_(used, used)], xy[used], rcond=None)[0]
@@ -86,4 +90,4 @@ def _least_squares(sums: dict[str, Any]) -> list[float] | None:
             found[used] = some
             break
         del used[int(some.argmin())]  # what would be negative is nothing
-    return [float(value) for value in found]
+    return found

@@ -1,6 +1,175 @@
-"""How a request moves: its KV is sent, or computed again from its tokens."""
+"""How each request moves: its KV is sent, computed again from its tokens, or some of both.
 
+All moves of one moment are decided together, against what the links and the workers already have
+to do. A move for which neither has room within the time limit is deferred: the policy proposes it
+again, or something better, at its next look.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from mellmpi.core.blocks import blocks_for
 from mellmpi.core.cost import CostModel
+from mellmpi.core.estimates import Estimates
+
+TRANSFER, RECOMPUTE, SPLIT = "transfer", "recompute", "split"
+ANY = (TRANSFER, RECOMPUTE, SPLIT)
+WORTH = 0.95  # a split, or giving up the source's tokens meanwhile, has to save that much
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A request that may move, and the ways it may go."""
+
+    src: int
+    dst: int
+    num_tokens: int
+    block_size: int  # tokens
+    block_bytes: int
+    num_decoding: int  # sequences that the destination decodes meanwhile
+    batch_tokens: int  # of a step of the destination
+    modes: Sequence[str] = ANY
+    forced: bool = False  # it goes now, in the first of its modes that is possible
+
+    @property
+    def num_blocks(self) -> int:
+        return blocks_for(self.num_tokens, self.block_size)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One way for one request, and what it is expected to take."""
+
+    mode: str
+    start: int  # positions before it are computed by the destination
+    num_bytes: int  # over the link
+    seconds: float  # from the decision to the destination's word, or its first token
+    downtime_s: float  # without a token
+    in_limit: bool = True
+
+    @property
+    def num_prefill(self) -> int:
+        return self.start
+
+
+@dataclass(slots=True)
+class InFlight:
+    """What moves under way still ask of links and workers."""
+
+    bytes_between: Counter[tuple[int, int]] = field(default_factory=Counter)  # by pair of hosts
+    prefill_at: Counter[int] = field(default_factory=Counter)  # tokens, by worker
+
+    def add(self, hosts: tuple[int, int], dst: int, plan: Plan, sign: int = 1) -> None:
+        """A move begins, or (sign -1) has ended."""
+        self.bytes_between[hosts] += sign * plan.num_bytes
+        self.prefill_at[dst] += sign * plan.num_prefill
+
+
+def decide(candidates: Sequence[Candidate], estimates: Estimates, in_flight: InFlight,
+           limit_s: float) -> list[Plan | None]:  # fmt: skip
+    """A plan for each candidate, None where it is deferred.
+
+    Greedy: who loses most by not going its best way chooses first; who comes later finds the
+    links and workers as busy as the earlier ones have made them.
+    """
+    busy = InFlight(Counter(in_flight.bytes_between), Counter(in_flight.prefill_at))
+    options = [ways(c, estimates, busy, limit_s) for c in candidates]
+    plans: list[Plan | None] = [None] * len(candidates)
+    for i in sorted(range(len(candidates)), key=lambda i: (-_regret(options[i]), i)):
+        candidate = candidates[i]
+        plan = _best(candidate, ways(candidate, estimates, busy, limit_s))
+        if plan is not None:
+            busy.add(estimates.links.hosts(candidate.src, candidate.dst), candidate.dst, plan)
+        plans[i] = plan
+    return plans
+
+
+def _regret(options: list[Plan]) -> float:
+    """Seconds that the second best way takes longer."""
+    seconds = sorted(plan.seconds for plan in options)
+    return seconds[1] - seconds[0] if len(seconds) > 1 else 0.0
+
+
+def _best(candidate: Candidate, options: list[Plan]) -> Plan | None:
+    if candidate.forced:
+        return options[0]
+    within = [plan for plan in options if plan.in_limit]
+    # In this order: what goes on decoding meanwhile, and is simpler, wins unless it is slower.
+    best: Plan | None = None
+    for plan in sorted(within, key=lambda plan: ANY.index(plan.mode)):
+        if best is None or plan.seconds < WORTH * best.seconds:
+            best = plan
+    return best
+
+
+def ways(c: Candidate, estimates: Estimates, busy: InFlight, limit_s: float) -> list[Plan]:
+    """Every way this request may go, in the order of its modes."""
+    plans = []
+    for mode in c.modes:
+        start = {TRANSFER: 0, RECOMPUTE: c.num_tokens}.get(mode)
+        if start is None:
+            start = split_at(c, estimates, busy)
+            if not start:
+                continue
+        plans.append(_plan(c, mode, start, estimates, busy, limit_s))
+    if not plans:  # nothing to split
+        plans.append(_plan(c, TRANSFER, 0, estimates, busy, limit_s))
+    return plans
+
+
+def _plan(c: Candidate, mode: str, start: int, estimates: Estimates, busy: InFlight,
+          limit_s: float) -> Plan:  # fmt: skip
+    sending_s, computing_s = _times(c, start, estimates, busy)
+    hosts = estimates.links.hosts(c.src, c.dst)
+    seconds = max(sending_s, computing_s)
+    # What does not fit even where nothing else goes on would never go.
+    alone = not (sending_s and busy.bytes_between[hosts]) and not (
+        computing_s and busy.prefill_at[c.dst]
+    )
+    num_bytes = 0
+    if mode != RECOMPUTE:
+        num_bytes = (c.num_blocks - start // c.block_size) * c.block_bytes
+    downtime_s = estimates.last_round_s(c.src, c.dst, c.block_bytes)
+    if mode == RECOMPUTE:
+        downtime_s = seconds
+    total_s = seconds + estimates.around_s(mode)
+    return Plan(mode, start, num_bytes, total_s, downtime_s, alone or seconds <= limit_s)
+
+
+def _times(c: Candidate, start: int, estimates: Estimates,
+           busy: InFlight) -> tuple[float, float]:  # fmt: skip
+    """Seconds of sending blocks from `start` on, and of computing positions before it."""
+    hosts = estimates.links.hosts(c.src, c.dst)
+    num_bytes = max(0, c.num_blocks - start // c.block_size) * c.block_bytes
+    sending_s = computing_s = 0.0
+    if start < c.num_tokens:
+        link = estimates.links.between(c.src, c.dst)
+        sending_s = link.transfer_s(num_bytes + busy.bytes_between[hosts])
+    if start:
+        computing_s = estimates.prefill_s(
+            c.dst, start, busy.prefill_at[c.dst], c.num_decoding, c.batch_tokens
+        )
+    return sending_s, computing_s
+
+
+def split_at(c: Candidate, estimates: Estimates, busy: InFlight) -> int:
+    """Positions to compute while the others arrive, so that both end together; 0: no split.
+
+    Whole blocks; the last block always travels. Computing takes longer with every block and
+    sending less: where they cross, by bisection.
+    """
+    low, high = 0, (c.num_tokens - 1) // c.block_size
+    if not high:
+        return 0
+    while low < high:  # the most blocks for which computing does not take longer than sending
+        middle = (low + high + 1) // 2
+        sending_s, computing_s = _times(c, middle * c.block_size, estimates, busy)
+        low, high = (middle, high) if computing_s <= sending_s else (low, middle - 1)
+    most = (c.num_tokens - 1) // c.block_size
+    near = {max(1, low), min(most, low + 1)}
+    best = min(near, key=lambda b: max(_times(c, b * c.block_size, estimates, busy)))
+    return best * c.block_size
 
 
 def cheaper_mode(num_tokens: int, num_bytes: int, cost: CostModel) -> str:

@@ -1,0 +1,179 @@
+"""Which way each request goes, and that links and workers are not promised twice."""
+
+from dataclasses import replace
+
+import pytest
+
+from mellmpi.core.cost import CostModel
+from mellmpi.core.estimates import AROUND_S, Estimates
+from mellmpi.core.migration import (
+    RECOMPUTE,
+    SPLIT,
+    TRANSFER,
+    Candidate,
+    InFlight,
+    decide,
+    split_at,
+    ways,
+)
+from mellmpi.protocol import LinksMeasured
+
+# A block of 16 tokens is 160 bytes; computing it takes 16 ms, and sending it 16 s / `ratio`.
+MOVE = Candidate(src=1, dst=2, num_tokens=1000, block_size=16, block_bytes=160, num_decoding=0,
+                 batch_tokens=10**6)  # fmt: skip
+LIMIT_S = 10.0
+
+
+def estimates(Bps: float = 10_000.0, prefill_token_s: float = 1e-3) -> Estimates:
+    # No cost of looking back: times are round.
+    cost = CostModel(prefill_token_s, 0.0, 0.0, Bps, 0.0, 0.0)
+    found = Estimates(cost)
+    found.steps._unit[3] = 0.0
+    return found
+
+
+def decided(candidate=MOVE, in_flight=None, **kwargs):
+    [plan] = decide([candidate], estimates(**kwargs), in_flight or InFlight(), LIMIT_S)
+    return plan
+
+
+def test_over_a_fast_link_it_is_sent():
+    assert decided(Bps=1e6).mode == TRANSFER
+
+
+def test_over_a_slow_link_it_is_computed_again():
+    assert decided(Bps=100.0).mode == RECOMPUTE
+
+
+def test_where_both_take_equally_long_it_is_split_in_the_middle_and_takes_half():
+    plan = decided(Bps=10_000.0)
+    assert plan.mode == SPLIT
+    assert plan.start % 16 == 0 and abs(plan.start - 500) <= 16
+    assert plan.seconds - AROUND_S == pytest.approx(0.5, rel=0.03)
+    assert plan.num_bytes == (63 - plan.start // 16) * 160
+
+
+@pytest.mark.parametrize("Bps", [3_000.0, 6_000.0, 10_000.0, 15_000.0, 40_000.0])
+def test_no_other_boundary_would_end_earlier(Bps):
+    found, busy = estimates(Bps), InFlight()
+
+    def seconds(blocks):
+        sending_s = (63 - blocks) * 160 / Bps
+        return max(sending_s, blocks * 16e-3)
+
+    best = min(range(1, 63), key=seconds)
+    assert seconds(split_at(MOVE, found, busy) // 16) == pytest.approx(seconds(best))
+
+
+def test_a_request_of_one_block_cannot_be_split():
+    assert split_at(replace(MOVE, num_tokens=16), estimates(), InFlight()) == 0
+    small = replace(MOVE, num_tokens=16, modes=(SPLIT,), forced=True)
+    assert decided(small).mode == TRANSFER
+
+
+def test_a_split_leaves_the_last_block_to_the_link():
+    plan = decided(replace(MOVE, modes=(SPLIT,), forced=True), prefill_token_s=1e-9)
+    assert plan.start == 62 * 16 and plan.num_bytes == 160
+
+
+def test_who_is_forced_goes_that_way_whatever_it_takes():
+    slow = replace(MOVE, modes=(TRANSFER,), forced=True)
+    busy = InFlight()
+    busy.bytes_between[0, 0] = 10**9
+    assert decided(slow, busy, Bps=1.0).mode == TRANSFER
+
+
+@pytest.mark.parametrize("mode", [TRANSFER, RECOMPUTE])
+def test_only_the_ways_that_are_open_are_taken(mode):
+    fast = {"Bps": 1e9} if mode == RECOMPUTE else {"Bps": 1e-3, "prefill_token_s": 1e-9}
+    assert decided(replace(MOVE, modes=(mode,)), **fast).mode == mode
+
+
+def test_between_nearly_equal_ways_the_one_that_decodes_on_is_taken():
+    open_to = replace(MOVE, modes=(TRANSFER, RECOMPUTE))
+    assert decided(open_to, Bps=9_800.0).mode == TRANSFER
+    assert decided(open_to, Bps=9_000.0).mode == RECOMPUTE
+
+
+def test_what_is_in_flight_makes_the_link_slower_and_the_worker_busier():
+    busy = InFlight()
+    busy.bytes_between[0, 0] = 50_000
+    assert decided(replace(MOVE, modes=(TRANSFER, RECOMPUTE)), busy, Bps=50_000.0).mode == RECOMPUTE
+    busy = InFlight()
+    busy.prefill_at[2] = 5_000
+    assert decided(replace(MOVE, modes=(TRANSFER, RECOMPUTE)), busy, Bps=5_000.0).mode == TRANSFER
+
+
+def test_moves_decided_together_share_links_and_workers():
+    plans = decide([MOVE] * 4, estimates(10_000.0), InFlight(), LIMIT_S)
+    sent = sum(plan.num_bytes for plan in plans)
+    computed = sum(plan.num_prefill for plan in plans)
+    # 4,000 tokens, 40,320 bytes: both resources end within a fifth of each other.
+    assert sent / 10_000.0 == pytest.approx(computed * 1e-3, rel=0.2)
+
+
+def test_who_fits_neither_is_deferred():
+    plans = decide([MOVE] * 60, estimates(10_000.0), InFlight(), LIMIT_S)
+    taken = [plan for plan in plans if plan is not None]
+    assert 15 < len(taken) < 25  # 10 s of 10,000 bytes and of 1,000 tokens
+    assert all(plan.seconds <= LIMIT_S + AROUND_S for plan in taken)
+
+
+def test_what_fits_nowhere_goes_where_nothing_else_does():
+    assert decided(Bps=1.0, prefill_token_s=1.0).mode == SPLIT
+    busy = InFlight()
+    busy.bytes_between[0, 0], busy.prefill_at[2] = 1, 1
+    assert decided(in_flight=busy, Bps=1.0, prefill_token_s=1.0) is None
+
+
+def test_who_has_most_to_lose_chooses_first():
+    # Only one fits in the time; for the large one the link is much better than computing.
+    small, large = replace(MOVE, num_tokens=320), MOVE
+    only = (TRANSFER, RECOMPUTE)
+    plans = decide([replace(small, modes=only), replace(large, modes=only)],
+                   estimates(50_000.0), InFlight(), 0.22)  # fmt: skip
+    assert plans[1] is not None and plans[1].mode == TRANSFER
+
+
+def test_links_of_other_hosts_are_not_shared():
+    found = estimates()
+    found.links.measured(LinksMeasured((0, 1, 2), (0, 0), (1, 2), (0.0, 0.0), (1e5, 1e5)))
+    busy = InFlight()
+    busy.bytes_between[0, 1] = 10**6
+    [there] = ways(replace(MOVE, modes=(TRANSFER,)), found, busy, LIMIT_S)
+    [elsewhere] = ways(replace(MOVE, dst=3, modes=(TRANSFER,)), found, busy, LIMIT_S)
+    assert there.seconds > 10 > 1 > elsewhere.seconds and not there.in_limit
+
+
+def test_a_link_that_slows_down_ten_times_changes_decisions_within_three_migrations():
+    found = estimates(100_000.0)
+    found.links.measured(LinksMeasured((0, 0), (0,), (0,), (0.0,), (100_000.0,)))
+    modes = []
+    for _ in range(4):
+        [plan] = decide([replace(MOVE, modes=(TRANSFER, RECOMPUTE))], found, InFlight(), LIMIT_S)
+        modes.append(plan.mode)
+        found.links.moved(1, 2, 10_080, 1.2, 0.0)
+    assert modes[0] == TRANSFER and modes[3] == RECOMPUTE
+
+
+def test_downtime_is_two_blocks_on_the_link_or_the_whole_of_a_recompute():
+    sent, computed = ways(replace(MOVE, modes=(TRANSFER, RECOMPUTE)), estimates(), InFlight(), 9.0)
+    assert sent.downtime_s == pytest.approx(320 / 10_000)
+    assert computed.downtime_s == pytest.approx(1.0)
+
+
+def test_what_messages_around_a_move_take_is_learnt():
+    found = estimates()
+    for _ in range(9):
+        [plan] = ways(replace(MOVE, modes=(TRANSFER,)), found, InFlight(), LIMIT_S)
+        found.took(TRANSFER, plan.seconds, 1.008 + 0.3)
+    assert found.around_s(TRANSFER) == pytest.approx(0.3)
+    assert found.around_s(RECOMPUTE) == AROUND_S
+
+
+def test_a_move_that_has_ended_is_no_load_any_more():
+    busy, [plan] = InFlight(), ways(replace(MOVE, modes=(SPLIT,)), estimates(), InFlight(), 9.0)
+    busy.add((0, 0), 2, plan)
+    assert busy.bytes_between[0, 0] == plan.num_bytes and busy.prefill_at[2] == plan.start
+    busy.add((0, 0), 2, plan, -1)
+    assert not any(busy.bytes_between.values()) and not any(busy.prefill_at.values())
