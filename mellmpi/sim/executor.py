@@ -50,11 +50,14 @@ def logprob(token: int, position: int) -> TokenLogprob:
 
 
 class HashExecutor:
-    """Runs step plans on one arena, of 8 bytes a position of the model with the largest blocks."""
+    """Runs step plans on an arena of uint64 [num_blocks, width]; width is positions.
 
-    def __init__(self, num_blocks: int, models: Sequence[ModelKv]):
+    None: those of the largest block. Workers that exchange blocks need the same.
+    """
+
+    def __init__(self, num_blocks: int, models: Sequence[ModelKv], width: int | None = None):
         self._sizes = {kv.model: kv.block_size for kv in models}
-        self.arena = np.zeros((num_blocks, max(self._sizes.values())), np.uint64)
+        self.arena = np.zeros((num_blocks, width or max(self._sizes.values())), np.uint64)
 
     def execute(self, plan: StepPlan) -> StepResult:
         """One token a sampled chunk, in plan order."""

@@ -1,22 +1,25 @@
 """Seeded fault histories: a small cluster, random load, delays, cancels and up to two crashes."""
 
 import random
+from functools import partial
 
 from mellmpi.config import BatchConfig, CacheConfig, ClusterConfig
 from mellmpi.core.cost import CostModel
 from mellmpi.protocol import ModelKv, Request, Sampling
-from mellmpi.sim.executor import expected_outputs, logprob
+from mellmpi.sim.executor import HashExecutor, expected_outputs, logprob
 from mellmpi.sim.network import Network
 from mellmpi.sim.simulator import Simulation
 from mellmpi.sim.worker import WorkerSpec
 
 KV = ModelKv("hash", block_size=4, block_bytes=64)
+OTHERS = [ModelKv("other", size, block_bytes=64) for size in (4, 6)]
+ENGINE = partial(HashExecutor, width=max(kv.block_size for kv in OTHERS))
 COST = CostModel(
     prefill_token_s=1e-4, step_s=1e-3, decode_token_s=1e-4, link_latency_s=5e-4, wake_s=5e-3
 )
 
 
-def random_request(request_id: int, rng: random.Random) -> Request:
+def random_request(request_id: int, rng: random.Random, model: str = KV.model) -> Request:
     stop = (7,) if rng.random() < 0.5 else ()
     sampling = Sampling(
         max_tokens=rng.randint(1, 24), temperature=0.0, top_k=0, top_p=1.0, min_p=0.0,
@@ -25,32 +28,46 @@ def random_request(request_id: int, rng: random.Random) -> Request:
     )  # fmt: skip
     # A few shared beginnings, so that prefix reuse has something to reuse.
     prompt = tuple([rng.randint(0, 2)] * rng.randint(0, 12) + [rng.randint(3, 49)])
-    return Request(request_id, "hash", prompt, sampling, None)
+    return Request(request_id, model, prompt, sampling, None)
+
+
+def random_sets(num_workers: int, crashing: list[int],
+                rng: random.Random) -> list[tuple[ModelKv, ...]]:  # fmt: skip
+    """What each worker runs: all the same model, or one or both of two. None dies out."""
+    if rng.random() < 0.5:
+        return [(KV,)] * num_workers
+    other = rng.choice(OTHERS)
+    sets = [rng.choice([(KV,), (other,), (KV, other), (other, KV)]) for _ in range(num_workers)]
+    staying = rng.choice([w for w in range(1, num_workers + 1) if w not in crashing])
+    sets[staying - 1] = (other, KV)
+    return sets
 
 
 def random_history(seed: int, simulation=Simulation) -> tuple[Simulation, list[Request]]:
     """A cluster with everything that is going to happen to it already on its clock."""
     rng = random.Random(seed)
     num_workers = rng.choice([2, 3, 3, 4])
+    crashing = rng.sample(range(1, num_workers + 1), rng.choice([0, 0, 1, min(2, num_workers - 1)]))
+    sets = random_sets(num_workers, crashing, rng)
+    models = sorted({kv.model for models in sets for kv in models})
     cache = CacheConfig(block_size=4, enable_prefix_caching=rng.random() < 0.4)
     limits = rng.choice([(4, 8), (3, 3), (8, 64)])
     batch = BatchConfig(max_num_seqs=limits[0], max_num_batched_tokens=limits[1])
-    spec = WorkerSpec((KV,), rng.choice([10, 14, 24]), batch, cache, COST.wake_s)
+    num_blocks = rng.choice([10, 14, 24])
+    specs = [WorkerSpec(models, num_blocks, batch, cache, COST.wake_s, ENGINE) for models in sets]
     config = ClusterConfig(
         policy=rng.choice(["best_fit", "worst_fit", "frugal", "frugal"]),
         migrate=rng.choice(["auto", "auto", "stress"]), seed=seed, horizon_s=2e-3,
         rebalance_every_s=rng.choice([1e-3, 4e-3]), park_after_s=rng.choice([0.0, 5e-3]),
     )  # fmt: skip
     network = Network(rng.choice([1e-5, 5e-4, 5e-3]), rng)
-    sim = simulation([spec] * num_workers, config, COST, network, rng)
-    requests = [random_request(i, rng) for i in range(rng.randint(4, 12))]
+    sim = simulation(specs, config, COST, network, rng)
+    requests = [random_request(i, rng, rng.choice(models)) for i in range(rng.randint(4, 12))]
     for request in requests:
         sim.submit(rng.uniform(0, 0.03), request)
         if rng.random() < 0.15:
             sim.cancel(rng.uniform(0, 0.15), request.id)
-    for worker in rng.sample(
-        range(1, num_workers + 1), rng.choice([0, 0, 1, min(2, num_workers - 1)])
-    ):
+    for worker in crashing:
         sim.crash(rng.uniform(0, 0.1), worker)
     return sim, requests
 

@@ -6,6 +6,7 @@ from itertools import count
 
 import pytest
 
+from mellmpi.core import block_tables
 from mellmpi.core.batch import BatchScheduler
 from mellmpi.core.blocks import BlockPool
 from mellmpi.core.cluster import ClusterScheduler
@@ -191,6 +192,12 @@ def an_offer_is_not_counted(monkeypatch):
 
 
 @fault
+def a_request_goes_where_its_model_is_not(monkeypatch):
+    able = Ledger.able
+    monkeypatch.setattr(Ledger, "able", lambda self, model: able(self, model) | (self.capacity > 0))
+
+
+@fault
 def an_order_is_never_acknowledged(monkeypatch):
     report = Ledger.report
 
@@ -273,6 +280,22 @@ def a_shared_block_is_still_for_the_taking(monkeypatch):
         return ids
 
     monkeypatch.setattr(BlockPool, "share", share_and_keep)
+
+
+@fault
+def models_share_the_blocks_of_equal_beginnings(monkeypatch):
+    monkeypatch.setattr(block_tables, "root_key", lambda model: b"")
+
+
+@fault
+def a_step_mixes_models(monkeypatch):
+    plan = BatchScheduler.plan
+
+    def mixed(self):
+        made = plan(self)
+        return made and replace(made, model=next(iter(self._fingerprints)))
+
+    monkeypatch.setattr(BatchScheduler, "plan", mixed)
 
 
 # --- links ---------------------------------------------------------------------------------------

@@ -51,6 +51,7 @@ OCCASIONS = {
     "Park", "Wake", "Unfreeze", "blocks drained", "transfer in mid-prefill", "transfer of nothing",
     "two workers lost", "prefix reused", "arrived without room", "stream broken off",
     "blocks freed late", "logprobs in KvReceived", "tokens only in KvReceived", "stale answer",
+    "models taking turns", "transfer to a worker with other models",
 }  # fmt: skip
 
 _WHY = re.compile(r"(\w+ -> \w+: )(?:\d+ )?([a-z]+(?: (?:room|\d+ lost))?)")
@@ -70,6 +71,7 @@ class Witness(Simulation):
         self.seen: Counter[str] = Counter()
         self._lost: set[int] = set()
         self._met: set[int] = set()  # epochs
+        self._turn_of: dict[int, str] = {}  # model of the last step, by worker
         self._forget, self.scheduler._forget = self.scheduler._forget, self._over
 
     def _over(self, record: Record, outcome: str) -> None:
@@ -98,7 +100,7 @@ class Witness(Simulation):
         super()._to_scheduler(source, event)
 
     def _route(self, source: Address, commands: list[tuple[Address, Any]]) -> None:
-        for _, command in commands:
+        for to, command in commands:
             match command:
                 case Park() | Wake() | Unfreeze():
                     self.seen[type(command).__name__] += 1
@@ -106,7 +108,12 @@ class Witness(Simulation):
                     self.seen["blocks drained"] += 1
                 case KvPayload():
                     self._header(command)
+                    self._sets(source, to)
         super()._route(source, commands)
+
+    def _sets(self, src: Address, dst: Address) -> None:
+        sets = [{kv.model for kv in self.workers[int(w)].spec.models} for w in (src, dst)]
+        self.seen["transfer to a worker with other models"] += sets[0] != sets[1]
 
     def _header(self, header: KvPayload) -> None:
         record = self.scheduler.records.get(header.request_id)
@@ -116,7 +123,12 @@ class Witness(Simulation):
             self.seen["transfer in mid-prefill"] += 1
 
     def _turn(self, worker: SimWorker) -> None:
+        before = self._turn_of.get(worker.id)
         super()._turn(worker)
+        if worker.plan is not None:
+            models = {s.request.model for s in worker.batch.sequences.values()}
+            self.seen["models taking turns"] += before in models - {worker.plan.model}
+            self._turn_of[worker.id] = worker.plan.model
         self.seen["blocks freed late"] += bool(worker.batch.lingering)
         for sequence in worker.batch.sequences.values():
             if sequence.epoch not in self._met:  # it came in this turn; nothing is computed yet
