@@ -1,0 +1,219 @@
+"""FastWorker against BatchScheduler, stepped one by one, on random histories of two workers."""
+
+import random
+from collections import defaultdict
+
+import pytest
+
+from mellmpi.config import BatchConfig, CacheConfig
+from mellmpi.core.cost import CostModel
+from mellmpi.protocol import (
+    DATA_PLANE,
+    SCHEDULER,
+    Assign,
+    KvReceived,
+    ModelKv,
+    Park,
+    ReceiveKv,
+    Release,
+    Request,
+    Sampling,
+    SendKv,
+    StepReport,
+    Unfreeze,
+)
+from mellmpi.sim.counted import Sending
+from mellmpi.sim.data_plane import DataPlane
+from mellmpi.sim.executor import SilentExecutor
+from mellmpi.sim.fast import FastWorker
+from mellmpi.sim.pace import Clock, Pace, transfer
+from mellmpi.sim.worker import SimWorker, WorkerSpec
+
+BLOCK_S = 7.0710678e-4  # never a number of steps
+COST = CostModel(
+    prefill_token_s=1e-4, step_s=1e-3, decode_token_s=1e-4, link_latency_s=0.0,
+    link_Bps=64 / BLOCK_S,
+)  # fmt: skip
+
+
+class Log:
+    """What two workers have told: the same of both kinds, or one is wrong."""
+
+    def __init__(self):
+        self.answers = []  # (time, worker, message)
+        self.outputs = defaultdict(int)  # by epoch, told so far
+        self.ends = {}  # epoch -> number of tokens when the stop token came
+        self.preempted = []  # (worker, epoch), in order
+        self.free = {}  # by worker, between two steps
+        self.looks = []
+
+    def tell(self, now, worker, message):
+        if isinstance(message, StepReport):
+            runs = zip(message.epochs, message.firsts, message.counts, strict=True)
+            for epoch, first, n in runs:
+                self.outputs[epoch] = max(self.outputs[epoch], first + n)
+            self.preempted += [(worker, epoch) for _, epoch in message.preempted]
+        elif isinstance(message, KvReceived):
+            self.outputs[message.epoch] = message.first + len(message.tokens)
+            size = message.num_bytes, message.first, len(message.tokens)
+            self.answers.append((round(now, 9), worker, "KvReceived", message.epoch, *size))
+        else:
+            epoch = getattr(message, "epoch", 0)
+            self.answers.append((round(now, 9), worker, type(message).__name__, epoch))
+
+    def look(self, now, released):
+        told = {e: n for e, n in self.outputs.items() if n and e not in released}
+        self.looks.append((now, told, sorted(self.preempted), dict(self.free)))
+
+
+class Stepped:
+    """The loop of the real worker: messages between steps, a report after each."""
+
+    def __init__(self, spec, lengths):
+        self.clock, self.log = Clock(), Log()
+        self.workers = {w: SimWorker(w, spec) for w in (1, 2)}
+        self.plane = DataPlane(self.workers, lambda: BLOCK_S, self.later, self.told)
+        self.lengths = lengths
+
+    def later(self, delay_s, action):
+        self.clock.at(self.clock.now + delay_s, action)
+
+    def told(self, worker, event):
+        self.write(worker.id, event, DATA_PLANE)
+
+    def write(self, w, message, source=SCHEDULER):
+        worker = self.workers[w]
+        worker.inbox.append((source, message))
+        if worker.plan is None:
+            self.turn(worker)
+
+    def turn(self, worker):
+        while worker.inbox:
+            for destination, command in worker.handle(*worker.inbox.pop(0)):
+                self.carry(worker, destination, command)
+        self.log.free[worker.id] = worker.batch.free_bytes
+        if (report := worker.report()) is not None:
+            self.log.tell(self.clock.now, worker.id, report)
+        worker.plan = worker.batch.plan()
+        if worker.plan is not None:
+            sampled = sum(c.sampling is not None for c in worker.plan.chunks)
+            positions = sum(len(c.tokens) for c in worker.plan.chunks)
+            step_s = COST.forward_s(positions - sampled, sampled)
+            self.later(step_s, lambda: self.stepped(worker, step_s))
+
+    def stepped(self, worker, step_s):
+        worker.finish_step(step_s)
+        self.turn(worker)
+
+    def carry(self, worker, destination, command):
+        if destination == DATA_PLANE:
+            self.plane.handle(worker, command, self.clock.now)
+        elif destination == SCHEDULER:
+            self.log.tell(self.clock.now, worker.id, command)
+        else:
+            self.write(destination, command, worker.id)
+
+    def look(self, released):
+        self.log.look(self.clock.now, released)
+
+
+class Strided:
+    """The same on fast workers."""
+
+    def __init__(self, spec, lengths):
+        self.clock, self.log = Clock(), Log()
+        capacity = spec.num_blocks * spec.models[0].block_bytes
+        self.paces = {}
+        for w in (1, 2):
+            worker = FastWorker(w, spec.models, capacity, spec.batch, COST, lengths)
+            self.paces[w] = Pace(worker, self.clock, self.carry, self.turned)
+
+    def write(self, w, message):
+        pace = self.paces[w]
+        pace.write(lambda: pace.worker.handle(message))
+
+    def carry(self, pace, answer):
+        if isinstance(answer, Sending):
+            transfer(self.clock, answer, pace, self.paces[answer.dst])
+        else:
+            self.log.tell(self.clock.now, pace.worker.id, answer)
+
+    def turned(self, pace):
+        self.log.free[pace.worker.id] = pace.worker.free
+        if (report := pace.worker.report()) is not None:
+            self.log.tell(self.clock.now, pace.worker.id, report)
+
+    def look(self, released):
+        for w, pace in self.paces.items():
+            pace.settle()
+            if pace.worker.steps:  # since it was last told
+                self.log.free[w] = pace.worker.free
+            for sequence in pace.worker.tell():
+                self.log.outputs[sequence.epoch] = sequence.outputs
+        self.log.look(self.clock.now, released)
+
+
+def history(seed, moves):
+    """(spec, lengths by request, [(time, worker, message)], looks, epochs that are released)."""
+    rng = random.Random(seed)
+    size = rng.choice([1, 4, 16])
+    names = rng.choice([("a",), ("a",), ("a", "b")])
+    models = tuple(ModelKv(name, size << i, 64) for i, name in enumerate(names))
+    limits = BatchConfig(max_num_seqs=rng.choice([2, 4, 64]),
+                         max_num_batched_tokens=rng.choice([64, 512]))  # fmt: skip
+    num_blocks, cache = rng.choice([60, 200]) // size + 3, CacheConfig(block_size=size)
+    spec = WorkerSpec(models, num_blocks, limits, cache, 0.0, SilentExecutor)
+    lengths, script, released, epoch = [], [], set(), 0
+    for i in range(rng.randint(3, 12)):
+        lengths.append(rng.randint(1, 60))
+        prompt = (0,) * rng.randint(1, 40)
+        sampling = Sampling(lengths[i], 0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, (1,), None)
+        request = Request(i, rng.choice(names), prompt, sampling, None)
+        epoch, at_s, w = epoch + 1, rng.uniform(0, 0.2), rng.choice((1, 2))
+        script.append((at_s, w, Assign(request, epoch, (0,) * rng.choice([0, 0, lengths[i] // 2]))))
+        if rng.random() < 0.2:
+            script.append((at_s + rng.uniform(0, 0.1), w, Release(i, epoch)))
+            released.add(epoch)
+        elif moves and rng.random() < 0.7:
+            epoch, then_s = epoch + 1, at_s + rng.uniform(0, 0.05)
+            offer = ReceiveKv(request, epoch, w, 0, len(prompt) + rng.randint(0, 5), 0)
+            script.append((then_s, 3 - w, offer))
+            sent_s = then_s + rng.uniform(1e-4, 0.01)
+            script.append((sent_s, w, SendKv(i, epoch - 1, 3 - w, epoch, 0)))
+            if rng.random() < 0.2:
+                script.append((sent_s + rng.uniform(0, 0.02), 3 - w, Release(i, epoch)))
+                script.append((sent_s + rng.uniform(0, 0.03), w, Unfreeze(i, epoch - 1)))
+                released.add(epoch)
+            else:
+                script.append((sent_s + rng.uniform(0.05, 0.1), w, Release(i, epoch - 1)))
+                released.add(epoch - 1)
+    script += [(9.0, 1, Park()), (9.1, 2, Park())]
+    looks = [*sorted(rng.uniform(0, 0.5) for _ in range(12)), 10.0]
+    return spec, lengths, script, looks, released
+
+
+def run(kind, seed, moves):
+    spec, lengths, script, looks, released = history(seed, moves)
+    cell = kind(spec, lengths)
+    for at_s, w, message in script:
+        cell.clock.at(at_s, lambda w=w, message=message: cell.write(w, message))
+    for at_s in looks:
+        cell.clock.at(at_s, lambda: cell.look(released))
+    while cell.clock.next():
+        pass
+    return cell.log
+
+
+@pytest.mark.parametrize("moves", [False, True])
+def test_a_fast_worker_says_what_stepping_the_batch_scheduler_says_at_the_same_times(moves):
+    said = defaultdict(int)
+    for seed in range(150):
+        slow, fast = run(Stepped, seed, moves), run(Strided, seed, moves)
+        for a, b in zip(slow.looks, fast.looks, strict=True):
+            assert a == b, f"seed {seed}"
+        assert sorted(slow.answers) == sorted(fast.answers), f"seed {seed}"
+        for _, _, name, *_ in slow.answers:
+            said[name] += 1
+        said["preempted"] += len(slow.preempted)
+    assert said["preempted"] > 20 and said["Parked"] > 100
+    assert not moves or min(said[name] for name in ("KvReceived", "KvRefused")) > 20, said
