@@ -141,9 +141,7 @@ class FastWorker:
 
     def expects(self, sent: Sending) -> bool:
         """The header has come: has it room for what is being sent? If not, it lets go."""
-        sequence = self.sequences.get(sent.dst_epoch)
-        if sequence is None:
-            return True  # released before it came: it is thrown away
+        sequence = self.sequences[sent.dst_epoch]
         sequence.outputs = sent.outputs
         sequence.receiving = self._grow(sequence, sequence.known)
         if not sequence.receiving:

@@ -39,7 +39,7 @@ class Pace:
     worker: FastWorker
     clock: Clock
     carry: Callable[["Pace", Any], None]  # an answer of the worker, or a `Sending`
-    turned: Callable[["Pace"], None]  # between two steps, all messages read
+    turned: Callable[["Pace"], None]  # all messages read: time to report
     _begun_s: float = 0.0  # the step under way, or the first that has not been taken in
     _inbox: list[Callable[[], list[Any]]] = field(default_factory=list)
     _version: int = 0  # of the end on the clock
@@ -84,6 +84,8 @@ class Pace:
         if self.worker.plan() is not None:
             self._begun_s = self.clock.now
             self._await_end()
+        elif self.worker.preempted:  # by a step that nobody was left for
+            self.turned(self)
 
 
 def transfer(clock: Clock, sending: Sending, source: Pace, destination: Pace) -> None:
@@ -100,12 +102,13 @@ def transfer(clock: Clock, sending: Sending, source: Pace, destination: Pace) ->
         destination.write(lambda: dst.arrived(sending, took_s))
 
     def header() -> list[Any]:
-        if dst.expects(sending):
+        wanted = sending.dst_epoch in dst.sequences  # or released before it came
+        if wanted and dst.expects(sending):
             if not sending.num_bytes:  # stopped before its first step: nothing to wait for
                 return dst.arrived(sending, 0.0)
             clock.at(clock.now + took_s, over)
-            return []  # also if nobody waits for it any more: it is thrown away
-        clock.at(clock.now + took_s, sent)
-        return [dst.failed(sending)]
+            return []
+        clock.at(clock.now + took_s, sent)  # taken off the wire, and thrown away
+        return [dst.failed(sending)] if wanted else []
 
     destination.write(header)

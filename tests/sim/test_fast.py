@@ -91,15 +91,20 @@ class Stepped:
         while worker.inbox:
             for destination, command in worker.handle(*worker.inbox.pop(0)):
                 self.carry(worker, destination, command)
-        self.log.free[worker.id] = worker.batch.free_bytes
-        if (report := worker.report()) is not None:
-            self.log.tell(self.clock.now, worker.id, report)
+        self.report(worker)
         worker.plan = worker.batch.plan()
-        if worker.plan is not None:
+        if worker.plan is None:
+            self.report(worker)
+        else:
             sampled = sum(c.sampling is not None for c in worker.plan.chunks)
             positions = sum(len(c.tokens) for c in worker.plan.chunks)
             step_s = COST.forward_s(positions - sampled, sampled)
             self.later(step_s, lambda: self.stepped(worker, step_s))
+
+    def report(self, worker):
+        self.log.free[worker.id] = worker.batch.free_bytes
+        if (report := worker.report()) is not None:
+            self.log.tell(self.clock.now, worker.id, report)
 
     def stepped(self, worker, step_s):
         worker.finish_step(step_s)
