@@ -14,7 +14,7 @@ from subprocess import DEVNULL, PIPE
 from typing import Any, Protocol
 
 from mellmpi.transport.base import Arena
-from mellmpi.transport.blocks import WINDOW_BYTES, InPlace, Lane
+from mellmpi.transport.lanes import InPlace, Lane, window
 
 # What a process inherits from the launcher of its job, and a job of its own must not see.
 LAUNCHER_VARIABLES = ("OMPI_COMM_", "OMPI_MCA_orte", "PMIX_", "PRTE_", "PMI_", "SLURM_")
@@ -35,9 +35,11 @@ class Staged:
     """A lane through host memory. Each transfer holds at most a window of slots, so that two
     workers that send to each other can never wait for each other's."""
 
+    in_host_memory = True
+
     def __init__(self, block_bytes: int, copies: Copies):
         self.block_bytes = block_bytes
-        self.send_window = max(2, WINDOW_BYTES // block_bytes)
+        self.send_window = window(block_bytes)
         self._copies = copies
         self._free: list[int] = []
 

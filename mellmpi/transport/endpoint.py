@@ -8,10 +8,11 @@ from typing import Any, Protocol
 
 from mellmpi.protocol import WorkerLost
 from mellmpi.transport.base import Arena, Transfer
-from mellmpi.transport.blocks import BlockMover, Channel
+from mellmpi.transport.blocks import BlockMover
+from mellmpi.transport.channel import ByteChannel, Channel
 from mellmpi.transport.devices import lane_for
 from mellmpi.transport.doorbell import Doorbell
-from mellmpi.transport.messages import ByteChannel, Dismissed, Mailbox
+from mellmpi.transport.messages import Dismissed, Mailbox
 
 FIRST_SLEEP_S = 100e-6  # where nobody rings: sleeps double from here on
 MOVING_SPIN_S = 200e-6  # without a block done, then sleep all the same
@@ -50,11 +51,13 @@ class Endpoint:
         bell: Doorbell,
         wakes: Wakes,
         device_buffers: bool,
+        checked: frozenset[int] = frozenset(),  # peers to whom blocks go with checksums
     ):
         self.worker, self.num_workers = worker, num_workers
         self.lost: set[int] = set()
         self._channels = channels
-        self._mailbox, self._mover = Mailbox(channels[0]), BlockMover(channels[1])
+        self._mailbox = Mailbox(channels[0])
+        self._mover = BlockMover(channels[1], checked.__contains__)
         self._bell, self._wakes, self._device_buffers = bell, wakes, device_buffers
         self._ready: list[tuple[int, Any]] = []
         self._active = True  # something happened since the last sleep

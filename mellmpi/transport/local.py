@@ -1,6 +1,5 @@
 """All workers in one process: messages through queues, blocks by memmove from arena to arena."""
 
-import ctypes
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -9,6 +8,8 @@ from typing import Any
 
 from mellmpi.protocol import WorkerLost, decode, encode
 from mellmpi.transport.base import Arena, Transfer
+from mellmpi.transport.lanes import bytes_at
+from mellmpi.transport.trailer import checksum
 
 PIECE_BYTES = 32 << 20  # copied by one progress() call, or one block if that is larger
 
@@ -20,6 +21,7 @@ class _Offer:
     transfer: Transfer
     arena: Arena
     block_ids: deque[int]
+    checksums: deque[int]  # of what they held when the sending began; empty: nothing is checked
 
 
 @dataclass
@@ -40,10 +42,15 @@ class _Inbox:
     bell: threading.Event = field(default_factory=threading.Event)
 
 
+def _block(arena: Arena, block_id: int) -> memoryview:
+    return bytes_at(arena.address + block_id * arena.block_bytes, arena.block_bytes)
+
+
 class LocalNetwork:
     """The transports of one scheduler and `num_workers` workers that share a process."""
 
-    def __init__(self, num_workers: int):
+    def __init__(self, num_workers: int, checksums: bool = False):
+        self.checksums = checksums
         self.lock = threading.RLock()  # transports may run in threads of their own
         self.inboxes = [_Inbox() for _ in range(num_workers + 1)]
         self.lost: set[int] = set()
@@ -108,11 +115,16 @@ class LocalTransport:
                 transfer.end()
                 return transfer
             inbox = self._network.inboxes[dst]
-            offer = _Offer(transfer, self._arena, deque(block_ids))
+            offer = _Offer(transfer, self._arena, deque(block_ids), self._checksums(block_ids))
             inbox.offers.setdefault((self.worker, tag), deque()).append(offer)
             self._sending.append((dst, transfer))
             inbox.bell.set()
         return transfer
+
+    def _checksums(self, block_ids: Sequence[int]) -> deque[int]:
+        if not self._network.checksums:
+            return deque()
+        return deque(checksum(_block(self._arena, i)) for i in block_ids)
 
     def receive_blocks(self, src: int, tag: int, block_ids: Sequence[int]) -> Transfer:
         assert self._arena is not None, "no arena attached"
@@ -145,27 +157,37 @@ class LocalTransport:
         return moved > 0
 
     def _take_one(self, want: _Want) -> int:
-        """Copy the next block this transfer waits for; its bytes, or 0 if none has come."""
+        """Take in the next block of this transfer; its bytes, or 0 if none has come."""
         offers = self._inbox.offers.get((want.src, want.tag))
-        if not offers or not want.block_ids:
+        if not offers or want.transfer.done:
             return 0
-        offer = offers[0]
-        source, size = offer.arena, offer.arena.block_bytes
-        block_id, into = offer.block_ids.popleft(), want.block_ids.popleft()
-        if want.arena is not None and want.arena.block_bytes != size:
-            want.transfer.fail("size")
-        elif want.arena is not None:
-            to = want.arena.address + into * size
-            ctypes.memmove(to, source.address + block_id * size, size)
+        offer, size = offers[0], offers[0].arena.block_bytes
+        self._copy(offer, want)
         want.transfer.num_bytes += size
         offer.transfer.num_bytes += size
-        if not offer.block_ids:
+        if not offer.block_ids:  # one transfer there is one here, whatever was announced
             offers.popleft()
             offer.transfer.end()
             self._network.inboxes[want.src].bell.set()
-        if not want.block_ids:
+            if want.block_ids and want.arena is not None:
+                want.transfer.fail("truncated")
             self._end(want)
         return size
+
+    def _copy(self, offer: _Offer, want: _Want) -> None:
+        """The next block of an offer to where it is wanted, if it is."""
+        block_id = offer.block_ids.popleft()
+        expected = offer.checksums.popleft() if offer.checksums else None
+        into = want.block_ids.popleft() if want.block_ids else None
+        if want.arena is None:
+            return
+        if into is None or want.arena.block_bytes != offer.arena.block_bytes:
+            want.transfer.fail("size")
+            return
+        block = _block(want.arena, into)
+        block[:] = _block(offer.arena, block_id)
+        if expected is not None and checksum(block) != expected:
+            want.transfer.fail("checksum")
 
     def wait(self, timeout_s: float) -> None:
         if not self._inbox.messages and not self.progress():

@@ -1,10 +1,10 @@
 """Sends and receives protocol messages over a channel of non-blocking messages."""
 
 from collections import defaultdict, deque
-from typing import Any, Protocol
+from typing import Any
 
 from mellmpi.protocol import decode, encode
-from mellmpi.transport.blocks import LinkError
+from mellmpi.transport.channel import ByteChannel, LinkError
 
 
 class Dismissed(Exception):
@@ -13,17 +13,6 @@ class Dismissed(Exception):
     def __init__(self, exit_code: int):
         super().__init__(f"dismissed with exit code {exit_code}")
         self.exit_code = exit_code
-
-
-class ByteChannel(Protocol):
-    """Non-blocking messages of any size. Peers are workers. Raises LinkError."""
-
-    def send_bytes(self, data: bytes, dst: int) -> Any: ...
-    def take(self) -> tuple[int, bytearray, Any] | None:
-        """Begin to receive the next message from anyone: (source, its bytes to be, request)."""
-        ...
-
-    def test(self, request: Any) -> int | None: ...
 
 
 class Mailbox:
@@ -87,7 +76,7 @@ class Mailbox:
         for src in list(self._arriving):
             queue = self._arriving[src]
             try:
-                while queue and self._channel.test(queue[0][1]) is not None:
+                while queue and self._channel.test(queue[0][1]):
                     data, _ = queue.popleft()
                     if len(data) == 1:
                         raise Dismissed(data[0])
@@ -102,7 +91,7 @@ class Mailbox:
         for dst in list(self._leaving):
             queue = self._leaving[dst]
             try:
-                while queue and self._channel.test(queue[0][1]) is not None:
+                while queue and self._channel.test(queue[0][1]):
                     queue.popleft()
             except LinkError:
                 queue.popleft()

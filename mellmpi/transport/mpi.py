@@ -1,7 +1,6 @@
 """Workers as MPI ranks. The only module that imports MPI, and the only one that knows ranks."""
 
 import atexit
-import contextlib
 import ctypes
 import os
 import secrets
@@ -20,7 +19,7 @@ mpi4py.rc.finalize = False  # by Job.finish alone: after a fault it would hang t
 from mpi4py import MPI  # noqa: E402
 
 from mellmpi.protocol import FINGERPRINT  # noqa: E402
-from mellmpi.transport.blocks import LinkError  # noqa: E402
+from mellmpi.transport.channel import LinkError  # noqa: E402
 from mellmpi.transport.doorbell import Doorbell  # noqa: E402
 from mellmpi.transport.endpoint import Endpoint, Wakes  # noqa: E402
 
@@ -48,15 +47,18 @@ class MpiChannel:
         self._group = self._comm.Get_group()
         self._failed: set[int] = set()  # ranks
         self._status = MPI.Status()
-        self._tags = (comm.Get_attr(MPI.TAG_UB) or 32767) + 1
+        self.num_tags = (comm.Get_attr(MPI.TAG_UB) or 32767) + 1
 
     def send(self, address: int, num_bytes: int, dst: int, tag: int) -> Any:
         buffer = MPI.buffer.fromaddress(address, num_bytes)
-        return self._try(self._comm.Isend, buffer, rank_of(dst), tag % self._tags)
+        return self._try(self._comm.Isend, buffer, rank_of(dst), tag)
 
-    def receive(self, address: int, num_bytes: int, src: int, tag: int) -> Any:
-        buffer = MPI.buffer.fromaddress(address, num_bytes)
-        return self._try(self._comm.Irecv, buffer, rank_of(src), tag % self._tags)
+    def match(self, src: int, tag: int) -> tuple[MPI.Message, int] | None:
+        message = self._try(self._comm.Improbe, rank_of(src), tag, self._status)
+        return None if message is None else (message, self._status.Get_count(MPI.BYTE))
+
+    def receive(self, message: MPI.Message, address: int, num_bytes: int) -> Any:
+        return self._try(message.Irecv, MPI.buffer.fromaddress(address, num_bytes))
 
     def send_bytes(self, data: bytes, dst: int) -> Any:
         return self._try(self._comm.Isend, data, rank_of(dst), 0)
@@ -69,21 +71,8 @@ class MpiChannel:
         src, data = worker_of(self._status.source), bytearray(self._status.Get_count(MPI.BYTE))
         return src, data, self._try(message.Irecv, data)
 
-    def discard(self, src: int, tag: int) -> Any:
-        arguments = rank_of(src), tag % self._tags, self._status
-        if (message := self._try(self._comm.Improbe, *arguments)) is None:
-            return None
-        scratch = bytearray(self._status.Get_count(MPI.BYTE))  # mpi4py keeps it with the request
-        return self._try(message.Irecv, scratch)
-
-    def test(self, request: MPI.Request) -> int | None:
-        if not self._try(request.Test, self._status):
-            return None
-        return 0 if self._status.Is_cancelled() else self._status.Get_count(MPI.BYTE)
-
-    def cancel(self, request: MPI.Request) -> None:
-        with contextlib.suppress(MPI.Exception):  # it has failed by itself: `test` tells
-            request.Cancel()
+    def test(self, request: MPI.Request) -> bool:
+        return bool(self._try(request.Test))
 
     def newly_failed(self) -> list[int]:
         """Workers that MPI has found dead since the last call. It looks only while probing."""
@@ -100,8 +89,7 @@ class MpiChannel:
         try:
             return call(*args)
         except MPI.Exception as error:
-            if error.Get_error_class() != MPI.ERR_TRUNCATE:
-                self.error = self.error or error
+            self.error = self.error or error
             raise LinkError(str(error)) from error
 
 
@@ -145,11 +133,13 @@ class Job:
         size = int.from_bytes(self._bcast(len(packed).to_bytes(8, "little")), "little")
         return msgpack.unpackb(self._bcast(packed.ljust(size)[:size]))
 
-    def connect(self, idle_poll_s: float, device_buffers: bool = False) -> Endpoint:
+    def connect(self, idle_poll_s: float, device_buffers: bool = False,
+                checksums: str = "auto") -> Endpoint:  # fmt: skip
         """The transport of this rank; one a process.
 
         idle_poll_s     longest sleep between looks while some peer cannot ring our bell
         device_buffers  this MPI takes device memory (`devices.device_buffers_work`)
+        checksums       of every block: "auto" between hosts, "always" or "never"
         """
         bell = Doorbell(self.share(secrets.token_hex(8)), worker_of(self.rank))
         self._comm.Barrier()  # every bell is hung up
@@ -161,9 +151,18 @@ class Job:
         wakes = Wakes(all_ring, longest_s, SPIN_S if may_spin else 0.0)
         channels = MpiChannel(self._comm), MpiChannel(self._comm)
         self._transport = Endpoint(
-            worker_of(self.rank), self.size - 1, channels, bell, wakes, device_buffers
-        )
+            worker_of(self.rank), self.size - 1, channels, bell, wakes, device_buffers,
+            self._checked(checksums),
+        )  # fmt: skip
         return self._transport
+
+    def _checked(self, checksums: str) -> frozenset[int]:
+        """Workers to and from whom blocks have checksums. Both ends come to the same."""
+        # Between two of one host the processor copies: a checksum would cost a third of the
+        # bandwidth there, and guards memory that has its own.
+        near = set(self.neighbours) if checksums == "auto" else set()
+        ranks = range(self.size) if checksums != "never" else ()
+        return frozenset(worker_of(rank) for rank in ranks if rank not in near)
 
     def finish(self) -> None:
         """All is done: shut MPI down, together. The process can then end as it likes."""

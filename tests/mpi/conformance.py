@@ -18,7 +18,7 @@ from tests.transport.conformance import SCENARIOS, HostArena, Post
 def post():
     job = Job()
     atexit.register(job.finish)  # pytest-mpi still talks at the end
-    return Post(job.connect(idle_poll_s=0.005))
+    return Post(job.connect(idle_poll_s=0.005, checksums="always"))
 
 
 @pytest.mark.mpi(min_size=4)
@@ -42,7 +42,7 @@ def main() -> None:
     passed: list[str] = []
 
     def program() -> None:
-        transport = job.connect(idle_poll_s=0.005)
+        transport = job.connect(idle_poll_s=0.005, checksums="always")
         post = Post(transport)
         for scenario in SCENARIOS:
             scenario(post)

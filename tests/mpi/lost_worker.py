@@ -22,7 +22,7 @@ NUM_BLOCKS, BLOCK_BYTES = 64, 300_000
 
 
 def die(transport: Transport) -> None:
-    """Send half of what was promised, then be killed while messages and blocks are under way."""
+    """Send one of two promised rounds, then be killed while messages and blocks are under way."""
     arena = HostArena(NUM_BLOCKS, BLOCK_BYTES)
     transport.attach(arena)
     post = Post(transport)
@@ -30,7 +30,7 @@ def die(transport: Transport) -> None:
     for i in range(100):
         transport.send(0, Cancel(i, "gone"))
     transport.send_blocks(2, 5, range(NUM_BLOCKS // 2))
-    transport.receive_blocks(1, 6, range(NUM_BLOCKS // 2))  # as many again never are
+    transport.receive_blocks(1, 6, range(NUM_BLOCKS // 2, NUM_BLOCKS))
     stop_s = time.monotonic() + 0.02
     while time.monotonic() < stop_s:
         transport.progress()
@@ -76,9 +76,11 @@ def survive(transport: Transport) -> dict[str, Any]:
     if me == 0:
         transport.send(VICTIM, Cancel(0, "gone"))
     if me == 1:
-        doomed = [transport.send_blocks(VICTIM, 6, range(NUM_BLOCKS))]
+        transport.send_blocks(VICTIM, 6, range(NUM_BLOCKS // 2))
+        doomed = [transport.send_blocks(VICTIM, 9, range(NUM_BLOCKS // 2))]
     if me == 2:
-        doomed = [transport.receive_blocks(VICTIM, 5, range(NUM_BLOCKS))]
+        transport.receive_blocks(VICTIM, 5, range(NUM_BLOCKS // 2))
+        doomed = [transport.receive_blocks(VICTIM, 10, range(NUM_BLOCKS // 2, NUM_BLOCKS))]
     if me == 4:
         doomed = [transport.drain_blocks(VICTIM, 5, 1)]
     survivor.until(lambda: survivor.lost and all(t.done for t in doomed))
@@ -88,8 +90,8 @@ def survive(transport: Transport) -> dict[str, Any]:
     talk(survivor, arena)
     return {
         "lost": survivor.lost,
-        "doomed_failed": [t.failed for t in doomed],
-        "late_failed": [t.failed for t in late],
+        "doomed_failed": [t.reason for t in doomed],
+        "late_failed": [t.reason for t in late],
         "heard": dict(survivor.heard),
         "in_order": survivor.in_order,
         "after_the_loss": survivor.after_the_loss,

@@ -5,29 +5,30 @@ from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from mellmpi.transport.blocks import LinkError
+from mellmpi.transport.channel import LinkError
 
 
 @dataclass
 class FakeRequest:
-    kind: str  # "send", "receive" or "discard"
+    kind: str  # "send" or "receive"
     peer: int
     tag: int
     address: int = 0
     num_bytes: int = 0
     done: bool = False
-    cancelled: bool = False
     used_up: bool = False
 
 
 @dataclass
 class FakeChannel:
-    """One side's view. A block is matched when the test, or `deliver`, says so."""
+    """One side's view. What a message holds, and when one has left, is the test's to say."""
+
+    num_tags = 1 << 15  # as few as MPI promises
 
     requests: list[FakeRequest] = field(default_factory=list)
     lost: set[int] = field(default_factory=set)
     waiting: dict[tuple[int, int], deque[bytes]] = field(default_factory=lambda: defaultdict(deque))
-    too_long: list[FakeRequest] = field(default_factory=list)
+    slow: bool = False  # what is being received is not done by itself
     inbox: deque[tuple[int, bytes]] = field(default_factory=deque)
     last_words: list[tuple[int, bytes]] = field(default_factory=list)  # come with the failures
     failures: list[int] = field(default_factory=list)
@@ -45,43 +46,30 @@ class FakeChannel:
     def send(self, address: int, num_bytes: int, dst: int, tag: int) -> FakeRequest:
         return self._post("send", dst, tag, address, num_bytes)
 
-    def receive(self, address: int, num_bytes: int, src: int, tag: int) -> FakeRequest:
-        return self._post("receive", src, tag, address, num_bytes)
-
-    def discard(self, src: int, tag: int) -> FakeRequest | None:
+    def match(self, src: int, tag: int) -> tuple[Any, int] | None:
+        if src in self.lost:
+            raise LinkError("lost")
         if not self.waiting[src, tag]:
             return None
-        request = self._post("discard", src, tag)
-        request.num_bytes = len(self.waiting[src, tag].popleft())
-        request.done = True
+        data = self.waiting[src, tag].popleft()
+        return (src, tag, data), len(data)
+
+    def receive(self, message: Any, address: int, num_bytes: int) -> FakeRequest:
+        src, tag, data = message
+        request = self._post("receive", src, tag, address, num_bytes)
+        assert num_bytes == len(data)
+        ctypes.memmove(address, data, num_bytes)
+        request.done = not self.slow
         return request
 
-    def test(self, request: FakeRequest) -> int | None:
+    def test(self, request: FakeRequest) -> bool:
         assert not request.used_up, "tested after it was done"
-        if request.kind == "receive" and not request.cancelled:
-            self._match(request)
-        if not (request.done or request.cancelled or request.peer in self.lost):
-            return None
+        if not request.done and request.peer not in self.lost:
+            return False
         request.used_up = True
-        if request in self.too_long:
-            raise LinkError("truncated")
-        if not request.done and not request.cancelled:
+        if not request.done:
             raise LinkError("lost")
-        return 0 if request.cancelled else request.num_bytes
-
-    def _match(self, request: FakeRequest) -> None:
-        ahead = [
-            r
-            for r in self.requests
-            if (r.kind, r.peer, r.tag) == ("receive", request.peer, request.tag) and not r.done
-        ]
-        if self.waiting[request.peer, request.tag] and ahead[:1] == [request]:
-            data = self.waiting[request.peer, request.tag].popleft()
-            ctypes.memmove(request.address, data, len(data))
-            request.done = True
-
-    def cancel(self, request: FakeRequest) -> None:
-        request.cancelled = True
+        return True
 
     def pending(self, kind: str) -> list[FakeRequest]:
         return [r for r in self.requests if r.kind == kind and not r.used_up]

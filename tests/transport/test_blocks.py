@@ -3,8 +3,10 @@ import ctypes
 import numpy as np
 import pytest
 
-from mellmpi.transport.blocks import WINDOW_BYTES, BlockMover, InPlace
+from mellmpi.transport.blocks import BlockMover
 from mellmpi.transport.devices import Staged
+from mellmpi.transport.lanes import WINDOW_BYTES, InPlace
+from mellmpi.transport.trailer import checksum, pack, unpack
 from tests.transport.conformance import HostArena
 from tests.transport.fakes import FakeChannel
 
@@ -49,21 +51,27 @@ def mover(channel, arena):
     yield mover
     mover.close()
     assert not mover.busy or channel.pending("send")
-    assert not channel.pending("receive") and not channel.pending("discard")
+    assert not channel.pending("receive")
 
 
-def arrive(channel, src, tag, num_blocks, first=0):
+def arrive(channel, src, tag, num_blocks, first=0, trailer=True):
     for i in range(first, first + num_blocks):
         channel.waiting[src, tag].append(bytes([i + 1]) * BLOCK_BYTES)
+    if trailer:
+        channel.waiting[src, tag].append(bytes(pack(num_blocks, (), BLOCK_BYTES)))
 
 
-def test_receives_are_posted_a_window_at_a_time(channel, mover, arena):
+def test_receives_are_begun_a_window_at_a_time(channel, mover, arena):
+    channel.slow = True
+    arrive(channel, 1, 5, 16)
     transfer = mover.receive(1, 5, range(16))
-    assert not channel.requests  # posting may copy: only progress does it
+    assert not channel.requests  # to begin one may copy: only progress does it
     assert mover.progress() == [] and len(channel.pending("receive")) == WINDOW
-    arrive(channel, 1, 5, 1)
+    channel.pending("receive")[0].done = True
     assert mover.progress() == [1] and len(channel.pending("receive")) == WINDOW
-    arrive(channel, 1, 5, 15, first=1)
+    channel.slow = False
+    for request in channel.pending("receive"):
+        request.done = True
     while not transfer.done:
         assert mover.progress() == [1]
     assert (arena.blocks[:, 0] == np.arange(1, 17)).all() and not transfer.failed
@@ -71,21 +79,25 @@ def test_receives_are_posted_a_window_at_a_time(channel, mover, arena):
 
 def test_sends_from_the_arena_are_posted_at_once(channel, mover):
     transfer = mover.send(1, 5, range(16))
-    assert len(channel.pending("send")) == 16 and not transfer.done
+    assert len(channel.pending("send")) == 16 + 1 and not transfer.done
     for request in channel.pending("send"):
         request.done = True
     mover.progress()
     assert transfer.done and transfer.num_bytes == 16 * BLOCK_BYTES
 
 
-def test_a_later_receive_of_a_tag_waits_until_the_earlier_one_is_posted(channel, mover, arena):
+def test_a_later_receive_of_a_tag_waits_until_the_earlier_one_has_begun_all(channel, mover, arena):
     first, second = mover.receive(1, 5, range(WINDOW + 1)), mover.receive(1, 5, [15])
     other = mover.receive(1, 6, [14])
-    mover.progress()
-    assert {r.tag for r in channel.pending("receive")} == {5, 6}
-    assert len([r for r in channel.pending("receive") if r.tag == 5]) == WINDOW
-    arrive(channel, 1, 5, WINDOW + 2)
+    channel.slow = True
+    arrive(channel, 1, 5, WINDOW + 1)
+    arrive(channel, 1, 5, 1, first=WINDOW + 1)
     arrive(channel, 1, 6, 1, first=40)
+    mover.progress()
+    assert [r.tag for r in channel.pending("receive")] == [5] * WINDOW + [6] * 2
+    channel.slow = False
+    for request in channel.pending("receive"):
+        request.done = True
     while not (first.done and second.done and other.done):
         mover.progress()
     expected = [*range(1, WINDOW + 2), WINDOW + 2]
@@ -96,7 +108,8 @@ def test_a_later_receive_of_a_tag_waits_until_the_earlier_one_is_posted(channel,
 def test_a_drain_waits_its_turn_and_takes_no_more_than_its_own(channel, mover, arena):
     first, drain = mover.receive(1, 5, range(WINDOW + 1)), mover.drain(1, 5, 2)
     last = mover.receive(1, 5, [15])
-    arrive(channel, 1, 5, WINDOW + 4)
+    for first_block, num_blocks in ((0, WINDOW + 1), (WINDOW + 1, 2), (WINDOW + 3, 1)):
+        arrive(channel, 1, 5, num_blocks, first_block)
     while not (first.done and drain.done and last.done):
         mover.progress()
     assert drain.num_bytes == 2 * BLOCK_BYTES and arena.blocks[15, 0] == WINDOW + 4
@@ -121,22 +134,18 @@ def test_a_transfer_begun_with_a_lost_peer_fails(channel, mover):
     assert all(t.done and t.failed for t in transfers)
 
 
-def test_a_block_of_another_size_fails_the_transfer_but_all_are_taken_in(channel, mover):
+@pytest.mark.parametrize("num_bytes", [0, 5, BLOCK_BYTES + 1])
+def test_a_block_of_another_size_fails_the_transfer_but_all_are_taken_in(
+    channel, mover, arena, num_bytes
+):
     transfer = mover.receive(1, 5, range(3))
-    mover.progress()
-    for request, num_bytes in zip(channel.pending("receive"), (5, BLOCK_BYTES, 5), strict=True):
-        request.done, request.num_bytes = True, num_bytes
-    mover.progress()
-    assert transfer.done and transfer.failed and transfer.num_bytes == BLOCK_BYTES + 10
-
-
-def test_a_block_that_was_too_long_fails_the_transfer_and_no_more(channel, mover, arena):
-    transfer = mover.receive(1, 5, range(3))
-    mover.progress()
-    channel.too_long = channel.pending("receive")[:1]
-    arrive(channel, 1, 5, 3)
-    mover.progress()
-    assert transfer.done and transfer.failed and arena.blocks[1:3, 0].tolist() == [2, 3]
+    wrong, trailer = bytes([9]) * num_bytes, bytes(pack(3, (), BLOCK_BYTES))
+    channel.waiting[1, 5] += [wrong, bytes([7]) * BLOCK_BYTES, wrong, trailer]
+    for _ in range(2):
+        mover.progress()
+    assert transfer.done and transfer.failed and not channel.waiting[1, 5]
+    assert transfer.num_bytes == BLOCK_BYTES + 2 * num_bytes
+    assert not (arena.blocks == 9).any()  # least of all behind the block
 
 
 def test_the_arena_stays_while_blocks_are_under_way(channel, mover):
@@ -146,7 +155,7 @@ def test_the_arena_stays_while_blocks_are_under_way(channel, mover):
     mover.receive(1, 5, [0])
     with pytest.raises(AssertionError, match="under way"):
         mover.attach(None)
-    channel.waiting[1, 6].append(b"xyz")
+    channel.waiting[1, 6] += [b"xyz", bytes(pack(1, (), BLOCK_BYTES))]
     mover.progress()
 
 
@@ -159,6 +168,108 @@ def test_closing_gives_up_every_receive(channel, mover):
     mover.progress()
     mover.close()
     assert transfer.done and transfer.failed and not mover.busy
+
+
+# --- checksums and trailers ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def checking(channel, arena):
+    mover = BlockMover(channel, checked=lambda peer: peer == 1)
+    mover.attach(InPlace(arena))
+    return mover
+
+
+def test_the_trailer_tells_the_checksum_of_every_block_as_it_was_when_it_was_sent(
+    channel, checking, arena
+):
+    arena.fill(3)
+    expected = tuple(checksum(memoryview(arena.blocks[i])) for i in (5, 2, 9))
+    transfer = checking.send(1, 5, [5, 2, 9])
+    arena.blocks[:] = 0
+    *_, last = channel.pending("send")
+    assert unpack(ctypes.string_at(last.address, last.num_bytes)) == (3, expected)
+    for request in channel.pending("send"):
+        request.done = True
+    checking.progress()
+    assert transfer.done and transfer.num_bytes == 3 * BLOCK_BYTES
+
+
+def test_checked_sends_are_posted_a_window_at_a_time(channel, checking):
+    checking.send(1, 5, range(16))
+    checking.send(2, 5, range(16))
+    posted = [request.peer for request in channel.pending("send")]
+    assert posted.count(1) == WINDOW and posted.count(2) == 16 + 1
+
+
+@pytest.mark.parametrize("wrong", [0, 1, 2, "none"])
+def test_a_wrong_or_missing_checksum_fails_the_transfer(channel, checking, wrong):
+    sums = [checksum(memoryview(bytes([i + 1]) * BLOCK_BYTES)) for i in range(3)]
+    if wrong == "none":
+        sums = []
+    else:
+        sums[wrong] ^= 1
+    transfer = checking.receive(1, 5, range(3))
+    arrive(channel, 1, 5, 3, trailer=False)
+    channel.waiting[1, 5].append(bytes(pack(3, sums, BLOCK_BYTES)))
+    checking.progress()
+    assert transfer.done and transfer.reason == "checksum"
+
+
+def test_who_does_not_check_takes_checksums_all_the_same(channel, mover):
+    transfer = mover.receive(1, 5, range(3))
+    arrive(channel, 1, 5, 3, trailer=False)
+    channel.waiting[1, 5].append(bytes(pack(3, [0, 0, 0], BLOCK_BYTES)))
+    mover.progress()
+    assert transfer.done and not transfer.failed
+
+
+@pytest.mark.parametrize("num_blocks", [0, 1, 2, WINDOW + 2])
+def test_a_stream_that_ends_early_is_truncated_and_nothing_stays_posted(channel, mover, num_blocks):
+    transfer = mover.receive(1, 5, range(WINDOW + 3))
+    arrive(channel, 1, 5, num_blocks)
+    for _ in range(3):
+        mover.progress()
+    assert transfer.done and transfer.reason == "truncated" and not channel.pending("receive")
+
+
+def test_a_stream_that_goes_on_is_taken_in_to_its_end(channel, mover, arena):
+    transfer, later = mover.receive(1, 5, range(3)), mover.receive(1, 5, [9])
+    arrive(channel, 1, 5, 7)
+    mover.progress()
+    assert transfer.done and transfer.reason == "size" and not later.done
+    arrive(channel, 1, 5, 1, first=20)
+    mover.progress()
+    assert later.done and not later.failed and arena.blocks[9, 0] == 21
+
+
+def test_a_peer_lost_while_a_stream_goes_on_ends_it(channel, mover):
+    transfer = mover.receive(1, 5, range(3))
+    arrive(channel, 1, 5, 7, trailer=False)
+    mover.progress()
+    assert not transfer.done
+    channel.lost.add(1)
+    mover.forget(1)
+    assert transfer.done and transfer.failed
+
+
+def test_tags_that_the_channel_cannot_tell_apart_keep_their_order(channel, mover, arena):
+    far = 5 + channel.num_tags
+    first, second = mover.receive(1, 5, range(WINDOW + 1)), mover.receive(1, far, [15])
+    arrive(channel, 1, 5, WINDOW + 1)
+    arrive(channel, 1, 5, 1, first=30)
+    while not (first.done and second.done):
+        mover.progress()
+    assert arena.blocks[15, 0] == 31 and not first.failed and not second.failed
+
+
+def test_a_trailer_is_never_mistaken_for_a_block():
+    whole = bytes(pack(3, (1, 2, 3), 0))
+    for data in (b"", bytes(32), whole[:-1], b"x" + whole[1:], whole + bytes(8)):
+        assert unpack(data) is None
+    assert unpack(pack(2, (7, 2**64 - 1), 0)) == (2, (7, 2**64 - 1))
+    assert len(pack(3, (1, 2, 3), len(whole))) != len(whole)
+    assert unpack(pack(3, (1, 2, 3), len(whole))) == unpack(whole)
 
 
 # --- staging -------------------------------------------------------------------------------------
@@ -195,7 +306,8 @@ def test_staged_sends_keep_to_a_window_and_carry_the_right_bytes(channel, staged
             sent.append(ctypes.string_at(request.address, request.num_bytes))
             request.done = True
         staged.progress()
-    assert sent == [arena.blocks[i].tobytes() for i in range(15, -1, -1)]
+    assert sent[:-1] == [arena.blocks[i].tobytes() for i in range(15, -1, -1)]
+    assert unpack(sent[-1]) == (16, ())
     assert len(copies.slots) <= 2 * WINDOW
 
 

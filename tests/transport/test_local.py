@@ -10,7 +10,7 @@ from tests.transport.conformance import LIMIT_S, SCENARIOS, HostArena, Post
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda s: s.__name__)
 def test_the_local_transport_keeps_the_contract(scenario):
-    network, errors = LocalNetwork(num_workers=3), []
+    network, errors = LocalNetwork(num_workers=3, checksums=True), []
 
     def run(transport):
         try:

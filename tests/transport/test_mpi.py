@@ -54,8 +54,9 @@ def test_the_killed_workers_messages_arrive_without_a_gap_and_before_the_news(lo
 
 
 def test_transfers_with_the_killed_worker_end_as_failed(loss):
-    assert [verdict["doomed_failed"] for verdict in survivors(loss)] == [[], [True], [True], [True]]
-    assert [verdict["late_failed"] for verdict in survivors(loss)] == [[True, True]] * 4
+    lost = ["peer lost"]
+    assert [verdict["doomed_failed"] for verdict in survivors(loss)] == [[], lost, lost, lost]
+    assert [verdict["late_failed"] for verdict in survivors(loss)] == [lost * 2] * 4
 
 
 def test_the_living_go_on_between_themselves_and_shut_mpi_down(loss):
