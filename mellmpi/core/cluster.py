@@ -93,6 +93,9 @@ class ClusterScheduler:
         for worker in self.queue.homes():
             if self.fleet.ledger.state[worker] != ACTIVE:
                 self._turn_away(worker)
+        if view.cost.wake_s:  # who was made to wait for room may have waited long enough
+            for record in self.queue.heads():
+                self._wake_for(record.request.model)
         return self.fleet.take()
 
     # --- a request comes and goes ---------------------------------------------------------------
@@ -109,7 +112,7 @@ class ClusterScheduler:
         row = self.fleet.view.requests.add(request, now, kv, model)
         record = Record(request, now, row, log=self.log_for(row))
         self.records[request.id] = record
-        self.queue.append(record, self._kv_bytes(record))
+        self.queue.append(record, self._kv_bytes(record), now)
 
     def log_for(self, row: int) -> Log:
         """Where the tokens of the request in this row of the view are kept."""
@@ -208,9 +211,13 @@ class ClusterScheduler:
             self.fleet.out.append((FRONT, Rejected(record.request.id, why)))
             self._forget(record, "refused")
         elif not self.fleet.undrain(model):
-            self.fleet.wake_for(model, self.queue.lane_bytes(model))
+            self._wake_for(model)
             return False
         return True
+
+    def _wake_for(self, model: str) -> None:
+        waited_s = self.fleet.view.now - self.queue.waits_since_s(model)
+        self.fleet.wake_for(model, self.queue.lane_bytes(model), waited_s)
 
     def _assign(self, record: Record, worker: int) -> None:
         epoch = self.fleet.next_epoch()
@@ -229,7 +236,7 @@ class ClusterScheduler:
         self.ring.withdraw(record, why)
         self.fleet.leave(record)
         record.move(State.WAITING, why)
-        self.queue.prepend(record, self._kv_bytes(record), home)
+        self.queue.prepend(record, self._kv_bytes(record), self.fleet.view.now, home)
         self.fleet.keep_for(record, home)
 
     # --- what the policy wants ------------------------------------------------------------------

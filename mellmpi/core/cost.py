@@ -66,6 +66,10 @@ class CostModel:
         measured = num_bytes / transfer_s
         return replace(self, link_Bps=(1 - BLEND) * self.link_Bps + BLEND * measured)
 
+    def after_wake(self, wake_s: float) -> "CostModel":
+        """The estimate, having seen one worker load."""
+        return replace(self, wake_s=(1 - BLEND) * self.wake_s + BLEND * wake_s)
+
     def after_steps(self, report: StepReport) -> "CostModel":
         """The estimate, having seen some steps; only those that mostly prefilled say something."""
         if report.prefill_tokens < 64 or report.prefill_tokens < 8 * report.decode_tokens:

@@ -106,6 +106,7 @@ class Fleet:
         )
         self.ledger.empty_since_s[worker] = self.view.now
         self.models |= {m.model: m for m in event.models}
+        self.view.cost = self.view.cost.after_wake(event.wake_s)
         self._changed(worker)
 
     def change(self, worker: int, state: WorkerState) -> None:
@@ -162,13 +163,28 @@ class Fleet:
             self.change(worker, WorkerState.ACTIVE)
         return bool(draining)
 
-    def wake_for(self, model: str, waiting_bytes: int) -> None:
-        """Wake one worker more, unless those that are waking already have room for the queue."""
-        ledger, able = self.ledger, self.ledger.able(model)
+    def wake_for(self, model: str, waiting_bytes: int, waited_s: float) -> None:
+        """Wake one worker more, unless there will be room for the queue before it is awake.
+
+        That is: those that are waking already have room, or as much is going to be free. Who has
+        waited as long as waking takes waits for no more ends: the guess was wrong.
+        """
+        ledger, able, wake_s = self.ledger, self.ledger.able(model), self.view.cost.wake_s
         parked = np.flatnonzero(able & (ledger.state == WorkerState.PARKED))
-        coming = ledger.capacity[able & (ledger.state == WorkerState.WAKING)].sum()
-        if len(parked) and waiting_bytes > coming:
+        lacking = waiting_bytes - ledger.capacity[able & (ledger.state == WorkerState.WAKING)].sum()
+        if not len(parked) or lacking <= 0:
+            return
+        if waited_s >= wake_s or lacking > self._freed_in(wake_s, able):
             self.wake(int(parked[0]))
+
+    def _freed_in(self, seconds: float, able: np.ndarray) -> float:
+        """Bytes that requests of these active workers free by ending, less what the others grow."""
+        view, ledger = self.view, self.ledger
+        active = able & (ledger.state == WorkerState.ACTIVE)
+        ending = min(1.0, seconds * view.token_rate / max(view.answer_tokens, 1.0))
+        held = (ledger.capacity - ledger.budget)[active].sum()
+        grown = seconds * view.growth_Bps[active].sum()
+        return float(ending * held - (1 - ending) * grown)
 
     def has_room(self, worker: int, model: str, num_bytes: int) -> bool:
         """May a request of this model and size be moved there?"""

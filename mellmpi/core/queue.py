@@ -16,6 +16,7 @@ class Waiting:
     record: Record
     kv_bytes: int  # what it needs to be placed
     order: int  # the lower, the earlier its turn
+    since_s: float  # it, or somebody behind it, has waited since then
     home: int  # the one worker it waits for; 0: any
 
 
@@ -48,6 +49,14 @@ class WaitingQueue:
         heads = [next(iter(ln.values())) for m, ln in self._lanes.items() if m not in passed]
         return min(heads, key=lambda w: w.order).record if heads else None
 
+    def heads(self) -> list[Record]:
+        """The first one of every model."""
+        return [next(iter(lane.values())).record for lane in self._lanes.values()]
+
+    def waits_since_s(self, model: str) -> float:
+        """When the one that has waited longest for this model came; those with a home aside."""
+        return next(iter(self._lanes[model].values())).since_s
+
     def lane_bytes(self, model: str) -> int:
         """What the requests of one model need to be placed, but for those with a home."""
         return self._lane_bytes[model]
@@ -60,12 +69,15 @@ class WaitingQueue:
         """Those that wait to resume there, the first one first."""
         return [waiting.record for waiting in self._homes.get(worker, {}).values()]
 
-    def append(self, record: Record, kv_bytes: int) -> None:
-        self._enter(Waiting(record, kv_bytes, next(self._last), home=0))
+    def append(self, record: Record, kv_bytes: int, now: float) -> None:
+        self._enter(Waiting(record, kv_bytes, next(self._last), now, home=0))
 
-    def prepend(self, record: Record, kv_bytes: int, home: int = 0) -> None:
+    def prepend(self, record: Record, kv_bytes: int, now: float, home: int = 0) -> None:
         """First in its lane, or first of those that wait for this worker."""
-        lane = self._enter(Waiting(record, kv_bytes, next(self._first), home))
+        waiting = Waiting(record, kv_bytes, next(self._first), now, home)
+        lane = self._enter(waiting)
+        # Whom it passes must not lose the time that they have waited.
+        waiting.since_s = min(now, next(iter(lane.values())).since_s)
         lane.move_to_end(record.request.id, last=False)
 
     def _enter(self, waiting: Waiting) -> Lane:
@@ -95,9 +107,9 @@ class WaitingQueue:
         """Who waits for this worker waits for any from now on, first in its lane; who that is."""
         records = self.returning(worker)
         for record in reversed(records):
-            kv_bytes = self._waiting[record.request.id].kv_bytes
+            waiting = self._waiting[record.request.id]
             self.remove(record)
-            self.prepend(record, kv_bytes)
+            self.prepend(record, waiting.kv_bytes, waiting.since_s)
         return records
 
 

@@ -15,7 +15,7 @@ def record(request_id):
 
 def test_to_remove_what_is_not_there_changes_nothing():
     queue = WaitingQueue()
-    queue.append(record(1), 10)
+    queue.append(record(1), 10, now=0.0)
     queue.remove(record(2))
     assert len(queue) == 1 and queue.kv_bytes == 10
 
@@ -26,33 +26,39 @@ class QueueHistory(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.queue, self.model, self.next_id = WaitingQueue(), [], 0
+        self.now = 0.0
 
     def _new(self):
         self.next_id += 1
+        self.now += 1.0
         return record(self.next_id)
 
     @rule(size=st.integers(0, 9))
     def append(self, size):
-        self.model.append((self._new(), size))
-        self.queue.append(*self.model[-1])
+        new = self._new()
+        self.model.append((new, size, self.now))
+        self.queue.append(new, size, self.now)
 
     @rule(size=st.integers(0, 9))
     def prepend(self, size):
-        self.model.insert(0, (self._new(), size))
-        self.queue.prepend(*self.model[0])
+        new = self._new()
+        self.model.insert(0, (new, size, min([self.now, *(since for *_, since in self.model)])))
+        self.queue.prepend(new, size, self.now)
 
     @precondition(lambda self: self.model)
     @rule(data=st.data())
     def remove(self, data):
-        gone, _ = self.model.pop(data.draw(st.integers(0, len(self.model) - 1)))
+        gone, *_ = self.model.pop(data.draw(st.integers(0, len(self.model) - 1)))
         self.queue.remove(gone)
 
     @invariant()
     def they_agree(self):
         assert len(self.queue) == len(self.model) and bool(self.queue) == bool(self.model)
-        assert self.queue.kv_bytes == sum(size for _, size in self.model)
+        assert self.queue.kv_bytes == sum(size for _, size, _ in self.model)
         if self.model:
-            assert self.queue.head() is self.model[0][0]
+            head, _, since_s = self.model[0]
+            assert self.queue.head() is head and self.queue.heads() == [head]
+            assert self.queue.waits_since_s("m") == since_s
 
 
 TestQueueHistory = QueueHistory.TestCase

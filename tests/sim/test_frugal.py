@@ -16,7 +16,7 @@ from tests.core.stage import request
 
 KV = ModelKv("m", block_size=16, block_bytes=16)
 COST = CostModel(prefill_token_s=2e-4, step_s=2e-2, decode_token_s=1e-4, link_latency_s=5e-4)
-SPEC = WorkerSpec((KV,), 150, BatchConfig(), CacheConfig(), wake_s=1.0, executor=SilentExecutor)
+SPEC = WorkerSpec((KV,), 150, BatchConfig(), CacheConfig(), wake_s=0.5, executor=SilentExecutor)
 
 
 class Day:
