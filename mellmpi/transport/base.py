@@ -49,8 +49,8 @@ class Transfer:
 
     def end(self) -> None:
         """For transports: nothing more will happen to the blocks."""
-        self.done = True
         self._ended_s = time.perf_counter()
+        self.done = True  # last: another thread may look
 
 
 class Transport(Protocol):

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from mellmpi.protocol import WorkerLost
 from mellmpi.transport.base import Arena, Transfer
 from mellmpi.transport.blocks import BlockMover
+from mellmpi.transport.carrier import Carrier
 from mellmpi.transport.channel import ByteChannel, Channel
 from mellmpi.transport.devices import lane_for
 from mellmpi.transport.doorbell import Doorbell
@@ -52,12 +53,18 @@ class Endpoint:
         wakes: Wakes,
         device_buffers: bool,
         checked: frozenset[int] = frozenset(),  # peers to whom blocks go with checksums
+        carried: bool = False,  # blocks move in a thread of their own
     ):
         self.worker, self.num_workers = worker, num_workers
         self.lost: set[int] = set()
         self._channels = channels
         self._mailbox = Mailbox(channels[0])
-        self._mover = BlockMover(channels[1], checked.__contains__)
+        is_checked = checked.__contains__
+        self._mover = (
+            Carrier(channels[1], is_checked, ended=bell.wake)
+            if carried
+            else BlockMover(channels[1], is_checked)
+        )
         self._bell, self._wakes, self._device_buffers = bell, wakes, device_buffers
         self._ready: list[tuple[int, Any]] = []
         self._active = True  # something happened since the last sleep

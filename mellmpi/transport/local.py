@@ -115,16 +115,17 @@ class LocalTransport:
                 transfer.end()
                 return transfer
             inbox = self._network.inboxes[dst]
-            offer = _Offer(transfer, self._arena, deque(block_ids), self._checksums(block_ids))
+            checksums = self._checksums(self._arena, block_ids)
+            offer = _Offer(transfer, self._arena, deque(block_ids), checksums)
             inbox.offers.setdefault((self.worker, tag), deque()).append(offer)
             self._sending.append((dst, transfer))
             inbox.bell.set()
         return transfer
 
-    def _checksums(self, block_ids: Sequence[int]) -> deque[int]:
+    def _checksums(self, arena: Arena, block_ids: Sequence[int]) -> deque[int]:
         if not self._network.checksums:
             return deque()
-        return deque(checksum(_block(self._arena, i)) for i in block_ids)
+        return deque(checksum(_block(arena, i)) for i in block_ids)
 
     def receive_blocks(self, src: int, tag: int, block_ids: Sequence[int]) -> Transfer:
         assert self._arena is not None, "no arena attached"

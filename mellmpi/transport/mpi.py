@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import mpi4py
 import msgpack
 
-mpi4py.rc.thread_level = "serialized"  # one thread at a time calls MPI: no locks inside it
+mpi4py.rc.thread_level = "multiple"  # messages in the main thread, blocks in the carrier's
 mpi4py.rc.finalize = False  # by Job.finish alone: after a fault it would hang the exit
 
 from mpi4py import MPI  # noqa: E402
@@ -134,12 +134,13 @@ class Job:
         return msgpack.unpackb(self._bcast(packed.ljust(size)[:size]))
 
     def connect(self, idle_poll_s: float, device_buffers: bool = False,
-                checksums: str = "auto") -> Endpoint:  # fmt: skip
+                checksums: str = "auto", carried: bool = True) -> Endpoint:  # fmt: skip
         """The transport of this rank; one a process.
 
         idle_poll_s     longest sleep between looks while some peer cannot ring our bell
         device_buffers  this MPI takes device memory (`devices.device_buffers_work`)
         checksums       of every block: "auto" between hosts, "always" or "never"
+        carried         blocks move in a thread of their own, where MPI allows several
         """
         bell = Doorbell(self.share(secrets.token_hex(8)), worker_of(self.rank))
         self._comm.Barrier()  # every bell is hung up
@@ -152,7 +153,7 @@ class Job:
         channels = MpiChannel(self._comm), MpiChannel(self._comm)
         self._transport = Endpoint(
             worker_of(self.rank), self.size - 1, channels, bell, wakes, device_buffers,
-            self._checked(checksums),
+            self._checked(checksums), carried and MPI.Query_thread() == MPI.THREAD_MULTIPLE,
         )  # fmt: skip
         return self._transport
 

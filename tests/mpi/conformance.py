@@ -5,6 +5,7 @@ By hand: `mpirun -n 4 python -m pytest --with-mpi tests/mpi/conformance.py`.
 """
 
 import atexit
+import sys
 
 import pytest
 
@@ -18,7 +19,7 @@ from tests.transport.conformance import SCENARIOS, HostArena, Post
 def post():
     job = Job()
     atexit.register(job.finish)  # pytest-mpi still talks at the end
-    return Post(job.connect(idle_poll_s=0.005, checksums="always"))
+    return Post(job.connect(idle_poll_s=0.005, checksums="always", carried="steps" not in sys.argv))
 
 
 @pytest.mark.mpi(min_size=4)
@@ -42,7 +43,9 @@ def main() -> None:
     passed: list[str] = []
 
     def program() -> None:
-        transport = job.connect(idle_poll_s=0.005, checksums="always")
+        transport = job.connect(
+            idle_poll_s=0.005, checksums="always", carried="steps" not in sys.argv
+        )
         post = Post(transport)
         for scenario in SCENARIOS:
             scenario(post)

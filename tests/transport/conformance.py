@@ -305,9 +305,14 @@ def a_bit_that_flips_on_the_way_is_found_and_no_other_transfer_suffers(post: Pos
     if t.worker == 1:
         arena.fill(1)
         transfers = [t.send_blocks(2, 4, range(4)), t.send_blocks(2, 5, range(4, 8))]
+        transfers.append(t.send_blocks(3, 5, range(4, 8)))
+        post.next(3)  # it has what was sent after: the checksums are made
         arena.blocks[2, -1] ^= 16
         t.send(2, Cancel(0, "gone"))
         post.finish(*transfers)
+    if t.worker == 3:
+        post.finish(t.receive_blocks(1, 5, range(4)))
+        t.send(1, Cancel(0, "gone"))
     if t.worker == 2:
         post.next(1)
         flipped, whole = t.receive_blocks(1, 4, range(4)), t.receive_blocks(1, 5, range(4, 8))

@@ -5,10 +5,14 @@ from tests.mpi.harness import run_job
 from tests.transport.conformance import SCENARIOS
 
 
-@pytest.fixture(scope="module", params=["FLAGS", "OVER_TCP", "WITHOUT_CMA"])
+@pytest.fixture(scope="module", params=["FLAGS", "OVER_TCP", "WITHOUT_CMA", "FLAGS steps"])
 def conformance(request, tmp_path_factory):
-    directory, flags = tmp_path_factory.mktemp("conformance"), getattr(harness, request.param)
-    return run_job(4, "tests.mpi.conformance", directory=directory, flags=flags)
+    """With "steps", blocks move in the main thread alone."""
+    flags, *args = request.param.split()
+    directory = tmp_path_factory.mktemp("conformance")
+    return run_job(
+        4, "tests.mpi.conformance", *args, directory=directory, flags=getattr(harness, flags)
+    )
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda s: s.__name__)
