@@ -73,7 +73,7 @@ class CpuModel:
         self._run(
             batch.tokens, batch.last_rows, _chunks(batch, self.arch.num_kv_heads), self._weights,
             sizes, self._heads(arena), self._rotary.upto(int(batch.context_lens.max())),
-            storage(arena.tensor.view(-1)), self._scratch, logits.ravel(),
+            storage(arena.elements), self._scratch, logits.ravel(),
         )  # fmt: skip
         return torch.from_numpy(logits)[:, : self.arch.vocab_size]
 

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -87,28 +88,45 @@ def build_executor(
     plain_torch  TorchModel also on a CPU
     ValueError   says which option to change when the KV arena would hold no block
     """
-    on, dtype = choose_device(device), getattr(torch, model_config.dtype)
+    on = choose_device(device)
     if num_threads is not None:
         torch.set_num_threads(num_threads)
+    model = load_model(directory, model_config, cache_config, on, plain_torch)
+    geometry = as_laid_out(geometry_of(model.arch, model_config, cache_config), model)
+    return Executor(model, KvArena(geometry, num_blocks(geometry, cache_config, on), on))
+
+
+def load_model(
+    directory: Path, model_config: ModelConfig, cache_config: CacheConfig, on: torch.device,
+    plain_torch: bool = False,
+) -> Model:  # fmt: skip
+    """A model, ready to run on this device."""
+    dtype = getattr(torch, model_config.dtype)
     arch, tensors = weights.load(directory, dtype, on, model_config.seed)
-    kernels = not plain_torch and _kernels_fit(arch, dtype, cache_config.block_size, on)
-    model = (
-        CpuModel(arch, tensors, dtype, torch.get_num_threads())
-        if kernels
-        else TorchModel(arch, tensors, dtype, on)
-    )
-    if isinstance(model, CpuModel):
-        model.warm_up()
-    geometry = KvGeometry(
+    if plain_torch or not _kernels_fit(arch, dtype, cache_config.block_size, on):
+        return TorchModel(arch, tensors, dtype, on)
+    model = CpuModel(arch, tensors, dtype, torch.get_num_threads())
+    model.warm_up()
+    return model
+
+
+def geometry_of(
+    arch: Architecture, model_config: ModelConfig, cache_config: CacheConfig
+) -> KvGeometry:
+    """What the KV of a model looks like where no kernels ask for another order."""
+    return KvGeometry(
         model=model_config.name,
-        dtype=dtype,
+        dtype=getattr(torch, model_config.dtype),
         num_layers=arch.num_layers,
         num_kv_heads=arch.num_kv_heads,
         block_size=cache_config.block_size,
         head_dim=arch.head_dim,
-        layout="kernels" if kernels else "plain",
     )
-    return Executor(model, KvArena(geometry, _num_blocks(geometry, cache_config, on), on))
+
+
+def as_laid_out(geometry: KvGeometry, model: Model) -> KvGeometry:
+    """In the order that this model reads and writes."""
+    return replace(geometry, layout="kernels" if isinstance(model, CpuModel) else "plain")
 
 
 def _kernels_fit(
@@ -121,7 +139,8 @@ def _kernels_fit(
     return reason is None
 
 
-def _num_blocks(geometry: KvGeometry, cache: CacheConfig, device: torch.device) -> int:
+def num_blocks(geometry: KvGeometry, cache: CacheConfig, device: torch.device) -> int:
+    """As many as the memory for KV holds, at least one; else ValueError."""
     budget = kv_budget_bytes(cache, device)
     if budget < geometry.block_bytes:
         raise ValueError(

@@ -2,8 +2,8 @@
 
 import hashlib
 import mmap
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ class KvGeometry:
     block_size: int  # tokens a block
     head_dim: int
     layout: str = "plain"  # the order of numbers inside a block, which a model may have of its own
+    slack: int = 0  # bytes at the end of a block that nothing uses: models that share an arena
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -31,17 +32,32 @@ class KvGeometry:
 
     @property
     def block_bytes(self) -> int:
-        return int(np.prod(self.shape)) * self.dtype.itemsize
+        return int(np.prod(self.shape)) * self.dtype.itemsize + self.slack
 
     @property
     def fingerprint(self) -> str:
         """Equal on two workers exactly when one may use the other's blocks."""
-        facts = (LAYOUT_VERSION, self.layout, self.model, str(self.dtype), self.shape)
+        facts = (LAYOUT_VERSION, self.layout, self.model, str(self.dtype), self.shape, self.slack)
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
     @property
     def model_kv(self) -> ModelKv:
         return ModelKv(self.model, self.block_size, self.block_bytes)
+
+
+def shared(geometries: Sequence[KvGeometry]) -> list[KvGeometry]:
+    """The same models with blocks of equal bytes, so that they can share an arena.
+
+    The largest block sets the size; each of the others holds as many times its tokens as fit.
+    What is left over, less than half of a block, is slack.
+    """
+    size = max(geometry.block_bytes for geometry in geometries)
+    fitted = []
+    for geometry in geometries:
+        times = size // geometry.block_bytes
+        slack = size - times * geometry.block_bytes
+        fitted.append(replace(geometry, block_size=times * geometry.block_size, slack=slack))
+    return fitted
 
 
 def _host_memory(num_bytes: int) -> torch.Tensor:
@@ -58,20 +74,42 @@ def _host_memory(num_bytes: int) -> torch.Tensor:
 class KvArena:
     """`num_blocks` blocks of KV memory on one device; whoever plans steps owns the block ids.
 
-    tensor   [num_blocks, layers, 2, kv_heads, block_size, head_dim], contiguous; 2 is K, V.
-             Zeroed at first: padded attention reads slots nobody wrote, and 0 x NaN is NaN.
-    address  of block 0; block i begins `i * block_bytes` after it
+    elements  the memory as numbers, flat
+    tensor    [num_blocks, layers, 2, kv_heads, block_size, head_dim], each block contiguous; 2 is
+              K, V. Zeroed at first: padded attention reads slots nobody wrote, and 0 x NaN is NaN.
+              Finite ever after: what another model left there is numbers of the same type.
+    address   of block 0; block i begins `i * block_bytes` after it
     """
 
     def __init__(self, geometry: KvGeometry, num_blocks: int, device: torch.device | str = "cpu"):
-        self.geometry, self.num_blocks = geometry, num_blocks
-        self.device = torch.device(device)
+        device = torch.device(device)
         num_bytes = num_blocks * geometry.block_bytes
-        if self.device.type == "cpu":
-            self._bytes = _host_memory(num_bytes)
-        else:
-            self._bytes = torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)
-        self.tensor = self._bytes.view(geometry.dtype).view(num_blocks, *geometry.shape)
+        memory = (
+            _host_memory(num_bytes)
+            if device.type == "cpu"
+            else torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        )
+        self._lay_out(geometry, memory)
+
+    def _lay_out(self, geometry: KvGeometry, memory: torch.Tensor) -> None:
+        self.geometry, self.device, self._bytes = geometry, memory.device, memory
+        self.num_blocks = len(memory) // geometry.block_bytes
+        self.elements = memory.view(geometry.dtype)
+        blocks = self.elements.view(self.num_blocks, -1)
+        self.tensor = blocks[:, : int(np.prod(geometry.shape))].unflatten(1, geometry.shape)
+
+    def seen_as(self, geometry: KvGeometry) -> "KvArena":
+        """The same blocks, as another model sees them. ValueError where its blocks differ in bytes
+        or in the type of their numbers."""
+        ours = self.geometry
+        if (geometry.block_bytes, geometry.dtype) != (ours.block_bytes, ours.dtype):
+            raise ValueError(
+                f"{geometry.model} has blocks of {geometry.block_bytes} bytes of {geometry.dtype}, "
+                f"{ours.model} of {ours.block_bytes} bytes of {ours.dtype}"
+            )
+        arena = object.__new__(KvArena)
+        arena._lay_out(geometry, self._bytes)
+        return arena
 
     @property
     def block_bytes(self) -> int:

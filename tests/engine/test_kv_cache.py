@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mellmpi.engine.kv_cache import KvArena, KvGeometry
+from mellmpi.engine.kv_cache import KvArena, KvGeometry, shared
 from mellmpi.protocol import ModelKv
 
 GEOMETRY = KvGeometry(
@@ -56,8 +56,47 @@ def test_equal_layouts_have_equal_fingerprints():
     [
         {"model": "n"}, {"dtype": torch.float16}, {"num_layers": 4}, {"num_kv_heads": 3},
         {"block_size": 8}, {"head_dim": 8}, {"num_kv_heads": 4, "head_dim": 3},
-        {"layout": "kernels"},
+        {"layout": "kernels"}, {"slack": 2},
     ],
 )  # fmt: skip
 def test_any_other_layout_has_another_fingerprint(change):
     assert replace(GEOMETRY, **change).fingerprint != GEOMETRY.fingerprint
+
+
+OTHER = replace(GEOMETRY, model="other", num_layers=1)
+LONG = replace(GEOMETRY, model="long", num_layers=7)
+
+
+def test_models_that_share_an_arena_have_blocks_of_equal_bytes():
+    small, large = shared([OTHER, LONG])
+    assert small.block_bytes == large.block_bytes == LONG.block_bytes
+    assert large == LONG and small.block_size == 7 * OTHER.block_size and small.slack == 0
+
+
+def test_what_is_no_multiple_leaves_slack_of_less_than_half_a_block():
+    middle, large = shared([GEOMETRY, LONG])
+    assert middle.block_size == 2 * GEOMETRY.block_size
+    assert middle.slack == LONG.block_bytes - 2 * GEOMETRY.block_bytes > 0
+    assert middle.block_bytes == large.block_bytes
+
+
+def test_a_model_alone_has_no_slack():
+    assert shared([GEOMETRY]) == [GEOMETRY]
+
+
+def test_all_see_the_same_memory_each_in_its_own_shape():
+    middle, large = shared([GEOMETRY, LONG])
+    arena = KvArena(large, 3)
+    other = arena.seen_as(middle)
+    assert (other.address, other.num_blocks) == (arena.address, 3)
+    assert other.tensor.shape == (3, 3, 2, 2, 8, 6)
+    other.tensor[1] = 1.0
+    assert not arena.tensor[0].any() and not arena.tensor[2].any()
+    assert int(arena.tensor[1].sum()) == other.tensor[1].numel()
+    assert other.tensor[2].data_ptr() == arena.address + 2 * arena.block_bytes
+
+
+@pytest.mark.parametrize("change", [{"num_layers": 4}, {"dtype": torch.float16}])
+def test_an_arena_is_not_seen_with_blocks_of_other_bytes_or_numbers(change):
+    with pytest.raises(ValueError, match="blocks of"):
+        KvArena(GEOMETRY, 3).seen_as(replace(GEOMETRY, **change))
