@@ -232,6 +232,7 @@ class ReceiveKv:
     num_logged: int  # output tokens in the scheduler's log: KvReceived's run starts there
     num_tokens: int  # prompt + output when this was sent: what to reserve for
     start: int  # positions before it are recomputed by the destination; 0: all travel
+    outputs: tuple[int, ...] = ()  # all that are logged, if some of it is to be recomputed
 
 
 @message
@@ -240,6 +241,7 @@ class KvReserved:
 
     request_id: int
     epoch: int
+    start: int = 0  # positions before it need not come: computed there, or known from others
 
 
 @message
@@ -252,7 +254,10 @@ class KvRefused:
 
 @message
 class SendKv:
-    """Scheduler → source: send the sequence's KV to `dst` and stop at a step boundary."""
+    """Scheduler → source: send the sequence's KV to `dst`, in rounds while it decodes on.
+
+    It stops at a step boundary, for the last round.
+    """
 
     request_id: int
     epoch: int  # the assignment being ended
@@ -263,9 +268,9 @@ class SendKv:
 
 @message
 class KvPayload:
-    """Source → destination: header of `num_blocks` block messages that follow on the data plane.
+    """Source → destination: a round of `num_blocks` blocks follows on the data plane.
 
-    `num_blocks == 0 and last` says that nothing will come: the source had nothing to send.
+    Rounds of one migration are announced in order, without gaps.
     """
 
     request_id: int
@@ -274,8 +279,8 @@ class KvPayload:
     first_block: int  # logical index of the first block that follows
     num_blocks: int
     num_computed: int  # positions whose KV is valid once all blocks are here
-    outputs: tuple[int, ...]  # all output tokens at the source
-    logprobs: tuple[tuple[int, TokenLogprob], ...]  # (output index, logprob) of those asked for
+    outputs: tuple[int, ...]  # with the last round: all output tokens at the source
+    logprobs: tuple[tuple[int, TokenLogprob], ...]  # likewise: (output index, logprob)
     last: bool  # the source has stopped; what follows completes the sequence
     tag: int  # of the block messages: see `ROUNDS`
 
@@ -290,7 +295,7 @@ class KvReceived:
     tokens: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...]
     num_bytes: int  # that came over the link
-    transfer_s: float  # from header to last block, seconds
+    transfer_s: float  # seconds from header to last block, of all rounds
 
 
 @message

@@ -15,10 +15,16 @@ class BlockTables:
     """
 
     def __init__(self, models: Iterable[ModelKv], num_blocks: int, prefix_caching: bool):
+        models = tuple(models)
+        [self.block_bytes] = {kv.block_bytes for kv in models}
         sizes = {kv.model: kv.block_size for kv in models}
         self.pool = BlockPool(num_blocks)
         self._size, self._prefix_caching = sizes, prefix_caching
         self._root = {model: root_key(model) for model in sizes}
+
+    def block_size(self, sequence: Sequence) -> int:
+        """Tokens a block, of its model."""
+        return self._size[sequence.request.model]
 
     def needed(self, sequence: Sequence, num_tokens: int) -> int:
         """Blocks that hold so many positions of it."""

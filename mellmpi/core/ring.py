@@ -51,7 +51,7 @@ class Ring:
             return False  # of an offer that has ended, or of an owner before this one
         match event, record.state:
             case KvReserved(), State.RESERVING:
-                self._send(record, offer)
+                self._send(record, offer, event.start)
             case KvRefused(), State.RESERVING:
                 self._stay(record, "refused")
             case KvReceived(), State.SENDING:
@@ -86,10 +86,10 @@ class Ring:
         assert src is not None
         self._ended(record, "recompute", src, dst, outcome)
 
-    def _send(self, record: Record, offer: Offer) -> None:
+    def _send(self, record: Record, offer: Offer, start: int) -> None:
         src, epoch = record.owner
         record.move(State.SENDING, f"{offer.dst} has room")
-        order = SendKv(record.request.id, epoch, offer.dst, offer.epoch, offer.start)
+        order = SendKv(record.request.id, epoch, offer.dst, offer.epoch, start)
         self.fleet.send(src, order)
 
     def _received(self, record: Record, offer: Offer, event: KvReceived) -> None:

@@ -4,13 +4,39 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from mellmpi.core.blocks import BlockKey
-from mellmpi.protocol import Request, TokenLogprob
+from mellmpi.protocol import ROUNDS, Request, TokenLogprob
 
 
 class Phase(Enum):
     RUNNING = "running"  # gets a chunk in every step
-    ARRIVING = "arriving"  # blocks reserved; KV on its way
-    FROZEN = "frozen"  # KV sent or being sent; kept until the scheduler has heard of it
+    ARRIVING = "arriving"  # blocks reserved; KV on its way, or being computed
+    FROZEN = "frozen"  # the last round is sent or being sent; kept until the scheduler has heard
+
+
+@dataclass(slots=True)
+class Stream:
+    """A sequence on its way out, in rounds."""
+
+    dst: int
+    dst_epoch: int
+    next_block: int  # all before it are sent, being sent, or not needed there
+    round: int = 0
+    num_before: float = float("inf")  # blocks of the round before
+
+    @property
+    def tag(self) -> int:
+        """Of the blocks of this round."""
+        return ROUNDS * self.dst_epoch + self.round
+
+
+@dataclass(slots=True)
+class Arrival:
+    """A sequence on its way in."""
+
+    start: int  # positions before it are computed here, or were here
+    next_block: int  # all before it are announced, or not sent
+    num_computed: int | None = None  # at the source, when it stopped; None: it goes on
+    transfer_s: float = 0.0  # of the rounds that are in place
 
 
 @dataclass(slots=True, eq=False)
@@ -30,9 +56,11 @@ class Sequence:
     logprobs: dict[int, TokenLogprob] = field(default_factory=dict)  # by output index, if asked for
     keys: list[BlockKey] = field(default_factory=list)  # of the full blocks known so far
     num_known: int = 0  # leading blocks whose content the pool knows
-    sends: int = 0  # transfers that still read the blocks
-    receiving: bool = False  # a transfer still writes them
-    src: int | None = None  # while ARRIVING: where from
+    sending: set[int] = field(default_factory=set)  # tags of rounds that still read the blocks
+    closing: set[int] = field(default_factory=set)  # of these, those that read a half-full one
+    receiving: set[int] = field(default_factory=set)  # tags of rounds that still write them
+    stream: Stream | None = None  # while it leaves
+    arrival: Arrival | None = None  # while ARRIVING
 
     @property
     def num_tokens(self) -> int:
@@ -41,7 +69,21 @@ class Sequence:
     @property
     def in_flight(self) -> bool:
         """A transfer still touches the blocks: they may not be given to anybody."""
-        return self.receiving or self.sends > 0
+        return bool(self.receiving or self.sending)
+
+    @property
+    def end(self) -> int:
+        """Positions to compute here before anything else happens."""
+        return self.num_tokens if self.arrival is None else self.arrival.start
+
+    @property
+    def computable(self) -> bool:
+        """May the next step write its blocks, and is there something to write?"""
+        if self.arrival is not None:
+            return self.num_computed < self.arrival.start
+        # Full blocks are only read; a half-full one that is being sent must stay as it is, even
+        # if it will be thrown away.
+        return self.phase is Phase.RUNNING and not self.closing
 
     def logprobs_from(self, first: int) -> tuple[TokenLogprob, ...]:
         """Of the outputs from index `first` on, one each; empty if none were asked for."""

@@ -16,7 +16,7 @@ class Unreported:
     def _forget(self) -> None:
         self._runs: dict[int, Sequence] = {}  # by epoch; perhaps already ended
         self._preempted: list[tuple[int, int]] = []
-        self._prefill_tokens = self._decode_tokens = 0
+        self._prefill_tokens = self._decode_tokens = self._attended = 0
 
     def token(self, sequence: Sequence) -> None:
         self._runs[sequence.epoch] = sequence
@@ -24,9 +24,12 @@ class Unreported:
     def preempted(self, sequence: Sequence) -> None:
         self._preempted.append((sequence.request.id, sequence.epoch))
 
-    def computed(self, num_positions: int, sampled: bool) -> None:
-        self._prefill_tokens += num_positions - sampled
+    def computed(self, start: int, num_positions: int, sampled: bool) -> None:
+        """Positions from `start` on; if sampled, the last of them was a decode."""
+        prefilled = num_positions - sampled
+        self._prefill_tokens += prefilled
         self._decode_tokens += sampled
+        self._attended += prefilled * start + prefilled * (prefilled - 1) // 2
 
     def report(self, steps: int, step_s: float, free_bytes: int, acked: int) -> StepReport | None:
         """All of it as one message, and forgotten; None if nothing happened."""
@@ -41,7 +44,7 @@ class Unreported:
             request_ids=tuple(s.request.id for s in runs), epochs=tuple(s.epoch for s in runs),
             firsts=tuple(s.num_reported for s in runs), counts=tuple(map(len, news)),
             tokens=tuple(chain.from_iterable(news)), logprobs=_logprobs(runs),
-            preempted=tuple(self._preempted),
+            preempted=tuple(self._preempted), attended=self._attended,
         )  # fmt: skip
         for sequence in runs:
             sequence.num_reported = len(sequence.outputs)

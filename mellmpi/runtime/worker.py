@@ -167,7 +167,7 @@ class Worker:
             return False
         result = engine.execute(plan)
         self._steps += 1
-        self._batch.commit(plan, result)
+        self._route(self._batch.commit(plan, result))
         return True
 
     def _report(self, now: float) -> None:

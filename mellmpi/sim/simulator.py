@@ -187,7 +187,7 @@ class Simulation:
 
     def _step_done(self, worker: SimWorker, step_s: float) -> None:
         if worker.alive:
-            worker.finish_step(step_s)
+            self._route(worker.id, worker.finish_step(step_s))
             self._turn(worker)
 
     def _report(self, worker: SimWorker) -> None:

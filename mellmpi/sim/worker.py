@@ -56,13 +56,14 @@ class SimWorker:
         self.acked = self.batch.acked
         return commands
 
-    def finish_step(self, step_s: float) -> None:
-        """The pass of `plan` is over: take its tokens in."""
+    def finish_step(self, step_s: float) -> list[tuple[Address, Any]]:
+        """The pass of `plan` is over: take its tokens in; what it makes the worker send."""
         assert self.plan is not None
-        self.batch.commit(self.plan, self.executor.execute(self.plan))
+        commands = self.batch.commit(self.plan, self.executor.execute(self.plan))
         self.plan = None
         self.unreported_steps += 1
         self.unreported_s += step_s
+        return commands
 
     def report(self) -> Any:
         """The report of the steps since the last one, or None."""

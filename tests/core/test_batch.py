@@ -9,6 +9,7 @@ from mellmpi.core.batch import BatchScheduler
 from mellmpi.core.sequences import Phase
 from mellmpi.protocol import (
     DATA_PLANE,
+    ROUNDS,
     SCHEDULER,
     Assign,
     BlocksArrived,
@@ -35,6 +36,7 @@ from tests.core.stage import KV, request
 
 HOSTED = HostedModel(KV, "layout")
 LOGPROB = (-0.5, (3,), (-0.5,))
+IN, OUT = ROUNDS * 2, ROUNDS * 9  # tags of the first round, of epochs 2 and 9
 
 
 class Bench:
@@ -87,7 +89,7 @@ def header(num_computed=3, outputs=(5,), epoch=2, **fields):
     values = {
         "request_id": 7, "epoch": epoch, "fingerprint": "layout", "first_block": 0,
         "num_blocks": -(-num_computed // 4), "num_computed": num_computed, "outputs": outputs,
-        "logprobs": (), "last": True, "tag": epoch,
+        "logprobs": (), "last": True, "tag": ROUNDS * epoch,
     }  # fmt: skip
     return KvPayload(**(values | fields))
 
@@ -144,7 +146,7 @@ def test_a_younger_decode_goes_before_an_older_prefill():
     bench.assign(3, num_prompt=1)
     bench.step()
     bench.batch.handle(2, header(num_computed=4, outputs=()))
-    bench.batch.handle(DATA_PLANE, BlocksArrived(7, 2, True, 0.1, 2, ""))
+    bench.batch.handle(DATA_PLANE, BlocksArrived(7, 2, True, 0.1, IN, ""))
     assert bench.chunks() == [(3, 1, 1, True), (7, 4, 7, False)]
 
 
@@ -307,7 +309,7 @@ def test_freed_blocks_alone_are_news(bench):
 def test_only_the_scheduler_s_messages_are_acknowledged(bench):
     bench.receive()
     bench.batch.handle(2, header())
-    bench.batch.handle(DATA_PLANE, BlocksArrived(7, 2, True, 0.1, 2, ""))
+    bench.batch.handle(DATA_PLANE, BlocksArrived(7, 2, True, 0.1, IN, ""))
     assert bench.batch.acked == 1
 
 
@@ -346,7 +348,7 @@ def test_the_source_sends_a_header_and_all_blocks_that_hold_something(bench):
     sequence, commands = sending(bench)
     assert commands == [
         (3, header(num_computed=5, outputs=(100,), epoch=9)),
-        (DATA_PLANE, SendBlocks(7, 1, dst=3, tag=9, block_ids=tuple(sequence.block_table))),
+        (DATA_PLANE, SendBlocks(7, 1, dst=3, tag=OUT, block_ids=tuple(sequence.block_table))),
     ]
 
 
@@ -388,13 +390,13 @@ def test_released_before_all_was_read_it_keeps_its_blocks_until_then(bench):
     sending(bench)
     bench.order(Release(7, 1))
     assert bench.batch.free_bytes == 60 and not bench.batch.sequences
-    assert bench.batch.handle(DATA_PLANE, BlocksSent(7, 1, 9)) == []
+    assert bench.batch.handle(DATA_PLANE, BlocksSent(7, 1, OUT)) == []
     assert bench.batch.free_bytes == 80 and not bench.batch.lingering
 
 
 def test_released_after_all_was_read_it_frees_its_blocks_at_once(bench):
     sending(bench)
-    bench.batch.handle(DATA_PLANE, BlocksSent(7, 1, 9))
+    bench.batch.handle(DATA_PLANE, BlocksSent(7, 1, OUT))
     assert bench.batch.free_bytes == 60
     bench.order(Release(7, 1))
     assert bench.batch.free_bytes == 80
@@ -404,7 +406,7 @@ def test_unfrozen_it_decodes_on_once_nobody_reads_its_blocks(bench):
     sending(bench)
     bench.order(Unfreeze(7, 1))
     assert bench.batch.plan() is None
-    bench.batch.handle(DATA_PLANE, BlocksSent(7, 1, 9))
+    bench.batch.handle(DATA_PLANE, BlocksSent(7, 1, OUT))
     assert bench.chunks() == [(7, 5, 1, True)]
 
 
@@ -417,9 +419,9 @@ def test_sent_twice_its_blocks_are_read_twice(bench):
     bench.order(Unfreeze(7, 1))
     bench.order(SendKv(7, 1, 3, 10, 0))
     bench.order(Release(7, 1))
-    bench.batch.handle(DATA_PLANE, BlocksSent(7, 1, 9))
+    bench.batch.handle(DATA_PLANE, BlocksSent(7, 1, OUT))
     assert bench.batch.free_bytes == 60
-    bench.batch.handle(DATA_PLANE, BlocksSent(7, 1, 9))
+    bench.batch.handle(DATA_PLANE, BlocksSent(7, 1, ROUNDS * 10))
     assert bench.batch.free_bytes == 80
 
 
@@ -461,14 +463,14 @@ def test_a_header_sets_the_blocks_to_receive_into(bench):
     bench.receive(num_prompt=6)
     [(to, order)] = bench.batch.handle(2, header(num_computed=6))
     table = bench.batch.sequences[2].block_table
-    assert (to, order) == (DATA_PLANE, ReceiveBlocks(7, 2, src=2, tag=2, block_ids=tuple(table)))
+    assert (to, order) == (DATA_PLANE, ReceiveBlocks(7, 2, src=2, tag=IN, block_ids=tuple(table)))
     assert bench.batch.plan() is None
 
 
 def test_when_all_is_there_it_owns_the_request_and_tells_what_is_not_logged(bench):
     bench.receive(num_logged=1)
     bench.batch.handle(2, header(num_computed=5, outputs=(5, 6, 7)))
-    commands = bench.batch.handle(DATA_PLANE, BlocksArrived(7, 2, True, 0.25, 2, ""))
+    commands = bench.batch.handle(DATA_PLANE, BlocksArrived(7, 2, True, 0.25, IN, ""))
     assert commands == [(SCHEDULER, KvReceived(7, 2, 1, (6, 7), (), 20, 0.25))]
     assert bench.chunks() == [(7, 5, 1, True)]
     report = bench.batch.report(1, 0.1)
@@ -479,7 +481,7 @@ def test_it_tells_the_logprobs_of_what_is_not_logged_and_goes_on_from_there(benc
     bench.receive(num_logged=1, num_logprobs=1)
     others = tuple((-i, (i,), (-i,)) for i in range(3))
     bench.batch.handle(2, header(5, (5, 6, 7), logprobs=tuple(enumerate(others))))
-    [(_, received)] = bench.batch.handle(DATA_PLANE, BlocksArrived(7, 2, True, 0.25, 2, ""))
+    [(_, received)] = bench.batch.handle(DATA_PLANE, BlocksArrived(7, 2, True, 0.25, IN, ""))
     assert received.logprobs == others[1:]
     bench.step(LOGPROB)
     assert bench.batch.report(1, 0.1).logprobs == ((0, (LOGPROB,)),)
@@ -488,7 +490,7 @@ def test_it_tells_the_logprobs_of_what_is_not_logged_and_goes_on_from_there(benc
 def test_what_arrives_in_mid_prefill_is_prefilled_on(bench):
     bench.receive(num_prompt=10, num_logged=0)
     bench.batch.handle(2, header(num_computed=8, outputs=()))
-    bench.batch.handle(DATA_PLANE, BlocksArrived(7, 2, True, 0.25, 2, ""))
+    bench.batch.handle(DATA_PLANE, BlocksArrived(7, 2, True, 0.25, IN, ""))
     assert bench.chunks() == [(7, 8, 2, True)]
 
 
@@ -510,7 +512,7 @@ def test_what_has_grown_too_much_fails_and_is_taken_off_the_wire():
     bench.receive(num_prompt=3)
     commands = bench.batch.handle(2, header(num_computed=9, outputs=tuple(range(7))))
     assert commands == [
-        (DATA_PLANE, DrainBlocks(src=2, tag=2, num_blocks=3)),
+        (DATA_PLANE, DrainBlocks(src=2, tag=IN, num_blocks=3)),
         (SCHEDULER, KvFailed(7, 2, "no room for what it has grown by")),
     ]
     assert bench.batch.free_bytes == 20 and not bench.batch.sequences
@@ -519,13 +521,13 @@ def test_what_has_grown_too_much_fails_and_is_taken_off_the_wire():
 def test_kv_of_another_layout_fails_and_is_taken_off_the_wire(bench):
     bench.receive()
     [(_, drain), (_, failed)] = bench.batch.handle(2, header(fingerprint="other"))
-    assert drain == DrainBlocks(2, 2, 1)
+    assert drain == DrainBlocks(2, IN, 1)
     assert failed == KvFailed(7, 2, "KV layout other is not ours (layout)")
     assert bench.batch.free_bytes == 80
 
 
 @pytest.mark.parametrize(
-    ("num_computed", "drained"), [(3, [(DATA_PLANE, DrainBlocks(2, 2, 1))]), (0, [])]
+    ("num_computed", "drained"), [(3, [(DATA_PLANE, DrainBlocks(2, IN, 1))]), (0, [])]
 )
 def test_what_nobody_waits_for_any_more_is_taken_off_the_wire(bench, num_computed, drained):
     bench.receive()
@@ -537,8 +539,8 @@ def test_what_nobody_waits_for_any_more_is_taken_off_the_wire(bench, num_compute
 def test_a_broken_stream_fails_and_frees_the_blocks(bench):
     bench.receive()
     bench.batch.handle(2, header())
-    commands = bench.batch.handle(DATA_PLANE, BlocksArrived(7, 2, False, 0.1, 2, "peer lost"))
-    assert commands == [(SCHEDULER, KvFailed(7, 2, "the stream broke off"))]
+    commands = bench.batch.handle(DATA_PLANE, BlocksArrived(7, 2, False, 0.1, IN, "peer lost"))
+    assert commands == [(SCHEDULER, KvFailed(7, 2, "peer lost"))]
     assert bench.batch.free_bytes == 80
 
 
@@ -549,7 +551,7 @@ def test_released_while_blocks_arrive_it_keeps_them_until_they_have(bench, ok):
     bench.order(Release(7, 2))
     assert bench.batch.free_bytes == 70
     assert (
-        bench.batch.handle(DATA_PLANE, BlocksArrived(7, 2, ok, 0.1, 2, "" if ok else "checksum"))
+        bench.batch.handle(DATA_PLANE, BlocksArrived(7, 2, ok, 0.1, IN, "" if ok else "checksum"))
         == []
     )
     assert bench.batch.free_bytes == 80
@@ -598,7 +600,7 @@ def test_outputs_are_reused_as_prompts_are(caching):
 def test_blocks_that_arrived_are_reused(caching):
     caching.receive(num_prompt=8)
     caching.batch.handle(2, header(num_computed=8))
-    caching.batch.handle(DATA_PLANE, BlocksArrived(7, 2, True, 0.1, 2, ""))
+    caching.batch.handle(DATA_PLANE, BlocksArrived(7, 2, True, 0.1, IN, ""))
     caching.assign(8, num_prompt=9)
     assert caching.chunks() == [(7, 8, 1, True), (8, 8, 1, True)]
 
@@ -634,7 +636,7 @@ def test_shared_blocks_are_freed_with_the_last_sequence_that_holds_them(caching)
 
 def test_an_empty_worker_parks_at_once_and_says_so_once(bench):
     assert bench.order(Park()) == [(SCHEDULER, Parked(acked=1))]
-    assert bench.batch.handle(2, header()) == [(DATA_PLANE, DrainBlocks(2, 2, 1))]
+    assert bench.batch.handle(2, header()) == [(DATA_PLANE, DrainBlocks(2, IN, 1))]
 
 
 def test_a_worker_that_still_holds_something_parks_when_it_does_not(bench):
@@ -647,7 +649,7 @@ def test_a_worker_whose_blocks_are_still_read_parks_when_they_are_not(bench):
     sending(bench)
     bench.order(Release(7, 1))
     assert bench.order(Park()) == []
-    assert bench.batch.handle(DATA_PLANE, BlocksSent(7, 1, 9)) == [(SCHEDULER, Parked(acked=4))]
+    assert bench.batch.handle(DATA_PLANE, BlocksSent(7, 1, OUT)) == [(SCHEDULER, Parked(acked=4))]
 
 
 def test_a_header_is_what_the_destination_expects(bench):

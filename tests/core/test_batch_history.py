@@ -20,6 +20,7 @@ from mellmpi.core.requests import TokenLog
 from mellmpi.core.sequences import Phase
 from mellmpi.protocol import (
     DATA_PLANE,
+    ROUNDS,
     SCHEDULER,
     Assign,
     BlocksArrived,
@@ -78,10 +79,12 @@ class BatchHistory(RuleBasedStateMachine):
         self.epoch = 0
         self.request_of = {}  # epoch -> index of its request
         self.logs = {}  # epoch -> what reports have told
-        self.reserved = {}  # epoch -> tokens logged; the header is still to come
+        self.reserved = {}  # epoch -> [tokens logged, next block]; headers are still to come
         self.receives = []  # (order, kv)
         self.sends = []  # (order, blocks as they were)
-        self.orders = 0
+        self.orders = self.round = 0
+        self.offers = 10_000
+        self.streams = {}  # epoch at the destination -> (epoch here, next block)
 
     def fresh(self, which):
         self.epoch += 1
@@ -117,12 +120,18 @@ class BatchHistory(RuleBasedStateMachine):
         logged = data.draw(st.integers(0, len(ANSWERS[which]) - 1))
         epoch, prompt = self.fresh(which), len(REQUESTS[which].prompt)
         need, free = blocks_for(prompt + logged, SIZE), self.batch.pool.num_free
-        answer = self.order(ReceiveKv(REQUESTS[which], epoch, 2, logged, prompt + logged, 0))
-        kind = KvReserved if need <= free else KvRefused
-        assert answer == [(SCHEDULER, kind(which, epoch))]
-        if kind is KvReserved:
-            self.reserved[epoch] = logged
-            self.logs[epoch] = TokenLog(list(ANSWERS[which][:logged]))
+        start = SIZE * data.draw(st.integers(0, (prompt + logged - 1) // SIZE), label="start")
+        outputs = ANSWERS[which][:logged]
+        [(_, answer)] = self.order(
+            ReceiveKv(REQUESTS[which], epoch, 2, logged, prompt + logged, start, outputs)
+        )
+        if isinstance(answer, KvRefused):
+            assert need > free and answer == KvRefused(which, epoch)
+            return
+        assert answer.start >= start and answer.start % SIZE == 0
+        assert answer == KvReserved(which, epoch, answer.start)
+        self.reserved[epoch] = [logged, answer.start // SIZE]
+        self.logs[epoch] = TokenLog(list(ANSWERS[which][:logged]))
 
     @precondition(lambda self: self.epoch)
     @rule(data=st.data())
@@ -131,28 +140,45 @@ class BatchHistory(RuleBasedStateMachine):
         sequence = self.batch.sequences.get(epoch)
         if sequence is not None and sequence.phase is not Phase.RUNNING:
             return  # rank 0 would not
-        commands = self.order(SendKv(0, epoch, 3, 10_000 + epoch, 0))
+        if sequence is not None and sequence.stream is not None:
+            return
+        self.offers += 1
+        start = data.draw(st.integers(0, sequence.num_computed // SIZE)) if sequence else 0
+        self.streams[self.offers] = (epoch, start)
+        commands = self.order(SendKv(0, epoch, 3, self.offers, start * SIZE))
         if sequence is None:
             assert commands == []
             return
+        self.a_round_goes_out(sequence, commands)
+
+    def a_round_goes_out(self, sequence, commands):
+        """All that is full and not yet sent, or all that is left."""
         [(to, header), *blocks] = commands
+        epoch, first = self.streams[header.epoch]
         which = self.request_of[epoch]
-        assert to == 3 and header.outputs == ANSWERS[which][: len(header.outputs)]
-        assert header.num_computed == sequence.num_computed
-        assert header.num_blocks == blocks_for(header.num_computed, SIZE)
-        assert len(blocks) == bool(header.num_blocks)
+        assert to == 3 and header.num_computed == sequence.num_computed
+        assert header.first_block == first and header.tag // ROUNDS == header.epoch
+        full, all_of_it = header.num_computed // SIZE, blocks_for(header.num_computed, SIZE)
+        assert header.num_blocks == max(0, (all_of_it if header.last else full) - first)
+        assert header.outputs == (tuple(sequence.outputs) if header.last else ())
+        assert (sequence.phase is Phase.FROZEN) == header.last and len(blocks) == bool(
+            header.num_blocks
+        )
+        self.streams[header.epoch] = (epoch, first + header.num_blocks)
         for to, order in blocks:
             assert to == DATA_PLANE and isinstance(order, SendBlocks)
-            self.sends.append((order, self.engine.arena[list(order.block_ids)]))
-            sent = self.sends[-1][1].reshape(-1)[: header.num_computed]
-            assert (sent == kv_of(which, header.num_computed).reshape(-1)[: len(sent)]).all()
+            as_sent = self.engine.arena[list(order.block_ids)]
+            self.sends.append((order, as_sent))
+            valid = header.num_computed - first * SIZE
+            right = kv_of(which, header.num_computed)[first:].reshape(-1)[:valid]
+            assert (as_sent.reshape(-1)[: len(right)] == right).all()
 
     @precondition(lambda self: self.epoch)
     @rule(data=st.data())
     def unfreeze(self, data):
         epoch = self.some_epoch(data)
         sequence = self.batch.sequences.get(epoch)
-        if sequence is None or sequence.phase is Phase.FROZEN:
+        if sequence is None or sequence.stream is not None:
             assert self.order(Unfreeze(0, epoch)) == []
 
     # --- peers and the data plane ---------------------------------------------------------------
@@ -161,29 +187,34 @@ class BatchHistory(RuleBasedStateMachine):
     @rule(data=st.data(), layout=st.sampled_from(["layout"] * 5 + ["other"]))
     def header(self, data, layout):
         epoch = data.draw(st.sampled_from(sorted(self.reserved)))
-        which, logged = self.request_of[epoch], self.reserved.pop(epoch)
+        which, (logged, first) = self.request_of[epoch], self.reserved[epoch]
         outputs = data.draw(st.integers(logged, len(ANSWERS[which]) - 1))
         known = len(REQUESTS[which].prompt) + outputs
         computed = data.draw(st.integers(0, known - 1))
-        num_blocks = blocks_for(computed, SIZE)
-        waited_for = epoch in self.batch.sequences
+        last = data.draw(st.booleans()) or computed // SIZE <= first
+        end = blocks_for(computed, SIZE) if last else computed // SIZE
+        num_blocks = max(0, end - first)
+        self.reserved[epoch] = [outputs, first + num_blocks]
+        if last:
+            del self.reserved[epoch]
+        waited_for, self.round = epoch in self.batch.sequences, self.round + 1
         commands = self.batch.handle(2, KvPayload(
-            which, epoch, layout, 0, num_blocks, computed, ANSWERS[which][:outputs], (), True,
-            epoch,
+            which, epoch, layout, first, num_blocks, computed,
+            ANSWERS[which][:outputs] if last else (), (), last, self.round,
         ))  # fmt: skip
-        drain = [(DATA_PLANE, DrainBlocks(2, epoch, num_blocks))] if num_blocks else []
+        drain = [(DATA_PLANE, DrainBlocks(2, self.round, num_blocks))] if num_blocks else []
         match commands:
             case [(_, ReceiveBlocks() as order)]:
-                assert order.block_ids == tuple(
-                    self.batch.sequences[epoch].block_table[:num_blocks]
-                )
-                self.receives.append((order, kv_of(which, computed)))
+                table = self.batch.sequences[epoch].block_table
+                assert order.block_ids == tuple(table[first : first + num_blocks])
+                kv = kv_of(which, computed)[first : first + num_blocks]
+                self.receives.append((order, kv))
             case [*first, (_, KvFailed())]:
                 assert waited_for and first == drain
             case [(_, KvReceived() as received)]:
                 self.arrived(epoch, received)
             case _:
-                assert not waited_for and commands == drain
+                assert commands == drain and (not waited_for or not num_blocks)
 
     @precondition(lambda self: self.receives)
     @rule(data=st.data(), ok=st.sampled_from([True, True, True, False]))
@@ -204,7 +235,7 @@ class BatchHistory(RuleBasedStateMachine):
             case [(_, KvFailed())]:
                 assert waited_for and not ok
             case _:
-                assert commands == [] and not waited_for
+                assert commands == [] and (ok or not waited_for)
 
     def arrived(self, epoch, received):
         log = self.logs[epoch]
@@ -216,10 +247,9 @@ class BatchHistory(RuleBasedStateMachine):
     def blocks_sent(self, data):
         order, as_sent = self.sends.pop(data.draw(st.integers(0, len(self.sends) - 1)))
         assert (self.engine.arena[list(order.block_ids)] == as_sent).all(), "written while sent"
-        assert (
-            self.batch.handle(DATA_PLANE, BlocksSent(order.request_id, order.epoch, order.tag))
-            == []
-        )
+        sent = BlocksSent(order.request_id, order.epoch, order.tag)
+        if commands := self.batch.handle(DATA_PLANE, sent):
+            self.a_round_goes_out(self.batch.sequences[order.epoch], commands)
 
     # --- steps and reports ----------------------------------------------------------------------
 
@@ -231,7 +261,9 @@ class BatchHistory(RuleBasedStateMachine):
         self.the_youngest_go_first(before)
         if plan is not None:
             self.the_plan_is_lawful(plan, computed)
-            batch.commit(plan, self.engine.execute(plan))
+            for _, received in batch.commit(plan, self.engine.execute(plan)):
+                assert isinstance(received, KvReceived)
+                self.arrived(received.epoch, received)
         for sequence in before.values():
             answer = ANSWERS[self.request_of[sequence.epoch]]
             assert tuple(sequence.outputs) == answer[: len(sequence.outputs)], "wrong token"
@@ -256,17 +288,20 @@ class BatchHistory(RuleBasedStateMachine):
         assert not left_out or all(s in decodes for s in planned), "decodes come first"
         written = Counter()
         for chunk, sequence in zip(plan.chunks, planned, strict=True):
-            assert sequence.phase is Phase.RUNNING and not sequence.in_flight
+            assert sequence.phase is not Phase.FROZEN and not sequence.closing
             assert chunk.tokens and chunk.start == computed[sequence.epoch], "computed once"
             end = chunk.start + len(chunk.tokens)
-            assert (chunk.sampling is not None) == (end == sequence.num_tokens)
+            catches_up = sequence.phase is Phase.RUNNING and end == sequence.num_tokens
+            assert (chunk.sampling is not None) == catches_up
             written.update({chunk.block_table[p // SIZE] for p in range(chunk.start, end)})
         assert all(n == 1 for n in written.values()), "two write one block"
+        moving = {b for order, _ in self.sends + self.receives for b in order.block_ids}
+        assert not moving & written.keys(), "a block in flight is written"
         assert all(self.batch.pool._holders[b] == 1 for b in written), "a shared block is written"
 
     def decoding(self, sequence, computed):
         gap = sequence.num_tokens - computed[sequence.epoch]
-        return sequence.phase is Phase.RUNNING and not sequence.in_flight and gap == 1
+        return sequence.phase is Phase.RUNNING and not sequence.closing and gap == 1
 
     @rule()
     def report(self):

@@ -7,9 +7,11 @@ from itertools import count
 import pytest
 
 from mellmpi.core import block_tables
+from mellmpi.core.arrivals import Arrivals
 from mellmpi.core.batch import BatchScheduler
 from mellmpi.core.blocks import BlockPool
 from mellmpi.core.cluster import ClusterScheduler
+from mellmpi.core.holdings import Holdings
 from mellmpi.core.ledger import Ledger
 from mellmpi.core.requests import Record, TokenLog
 from mellmpi.core.ring import Ring
@@ -212,32 +214,32 @@ def an_order_is_never_acknowledged(monkeypatch):
 
 @fault
 def no_token_run_in_kv_received(monkeypatch):
-    arrived = BatchScheduler._arrived
+    complete = Arrivals.complete
 
-    def silent(self, event):
+    def silent(self, sequence):
         return [
             (to, replace(c, tokens=(), logprobs=()) if isinstance(c, KvReceived) else c)
-            for to, c in arrived(self, event)
+            for to, c in complete(self, sequence)
         ]
 
-    monkeypatch.setattr(BatchScheduler, "_arrived", silent)
+    monkeypatch.setattr(Arrivals, "complete", silent)
 
 
 def freed_early(monkeypatch, touched):
-    end = BatchScheduler._end
+    end = Holdings.end
 
     def early(self, sequence):
         end(self, sequence)
         if touched(sequence):
-            self.pool.give(sequence.block_table)
+            self.tables.pool.give(sequence.block_table)
             sequence.block_table = []
 
-    monkeypatch.setattr(BatchScheduler, "_end", early)
+    monkeypatch.setattr(Holdings, "end", early)
 
 
 @fault
 def blocks_are_freed_while_a_send_reads_them(monkeypatch):
-    freed_early(monkeypatch, lambda sequence: sequence.sends)
+    freed_early(monkeypatch, lambda sequence: sequence.sending)
 
 
 @fault
@@ -247,12 +249,12 @@ def blocks_are_freed_while_a_receive_writes_them(monkeypatch):
 
 @fault
 def a_payload_that_nobody_wants_is_left_on_the_wire(monkeypatch):
-    monkeypatch.setattr(BatchScheduler, "_drain", lambda self, source, header: [])
+    monkeypatch.setattr(Arrivals, "_drain", lambda self, source, header: [])
 
 
 @fault
 def what_grew_after_the_reservation_gets_no_blocks(monkeypatch):
-    monkeypatch.setattr(BatchScheduler, "_mismatch", lambda self, sequence, header: None)
+    monkeypatch.setattr(Arrivals, "_mismatch", lambda self, sequence, arrival, header: None)
 
 
 @fault
@@ -293,7 +295,7 @@ def a_step_mixes_models(monkeypatch):
 
     def mixed(self):
         made = plan(self)
-        return made and replace(made, model=next(iter(self._fingerprints)))
+        return made and replace(made, model=next(iter(self.holdings.fingerprints)))
 
     monkeypatch.setattr(BatchScheduler, "plan", mixed)
 

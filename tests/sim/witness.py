@@ -133,4 +133,4 @@ class Witness(Simulation):
         for sequence in worker.batch.sequences.values():
             if sequence.epoch not in self._met:  # it came in this turn; nothing is computed yet
                 self._met.add(sequence.epoch)
-                self.seen["prefix reused"] += sequence.src is None and sequence.num_computed > 0
+                self.seen["prefix reused"] += sequence.arrival is None and sequence.num_computed > 0

@@ -1,0 +1,88 @@
+"""Sequences that leave: their blocks go out in rounds while they decode on. Pure.
+
+A round is a header and the blocks that are full by then; full blocks are never written again. When
+little is left, or rounds stop shrinking, the sequence stops between two steps and the last round
+takes the rest: the half-full block, the tokens, how far it has got.
+"""
+
+from typing import Any
+
+from mellmpi.core.holdings import Holdings
+from mellmpi.core.sequences import Phase, Sequence, Stream
+from mellmpi.protocol import DATA_PLANE, ROUNDS, Address, BlocksSent, KvPayload, SendBlocks, SendKv
+
+FEW = 1  # full blocks: waiting for so little is no longer than another round
+
+Commands = list[tuple[Address, Any]]
+
+
+class Departures:
+    """Sends what the scheduler orders to be sent."""
+
+    def __init__(self, holdings: Holdings):
+        self._holdings = holdings
+
+    def begin(self, order: SendKv) -> Commands:
+        """The first round."""
+        sequence = self._holdings.sequences.get(order.epoch)
+        if sequence is None:  # preempted or finished meanwhile; the scheduler will hear of it
+            return []
+        first = order.start // self._holdings.tables.block_size(sequence)
+        sequence.stream = Stream(order.dst, order.dst_epoch, first)
+        return self._next_round(sequence, sequence.stream)
+
+    def stop(self, sequence: Sequence) -> None:
+        """The move came to nothing: decode on, and begin no further round."""
+        sequence.stream, sequence.phase = None, Phase.RUNNING
+
+    def sent(self, event: BlocksSent) -> Commands:
+        """A round has left: the next one follows, unless it was the last or all is over."""
+        holdings = self._holdings
+        if (ended := holdings.lingering.get(event.epoch)) is not None:
+            ended.sending.discard(event.round)
+            holdings.free(ended)
+            return []
+        sequence = holdings.sequences[event.epoch]
+        sequence.sending.discard(event.round)
+        sequence.closing.discard(event.round)
+        stream = sequence.stream
+        if stream is None or sequence.phase is Phase.FROZEN or event.round != stream.tag:
+            return []
+        stream.round += 1
+        return self._next_round(sequence, stream)
+
+    def _next_round(self, sequence: Sequence, stream: Stream) -> Commands:
+        tables = self._holdings.tables
+        full = sequence.num_computed // tables.block_size(sequence)
+        unsent = full - stream.next_block
+        if unsent <= FEW or unsent >= stream.num_before or stream.round == ROUNDS - 1:
+            return self._last_round(sequence, stream)
+        return self._round(sequence, stream, full, last=False)
+
+    def _last_round(self, sequence: Sequence, stream: Stream) -> Commands:
+        sequence.phase = Phase.FROZEN
+        end = self._holdings.tables.needed(sequence, sequence.num_computed)
+        commands = self._round(sequence, stream, max(end, stream.next_block), last=True)
+        sequence.closing |= sequence.sending & {stream.tag}
+        return commands
+
+    def _round(self, sequence: Sequence, stream: Stream, end: int, last: bool) -> Commands:
+        """Announce and send all blocks up to `end` that have not been sent."""
+        first, ids = stream.next_block, sequence.block_table[stream.next_block : end]
+        stream.next_block, stream.num_before = end, len(ids)
+        header = KvPayload(
+            request_id=sequence.request.id, epoch=stream.dst_epoch,
+            fingerprint=self._holdings.fingerprint(sequence),
+            first_block=first, num_blocks=len(ids), num_computed=sequence.num_computed,
+            outputs=tuple(sequence.outputs) if last else (),
+            logprobs=tuple(sequence.logprobs.items()) if last else (),
+            last=last, tag=stream.tag,
+        )  # fmt: skip
+        commands: Commands = [(stream.dst, header)]
+        if ids:
+            sequence.sending.add(stream.tag)
+            blocks = SendBlocks(
+                sequence.request.id, sequence.epoch, stream.dst, stream.tag, tuple(ids)
+            )
+            commands.append((DATA_PLANE, blocks))
+        return commands
