@@ -75,6 +75,17 @@ def sizes_by_model(text: str) -> dict[str, int]:
     return {name.strip(): byte_size(size) for name, _, size in parts}
 
 
+def known_by_model(text: str) -> dict[str, str]:
+    """llama-2-7b for all, or chat=llama-2-7b,code=llama-3-8b by the names in a trace."""
+    parts = [part.rpartition("=") for part in text.split(",")]
+    return {name.strip(): known.strip() for name, _, known in parts}
+
+
+def hosted(text: str) -> list[tuple[str, ...]]:
+    """a,b,a+b: the first GPU hosts a, the second b, the third both."""
+    return [tuple(m.strip() for m in models.split("+")) for models in text.split(",")]
+
+
 def switch(text: str) -> bool:
     """A switch in the environment or a YAML file."""
     known = {"1": True, "true": True, "yes": True, "on": True,
@@ -134,19 +145,27 @@ SIMULATE = (
     Flag("trace", str, "arrivals and lengths: uniform CSV or JSONL, Azure 2023, BurstGPT, "
          "Mooncake; gzipped or not", "FILE"),
     Flag("rate-scale", float, "requests arrive X times as fast (default: 1)", "X"),
-    Flag("model", str, "a known model, for the size of its KV", "NAME"),
+    Flag("model", known_by_model, "a known model, for sizes and times; or several, by their names "
+         "in the trace: chat=llama-2-7b,code=llama-3-8b", "NAME"),
     Flag("kv-bytes-per-token", sizes_by_model, "of any other model, such as 512K; or, by the names "
-         "of models in the trace, a=512K,b=128K: then every GPU hosts all of them", "SIZE"),
+         "of models in the trace, a=512K,b=128K", "SIZE"),
+    Flag("hosts", hosted, "of several models, which GPU hosts what: a,b,a+b for three GPUs, and so "
+         "on from the first (default: every GPU hosts all)", "MODELS"),
     Flag("gpu-kv-gib", float, "GiB of KV cache a GPU", "G"),
     Flag("policies", str, "to compare, with commas between", "NAMES"),
     Flag("ideal", switch, "prefill, waking and moves take no time", is_switch=True),
     Flag("decode-rate", float, "tokens/s of every request, with --ideal (default: 30)", "R"),
+    Flag("profile", str, "what steps, transfers and waking take, without --ideal: A100-40G "
+         "(default), RTX-4090, H100", "GPU"),
+    Flag("cost-from", str, "in place of a profile, what a run took: its run-batch --report",
+         "REPORT"),
     Flag("tick-s", float, "the policy looks at the whole cluster (default: 0.25)", "S"),
     Flag("gpus", int, "at most so many (default: as many as it takes)", "MAX"),
     Flag("thrift", float, "of frugal (default: 0.5)", "X"),
     Flag("seed", int, "of what is random (default: 0)", "N"),
     Flag("json", str, "write the figures", "OUT"),
     Flag("plot", str, "draw the figures", "OUT.png"),
+    Flag("frontier", switch, "run frugal at thrifts from 0 to 1, too", is_switch=True),
 )  # fmt: skip
 SHORT = {"input-file": "-i", "output-file": "-o"}
 

@@ -5,23 +5,29 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mellmpi.config import UsageError
+from mellmpi.core.cost import CostModel
 from mellmpi.core.policies import POLICIES
-from mellmpi.sim.bound import Load, make_load
-from mellmpi.sim.replay import IdealReplay, Tally, Unserved, figures
+from mellmpi.protocol import ModelKv
+from mellmpi.sim.bound import Load, make_load, mean_context_bytes
+from mellmpi.sim.profiles import (
+    BLOCK_SIZE,
+    LIMITS,
+    MODELS,
+    PROFILES,
+    cost_from,
+    cost_of,
+)
+from mellmpi.sim.replay import IdealReplay, Replay, Settings, Tally, Unserved, figures
+from mellmpi.sim.timed import TimedReplay
 from mellmpi.workload import load
 
-FP16 = 2  # bytes
-MODELS = {  # layers, KV heads, head size: from the config.json of each
-    "llama-2-7b": (32, 32, 128), "llama-2-13b": (40, 40, 128), "llama-2-70b": (80, 8, 128),
-    "llama-3-8b": (32, 8, 128), "llama-3-70b": (80, 8, 128), "mistral-7b": (32, 8, 128),
-    "mixtral-8x7b": (32, 8, 128), "qwen2.5-7b": (28, 4, 128), "qwen2.5-14b": (48, 8, 128),
-    "qwen2.5-32b": (64, 8, 128), "opt-13b": (40, 40, 128),
-}  # fmt: skip
+PICTURES = (".png", ".pdf", ".svg", ".jpg")
+THRIFTS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # of a frontier
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,27 +36,45 @@ class SimulateOptions:
 
     trace: str = ""
     rate_scale: float = 1.0
-    model: str | None = None
-    kv_bytes_per_token: dict[str, int] | None = None  # by model; "" for one that fits all
+    model: dict[str, str] | None = None  # known models, by their names in the trace; "": all
+    kv_bytes_per_token: dict[str, int] | None = None  # likewise
+    hosts: list[tuple[str, ...]] | None = None  # models of GPU 1, 2, … and so on from the first
     gpu_kv_gib: float = 0.0
     policies: str = ",".join(POLICIES)
     ideal: bool = False
-    decode_rate: float = 30.0  # tokens a second of every request
+    decode_rate: float = 30.0  # tokens a second of every request, if ideal
+    profile: str = "A100-40G"  # what things take, if not
+    cost_from: str | None = None  # report of a run, in place of a profile
     tick_s: float = 0.25
     gpus: int | None = None  # None: as many as any policy asks for
     thrift: float = 0.5
     seed: int = 0
     json: str | None = None
     plot: str | None = None
+    frontier: bool = False
 
     def __post_init__(self) -> None:
         if not self.trace:
             raise ValueError("simulate needs --trace FILE")
         if (self.model is None) == (self.kv_bytes_per_token is None):
             raise ValueError("simulate needs one of --model and --kv-bytes-per-token")
-        if self.model is not None and self.model not in MODELS:
-            raise ValueError(f"--model must be one of {', '.join(MODELS)}, not {self.model}; "
-                             "give others by --kv-bytes-per-token")  # fmt: skip
+        for model in (self.model or {}).values():
+            if model not in MODELS:
+                raise ValueError(f"--model must be one of {', '.join(MODELS)}, not {model}; "
+                                 "give others by --kv-bytes-per-token")  # fmt: skip
+        self._check_numbers()
+        self._check_hosts()
+        self._check_outputs()
+        if unknown := [name for name in self.names if name not in POLICIES]:
+            raise ValueError(f"--policies: {', '.join(unknown)} is not one of "
+                             f"{', '.join(POLICIES)}")  # fmt: skip
+        if self.profile not in PROFILES:
+            raise ValueError(f"--profile must be one of {', '.join(PROFILES)}, not {self.profile}")
+        if not (self.ideal or self.model or self.cost_from):
+            raise ValueError("what steps take depends on the model: give a known one by --model, "
+                             "or --cost-from REPORT, or add --ideal")  # fmt: skip
+
+    def _check_numbers(self) -> None:
         sizes = (("--kv-bytes-per-token", size) for size in self.token_bytes.values())
         for flag, value in (("--gpu-kv-gib", self.gpu_kv_gib), ("--decode-rate", self.decode_rate),
                             ("--tick-s", self.tick_s), ("--rate-scale", self.rate_scale),
@@ -61,11 +85,25 @@ class SimulateOptions:
             raise ValueError(f"--gpus must be at least 1, not {self.gpus}")
         if not 0 <= self.thrift <= 1:
             raise ValueError(f"--thrift must be in [0, 1], not {self.thrift}")
-        if unknown := [name for name in self.names if name not in POLICIES]:
-            raise ValueError(f"--policies: {', '.join(unknown)} is not one of "
-                             f"{', '.join(POLICIES)}")  # fmt: skip
-        if not self.ideal:
-            raise ValueError("only the idealised model can be simulated yet: add --ideal")
+
+    def _check_outputs(self) -> None:
+        """Now, not after a long run."""
+        for flag, path in (("--json", self.json), ("--plot", self.plot)):
+            if path is not None and not Path(path).absolute().parent.is_dir():
+                raise ValueError(f"{flag}: there is no folder {Path(path).parent}")
+        if self.plot is not None and Path(self.plot).suffix not in PICTURES:
+            raise ValueError(f"--plot must end in one of {', '.join(PICTURES)}, not {self.plot}")
+
+    def _check_hosts(self) -> None:
+        hosted = {model for models in self.hosts or [] for model in models}
+        if self.hosts is None:
+            return
+        if unknown := sorted(hosted - self.token_bytes.keys()):
+            raise ValueError(f"--hosts: {unknown[0]!r} is none of {', '.join(self.token_bytes)}")
+        if missing := sorted(self.token_bytes.keys() - hosted):
+            raise ValueError(f"--hosts: no GPU hosts {missing[0]!r}")
+        if self.gpus is not None and self.gpus < len(self.hosts):
+            raise ValueError(f"--hosts names {len(self.hosts)} GPUs, but --gpus is {self.gpus}")
 
     @property
     def names(self) -> list[str]:
@@ -76,47 +114,94 @@ class SimulateOptions:
         """KV of one position, by model."""
         if self.kv_bytes_per_token is not None:
             return self.kv_bytes_per_token
-        layers, heads, size = MODELS[self.model or ""]
-        return {"": 2 * layers * heads * size * FP16}  # keys and values
+        return {name: MODELS[model].token_bytes for name, model in (self.model or {}).items()}
+
+    def cost(self, context_bytes: float) -> CostModel:
+        """What things take, if not nothing. Of several models, those of the largest count."""
+        if self.cost_from is not None:
+            return cost_from(self.cost_from)
+        shapes = [MODELS[model] for model in (self.model or {}).values()]
+        largest = max(shapes, key=lambda shape: shape.parameters)
+        return cost_of(PROFILES[self.profile], largest, context_bytes)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What all policies have before them."""
+
+    load: Load
+    kvs: dict[str, ModelKv]
+    cost: CostModel | None  # None: nothing takes time
+
+
+def read_scene(options: SimulateOptions) -> Scene:
+    """Load and cost model. ValueError names the file and the line, or what to type instead."""
+    workload = load(options.trace).faster(options.rate_scale)
+    sizes, capacity = options.token_bytes, int(options.gpu_kv_gib * 2**30)
+    if options.ideal:
+        kvs = {name: ModelKv(name, 1, size) for name, size in sizes.items()}
+        return Scene(make_load(workload, sizes, capacity, options.decode_rate), kvs, None)
+    cost = options.cost(mean_context_bytes(workload, sizes))
+    kvs = {name: ModelKv(name, BLOCK_SIZE, BLOCK_SIZE * size) for name, size in sizes.items()}
+    alone = 1 / cost.forward_s(0, 1)  # tokens/s of a request with a GPU for itself
+    return Scene(make_load(workload, sizes, capacity, alone, BLOCK_SIZE), kvs, cost)
 
 
 def simulate(options: SimulateOptions) -> int:
     """Run all policies and write what was asked for; the exit code."""
     try:
-        workload = load(options.trace).faster(options.rate_scale)
-        capacity = int(options.gpu_kv_gib * 2**30)
-        trace = make_load(workload, options.token_bytes, capacity, options.decode_rate)
+        scene = read_scene(options)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    runs = {name: _run(trace, name, options) for name in dict.fromkeys(options.names)}
+    trace = scene.load
+    runs = {name: _run(scene, name, options) for name in dict.fromkeys(options.names)}
     report = {
         "trace": options.trace, "gpu_kv_bytes": trace.capacity, "requests": len(trace.arrivals),
         "dropped": trace.dropped,
         "lower_bound": {"mean": float(trace.bound.mean()), "peak": int(trace.bound.max())},
         "policies": {name: found for name, (_, found) in runs.items()},
-        "config": asdict(options), "commit": _commit(),
+        "config": asdict(options), "cost": asdict(scene.cost) if scene.cost else None,
+        "commit": _commit(),
     }  # fmt: skip
+    if options.frontier:
+        report["frontier"] = _frontier(scene, options)
     _write(options, trace, report, {name: tally for name, (tally, _) in runs.items()})
     sys.stdout.write(_table(report))
     return 0
 
 
-def _run(trace: Load, name: str, options: SimulateOptions) -> tuple[Tally, dict[str, Any]]:
+def _frontier(scene: Scene, options: SimulateOptions) -> list[dict[str, Any]]:
+    """The figures of `frugal` from fewest bytes to fewest GPUs."""
+    found = []
+    for thrift in THRIFTS:
+        _, swept = _run(scene, "frugal", replace(options, thrift=thrift))
+        found.append({"thrift": thrift} | swept)
+    return found
+
+
+def _run(scene: Scene, name: str, options: SimulateOptions) -> tuple[Tally, dict[str, Any]]:
     """With as many workers as it takes, if no number was given."""
-    num = options.gpus or min(trace.peak_live, 2 * int(trace.bound.max()) + 16)
+    trace, kinds = scene.load, options.hosts or [tuple(scene.kvs)]
+    num = options.gpus or len(kinds) * min(trace.peak_live, 2 * int(trace.bound.max()) + 16)
+    settings = Settings(options.thrift, options.tick_s, options.seed, time.perf_counter,
+                        may_lack=options.gpus is not None)  # fmt: skip
     began_s = time.perf_counter()
     with _progress(name, len(trace.arrivals)) as progress:
         while True:
-            replay = IdealReplay(
-                trace, name, num, thrift=options.thrift, tick_s=options.tick_s, seed=options.seed,
-                clock=time.perf_counter, may_lack=options.gpus is not None,
-            )  # fmt: skip
+            hosts = [tuple(scene.kvs[m] for m in kinds[i % len(kinds)]) for i in range(num)]
             try:
-                tally = replay.run(progress)
+                tally = _replay(scene, name, hosts, settings).run(progress)
             except Unserved:
                 num *= 2
                 continue
             return tally, figures(trace, tally, time.perf_counter() - began_s) | {"gpus": num}
+
+
+def _replay(scene: Scene, name: str, hosts: list[tuple[ModelKv, ...]],
+            settings: Settings) -> Replay:  # fmt: skip
+    if scene.cost is None:
+        return IdealReplay(scene.load, name, hosts, settings)
+    return TimedReplay(scene.load, name, hosts, scene.cost, LIMITS, settings)
 
 
 class _progress:

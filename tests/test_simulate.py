@@ -42,6 +42,84 @@ def test_the_report_has_every_figure_of_every_policy_and_the_plot_is_drawn(trace
     assert "frugal" in capsys.readouterr().out
 
 
+def test_without_ideal_things_take_time(trace, tmp_path):
+    out = tmp_path / "o.json"
+    more = ["--no-ideal", "--model", "llama-2-7b", "--gpu-kv-gib", "1", "--profile", "H100",
+            "--policies", "worst_fit,frugal", "--json", str(out)]  # fmt: skip
+    assert simulate(trace, *more) == 0
+    report = json.loads(out.read_text())
+    assert report["cost"]["step_s"] > 0
+    for found in report["policies"].values():
+        assert found.keys() >= FIGURES | {"ttft_p99_s", "tpot_mean_s"}
+        assert found["finished"] == 60 and found["ttft_mean_s"] > 0
+
+
+def test_models_are_hosted_where_it_is_said(trace, tmp_path):
+    out = tmp_path / "o.json"
+    more = ["--kv-bytes-per-token", "a=1,b=2", "--hosts", "a,b", "--policies", "frugal,worst_fit"]
+    assert simulate(trace, *more, "--json", str(out)) == 0
+    apart = json.loads(out.read_text())["policies"]
+    assert simulate(trace, *more[:2], *more[4:], "--json", str(out)) == 0
+    together = json.loads(out.read_text())["policies"]
+    for name in apart:
+        assert apart[name]["finished"] == 60
+        assert apart[name]["gpus_mean"] > together[name]["gpus_mean"]
+
+
+def test_the_frontier_goes_from_few_bytes_to_few_gpus(trace, tmp_path):
+    out, plot = tmp_path / "o.json", tmp_path / "o.png"
+    more = ["--kv-bytes-per-token", "1", "--policies", "worst_fit", "--frontier"]
+    assert simulate(trace, *more, "--json", str(out), "--plot", str(plot)) == 0
+    frontier = json.loads(out.read_text())["frontier"]
+    assert [point["thrift"] for point in frontier] == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    assert all(point.keys() >= FIGURES for point in frontier)
+    assert frontier[0]["migrated_bytes"] <= frontier[-1]["migrated_bytes"]
+
+
+def test_with_fewer_gpus_than_it_takes_requests_wait_and_the_stall_is_reported(trace, tmp_path):
+    out, stalls = tmp_path / "o.json", []
+    for gpus in ("1", "40"):
+        more = ["--kv-bytes-per-token", "1", "--policies", "frugal", "--gpus", gpus]
+        assert simulate(trace, *more, "--json", str(out)) == 0
+        found = json.loads(out.read_text())["policies"]["frugal"]
+        assert found["gpus_peak"] <= int(gpus) and found["finished"] == 60
+        stalls.append(found["stall_mean_s"])
+    assert stalls[0] > 5 > stalls[1]
+
+
+def test_what_no_gpu_can_hold_is_dropped_and_counted(tmp_path):
+    path, out = tmp_path / "trace.csv", tmp_path / "o.json"
+    path.write_text("arrival_s,prompt_tokens,output_tokens\n0,10,10\n1,300,101\n2,300,100\n")
+    more = ["--kv-bytes-per-token", "1", "--policies", "worst_fit", "--json", str(out)]
+    assert simulate(str(path), *more) == 0
+    report = json.loads(out.read_text())
+    assert (report["requests"], report["dropped"]) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("", 1),
+        ("a,b\n1,2\n", 2),
+        ("arrival_s,prompt_tokens,output_tokens\n0,1,1\n1,x,1\n", 3),
+        ("arrival_s,prompt_tokens,output_tokens\n0,1,1\n1,0,1\n", 3),
+        ("arrival_s,prompt_tokens,output_tokens\n-1,1,1\n", 2),
+        ("arrival_s,prompt_tokens,output_tokens\n5,1,1\n4,1,1\n", 3),
+        ("arrival_s,prompt_tokens,output_tokens\n0,1,1\n1,1\n", 3),
+        ('{"timestamp": 0, "input_length": 1, "output_length": 1}\n{"timest\n', 2),
+        ('{"timestamp": 0, "input_length": 1, "output_length": 1}\n[1]\n', 2),
+        ("arrival_s,prompt_tokens,output_tokens\n0,1,1\nnan,1,1\n", 3),
+        ("arrival_s,prompt_tokens,output_tokens\n0,1,1\n1,1e400,1\n", 3),
+    ],
+)
+def test_bad_rows_end_with_file_and_line_and_code_2(tmp_path, capsys, text, line):
+    path = tmp_path / "trace.csv"
+    path.write_text(text)
+    assert simulate(str(path), "--kv-bytes-per-token", "1") == 2
+    said = capsys.readouterr().err
+    assert f"{path}, line {line}" in said and said.count("\n") == 1
+
+
 def test_models_differ_in_the_size_of_their_kv(trace, tmp_path):
     out = tmp_path / "o.json"
     more = ["--policies", "best_fit", "--json", str(out)]
@@ -62,7 +140,14 @@ def test_models_differ_in_the_size_of_their_kv(trace, tmp_path):
         (["--kv-bytes-per-token", "1", "--thrift", "2"], "--thrift"),
         (["--kv-bytes-per-token", "1", "--rate-scale", "-1"], "--rate-scale"),
         (["--kv-bytes-per-token", "1", "--trace", "/no/such"], "/no/such"),
-        (["--kv-bytes-per-token", "1", "--no-ideal"], "--ideal"),
+        (["--kv-bytes-per-token", "1", "--no-ideal"], "--cost-from"),
+        (["--model", "llama-2-7b", "--no-ideal", "--profile", "TPU"], "A100-40G"),
+        (["--kv-bytes-per-token", "1", "--no-ideal", "--cost-from", "/no/such"], "/no/such"),
+        (["--kv-bytes-per-token", "a=1,b=1", "--hosts", "a"], "'b'"),
+        (["--kv-bytes-per-token", "a=1,b=1", "--hosts", "a+b,c"], "'c'"),
+        (["--kv-bytes-per-token", "a=1,b=1", "--hosts", "a,b", "--gpus", "1"], "--gpus"),
+        (["--kv-bytes-per-token", "1", "--json", "/no/such/dir/o.json"], "/no/such/dir"),
+        (["--kv-bytes-per-token", "1", "--plot", "o.xyz"], ".png"),
         (["--tracee", "x"], "--help"),
     ],
 )

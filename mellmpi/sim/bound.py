@@ -33,8 +33,8 @@ class Load:
         return int(np.cumsum(signs[np.argsort(changes, kind="stable")]).max())
 
 
-def make_load(workload: Workload, token_bytes: dict[str, int], capacity: int,
-              rate: float) -> Load:  # fmt: skip
+def make_load(workload: Workload, token_bytes: dict[str, int], capacity: int, rate: float,
+              block_size: int = 1) -> Load:  # fmt: skip
     """What is to be simulated. `token_bytes` is by model; of only one, it is that of all."""
     if len(token_bytes) > 1 and (unknown := sorted(set(workload.model) - token_bytes.keys())):
         raise ValueError(f"the trace has requests of the model {unknown[0]!r}; give its size, too: "
@@ -42,8 +42,9 @@ def make_load(workload: Workload, token_bytes: dict[str, int], capacity: int,
     default = next(iter(token_bytes))
     models = [m if m in token_bytes else default for m in workload.model]
     sizes = np.array([token_bytes[m] for m in models], np.int64)
-    final = (workload.prompt_tokens + workload.output_tokens) * sizes
-    fits = final <= capacity
+    tokens = workload.prompt_tokens + workload.output_tokens
+    final = tokens * sizes
+    fits = -(-tokens // block_size) <= capacity // (sizes * block_size)
     if not fits.any():
         raise ValueError(f"no request of the trace fits in {capacity} bytes of KV cache; "
                          "give --gpu-kv-gib more")  # fmt: skip
@@ -60,6 +61,14 @@ def make_load(workload: Workload, token_bytes: dict[str, int], capacity: int,
     )  # fmt: skip
 
 
+def mean_context_bytes(workload: Workload, token_bytes: dict[str, int]) -> float:
+    """KV that a decoding request holds, on average over all decode steps."""
+    default = next(iter(token_bytes.values()))
+    sizes = np.array([token_bytes.get(m, default) for m in workload.model], np.int64)
+    held = sizes * (workload.prompt_tokens + workload.output_tokens / 2)
+    return float(np.average(held, weights=workload.output_tokens))
+
+
 def live_bytes(arrivals: np.ndarray, prompts: np.ndarray, outputs: np.ndarray, sizes: np.ndarray,
                samples: np.ndarray) -> np.ndarray:  # fmt: skip
     """int64 [samples]: KV of all requests between arrival and end, if none ever waits.
@@ -72,4 +81,4 @@ def live_bytes(arrivals: np.ndarray, prompts: np.ndarray, outputs: np.ndarray, s
     for at, sign in ((begins, 1), (stops, -1)):
         np.add.at(fixed, at, sign * sizes * (prompts - arrivals))
         np.add.at(growth, at, sign * sizes)
-    return np.cumsum(fixed)[:-1] + np.cumsum(growth)[:-1] * samples
+    return np.asarray(np.cumsum(fixed)[:-1] + np.cumsum(growth)[:-1] * samples)

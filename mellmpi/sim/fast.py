@@ -53,22 +53,13 @@ class FastWorker:
         self._turns = [kv.model for kv in self.models]  # who computed last comes last
         self._parking = False
         self._said = (0, 0)
-        self.forget()
-
-    def forget(self) -> None:
-        """Nothing is left to report."""
-        self.ended: list[FastSequence] = []
+        self.ended: list[FastSequence] = []  # unreported, as all of these
         self.preempted: list[FastSequence] = []
         self.steps, self.step_s, self.prefill, self.decode = 0, 0.0, 0, 0
 
     @property
     def free(self) -> int:
         return self.capacity - self.used
-
-    @property
-    def eventful(self) -> bool:
-        """Has something happened that the scheduler should hear of now?"""
-        return bool(self.ended or self.preempted) or self._said[0] != self.acked
 
     # --- messages -------------------------------------------------------------------------------
 
@@ -298,20 +289,19 @@ class FastWorker:
 
     # --- reports --------------------------------------------------------------------------------
 
-    def tell(self) -> list[FastSequence]:
-        """Those with tokens that the scheduler has not heard of; it hears of them now."""
-        told = [s for s in self.sequences.values()
+    def news(self) -> list[FastSequence]:
+        """Those with tokens that the scheduler has not heard of. Whoever tells it sets `told`."""
+        return [s for s in self.sequences.values()
                 if s.outputs > s.told and s.phase is not Phase.ARRIVING]  # fmt: skip
-        for sequence in told:
-            sequence.told = sequence.outputs
+
+    def told(self) -> None:
+        """The scheduler has heard how many steps there were, and what is free."""
         self.steps, self.step_s, self.prefill, self.decode = 0, 0.0, 0, 0
         self._said = (self.acked, self.free)
-        return told
 
     def report(self) -> StepReport | None:
         """What the scheduler has not heard of; None if there is nothing."""
-        runs = [s for s in (*self.sequences.values(), *self.preempted)
-                if s.outputs > s.told and s.phase is not Phase.ARRIVING]  # fmt: skip
+        runs = self.news() + [s for s in self.preempted if s.outputs > s.told]
         if not (runs or self.ended or self.preempted) and self._said == (self.acked, self.free):
             return None
         news = zeros(sum(s.outputs - s.told for s in runs))
@@ -328,6 +318,6 @@ class FastWorker:
         )  # fmt: skip
         for s in runs:
             s.told = s.outputs
-        self.forget()
-        self._said = (self.acked, self.free)
+        self.ended, self.preempted = [], []
+        self.told()
         return report

@@ -13,7 +13,6 @@ from mellmpi.core.policies import Policy, policy_for
 from mellmpi.protocol import (
     FRONT,
     OBSERVER,
-    SCHEDULER,
     Emit,
     MigrationEnded,
     ModelKv,
@@ -31,6 +30,18 @@ from mellmpi.sim.progress import STOP, CountingScheduler, zeros
 NO_COST = CostModel(0.0, 0.0, 0.0, float("inf"), 0.0, 0.0)
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How a load is replayed."""
+
+    thrift: float
+    tick_s: float  # the policy looks at the whole cluster
+    seed: int
+    clock: Callable[[], float]  # for the time that the policy itself takes
+    may_lack: bool = True  # requests may wait for want of workers
+    park_after_s: float = 1.0  # a worker empty for so long may be parked
+
+
 class Unserved(Exception):
     """Every worker is in use: with more, the policy might have used more."""
 
@@ -42,7 +53,10 @@ class Tally:
     gpus: list[int] = field(default_factory=list)  # at each sample
     used_bytes: list[int] = field(default_factory=list)  # likewise, on the workers
     moves: list[tuple[float, int]] = field(default_factory=list)  # (time, bytes)
-    finished: dict[int, int] = field(default_factory=dict)  # request -> step
+    finished: dict[int, float] = field(default_factory=dict)  # request -> step, or second
+    stall_s: dict[int, float] = field(default_factory=dict)  # request -> see `figures`
+    ttft_s: dict[int, float] = field(default_factory=dict)  # request -> arrival to first token
+    tpot_s: dict[int, float] = field(default_factory=dict)  # request -> a token after the first
     rejected: int = 0
     preemptions: int = 0
     wakes: int = 0
@@ -66,28 +80,76 @@ def timed(policy: Policy, tally: Tally, clock: Callable[[], float]) -> Policy:
     return replace(policy, place=watch(policy.place), rebalance=watch(policy.rebalance))
 
 
-class IdealReplay:
-    """One policy on one load. Times are whole decode steps; `tick_s` is how often it looks."""
+class Replay:
+    """One policy on one load; how time passes on the workers is for a subclass to say."""
 
-    def __init__(self, load: Load, name: str, num_workers: int, *, thrift: float, tick_s: float,
-                 seed: int, clock: Callable[[], float], may_lack: bool = True):  # fmt: skip
-        self.load, self.tally, self.rate = load, Tally(), load.rate
-        self.may_lack = may_lack  # requests may wait for want of workers
-        self.every = max(1, round(tick_s * load.rate))
-        config = ClusterConfig(policy=name, thrift=thrift, seed=seed, park_after_s=0.0,
-                               rebalance_every_s=0.0)  # fmt: skip
-        policy = timed(policy_for(name, "auto"), self.tally, clock)
-        self.scheduler = CountingScheduler(num_workers, config, policy)
-        self.scheduler.fleet.view.cost = NO_COST
-        kvs = tuple(ModelKv(m, 1, size) for m, size in load.token_bytes.items())
-        self.workers = IdealWorkers([kvs] * num_workers, load.capacity, self.rate,
-                                    load.outputs.tolist())  # fmt: skip
-        self.now = 0.0
+    def __init__(self, load: Load, name: str, hosts: list[tuple[ModelKv, ...]], cost: CostModel,
+                 settings: Settings):  # fmt: skip
+        self.load, self.tally, self.settings = load, Tally(), settings
+        config = ClusterConfig(
+            policy=name, thrift=settings.thrift, seed=settings.seed,
+            park_after_s=settings.park_after_s, rebalance_every_s=0.0,
+        )  # fmt: skip
+        policy = timed(policy_for(name, "auto"), self.tally, settings.clock)
+        self.scheduler = CountingScheduler(len(hosts), config, policy)
+        self.scheduler.fleet.view.cost = cost
+        self._kv = {kv.model: kv for kvs in hosts for kv in kvs}
+
+    def run(self, progress: Callable[[int], None]) -> Tally:
+        """All of it, until the last request has ended; `progress` hears how many have arrived."""
+        raise NotImplementedError
+
+    def _request(self, i: int) -> Request:
+        kv, prompt = self._kv[self.load.models[i]], int(self.load.prompts[i])
+        # What a client would allow, not how long the answer is: nobody knows that yet.
+        most = self.load.capacity // kv.block_bytes * kv.block_size - prompt
+        sampling = Sampling(most, 0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, (STOP,), None)
+        return Request(i, kv.model, zeros(prompt), sampling, None)
+
+    def _sleep(self) -> list[tuple[Any, Any]]:
+        """Park all workers but the first; the policy wakes what it wants."""
+        fleet = self.scheduler.fleet
+        for w in range(2, len(fleet.ledger.state)):
+            fleet.park(w)
+        return fleet.take()
+
+    def _check_enough(self) -> None:
+        if not self.settings.may_lack and self.scheduler.fleet.ledger.num_requests[1:].all():
+            raise Unserved
+
+    def _observe(self, event: Any, now: float) -> None:
+        tally = self.tally
+        match event:
+            case MigrationEnded(outcome="moved"):
+                tally.moves.append((now, event.num_bytes))
+            case Preempted():
+                tally.preemptions += 1
+            case WorkerChanged(state="waking"):
+                tally.wakes += 1
+            case Rejected():
+                tally.rejected += 1
+
+    def _sample(self, used_bytes: int) -> None:
+        fleet = self.scheduler.fleet
+        requests, held = fleet.view.requests, fleet.ledger.num_requests > 0
+        homes = requests.home[requests.live & (requests.worker == 0)]
+        held[homes[homes > 0]] = True
+        self.tally.gpus.append(int(held.sum()))
+        self.tally.used_bytes.append(used_bytes)
+
+
+class IdealReplay(Replay):
+    """Times are whole decode steps; prefill, waking and moves take none."""
+
+    def __init__(self, load: Load, name: str, hosts: list[tuple[ModelKv, ...]],
+                 settings: Settings):  # fmt: skip
+        super().__init__(load, name, hosts, NO_COST, replace(settings, park_after_s=0.0))
+        self.rate, self.now = load.rate, 0.0
+        self.every = max(1, round(settings.tick_s * load.rate))
+        self.workers = IdealWorkers(hosts, load.capacity, self.rate, load.outputs.tolist())
         for w, worker in self.workers.workers.items():
             self._tell(w, self.workers.ready(worker))
-        for w in range(2, num_workers + 1):  # the policy wakes what it needs
-            self.scheduler.fleet.park(w)
-        self._route(self.scheduler.fleet.take())
+        self._route(self._sleep())
         self.tally.wakes = 0
 
     def run(self, progress: Callable[[int], None]) -> Tally:
@@ -113,19 +175,16 @@ class IdealReplay:
                 tick += self.every
             if samples and samples[0] == step:
                 samples.popleft()
-                self._sample()
+                self._sample(self.workers.all_used())
         while samples:
             samples.popleft()
-            self._sample()
+            self._sample(self.workers.all_used())
         return self.tally
 
-    def _request(self, i: int) -> Request:
-        load, prompt = self.load, int(self.load.prompts[i])
-        model = load.models[i]
-        # What a client would allow, not how long the answer is: nobody knows that yet.
-        most = load.capacity // load.token_bytes[model] - prompt
-        sampling = Sampling(most, 0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, (STOP,), None)
-        return Request(i, model, zeros(prompt), sampling, None)
+    def _finished(self, i: int) -> None:
+        load, step = self.load, self.workers.step
+        self.tally.finished[i] = step
+        self.tally.stall_s[i] = (step - int(load.arrivals[i] + load.outputs[i])) / load.rate
 
     # --- time -----------------------------------------------------------------------------------
 
@@ -143,9 +202,7 @@ class IdealReplay:
         self._route(commands)
         if commands and self.scheduler.queue:
             self._report(self.workers.busy)  # who waits may fit by what has been done
-        ledger = self.scheduler.fleet.ledger
-        if not self.may_lack and ledger.num_requests[1:].all():
-            raise Unserved
+        self._check_enough()
 
     def _report(self, workers: Any) -> None:
         for w in sorted(workers):
@@ -158,44 +215,28 @@ class IdealReplay:
     def _route(self, commands: list[tuple[Any, Any]]) -> None:
         for destination, command in commands:
             if destination in (FRONT, OBSERVER):
-                self._observe(command)
+                if isinstance(command, Emit) and command.finish_reason is not None:
+                    self._finished(command.request_id)
+                self._observe(command, self.now)
             else:
-                assert destination != SCHEDULER
                 for source, answer in self.workers.handle(int(destination), command):
                     self._tell(source, answer)
 
-    # --- what is counted ------------------------------------------------------------------------
-
-    def _observe(self, event: Any) -> None:
-        tally = self.tally
-        match event:
-            case Emit():
-                if event.finish_reason is not None:
-                    tally.finished[event.request_id] = self.workers.step
-            case MigrationEnded(outcome="moved"):
-                tally.moves.append((self.now, event.num_bytes))
-            case Preempted():
-                tally.preemptions += 1
-            case WorkerChanged(state="waking"):
-                tally.wakes += 1
-            case Rejected():
-                tally.rejected += 1
-
-    def _sample(self) -> None:
-        fleet = self.scheduler.fleet
-        requests, held = fleet.view.requests, fleet.ledger.num_requests > 0
-        homes = requests.home[requests.live & (requests.worker == 0)]
-        held[homes[homes > 0]] = True
-        self.tally.gpus.append(int(held.sum()))
-        self.tally.used_bytes.append(self.workers.all_used())
-
 
 def figures(load: Load, tally: Tally, wall_s: float) -> dict[str, Any]:
-    """The figures of one policy, as the report has them."""
+    """The figures of one policy, as the report has them.
+
+    gpus_*        that hold a request, running or preempted; sampled from the first to the last
+                  arrival every `SAMPLE_S`, as `gpus_over_bound` (mean over mean bound) is
+    utilization   KV bytes in use on all workers over the capacity of those GPUs
+    migrations    that came to their end; bytes are those on the link, none for recompute
+    stall         of each request, the time on no worker (queued, or preempted and until its KV is
+                  computed again) and frozen while it is sent; mean and 99th percentile
+    decisions     calls of the policy, per second of time spent in it
+    """
     gpus, used = np.array(tally.gpus), np.array(tally.used_bytes)
     num, moved = len(load.arrivals), sum(size for _, size in tally.moves)
-    ends = load.arrivals + load.outputs
-    stalls = np.array([(tally.finished[i] - ends[i]) / load.rate for i in tally.finished])
+    stalls = np.array([tally.stall_s[i] for i in tally.finished])
     return {
         "gpus_mean": float(gpus.mean()), "gpus_peak": int(gpus.max()),
         "gpus_over_bound": float(gpus.mean() / load.bound.mean()),
@@ -206,7 +247,19 @@ def figures(load: Load, tally: Tally, wall_s: float) -> dict[str, Any]:
         "preemptions": tally.preemptions, "finished": len(tally.finished),
         "stall_mean_s": float(stalls.mean()), "stall_p99_s": float(np.percentile(stalls, 99)),
         "wakes": tally.wakes, "decisions": tally.decisions,
-        "decisions_per_s": tally.decisions / max(tally.policy_s, 1e-9), "wall_s": wall_s,
+        "decisions_per_s": tally.decisions / max(tally.policy_s, 1e-9),
+        "policy_s": tally.policy_s, "wall_s": wall_s,
+    } | _latencies(tally)  # fmt: skip
+
+
+def _latencies(tally: Tally) -> dict[str, float]:
+    """Where things take time: arrival to first token, and a token after the first."""
+    if not tally.ttft_s:
+        return {}
+    ttft_s, tpot_s = (list(values.values()) for values in (tally.ttft_s, tally.tpot_s))
+    return {
+        "ttft_mean_s": float(np.mean(ttft_s)), "ttft_p99_s": float(np.percentile(ttft_s, 99)),
+        "tpot_mean_s": float(np.mean(tpot_s)), "tpot_p99_s": float(np.percentile(tpot_s, 99)),
     }  # fmt: skip
 
 

@@ -153,8 +153,9 @@ class Strided:
             pace.settle()
             if pace.worker.steps:  # since it was last told
                 self.log.free[w] = pace.worker.free
-            for sequence in pace.worker.tell():
-                self.log.outputs[sequence.epoch] = sequence.outputs
+            for sequence in pace.worker.news():
+                self.log.outputs[sequence.epoch] = sequence.told = sequence.outputs
+            pace.worker.told()
         self.log.look(self.clock.now, released)
 
 

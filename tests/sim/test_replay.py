@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 
 from mellmpi.core.policies import POLICIES
+from mellmpi.protocol import ModelKv
 from mellmpi.sim.bound import live_bytes, make_load
-from mellmpi.sim.replay import IdealReplay, figures
+from mellmpi.sim.replay import IdealReplay, Settings, figures
 from mellmpi.workload import Workload, gamma
 
 
@@ -12,8 +13,11 @@ def small(seed=0, capacity=4000, num=150):
     return make_load(workload, {"m": 2}, capacity * 2, 30.0)
 
 
+SETTINGS = Settings(thrift=0.5, tick_s=0.5, seed=0, clock=lambda: 0.0)
+
+
 def replay(load, policy, gpus=60):
-    return IdealReplay(load, policy, gpus, thrift=0.5, tick_s=0.5, seed=0, clock=lambda: 0.0)
+    return IdealReplay(load, policy, [(ModelKv("m", 1, 2),)] * gpus, SETTINGS)
 
 
 def test_live_bytes_are_those_of_a_count_by_hand():

@@ -1,0 +1,114 @@
+"""What things take on known GPUs: a cost model from data sheets, for a model and a load.
+
+Estimates by roofline, not measurements: prefill is bound by FLOPs, decode by memory bandwidth.
+A cost model that was measured comes from the report of a run (`cost_from`).
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mellmpi.config import BatchConfig
+from mellmpi.core.cost import CostModel
+
+FP16 = 2  # bytes
+PREFILL_SHARE = 0.5  # of peak FLOPs in a large prefill: what tuned kernels reach (gpt-fast, vLLM)
+DECODE_SHARE = 0.8  # of peak bandwidth in a decode step: likewise
+LAUNCH_S = 2e-3  # of a step: scheduling, sampling, and what is not overlapped (vLLM v1, one GPU)
+LINK_LATENCY_S = 1e-3  # of a transfer: command, header, answer, each awaiting a step's end apart
+START_S = 1.0  # of a wake, beside the weights: allocation, graphs
+BLOCK_SIZE = 16  # tokens a KV block, vLLM's default
+LIMITS = BatchConfig(max_num_seqs=256, max_num_batched_tokens=2048)  # vLLM's defaults
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A device and what it hangs on."""
+
+    memory_bytes: float
+    flops: float  # dense, 16 bit with 32 bit sums, per second
+    memory_Bps: float
+    link_Bps: float  # between two hosts, one way
+    load_Bps: float  # weights, from local storage
+
+
+PROFILES = {
+    "A100-40G": Gpu(
+        40e9,
+        312e12,  # NVIDIA A100 data sheet: BF16 tensor core, without sparsity
+        1.555e12,  # likewise, of the 40 GB variants
+        25e9,  # one HDR InfiniBand port, 200 Gb/s, a GPU (DGX A100 has one each)
+        5e9,  # NVMe, PCIe 4.0: 7 GB/s by data sheets, less the copy to the device
+    ),
+    "RTX-4090": Gpu(
+        24e9,
+        165.2e12,  # NVIDIA Ada white paper: BF16 tensor core, 32 bit sums, without sparsity
+        1.008e12,  # likewise
+        12.5e9,  # 100 Gb/s Ethernet: the card has no NVLink; its PCIe 4.0 x16 is faster
+        5e9,  # as above
+    ),
+    "H100": Gpu(
+        80e9,
+        989.4e12,  # NVIDIA H100 data sheet, SXM: BF16 tensor core, without sparsity
+        3.35e12,  # likewise
+        50e9,  # one NDR InfiniBand port, 400 Gb/s, a GPU (DGX H100 has one each)
+        10e9,  # NVMe, PCIe 5.0: 14 GB/s by data sheets, less the copy to the device
+    ),
+}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What of a model decides sizes and times; from its config.json and model card."""
+
+    layers: int
+    kv_heads: int
+    head_size: int
+    parameters: float
+    active: float | None = None  # parameters that one token uses; None: all
+
+    @property
+    def token_bytes(self) -> int:
+        """KV of one position, 16 bit."""
+        return 2 * self.layers * self.kv_heads * self.head_size * FP16  # keys and values
+
+
+MODELS = {
+    "llama-2-7b": ModelShape(32, 32, 128, 6.74e9),
+    "llama-2-13b": ModelShape(40, 40, 128, 13.02e9),
+    "llama-2-70b": ModelShape(80, 8, 128, 68.98e9),
+    "llama-3-8b": ModelShape(32, 8, 128, 8.03e9),
+    "llama-3-70b": ModelShape(80, 8, 128, 70.55e9),
+    "mistral-7b": ModelShape(32, 8, 128, 7.24e9),
+    "mixtral-8x7b": ModelShape(32, 8, 128, 46.7e9, 12.9e9),
+    "qwen2.5-7b": ModelShape(28, 4, 128, 7.62e9),
+    "qwen2.5-14b": ModelShape(48, 8, 128, 14.77e9),
+    "qwen2.5-32b": ModelShape(64, 8, 128, 32.76e9),
+    "opt-13b": ModelShape(40, 40, 128, 12.85e9),
+}
+
+
+def cost_of(gpu: Gpu, model: ModelShape, context_bytes: float) -> CostModel:
+    """Of one GPU that runs this model; a decoding request reads `context_bytes` of KV a step."""
+    weights = model.parameters * FP16
+    token_flops = 2 * (model.active or model.parameters)
+    return CostModel(
+        prefill_token_s=token_flops / (PREFILL_SHARE * gpu.flops),
+        step_s=LAUNCH_S + weights / (DECODE_SHARE * gpu.memory_Bps),
+        decode_token_s=context_bytes / (DECODE_SHARE * gpu.memory_Bps),
+        link_Bps=gpu.link_Bps, link_latency_s=LINK_LATENCY_S,
+        wake_s=START_S + weights / gpu.load_Bps,
+    )  # fmt: skip
+
+
+def cost_from(path: str | Path) -> CostModel:
+    """Fitted to the report of a run (`run-batch --report`). ValueError names the file."""
+    try:
+        report: Any = json.loads(Path(path).read_text(encoding="utf-8"))
+        return CostModel.fitted(report["costs"])
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as a report: {error}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} has no costs of a run; give what run-batch --report "
+                         f"wrote ({error})") from error  # fmt: skip

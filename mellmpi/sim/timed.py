@@ -1,0 +1,209 @@
+"""A load on workers whose steps, transfers and wakes take time: the same scheduler, in seconds."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from mellmpi.config import BatchConfig
+from mellmpi.core.cost import CostModel
+from mellmpi.core.ledger import WorkerState
+from mellmpi.protocol import (
+    FRONT,
+    OBSERVER,
+    Assign,
+    Emit,
+    KvFailed,
+    KvReceived,
+    MigrationStarted,
+    ModelKv,
+    Parked,
+    Preempted,
+    Submit,
+    Unfreeze,
+    Wake,
+)
+from mellmpi.sim.bound import Load
+from mellmpi.sim.counted import Sending
+from mellmpi.sim.fast import FastWorker
+from mellmpi.sim.pace import Clock, Pace, transfer
+from mellmpi.sim.progress import Progress
+from mellmpi.sim.replay import Replay, Settings, Tally
+
+MESSAGE_S = 1e-4  # a command or a report, from loop to loop
+
+
+class TimedReplay(Replay):
+    """Every worker steps at its own pace; messages take `MESSAGE_S` and wait for a step's end."""
+
+    def __init__(self, load: Load, name: str, hosts: list[tuple[ModelKv, ...]], cost: CostModel,
+                 limits: BatchConfig, settings: Settings):  # fmt: skip
+        super().__init__(load, name, hosts, cost, settings)
+        self.clock, self.wake_s = Clock(), cost.wake_s
+        lengths = load.outputs.tolist()
+        self.paces: list[Pace] = []  # worker w is at w - 1
+        for w, models in enumerate(hosts, start=1):
+            worker = FastWorker(w, models, load.capacity, limits, cost, lengths)
+            self.paces.append(Pace(worker, self.clock, self._carry, self._report))
+        self._asleep: set[int] = set()  # workers
+        self._arrival_s = (load.arrivals / load.rate).tolist()
+        self._next = 0  # request to arrive
+        self._waits_s: dict[int, float] = {}  # request on no worker -> since when
+        self._frozen_s: dict[int, float] = {}  # request being sent -> since when
+        self._first_s: dict[int, float] = {}  # request -> its first token
+
+    def run(self, progress: Callable[[int], None]) -> Tally:
+        """All of it, until the last request has ended; `progress` hears how many have arrived."""
+        load, began_s = self.load, self._arrival_s[0]
+        self.clock.now = began_s
+        for pace in self.paces:
+            self._tell(pace.worker.id, pace.worker.wake())
+        self._fall_asleep()
+        self._await_arrival(progress)
+        self.clock.at(began_s + self.settings.tick_s / 2, self._tick)
+        for at_s in (load.samples / load.rate).tolist():
+            self.clock.at(at_s, lambda: self._sample(self._used_bytes()))
+        while self.clock.next():
+            pass
+        return self.tally
+
+    def _fall_asleep(self) -> None:
+        """At the start, at once."""
+        self._route(self._sleep())
+        while self.scheduler.fleet.ledger.workers(WorkerState.PARKING) and self.clock.next():
+            pass
+        self.tally.wakes = 0
+
+    def _open(self) -> bool:
+        return self._next < len(self._arrival_s) or bool(self.scheduler.records)
+
+    def _await_arrival(self, progress: Callable[[int], None]) -> None:
+        if self._next < len(self._arrival_s):
+            self.clock.at(self._arrival_s[self._next], lambda: self._arrive(progress))
+
+    def _arrive(self, progress: Callable[[int], None]) -> None:
+        i, self._next = self._next, self._next + 1
+        self._progress()
+        self._waits_s[i] = self.clock.now
+        self._tell(FRONT, Submit(self._request(i)))
+        progress(self._next)
+        self._await_arrival(progress)
+
+    def _tick(self) -> None:
+        self._progress()
+        self._route(self.scheduler.tick(self.clock.now))
+        self._check_enough()
+        if self._open():
+            self.clock.at(self.clock.now + self.settings.tick_s, self._tick)
+
+    # --- messages -------------------------------------------------------------------------------
+
+    def _tell(self, source: Any, event: Any) -> None:
+        self._route(self.scheduler.handle(source, event, self.clock.now))
+
+    def _route(self, commands: list[tuple[Any, Any]]) -> None:
+        for destination, command in commands:
+            self._watch(command)
+            if destination in (FRONT, OBSERVER):
+                self._observe(command, self.clock.now)
+            else:
+                pace = self.paces[destination - 1]
+                self._later(partial(self._deliver, pace, command))
+
+    def _later(self, action: Callable[[], None]) -> None:
+        self.clock.at(self.clock.now + MESSAGE_S, action)
+
+    def _deliver(self, pace: Pace, command: Any) -> None:
+        pace.write(lambda: pace.worker.handle(command))
+        if isinstance(command, Wake):
+            self.clock.at(self.clock.now + self.wake_s, lambda: self._awake(pace))
+
+    def _awake(self, pace: Pace) -> None:
+        self._asleep.discard(pace.worker.id)
+        self._post(pace, pace.worker.wake())
+
+    def _carry(self, pace: Pace, answer: Any) -> None:
+        if isinstance(answer, Sending):
+            self._frozen_s[answer.request_id] = self.clock.now
+            transfer(self.clock, answer, pace, self.paces[answer.dst - 1])
+        else:
+            if isinstance(answer, Parked):
+                self._asleep.add(pace.worker.id)
+            if isinstance(answer, KvReceived | KvFailed):
+                self._go_on(self._frozen_s, answer.request_id)
+            self._post(pace, answer)
+
+    def _post(self, pace: Pace, message: Any) -> None:
+        self._later(lambda: self._tell(pace.worker.id, message))
+
+    def _report(self, pace: Pace) -> None:
+        if pace.worker.id not in self._asleep and (report := pace.worker.report()) is not None:
+            self._post(pace, report)
+
+    def _progress(self) -> None:
+        """What all workers would have reported a moment ago."""
+        busy = [pace for pace in self.paces if pace.worker.id not in self._asleep]
+        decoded = np.zeros(len(self.paces) + 1)
+        slots, outputs, records = [], [], self.scheduler.records
+        for pace in busy:
+            pace.settle()
+            decoded[pace.worker.id] = pace.worker.decode
+            for s in pace.worker.news():
+                record = records.get(s.request_id)
+                if record is None or record.epoch != s.epoch or self._awaited(s.request_id):
+                    continue
+                slots.append(record.slot)
+                outputs.append(s.outputs)
+                s.told = s.outputs
+            pace.worker.told()
+        workers = [pace.worker for pace in busy]
+        found = Progress(
+            np.array([w.id for w in workers], np.int64), np.array([w.free for w in workers]),
+            [w.acked for w in workers], decoded, np.array(slots, np.int64),
+            np.array(outputs, np.int64),
+        )  # fmt: skip
+        self._route(self.scheduler.advance(found, self.clock.now))
+
+    def _awaited(self, i: int) -> bool:
+        """Its next token is to be seen in a report: the first one, or the first again."""
+        return i not in self._first_s or i in self._waits_s
+
+    # --- what is counted ------------------------------------------------------------------------
+
+    def _used_bytes(self) -> int:
+        for pace in self.paces:
+            pace.settle()
+        return sum(pace.worker.used for pace in self.paces)
+
+    def _watch(self, command: Any) -> None:
+        """How long requests wait: on no worker, computed again, or frozen while they are sent."""
+        now = self.clock.now
+        match command:
+            case Emit(request_id=i, first=first):
+                self._go_on(self._waits_s, i)
+                if not first:
+                    self._first_s[i] = now
+                    self.tally.ttft_s[i] = now - self._arrival_s[i]
+                if command.finish_reason is not None:
+                    self._finished(i, first + len(command.tokens))
+            case Assign() if not command.outputs:
+                self._go_on(self._waits_s, command.request.id)
+            case Preempted(request_id=i):
+                self._waits_s.setdefault(i, now)
+            case MigrationStarted(request_id=i, mode="recompute"):
+                self._waits_s.setdefault(i, now)
+            case Unfreeze(request_id=i):
+                self._go_on(self._frozen_s, i)
+
+    def _go_on(self, since_s: dict[int, float], i: int) -> None:
+        if (began_s := since_s.pop(i, None)) is not None:
+            stalls = self.tally.stall_s
+            stalls[i] = stalls.get(i, 0.0) + self.clock.now - began_s
+
+    def _finished(self, i: int, num_tokens: int) -> None:
+        self._go_on(self._frozen_s, i)
+        self.tally.finished[i] = self.clock.now
+        self.tally.stall_s.setdefault(i, 0.0)
+        first_s = self._first_s.pop(i, self.clock.now)
+        self.tally.tpot_s[i] = (self.clock.now - first_s) / max(1, num_tokens - 1)
