@@ -69,6 +69,7 @@ class Fleet:
         record.worker, record.epoch = worker, epoch
         record.num_placed, record.transfer_failed = len(record.log.tokens), False
         requests = self.view.requests
+        self._count(record.slot, worker)
         requests.worker[record.slot], requests.placed_s[record.slot] = worker, self.view.now
         requests.movable[record.slot] = True
 
@@ -78,7 +79,14 @@ class Fleet:
             self.ledger.remove(record.worker, self.view.now)
         record.worker = record.epoch = None
         requests = self.view.requests
+        self._count(record.slot, 0)
         requests.worker[record.slot], requests.movable[record.slot] = 0, False
+
+    def _count(self, row: int, worker: int) -> None:
+        """The census, if there is one, hears that the request changes to this worker."""
+        if (census := self.view.census) is not None:
+            requests = self.view.requests
+            census.enter(row, requests.need(row), int(requests.worker[row]), worker, self.ledger)
 
     def keep_for(self, record: Record, worker: int) -> None:
         """It waits to resume on this worker, which takes no others meanwhile; 0: on any."""

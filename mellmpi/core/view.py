@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mellmpi.core.blocks import blocks_for
+from mellmpi.core.census import Census
 from mellmpi.core.cost import CostModel
 from mellmpi.core.ledger import Ledger, WorkerState
 from mellmpi.core.lengths import AnswerLengths
@@ -19,6 +20,7 @@ class Move:
     dst: int
     reason: str
     mode: str | None = None  # "transfer" or "recompute"; None: whichever is cheaper
+    bundle: int | None = None  # those of one round with one number go as one; None: alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +128,7 @@ class View:
     thrift: float = 0.5  # 0: move as few bytes as possible; 1: use as few workers as possible
     lengths: AnswerLengths = field(default_factory=AnswerLengths)  # of those that ended lately
     cost: CostModel = field(default_factory=CostModel)  # of transfers, recomputing and waking
+    census: Census | None = None  # who is on each worker by size; made by a policy that needs it
 
     def active(self) -> np.ndarray:
         """bool [workers + 1]: may take requests."""

@@ -21,6 +21,8 @@ def policy_for(name: str, migrate: str) -> Policy:
         raise ValueError(f"--policy must be one of {', '.join(POLICIES)}, not {name}")
     policy = POLICIES[name]
     warm_up()  # or the first request would wait for it
+    if name == "mell":
+        mell.warm_up()
     if migrate == "never":
         return without_moves(policy)
     return Policy(policy.place, stress.rebalance) if migrate == "stress" else policy
