@@ -1,6 +1,7 @@
 """The command `simulate`: one trace, several policies, figures as JSON, a table and plots."""
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -142,9 +143,20 @@ def read_scene(options: SimulateOptions) -> Scene:
         kvs = {name: ModelKv(name, 1, size) for name, size in sizes.items()}
         return Scene(make_load(workload, sizes, capacity, options.decode_rate), kvs, None)
     cost = options.cost(mean_context_bytes(workload, sizes))
-    kvs = {name: ModelKv(name, BLOCK_SIZE, BLOCK_SIZE * size) for name, size in sizes.items()}
+    kvs = _in_blocks(sizes)
     alone = 1 / cost.forward_s(0, 1)  # tokens/s of a request with a GPU for itself
-    return Scene(make_load(workload, sizes, capacity, alone, BLOCK_SIZE), kvs, cost)
+    block_sizes = {name: kv.block_size for name, kv in kvs.items()}
+    return Scene(make_load(workload, sizes, capacity, alone, block_sizes), kvs, cost)
+
+
+def _in_blocks(sizes: dict[str, int]) -> dict[str, ModelKv]:
+    """Blocks of equal bytes for all models, of at least `BLOCK_SIZE` tokens. ValueError if odd."""
+    one = math.lcm(*sizes.values())
+    block_bytes = one * -(-BLOCK_SIZE * max(sizes.values()) // one)
+    if block_bytes > 64 * BLOCK_SIZE * max(sizes.values()):
+        raise ValueError("models of one cluster share blocks: one size of --kv-bytes-per-token "
+                         "must be a multiple of the others, or nearly so")  # fmt: skip
+    return {name: ModelKv(name, block_bytes // size, block_bytes) for name, size in sizes.items()}
 
 
 def simulate(options: SimulateOptions) -> int:

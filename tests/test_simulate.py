@@ -66,6 +66,21 @@ def test_models_are_hosted_where_it_is_said(trace, tmp_path):
         assert apart[name]["gpus_mean"] > together[name]["gpus_mean"]
 
 
+def test_several_models_share_blocks_where_things_take_time(trace, tmp_path, capsys):
+    out = tmp_path / "o.json"
+    known = ["--no-ideal", "--model", "a=llama-2-7b,b=llama-3-8b", "--gpu-kv-gib", "1"]
+    more = ["--hosts", "a,b,a+b", "--policies", "frugal,mell", "--json", str(out)]
+    assert simulate(trace, *known, *more) == 0
+    found = json.loads(out.read_text())["policies"]
+    assert all(figures["finished"] == 60 for figures in found.values())
+    sizes = ["--kv-bytes-per-token", "a=10007,b=9973", "--gpu-kv-gib", "1", "--no-ideal"]
+    report = tmp_path / "r.json"
+    nothing = {"samples": 0, "xx": [], "xy": []}
+    report.write_text(json.dumps({"costs": {n: nothing for n in ("steps", "transfers", "wakes")}}))
+    assert simulate(trace, *sizes, "--cost-from", str(report)) == 2
+    assert "multiple" in capsys.readouterr().err
+
+
 def test_the_frontier_goes_from_few_bytes_to_few_gpus(trace, tmp_path):
     out, plot = tmp_path / "o.json", tmp_path / "o.png"
     more = ["--kv-bytes-per-token", "1", "--policies", "worst_fit", "--frontier"]

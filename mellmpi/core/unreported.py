@@ -21,6 +21,11 @@ class Unreported:
     def token(self, sequence: Sequence) -> None:
         self._runs[sequence.epoch] = sequence
 
+    def decoded(self, sequence: Sequence, num_tokens: int) -> None:
+        """In as many steps of one position each."""
+        self._runs[sequence.epoch] = sequence
+        self._decode_tokens += num_tokens
+
     def preempted(self, sequence: Sequence) -> None:
         self._preempted.append((sequence.request.id, sequence.epoch))
 

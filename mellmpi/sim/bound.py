@@ -34,8 +34,11 @@ class Load:
 
 
 def make_load(workload: Workload, token_bytes: dict[str, int], capacity: int, rate: float,
-              block_size: int = 1) -> Load:  # fmt: skip
-    """What is to be simulated. `token_bytes` is by model; of only one, it is that of all."""
+              block_sizes: dict[str, int] | None = None) -> Load:  # fmt: skip
+    """What is to be simulated. `token_bytes` is by model; of only one, it is that of all.
+
+    block_sizes  tokens a block, by model; None: KV is not held in blocks
+    """
     if len(token_bytes) > 1 and (unknown := sorted(set(workload.model) - token_bytes.keys())):
         raise ValueError(f"the trace has requests of the model {unknown[0]!r}; give its size, too: "
                          f"--kv-bytes-per-token {unknown[0] or 'NAME'}=N,…")  # fmt: skip
@@ -44,7 +47,8 @@ def make_load(workload: Workload, token_bytes: dict[str, int], capacity: int, ra
     sizes = np.array([token_bytes[m] for m in models], np.int64)
     tokens = workload.prompt_tokens + workload.output_tokens
     final = tokens * sizes
-    fits = -(-tokens // block_size) <= capacity // (sizes * block_size)
+    blocks = np.array([(block_sizes or {}).get(m, 1) for m in models], np.int64)
+    fits = -(-tokens // blocks) <= capacity // (sizes * blocks)
     if not fits.any():
         raise ValueError(f"no request of the trace fits in {capacity} bytes of KV cache; "
                          "give --gpu-kv-gib more")  # fmt: skip

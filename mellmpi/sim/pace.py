@@ -1,4 +1,4 @@
-"""When the steps of one simulated worker begin and end."""
+"""When the steps of simulated workers begin and end, and their blocks arrive."""
 
 import heapq
 from collections.abc import Callable
@@ -6,7 +6,15 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
-from mellmpi.sim.counted import Sending
+from mellmpi.protocol import (
+    DATA_PLANE,
+    Address,
+    BlocksArrived,
+    BlocksSent,
+    DrainBlocks,
+    ReceiveBlocks,
+    SendBlocks,
+)
 from mellmpi.sim.fast import FastWorker
 
 EDGE = 1e-9  # seconds: a step that ends now has ended
@@ -38,77 +46,88 @@ class Pace:
 
     worker: FastWorker
     clock: Clock
-    carry: Callable[["Pace", Any], None]  # an answer of the worker, or a `Sending`
-    turned: Callable[["Pace"], None]  # all messages read: time to report
-    _begun_s: float = 0.0  # the step under way, or the first that has not been taken in
-    _inbox: list[Callable[[], list[Any]]] = field(default_factory=list)
+    carry: Callable[["Pace", Address, Any], None]  # what the worker sends, and to whom
+    report: Callable[["Pace"], None]  # all messages are read, or a step is over
+    _begun_s: float = 0.0  # of the first step that has not been taken in
     _version: int = 0  # of the end on the clock
 
-    def write(self, read: Callable[[], list[Any]]) -> None:
-        """A message has come; `read` hands it to the worker when no step is under way."""
-        self._inbox.append(read)
-        if self.worker.stretch is None:
+    def write(self, source: Address, message: Any) -> None:
+        """A message has come; the worker reads it when no step is under way."""
+        self.worker.inbox.append((source, message))
+        if self.worker.plan is None:
             return self._turn()
         self.settle()
-        self.worker.cut()
+        self.worker.steps_left = 1
         self._await_end()
 
     def settle(self) -> None:
-        """Take in the steps that are over, but the last of its stretch: that is an event."""
-        stretch, passed_s = self.worker.stretch, self.clock.now - self._begun_s + EDGE
-        if stretch is None or passed_s < stretch.step_s:
+        """Take in the steps that are over, but the last like them: that is an event."""
+        worker, passed_s = self.worker, self.clock.now - self._begun_s + EDGE
+        if worker.plan is None or worker.steps_left == 1 or passed_s < worker.one_step_s:
             return
-        steps = min(int(passed_s / stretch.step_s), stretch.steps - 1)
-        if steps:
-            self._begun_s += steps * stretch.step_s
-            self.worker.advance(steps)
+        steps = min(int(passed_s / worker.one_step_s), worker.steps_left - 1)
+        self._begun_s += steps * worker.one_step_s
+        worker.skip(steps)
 
     def _await_end(self) -> None:
-        stretch = self.worker.stretch
-        assert stretch is not None
         self._version += 1
-        version, end_s = self._version, self._begun_s + stretch.steps * stretch.step_s
+        version, worker = self._version, self.worker
+        end_s = self._begun_s + worker.steps_left * worker.one_step_s
         self.clock.at(end_s, lambda: self._end(version))
 
     def _end(self, version: int) -> None:
-        if version == self._version and self.worker.stretch is not None:
-            self.worker.advance(self.worker.stretch.steps)
+        if version == self._version and self.worker.plan is not None:
+            self._carry(self.worker.finish())
             self._turn()
 
+    def _carry(self, commands: list[tuple[Address, Any]]) -> None:
+        for destination, command in commands:
+            self.carry(self, destination, command)
+
     def _turn(self) -> None:
-        inbox, self._inbox = self._inbox, []
-        for read in inbox:
-            for answer in read():
-                self.carry(self, answer)
-        self.turned(self)
-        if self.worker.plan() is not None:
+        worker = self.worker
+        while worker.inbox:
+            self._carry(worker.handle(*worker.inbox.pop(0)))
+        self.report(self)
+        if worker.begin():
             self._begun_s = self.clock.now
             self._await_end()
-        elif self.worker.preempted:  # by a step that nobody was left for
-            self.turned(self)
+        else:
+            self.report(self)  # who was preempted though nobody was left to step
 
 
-def transfer(clock: Clock, sending: Sending, source: Pace, destination: Pace) -> None:
-    """The KV is on its way: the header first, then all else in the time that it takes."""
-    src, dst = source.worker, destination.worker
-    took_s = max(src.cost.transfer_s(sending.num_bytes), src.cost.recompute_s(sending.start))
+class Transfers:
+    """Blocks between workers: what is sent and what is awaited meet, and take their time."""
 
-    def sent() -> None:
-        if sending.num_bytes:
-            source.write(lambda: src.sent(sending.epoch))
+    def __init__(self, clock: Clock, took_s: Callable[[int], float],
+                 write: Callable[[int, Address, Any], None]):  # fmt: skip
+        self._clock, self._took_s, self._write = clock, took_s, write  # blocks -> seconds
+        self._sends: dict[tuple[int, int, int], SendBlocks] = {}  # (source, destination, tag)
+        self._receives: dict[tuple[int, int, int], ReceiveBlocks | DrainBlocks] = {}
 
-    def over() -> None:
-        sent()
-        destination.write(lambda: dst.arrived(sending, took_s))
+    def handle(self, worker: int, order: Any) -> None:
+        """One order of a worker's batch scheduler."""
+        match order:
+            case SendBlocks(dst=dst, tag=tag):
+                key = (worker, dst, tag)
+                self._sends[key] = order
+            case ReceiveBlocks(src=src, tag=tag) | DrainBlocks(src=src, tag=tag):
+                key = (src, worker, tag)
+                self._receives[key] = order
+            case _:
+                raise TypeError(order)
+        if key in self._sends and key in self._receives:
+            self._begin(key[0], key[1], self._sends.pop(key), self._receives.pop(key))
 
-    def header() -> list[Any]:
-        wanted = sending.dst_epoch in dst.sequences  # or released before it came
-        if wanted and dst.expects(sending):
-            if not sending.num_bytes:  # stopped before its first step: nothing to wait for
-                return dst.arrived(sending, 0.0)
-            clock.at(clock.now + took_s, over)
-            return []
-        clock.at(clock.now + took_s, sent)  # taken off the wire, and thrown away
-        return [dst.failed(sending)] if wanted else []
+    def _begin(self, src: int, dst: int, send: SendBlocks,
+               receive: ReceiveBlocks | DrainBlocks) -> None:  # fmt: skip
+        took_s = self._took_s(len(send.block_ids))
 
-    destination.write(header)
+        def over() -> None:
+            self._write(src, DATA_PLANE, BlocksSent(send.request_id, send.epoch, send.tag))
+            if isinstance(receive, ReceiveBlocks):
+                self._write(dst, DATA_PLANE, BlocksArrived(
+                    receive.request_id, receive.epoch, True, took_s, receive.tag, "",
+                ))  # fmt: skip
+
+        self._clock.at(self._clock.now + took_s, over)

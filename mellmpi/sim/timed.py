@@ -6,30 +6,35 @@ from typing import Any
 
 import numpy as np
 
-from mellmpi.config import BatchConfig
+from mellmpi.config import BatchConfig, CacheConfig
 from mellmpi.core.cost import CostModel
 from mellmpi.core.ledger import WorkerState
 from mellmpi.protocol import (
+    DATA_PLANE,
     FRONT,
     OBSERVER,
+    SCHEDULER,
+    Address,
     Assign,
     Emit,
     KvFailed,
+    KvPayload,
     KvReceived,
     MigrationStarted,
     ModelKv,
     Parked,
     Preempted,
+    StepReport,
     Submit,
     Unfreeze,
     Wake,
 )
 from mellmpi.sim.bound import Load
-from mellmpi.sim.counted import Sending
-from mellmpi.sim.fast import FastWorker
-from mellmpi.sim.pace import Clock, Pace, transfer
-from mellmpi.sim.progress import Progress
+from mellmpi.sim.fast import CountingExecutor, FastWorker
+from mellmpi.sim.pace import Clock, Pace, Transfers
+from mellmpi.sim.progress import STOP, Progress
 from mellmpi.sim.replay import Replay, Settings, Tally
+from mellmpi.sim.worker import WorkerSpec
 
 MESSAGE_S = 1e-4  # a command or a report, from loop to loop
 
@@ -40,12 +45,18 @@ class TimedReplay(Replay):
     def __init__(self, load: Load, name: str, hosts: list[tuple[ModelKv, ...]], cost: CostModel,
                  limits: BatchConfig, settings: Settings):  # fmt: skip
         super().__init__(load, name, hosts, cost, settings)
-        self.clock, self.wake_s = Clock(), cost.wake_s
-        lengths = load.outputs.tolist()
+        self.clock, lengths = Clock(), load.outputs.tolist()
         self.paces: list[Pace] = []  # worker w is at w - 1
         for w, models in enumerate(hosts, start=1):
-            worker = FastWorker(w, models, load.capacity, limits, cost, lengths)
+            num_blocks = load.capacity // models[0].block_bytes
+            spec = WorkerSpec(models, num_blocks, limits, CacheConfig(), cost.wake_s,
+                              lambda *_: CountingExecutor(lengths))  # fmt: skip
+            worker = FastWorker(w, spec, cost, lengths)
             self.paces.append(Pace(worker, self.clock, self._carry, self._report))
+        block_bytes = hosts[0][0].block_bytes  # of all models: any can use what one frees
+        self.transfers = Transfers(
+            self.clock, lambda n: cost.transfer_s(n * block_bytes), self._write
+        )
         self._asleep: set[int] = set()  # workers
         self._arrival_s = (load.arrivals / load.rate).tolist()
         self._next = 0  # request to arrive
@@ -115,24 +126,33 @@ class TimedReplay(Replay):
         self.clock.at(self.clock.now + MESSAGE_S, action)
 
     def _deliver(self, pace: Pace, command: Any) -> None:
-        pace.write(lambda: pace.worker.handle(command))
+        pace.write(SCHEDULER, command)
         if isinstance(command, Wake):
-            self.clock.at(self.clock.now + self.wake_s, lambda: self._awake(pace))
+            wake_s = pace.worker.spec.wake_s
+            self.clock.at(self.clock.now + wake_s, lambda: self._awake(pace))
+
+    def _write(self, w: int, source: Address, message: Any) -> None:
+        self.paces[w - 1].write(source, message)
 
     def _awake(self, pace: Pace) -> None:
         self._asleep.discard(pace.worker.id)
         self._post(pace, pace.worker.wake())
 
-    def _carry(self, pace: Pace, answer: Any) -> None:
-        if isinstance(answer, Sending):
-            self._frozen_s[answer.request_id] = self.clock.now
-            transfer(self.clock, answer, pace, self.paces[answer.dst - 1])
-        else:
-            if isinstance(answer, Parked):
+    def _carry(self, pace: Pace, destination: Address, command: Any) -> None:
+        """What a worker sends."""
+        match command:
+            case KvPayload(request_id=i, last=True):
+                self._frozen_s[i] = self.clock.now
+            case KvReceived(request_id=i) | KvFailed(request_id=i):
+                self._go_on(self._frozen_s, i)
+            case Parked():
                 self._asleep.add(pace.worker.id)
-            if isinstance(answer, KvReceived | KvFailed):
-                self._go_on(self._frozen_s, answer.request_id)
-            self._post(pace, answer)
+        if destination == SCHEDULER:
+            self._post(pace, command)
+        elif destination == DATA_PLANE:
+            self.transfers.handle(pace.worker.id, command)
+        else:
+            self._later(partial(self._write, int(destination), pace.worker.id, command))
 
     def _post(self, pace: Pace, message: Any) -> None:
         self._later(lambda: self._tell(pace.worker.id, message))
@@ -142,39 +162,49 @@ class TimedReplay(Replay):
             self._post(pace, report)
 
     def _progress(self) -> None:
-        """What all workers would have reported a moment ago."""
-        busy = [pace for pace in self.paces if pace.worker.id not in self._asleep]
+        """What all workers have reported a moment ago."""
+        reports: list[tuple[int, StepReport]] = []
+        for pace in self.paces:
+            pace.settle()
+            w = pace.worker.id
+            if w in self._asleep or (report := pace.worker.report()) is None:
+                continue
+            if self._matters(report):
+                self._tell(w, report)
+            else:
+                reports.append((w, report))
+        self._route(self.scheduler.advance(self._gathered(reports), self.clock.now))
+
+    def _matters(self, report: StepReport) -> bool:
+        """Is somebody preempted, at the end, or at the first token, or at the first again?"""
+        firsts = (i not in self._first_s or i in self._waits_s for i in report.request_ids)
+        return bool(report.preempted) or STOP in report.tokens or any(firsts)
+
+    def _gathered(self, reports: list[tuple[int, StepReport]]) -> Progress:
         decoded = np.zeros(len(self.paces) + 1)
         slots, outputs, records = [], [], self.scheduler.records
-        for pace in busy:
-            pace.settle()
-            decoded[pace.worker.id] = pace.worker.decode
-            for s in pace.worker.news():
-                record = records.get(s.request_id)
-                if record is None or record.epoch != s.epoch or self._awaited(s.request_id):
-                    continue
-                slots.append(record.slot)
-                outputs.append(s.outputs)
-                s.told = s.outputs
-            pace.worker.told()
-        workers = [pace.worker for pace in busy]
-        found = Progress(
-            np.array([w.id for w in workers], np.int64), np.array([w.free for w in workers]),
-            [w.acked for w in workers], decoded, np.array(slots, np.int64),
+        for w, report in reports:
+            decoded[w] = report.decode_tokens
+            runs = zip(report.request_ids, report.epochs, report.firsts, report.counts, strict=True)
+            for request_id, epoch, first, count in runs:
+                record = records.get(request_id)
+                if record is not None and record.epoch == epoch:
+                    slots.append(record.slot)
+                    outputs.append(first + count)
+        return Progress(
+            np.array([w for w, _ in reports], np.int64),
+            np.array([report.free_bytes for _, report in reports], np.int64),
+            [report.acked for _, report in reports], decoded, np.array(slots, np.int64),
             np.array(outputs, np.int64),
         )  # fmt: skip
-        self._route(self.scheduler.advance(found, self.clock.now))
-
-    def _awaited(self, i: int) -> bool:
-        """Its next token is to be seen in a report: the first one, or the first again."""
-        return i not in self._first_s or i in self._waits_s
 
     # --- what is counted ------------------------------------------------------------------------
 
     def _used_bytes(self) -> int:
         for pace in self.paces:
             pace.settle()
-        return sum(pace.worker.used for pace in self.paces)
+        batches = [pace.worker.batch for pace in self.paces]
+        return sum((b.pool.num_blocks - b.pool.num_free) * b.block_bytes for b in batches)
 
     def _watch(self, command: Any) -> None:
         """How long requests wait: on no worker, computed again, or frozen while they are sent."""

@@ -3,6 +3,7 @@
 import random
 from collections import defaultdict
 
+import numpy as np
 import pytest
 
 from mellmpi.config import BatchConfig, CacheConfig
@@ -22,11 +23,9 @@ from mellmpi.protocol import (
     StepReport,
     Unfreeze,
 )
-from mellmpi.sim.counted import Sending
 from mellmpi.sim.data_plane import DataPlane
-from mellmpi.sim.executor import SilentExecutor
-from mellmpi.sim.fast import FastWorker
-from mellmpi.sim.pace import Clock, Pace, transfer
+from mellmpi.sim.fast import CountingExecutor, FastWorker
+from mellmpi.sim.pace import Clock, Pace, Transfers
 from mellmpi.sim.worker import SimWorker, WorkerSpec
 
 BLOCK_S = 7.0710678e-4  # never a number of steps
@@ -34,6 +33,14 @@ COST = CostModel(
     prefill_token_s=1e-4, step_s=1e-3, decode_token_s=1e-4, link_latency_s=0.0,
     link_Bps=64 / BLOCK_S,
 )  # fmt: skip
+
+
+class Counting(CountingExecutor):
+    """With an arena, for the data plane to look at."""
+
+    def __init__(self, lengths, num_blocks):
+        super().__init__(lengths)
+        self.arena = np.zeros((num_blocks, 1), np.uint64)
 
 
 class Log:
@@ -102,12 +109,12 @@ class Stepped:
             self.later(step_s, lambda: self.stepped(worker, step_s))
 
     def report(self, worker):
-        self.log.free[worker.id] = worker.batch.free_bytes
         if (report := worker.report()) is not None:
             self.log.tell(self.clock.now, worker.id, report)
 
     def stepped(self, worker, step_s):
-        worker.finish_step(step_s)
+        for destination, command in worker.finish_step(step_s):
+            self.carry(worker, destination, command)
         self.turn(worker)
 
     def carry(self, worker, destination, command):
@@ -119,6 +126,10 @@ class Stepped:
             self.write(destination, command, worker.id)
 
     def look(self, released):
+        for w, worker in self.workers.items():
+            self.log.free[w] = worker.batch.free_bytes
+            for epoch, sequence in worker.batch.sequences.items():
+                self.log.outputs[epoch] = len(sequence.outputs)
         self.log.look(self.clock.now, released)
 
 
@@ -127,49 +138,50 @@ class Strided:
 
     def __init__(self, spec, lengths):
         self.clock, self.log = Clock(), Log()
-        capacity = spec.num_blocks * spec.models[0].block_bytes
         self.paces = {}
         for w in (1, 2):
-            worker = FastWorker(w, spec.models, capacity, spec.batch, COST, lengths)
-            self.paces[w] = Pace(worker, self.clock, self.carry, self.turned)
+            worker = FastWorker(w, spec, COST, lengths)
+            self.paces[w] = Pace(worker, self.clock, self.carry, self.report)
+        self.transfers = Transfers(self.clock, lambda n: n * BLOCK_S, self.hand)
+
+    def hand(self, w, source, message):
+        self.paces[w].write(source, message)
 
     def write(self, w, message):
-        pace = self.paces[w]
-        pace.write(lambda: pace.worker.handle(message))
+        self.hand(w, SCHEDULER, message)
 
-    def carry(self, pace, answer):
-        if isinstance(answer, Sending):
-            transfer(self.clock, answer, pace, self.paces[answer.dst])
+    def carry(self, pace, destination, command):
+        if destination == DATA_PLANE:
+            self.transfers.handle(pace.worker.id, command)
+        elif destination == SCHEDULER:
+            self.log.tell(self.clock.now, pace.worker.id, command)
         else:
-            self.log.tell(self.clock.now, pace.worker.id, answer)
+            self.hand(destination, pace.worker.id, command)
 
-    def turned(self, pace):
-        self.log.free[pace.worker.id] = pace.worker.free
+    def report(self, pace):
         if (report := pace.worker.report()) is not None:
             self.log.tell(self.clock.now, pace.worker.id, report)
 
     def look(self, released):
         for w, pace in self.paces.items():
             pace.settle()
-            if pace.worker.steps:  # since it was last told
-                self.log.free[w] = pace.worker.free
-            for sequence in pace.worker.news():
-                self.log.outputs[sequence.epoch] = sequence.told = sequence.outputs
-            pace.worker.told()
+            self.log.free[w] = pace.worker.batch.free_bytes
+            for epoch, sequence in pace.worker.batch.sequences.items():
+                self.log.outputs[epoch] = len(sequence.outputs)
         self.log.look(self.clock.now, released)
 
 
 def history(seed, moves):
     """(spec, lengths by request, [(time, worker, message)], looks, epochs that are released)."""
     rng = random.Random(seed)
+    lengths, script, released, epoch = [], [], set(), 0
     size = rng.choice([1, 4, 16])
     names = rng.choice([("a",), ("a",), ("a", "b")])
     models = tuple(ModelKv(name, size << i, 64) for i, name in enumerate(names))
     limits = BatchConfig(max_num_seqs=rng.choice([2, 4, 64]),
                          max_num_batched_tokens=rng.choice([64, 512]))  # fmt: skip
     num_blocks, cache = rng.choice([60, 200]) // size + 3, CacheConfig(block_size=size)
-    spec = WorkerSpec(models, num_blocks, limits, cache, 0.0, SilentExecutor)
-    lengths, script, released, epoch = [], [], set(), 0
+    spec = WorkerSpec(models, num_blocks, limits, cache, 0.0, lambda n, kvs: Counting(lengths, n))
     for i in range(rng.randint(3, 12)):
         lengths.append(rng.randint(1, 60))
         prompt = (0,) * rng.randint(1, 40)
@@ -182,7 +194,7 @@ def history(seed, moves):
             released.add(epoch)
         elif moves and rng.random() < 0.7:
             epoch, then_s = epoch + 1, at_s + rng.uniform(0, 0.05)
-            offer = ReceiveKv(request, epoch, w, 0, len(prompt) + rng.randint(0, 5), 0)
+            offer = ReceiveKv(request, epoch, w, 0, len(prompt) + rng.randint(0, 5), 0, ())
             script.append((then_s, 3 - w, offer))
             sent_s = then_s + rng.uniform(1e-4, 0.01)
             script.append((sent_s, w, SendKv(i, epoch - 1, 3 - w, epoch, 0)))

@@ -23,7 +23,7 @@ NO_TIME = CostModel(0.0, 1 / 30, 0.0, float("inf"), 0.0, 0.0)
 
 def small(block_size=4, seed=0, num=120):
     workload = gamma(num, rate=3.0, cv=2.0, prompt=200, output=150, seed=seed)
-    return make_load(workload, {"m": 2}, 8000, 30.0, block_size)
+    return make_load(workload, {"m": 2}, 8000, 30.0, {"m": block_size})
 
 
 def replay(load, policy, cost=COST, gpus=40, block_size=4):
@@ -42,7 +42,7 @@ def test_every_request_ends_and_what_takes_time_is_seen(policy):
     least_s = [alone_s[i] - COST.forward_s(1, 0) for i in found.finished]
     assert (np.array(took_s) >= np.array(least_s)).all()
     assert all(found.ttft_s[i] > load.prompts[i] * COST.prefill_token_s for i in found.finished)
-    assert all(worker.worker.used == 0 for worker in run.paces)
+    assert all(pace.worker.batch.free_bytes == 8000 for pace in run.paces)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
