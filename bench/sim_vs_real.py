@@ -127,7 +127,7 @@ def requests_of(workload: Workload, report: dict[str, Any]) -> Iterator[tuple[fl
     room = kv["capacity_bytes"] // kv["block_bytes"] * kv["block_size"]
     longest = min(room, config.model.max_model_len or room)
     model = ServedModel(name=config.model.name, max_model_len=longest, vocab_size=2, eos_ids=())
-    job = ReplayJob(workload, model, seed=0)
+    job = ReplayJob(workload, (model,), seed=0)
     return zip(job.arrivals(), job.requests(), strict=False)
 
 

@@ -23,7 +23,6 @@ from mellmpi.config import (
 from mellmpi.options import Options
 
 SECTIONS = {
-    "model": ModelConfig,
     "cache": CacheConfig,
     "batch": BatchConfig,
     "cluster": ClusterConfig,
@@ -49,6 +48,7 @@ class Flag:
     metavar: str | None = None
     choices: Sequence[str] | None = None
     is_switch: bool = False
+    is_list: bool = False  # may be given several times; in the environment with ; between
 
     @property
     def key(self) -> str:
@@ -97,8 +97,11 @@ def switch(text: str) -> bool:
 
 SERVING = (
     Flag("model", str, "smollm2 (default), a Hugging Face directory, a .gguf file, a hub name, or "
-         "random:CONFIG", "M"),
-    Flag("served-model-name", str, "the name that requests use (default: as --model)", "NAME"),
+         "random:CONFIG; several times for several models", "M", is_list=True),
+    Flag("served-model-name", str, "the name that requests use (default: as --model); once a "
+         "--model", "NAME", is_list=True),
+    Flag("worker-models", str, "names, with commas between, of the models that worker 1 hosts; "
+         "again for worker 2 …, then over again (default: all host all)", "NAMES", is_list=True),
     Flag("dtype", str, "of weights and KV (default: bfloat16)", choices=DTYPES),
     Flag("max-model-len", int, "prompt + output tokens (default: what model and KV allow)", "N"),
     Flag("chat-template", str, "Jinja file in place of the model's own", "FILE"),
@@ -176,6 +179,10 @@ def _add(parser: argparse.ArgumentParser, flags: Sequence[Flag]) -> None:
         common: dict[str, Any] = {"help": flag.help, "default": argparse.SUPPRESS}
         if flag.is_switch:
             parser.add_argument(*names, action=argparse.BooleanOptionalAction, **common)
+        elif flag.is_list:
+            parser.add_argument(
+                *names, action="append", type=flag.read, metavar=flag.metavar, **common
+            )
         else:
             parser.add_argument(
                 *names, type=flag.read, metavar=flag.metavar, choices=flag.choices, **common
@@ -264,10 +271,13 @@ def _from_file(name: str | None) -> dict[str, Any]:
     if not isinstance(entries, dict) or (unknown := sorted(entries.keys() - flags.keys())):
         wrong = ", ".join(map(str, unknown)) if isinstance(entries, dict) else "no mapping"
         raise UsageError(f"--config {name}: {wrong}: keys are the names of flags, without dashes")
-    return {flags[k].key: _read(flags[k], str(v), f"{name}: {k}") for k, v in entries.items()}
+    text = {k: ";".join(map(str, v)) if isinstance(v, list) else str(v) for k, v in entries.items()}
+    return {flags[k].key: _read(flags[k], v, f"{name}: {k}") for k, v in text.items()}
 
 
 def _read(flag: Flag, text: str, source: str) -> Any:
+    if flag.is_list:
+        return [flag.read(part.strip()) for part in text.split(";")]
     try:
         value = flag.read(text)
     except ValueError as error:
@@ -283,9 +293,21 @@ def _options(command: str, values: dict[str, Any]) -> Options:
         mine = {f.name: values[f.name] for f in fields(section) if f.name in values}
         sections[name] = section(**mine)
     top = {k: values[k] for k in ("threads", "device", "oversubscribe_gpus") if k in values}
-    config = Config(**sections, **top)
+    hosted = [tuple(names.split(",")) for names in values.get("worker_models", [])]
+    config = Config(models=_models(values), worker_models=tuple(hosted), **sections, **top)
     mine = {f.name: values[f.name] for f in fields(Options) if f.name in values}
     return Options(command=command, config=config, **mine)
+
+
+def _models(values: dict[str, Any]) -> tuple[ModelConfig, ...]:
+    common = {f.name: values[f.name] for f in fields(ModelConfig) if f.name in values}
+    models = common.pop("model", [ModelConfig().model])
+    names = common.pop("served_model_name", [None] * len(models))
+    if len(names) != len(models):
+        raise ValueError(f"{len(models)} --model and {len(names)} --served-model-name: give each "
+                         "model one, or none of them")  # fmt: skip
+    pairs = zip(models, names, strict=True)
+    return tuple(ModelConfig(model=m, served_model_name=name, **common) for m, name in pairs)
 
 
 def world_problem(environment: Mapping[str, str], size: int) -> str:

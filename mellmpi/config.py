@@ -100,7 +100,8 @@ class TransportConfig:
 class Config:
     """The whole, as rank 0 built it and every rank received it."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
+    models: tuple[ModelConfig, ...] = (ModelConfig(),)  # requests that name none are for the first
+    worker_models: tuple[tuple[str, ...], ...] = ()  # what workers host; (): all of them all
     cache: CacheConfig = field(default_factory=CacheConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
@@ -109,6 +110,26 @@ class Config:
     device: str = "auto"  # auto: CUDA where there is one; or cpu, cuda
     oversubscribe_gpus: bool = False  # workers may share a GPU
 
+    def __post_init__(self) -> None:
+        names = [model.name for model in self.models]
+        double = next((name for name in names if names.count(name) > 1), None)
+        _check(double is None, f"two models are called {double}: give each a --served-model-name")
+        _check(len(names) == 1 or self.model.chat_template is None,
+               "--chat-template goes with one --model")  # fmt: skip
+        for name in (name for hosted in self.worker_models for name in hosted):
+            _check(name in names, f"--worker-models {name}: there are {', '.join(names)}")
+
+    @property
+    def model(self) -> ModelConfig:
+        """The first one."""
+        return self.models[0]
+
+    def hosted(self, worker: int) -> tuple[str, ...]:
+        """Names of the models that worker 1, 2, 3 … hosts."""
+        if not self.worker_models:
+            return tuple(model.name for model in self.models)
+        return self.worker_models[(worker - 1) % len(self.worker_models)]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for the broadcast."""
         return asdict(self)
@@ -116,8 +137,9 @@ class Config:
     @staticmethod
     def from_dict(data: dict[str, Any]) -> "Config":
         """The configuration that `to_dict` wrote."""
-        sections = {
-            "model": ModelConfig, "cache": CacheConfig, "batch": BatchConfig,
-            "cluster": ClusterConfig, "transport": TransportConfig,
-        }  # fmt: skip
-        return Config(**{k: sections[k](**v) if k in sections else v for k, v in data.items()})
+        sections = {"cache": CacheConfig, "batch": BatchConfig, "cluster": ClusterConfig,
+                    "transport": TransportConfig}  # fmt: skip
+        given = {k: sections[k](**v) if k in sections else v for k, v in data.items()}
+        given["models"] = tuple(ModelConfig(**model) for model in data["models"])
+        given["worker_models"] = tuple(tuple(hosted) for hosted in data["worker_models"])
+        return Config(**given)

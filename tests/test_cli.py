@@ -18,6 +18,26 @@ def test_the_command_line_beats_the_environment_which_beats_the_file(tmp_path):
     assert found.cluster.policy == "frugal"
 
 
+def test_several_models_are_given_one_by_one(tmp_path):
+    typed = options("--model", "a", "--model", "b", "--served-model-name", "x",
+                    "--served-model-name", "y", "--dtype", "float32", "--worker-models", "x",
+                    "--worker-models", "x,y").config  # fmt: skip
+    assert [(m.model, m.name, m.dtype) for m in typed.models] == [
+        ("a", "x", "float32"), ("b", "y", "float32")]  # fmt: skip
+    assert typed.worker_models == (("x",), ("x", "y"))
+    environment = {"MELLMPI_MODEL": "a; b", "MELLMPI_SERVED_MODEL_NAME": "x;y",
+                   "MELLMPI_WORKER_MODELS": "x;x,y", "MELLMPI_DTYPE": "float32"}  # fmt: skip
+    assert options(environment=environment).config == typed
+    file = tmp_path / "c.yaml"
+    file.write_text("model: [a, b]\nserved-model-name: [x, y]\nworker-models: [x, 'x,y']\n"
+                    "dtype: float32")  # fmt: skip
+    assert options("--config", str(file)).config == typed
+
+
+def test_one_model_is_the_default():
+    assert [m.model for m in options().config.models] == ["smollm2"]
+
+
 def test_flags_stand_before_or_after_the_command():
     before = options("--dtype", "float32", "run-batch", "-i", "a", "-o", "b")
     after = options("run-batch", "-i", "a", "-o", "b", "--dtype", "float32")
@@ -45,6 +65,9 @@ def test_without_a_command_it_is_the_demo_or_what_is_piped():
         (["--replay", "t.csv", "--request-rate", "3"], "--rate-scale"),
         (["--replay", "t.csv", "--length-scale", "-1"], "--length-scale must be over 0"),
         (["--rate-scale", "2"], "goes with --replay"),
+        (["--model", "a", "--model", "b", "--served-model-name", "c"], "give each model one"),
+        (["--model", "a", "--model", "a"], "--served-model-name"),
+        (["--model", "a", "--worker-models", "b"], "--worker-models b"),
     ],
 )
 def test_a_mistake_is_named_with_what_to_type_instead(arguments, hint):

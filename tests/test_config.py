@@ -17,7 +17,8 @@ def test_the_defaults_are_valid_and_survive_the_broadcast():
 
 def test_what_was_set_survives_the_broadcast():
     config = Config(
-        model=ModelConfig(model="x", dtype="float32"), batch=BatchConfig(max_num_seqs=3),
+        models=(ModelConfig(model="x", dtype="float32"), ModelConfig(model="y")),
+        worker_models=(("x",), ("x", "y")), batch=BatchConfig(max_num_seqs=3),
         cache=CacheConfig(block_size=8), cluster=ClusterConfig(policy="best_fit"), threads=2,
     )  # fmt: skip
     back = Config.from_dict(config.to_dict())
@@ -64,3 +65,32 @@ def test_the_edges_are_allowed(section, values):
 def test_a_model_is_served_under_its_own_name_or_another():
     assert ModelConfig(model="m").name == "m"
     assert ModelConfig(model="m", served_model_name="n").name == "n"
+
+
+A, B = ModelConfig(model="a"), ModelConfig(model="b")
+
+
+def test_every_worker_hosts_every_model_unless_told_otherwise():
+    assert Config(models=(A, B)).hosted(3) == ("a", "b")
+
+
+def test_sets_of_models_are_given_to_the_workers_in_turn_and_over_again():
+    config = Config(models=(A, B), worker_models=(("a",), ("a", "b")))
+    assert [config.hosted(w) for w in (1, 2, 3)] == [("a",), ("a", "b"), ("a",)]
+
+
+@pytest.mark.parametrize(
+    ("values", "hint"),
+    [
+        ({"models": (A, A)}, "--served-model-name"),
+        ({"models": (A, ModelConfig(model="b", served_model_name="a"))}, "--served-model-name"),
+        (
+            {"models": (A, B), "worker_models": (("a",), ("c",))},
+            "--worker-models c: there are",
+        ),
+        ({"models": (ModelConfig(model="a", chat_template="t"), B)}, "--chat-template"),
+    ],
+)
+def test_models_that_cannot_be_told_apart_or_are_unknown_are_refused(values, hint):
+    with pytest.raises(ValueError, match=hint):
+        Config(**values)

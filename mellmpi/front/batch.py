@@ -14,10 +14,9 @@ from typing import Any
 from mellmpi.front.answers import answer_body
 from mellmpi.front.fields import BadRequest
 from mellmpi.front.lines import Line, LineReader, descriptor_reader
-from mellmpi.front.openai import CHAT, COMPLETIONS, Call, ServedModel, parse
+from mellmpi.front.openai import CHAT, COMPLETIONS, Call, Served, parse
 from mellmpi.front.outputs import Output
 from mellmpi.front.resume import finished_ids
-from mellmpi.front.tokenizer import Tokenizer
 from mellmpi.protocol import Emit, Rejected, Request
 
 Json = dict[str, Any]
@@ -70,8 +69,7 @@ class BatchJob:
 
     lines: LineReader
     write: Callable[[bytes], Any]
-    tokenizer: Tokenizer
-    model: ServedModel
+    served: Served
     finished: frozenset[str] = frozenset()  # custom_ids to skip
     answered: Callable[[Answered], None] = lambda _: None
     now: Callable[[], float] = time.time  # unix seconds, for `created`
@@ -152,11 +150,12 @@ class BatchJob:
 
     def _start(self, number: int, custom_id: str, entry: Json) -> list[Request]:
         url, body = _envelope(entry)
-        call = parse(url, body, self.tokenizer, self.model, custom_id)
+        call = parse(url, body, self.served, custom_id)
         if call.stream:
             raise BadRequest("a batch cannot stream; leave stream out", "stream")
         requests = call.requests(self._ids)
-        outputs = [Output(self.tokenizer, r.sampling, call.stops) for r in requests]
+        tokenizer = self.served.tokenizers[call.model]
+        outputs = [Output(tokenizer, r.sampling, call.stops) for r in requests]
         ids = tuple(r.id for r in requests)
         pending = _Pending(number, custom_id, prompt_text(body), call, ids, outputs)
         self._open |= {request_id: (pending, choice) for choice, request_id in enumerate(ids)}
@@ -165,7 +164,8 @@ class BatchJob:
     def _complete(self, pending: _Pending) -> None:
         answer_id = _digest(pending.custom_id)
         created = int(self.now())
-        body = answer_body(pending.call, pending.outputs, self.tokenizer, answer_id, created)
+        tokenizer = self.served.tokenizers[pending.call.model]
+        body = answer_body(pending.call, pending.outputs, tokenizer, answer_id, created)
         self._write(pending.custom_id, answer_id, 200, body, None)
         self.counts.completed += 1
         text = pending.outputs[0].text
@@ -202,7 +202,7 @@ def batch_line(
 
 
 def open_batch(
-    input_path: Path, output_path: Path, tokenizer: Tokenizer, model: ServedModel,
+    input_path: Path, output_path: Path, served: Served,
     answered: Callable[[Answered], None] = lambda _: None,
 ) -> BatchJob:  # fmt: skip
     """A job from file to file that goes on where an earlier run of it ended.
@@ -215,18 +215,18 @@ def open_batch(
     finished = finished_ids(output_path)
     output_path.parent.mkdir(parents=True, exist_ok=True)
     sink = os.open(output_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    job = pipe_batch(descriptor_reader(source), sink, tokenizer, model, answered)
+    job = pipe_batch(descriptor_reader(source), sink, served, answered)
     job.finished = finished
     return job
 
 
 def pipe_batch(
-    read: Callable[[], bytes | None], sink: int, tokenizer: Tokenizer, model: ServedModel,
+    read: Callable[[], bytes | None], sink: int, served: Served,
     answered: Callable[[Answered], None] = lambda _: None,
 ) -> BatchJob:  # fmt: skip
     """A job from whatever can be read, as `LineReader` wants it, to an open descriptor."""
 
-    return BatchJob(LineReader(read), writer(sink), tokenizer, model, answered=answered)
+    return BatchJob(LineReader(read), writer(sink), served, answered=answered)
 
 
 def writer(sink: int) -> Callable[[bytes], None]:

@@ -24,6 +24,30 @@ class ServedModel:
     eos_ids: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Served:
+    """Models and their tokenizers by name; the first is for requests that name none."""
+
+    models: dict[str, ServedModel]
+    tokenizers: dict[str, Tokenizer]
+
+    @staticmethod
+    def of(*pairs: tuple[ServedModel, Tokenizer]) -> "Served":
+        """These, in this order."""
+        return Served({m.name: m for m, _ in pairs}, {m.name: t for m, t in pairs})
+
+    def named(self, name: str | None) -> ServedModel:
+        """The one that a request is for. BadRequest says which there are."""
+        name = name or next(iter(self.models))
+        if name not in self.models:
+            raise BadRequest(
+                f"the model {name!r} does not exist here; this server has "
+                + ", ".join(map(repr, self.models)),
+                param="model", code="model_not_found", status=404,
+            )  # fmt: skip
+        return self.models[name]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Call:
     """One body, checked: choice i is sample i % n of prompt i // n."""
@@ -49,9 +73,7 @@ class Call:
         ]
 
 
-def parse(
-    url: str, body: dict[str, Any], tokenizer: Tokenizer, model: ServedModel, identity: str
-) -> Call:
+def parse(url: str, body: dict[str, Any], served: Served, identity: str) -> Call:
     """Check a body and tokenize its prompts; BadRequest says what is wrong with it.
 
     `identity` names the request within its run. Where the body gives no seed, one is made of it,
@@ -59,7 +81,8 @@ def parse(
     """
     fields = Fields(body, chat=url == CHAT)
     fields.check_names()
-    _check_model(fields, model)
+    model = served.named(fields.get("model", str))
+    tokenizer = served.tokenizers[model.name]
     prompts = _messages(fields, tokenizer) if fields.chat else _prompts(fields, tokenizer, model)
     n = fields.integer("n", 1, low=1, high=MAX_CHOICES)
     base = _sampling(fields, model, identity)
@@ -80,15 +103,6 @@ def parse(
         include_usage=bool(options.get("include_usage")),
         return_token_ids=fields.boolean("return_token_ids"),
     )
-
-
-def _check_model(fields: Fields, model: ServedModel) -> None:
-    name = fields.get("model", str) or model.name
-    if name != model.name:
-        raise BadRequest(
-            f"the model {name!r} does not exist here; this server has {model.name!r}",
-            param="model", code="model_not_found", status=404,
-        )  # fmt: skip
 
 
 # --- prompts -------------------------------------------------------------------------------------

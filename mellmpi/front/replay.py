@@ -25,12 +25,15 @@ class _Open:
 class ReplayJob:
     """What `BatchJob` is for a file, for a trace; needs no tokenizer.
 
+    One model answers all, whatever the trace calls it; of several, the one that the trace names,
+    or the first where it names none. ValueError where it names another.
+
     A prompt depends only on the seed and the request's row in the trace; its answer has as many
     tokens as the trace says. What no worker can hold fails, and is counted.
     """
 
     workload: Workload
-    model: ServedModel
+    models: tuple[ServedModel, ...]
     seed: int
     write: Callable[[bytes], Any] | None = None  # None: answers are only counted
     answered: Callable[[Answered], None] = lambda _: None
@@ -41,7 +44,18 @@ class ReplayJob:
 
     def __post_init__(self) -> None:
         total = self.workload.prompt_tokens + self.workload.output_tokens
-        self._rows = np.flatnonzero(total <= self.model.max_model_len)
+        limits = np.array([self._model(row).max_model_len for row in range(len(total))], np.int64)
+        self._rows = np.flatnonzero(total <= limits)
+
+    def _model(self, row: int) -> ServedModel:
+        """Who answers this row of the trace."""
+        name = self.workload.model[row]
+        if len(self.models) == 1 or not name:
+            return self.models[0]
+        if (found := next((m for m in self.models if m.name == name), None)) is None:
+            raise ValueError(f"--replay: the trace asks for {name}; give some --model the "
+                             f"--served-model-name {name}")  # fmt: skip
+        return found
 
     @property
     def exhausted(self) -> bool:
@@ -94,13 +108,14 @@ class ReplayJob:
     def _request(self, row: int) -> Request:
         rng = np.random.default_rng((self.seed, row))
         length = int(self.workload.prompt_tokens[row])
-        prompt = tuple(rng.integers(0, self.model.vocab_size, length).tolist())
+        model = self._model(row)
+        prompt = tuple(rng.integers(0, model.vocab_size, length).tolist())
         sampling = Sampling(
             max_tokens=int(self.workload.output_tokens[row]), temperature=0.0, top_k=0, top_p=1.0,
             min_p=0.0, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0,
             seed=row, stop_token_ids=(), num_logprobs=None,
         )  # fmt: skip
-        return Request(row + 1, self.model.name, prompt, sampling, None)
+        return Request(row + 1, model.name, prompt, sampling, None)
 
     def _complete(self, row: _Open) -> None:
         self.counts.completed += 1
@@ -109,14 +124,15 @@ class ReplayJob:
             choice = {"index": 0, "text": "", "token_ids": row.tokens, "finish_reason": "length"}
             usage = {"prompt_tokens": prompt, "completion_tokens": len(row.tokens),
                      "total_tokens": prompt + len(row.tokens)}  # fmt: skip
-            body = {"id": f"cmpl-{name}", "object": "text_completion", "model": self.model.name,
+            body = {"id": f"cmpl-{name}", "object": "text_completion", "model": row.request.model,
                     "choices": [choice], "usage": usage}  # fmt: skip
             self.write(batch_line(name, name, 200, body, None))
 
     def _fail_too_long(self) -> None:
         self._told = True
         failed = np.setdiff1d(np.arange(len(self.workload)), self._rows).tolist()
-        why = f"longer than {self.model.max_model_len} tokens, prompt and output together"
+        longest = max(model.max_model_len for model in self.models)
+        why = f"longer than {longest} tokens, prompt and output together"
         for row in failed:
             self._fail(row + 1, TOO_LONG, why)
         if failed:

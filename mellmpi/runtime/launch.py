@@ -41,6 +41,8 @@ def launch(read_options: ReadOptions, world_problem: Callable[[int], str], speak
             if problem := world_problem(size):
                 raise UsageError(problem)
             options = read_options(StandardInput().is_piped)
+            if problem := _hosting_problem(options.config, max(1, size - 1)):
+                raise UsageError(problem)
             prepared = _prepare(options)
         except UsageError as error:
             if speaks:
@@ -89,19 +91,21 @@ def _prepare(options: Options) -> dict[str, Any]:
     from mellmpi.runtime.run_batch import check_files
 
     check_files(options)
-    model = options.config.model.model
     cache_dir = Path(options.cache_dir or Path.home() / ".cache" / "mellmpi").expanduser()
     said: list[str] = []
+    directories: list[str] = []
     try:
-        directory = resolve(model, cache_dir, lambda text: (said.append(text), _say(text))[1])
+        for model in options.config.models:
+            tell = lambda text: (said.append(text), _say(text))[1]  # noqa: E731
+            directories.append(str(resolve(model.model, cache_dir, tell).absolute()))
     except ValueError as error:
-        raise UsageError(f"--model {model}: {error}") from error
+        raise UsageError(f"--model {model.model}: {error}") from error
     finally:
         if said:
             sys.stderr.write("\n")
     return {
         "config": options.config.to_dict(),
-        "directory": str(directory.absolute()),
+        "directories": directories,
         "cache_dir": str(cache_dir.absolute()),
     }
 
@@ -120,7 +124,8 @@ def _rank0(job: Any, options: Options, prepared: dict[str, Any]) -> int:
     config = options.config
     try:
         transport = job.connect(config.transport.idle_poll_s)
-        code = Rank0(options, config, Path(prepared["directory"]), transport, lambda: False).run()
+        directories = tuple(map(Path, prepared["directories"]))
+        code = Rank0(options, config, directories, transport, lambda: False).run()
     except (UsageError, ValueError) as error:
         sys.stderr.write(f"mellmpi: {error}\n")
         return job.abort(USAGE)
@@ -162,8 +167,8 @@ def _alone(options: Options, prepared: dict[str, Any]) -> int:
     worker = make_worker(network.transports[1], options.config, prepared, seat)
     try:
         worker.start()
-        rank0 = Rank0(options, options.config, Path(prepared["directory"]), network.transports[0],
-                      worker.turn)  # fmt: skip
+        directories = tuple(map(Path, prepared["directories"]))
+        rank0 = Rank0(options, options.config, directories, network.transports[0], worker.turn)
         return rank0.run()
     except (UsageError, ValueError) as error:
         sys.stderr.write(f"mellmpi: {error}\n")
@@ -173,16 +178,18 @@ def _alone(options: Options, prepared: dict[str, Any]) -> int:
 def make_worker(transport: Transport, config: Config, prepared: dict[str, Any],
                 seat: Seat) -> Worker:  # fmt: skip
     """A worker whose engine is built when it starts, and again whenever it wakes."""
-    from mellmpi.engine.executor import build_executor  # imports torch
+    from mellmpi.engine.sharing import build_engine  # imports torch
 
-    directory = Path(prepared["directory"])
-    if not directory.is_dir():  # another host, another disk
-        directory = resolve(config.model.model, Path(prepared["cache_dir"]), _say)
+    directories = [Path(name) for name in prepared["directories"]]
+    for i, model in enumerate(config.models):
+        if not directories[i].is_dir():  # another host, another disk
+            directories[i] = resolve(model.model, Path(prepared["cache_dir"]), _say)
     use_gpu = seat.num_gpus and config.device != "cpu"
     share = config.cache.gpu_memory_utilization / seat.sharers
     build = partial(
-        build_executor, directory, config.model,
+        build_engine, directories, config.models,
         replace(config.cache, gpu_memory_utilization=share),
+        hosted=config.hosted(transport.worker),
         device=seat.device if use_gpu else config.device,
         num_threads=config.threads or max(1, len(os.sched_getaffinity(0)) // seat.neighbours),
     )  # fmt: skip
@@ -190,6 +197,16 @@ def make_worker(transport: Transport, config: Config, prepared: dict[str, Any],
 
 
 # --- hosts and GPUs ------------------------------------------------------------------------------
+
+
+def _hosting_problem(config: Config, num_workers: int) -> str:
+    """A model that no worker hosts, in words for the user."""
+    hosted = {name for w in range(1, num_workers + 1) for name in config.hosted(w)}
+    missing = [model.name for model in config.models if model.name not in hosted]
+    if not missing:
+        return ""
+    return (f"none of the {num_workers} worker(s) hosts {missing[0]}: start more ranks, or name it "
+            "in another --worker-models")  # fmt: skip
 
 
 def _seat(job: Any, num_gpus: int | None = None) -> Seat:

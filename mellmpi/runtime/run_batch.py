@@ -9,18 +9,18 @@ from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 
-from mellmpi.config import Config, UsageError
+from mellmpi.config import Config, ModelConfig, UsageError
 from mellmpi.core.cluster import ClusterScheduler
+from mellmpi.core.fleet import Fleet
 from mellmpi.core.policies import policy_for
 from mellmpi.engine.architecture import Architecture
 from mellmpi.front.batch import Answered, BatchJob, open_batch, pipe_batch, writer
 from mellmpi.front.lines import descriptor_reader
-from mellmpi.front.openai import ServedModel
+from mellmpi.front.openai import Served, ServedModel
 from mellmpi.front.replay import ReplayJob
 from mellmpi.front.tokenizer import Tokenizer
 from mellmpi.metrics import Metrics
 from mellmpi.options import Options
-from mellmpi.protocol import ModelKv
 from mellmpi.runtime.batch_front import BatchFront, poisson
 from mellmpi.runtime.scheduler import SchedulerLoop
 from mellmpi.runtime.standard_input import StandardInput
@@ -83,7 +83,7 @@ class Rank0:
 
     options: Options
     config: Config
-    directory: Path  # of the model
+    directories: tuple[Path, ...]  # of the models
     transport: Transport
     beside: Callable[[], bool]  # one turn of a worker in this process; False: nothing to do
 
@@ -97,7 +97,8 @@ class Rank0:
         loop = SchedulerLoop(self.transport, scheduler, metrics, time.perf_counter)
         is_demo = self.options.command == "demo"
         terminal = Terminal(quiet=self._sink_is_stdout(), show=3 if is_demo else self.options.show)
-        with terminal.working(f"starting {num_workers} worker(s), {self.config.model.name}"):
+        names = ", ".join(model.name for model in self.config.models)
+        with terminal.working(f"starting {num_workers} worker(s), {names}"):
             self._drive(loop, None, lambda: not loop.starting())
         if not scheduler.fleet.models:
             raise RuntimeError("no worker could start")
@@ -126,36 +127,46 @@ class Rank0:
 
     # --- the job --------------------------------------------------------------------------------
 
-    def _served(self, scheduler: ClusterScheduler) -> ServedModel:
-        """What clients may ask for: the model's limits, and what fits into one worker's arena."""
-        arch = Architecture.from_directory(self.directory)
-        name = self.config.model.name
-        kv: ModelKv = scheduler.fleet.models[name]
-        largest = int(scheduler.fleet.ledger.capacity.max())
+    def _served(self, scheduler: ClusterScheduler) -> tuple[ServedModel, ...]:
+        """What clients may ask for: the models' limits, and what fits into a worker's arena."""
+        return tuple(
+            self._served_model(scheduler.fleet, model, directory)
+            for model, directory in zip(self.config.models, self.directories, strict=True)
+        )
+
+    def _served_model(self, fleet: Fleet, model: ModelConfig, directory: Path) -> ServedModel:
+        arch, ledger = Architecture.from_directory(directory), fleet.ledger
+        if (kv := fleet.models.get(model.name)) is None:
+            raise RuntimeError(f"no worker could start {model.name}")
+        largest = int(ledger.capacity[ledger.able(model.name)].max())
         room = largest // kv.block_bytes * kv.block_size
-        limit = self.config.model.max_model_len or arch.max_position
+        limit = model.max_model_len or arch.max_position
         return ServedModel(
-            name=name, max_model_len=min(limit, room), vocab_size=arch.vocab_size,
+            name=model.name, max_model_len=min(limit, room), vocab_size=arch.vocab_size,
             eos_ids=arch.eos_ids,
         )  # fmt: skip
 
-    def _open(self, served: ServedModel,
+    def _open(self, models: tuple[ServedModel, ...],
               answered: Callable[[Answered], None]) -> BatchJob | ReplayJob:  # fmt: skip
         if self.options.replay:
             write = writer(self._sink()) if self.options.output_file else None
-            return ReplayJob(trace(self.options), served, self.config.model.seed, write, answered)
+            return ReplayJob(trace(self.options), models, self.config.model.seed, write, answered)
         template = self.config.model.chat_template
-        tokenizer = Tokenizer.load(self.directory, Path(template) if template else None)
+        tokenizers = [
+            Tokenizer.load(directory, Path(template) if template else None)
+            for directory in self.directories
+        ]
+        served = Served.of(*zip(models, tokenizers, strict=True))
         output = self.options.output_file
         if self._source() is not None and output not in (None, "-"):
-            return open_batch(self._source(), Path(output), tokenizer, served, answered)
+            return open_batch(self._source(), Path(output), served, answered)
         source = self._source()
         read = (
             StandardInput().read
             if source is None
             else descriptor_reader(os.open(source, os.O_RDONLY))
         )
-        return pipe_batch(read, self._sink(), tokenizer, served, answered)
+        return pipe_batch(read, self._sink(), served, answered)
 
     def _source(self) -> Path | None:
         """The file that requests come from; None: standard input."""

@@ -106,7 +106,7 @@ class LocalTransport:
 
     def send_blocks(self, dst: int, tag: int, block_ids: Sequence[int]) -> Transfer:
         assert self._arena is not None, "no arena attached"
-        assert self._arena.device == "cpu", "workers on devices are processes of their own"
+        assert str(self._arena.device) == "cpu", "workers on devices are processes of their own"
         transfer = Transfer()
         with self._network.lock:
             if dst in self._network.lost or not block_ids:

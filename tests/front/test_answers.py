@@ -6,7 +6,7 @@ import json
 import pytest
 
 from mellmpi.front.answers import answer_body
-from mellmpi.front.openai import CHAT, COMPLETIONS, parse
+from mellmpi.front.openai import CHAT, COMPLETIONS, Served, parse
 from mellmpi.front.outputs import Output
 from mellmpi.protocol import Emit
 
@@ -16,7 +16,7 @@ def answer(tokenizer, model):
     """(url, body, [(text, logprob rows)]) -> the body of the answer."""
 
     def build(url, body, texts, reason="length"):
-        call = parse(url, body, tokenizer, model, "me")
+        call = parse(url, body, Served.of((model, tokenizer)), "me")
         outputs = []
         for request, (text, rows) in zip(call.requests(itertools.count()), texts, strict=True):
             output = Output(tokenizer, request.sampling, call.stops)

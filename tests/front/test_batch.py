@@ -3,11 +3,13 @@
 import json
 import os
 import random
+from dataclasses import replace
 
 import pytest
 
 from mellmpi.front.batch import BatchJob, open_batch, pipe_batch
 from mellmpi.front.lines import LineReader, descriptor_reader
+from mellmpi.front.openai import Served
 from mellmpi.protocol import Emit, Rejected
 
 
@@ -27,8 +29,8 @@ class Run:
         self.written, self.shown = b"", []
         reader = LineReader(lambda: pieces.pop(0))
         self.job = BatchJob(
-            reader, self.write, tokenizer, model, answered=self.shown.append, now=lambda: 7.5,
-            **options,
+            reader, self.write, Served.of((model, tokenizer)), answered=self.shown.append,
+            now=lambda: 7.5, **options,
         )  # fmt: skip
         self.tokenizer = tokenizer
 
@@ -231,7 +233,7 @@ def go(tmp_path, tokenizer, model):
 
     def run(entries, limit=None):
         source.write_bytes(text_of(entries))
-        job = open_batch(source, sink, tokenizer, model)
+        job = open_batch(source, sink, Served.of((model, tokenizer)))
         answers = Run(tokenizer, model, [])
         answers.job = job
         for count, request in enumerate(job.requests()):
@@ -279,20 +281,20 @@ def test_the_input_cannot_be_the_output(tmp_path, tokenizer, model):
     file = tmp_path / "in.jsonl"
     file.write_bytes(text_of([entry()]))
     with pytest.raises(ValueError, match="is the input"):
-        open_batch(file, file, tokenizer, model)
+        open_batch(file, file, Served.of((model, tokenizer)))
     assert file.read_bytes() == text_of([entry()])
 
 
 def test_a_missing_input_makes_no_output(tmp_path, tokenizer, model):
     with pytest.raises(FileNotFoundError, match="none"):
-        open_batch(tmp_path / "none", tmp_path / "out", tokenizer, model)
+        open_batch(tmp_path / "none", tmp_path / "out", Served.of((model, tokenizer)))
     assert not (tmp_path / "out").exists()
 
 
 def test_pipes_are_answered_while_their_writer_is_still_there(tokenizer, model):
     source, writer = os.pipe()
     reader, sink = os.pipe()
-    job = pipe_batch(descriptor_reader(source), sink, tokenizer, model)
+    job = pipe_batch(descriptor_reader(source), sink, Served.of((model, tokenizer)))
     assert list(job.requests()) == [] and not job.exhausted
     os.write(writer, text_of([entry("a", prompt="abc")]))
     (request,) = job.requests()
@@ -303,3 +305,22 @@ def test_pipes_are_answered_while_their_writer_is_still_there(tokenizer, model):
     assert list(job.requests()) == [] and job.done
     for descriptor in (source, reader, sink):
         os.close(descriptor)
+
+
+def test_a_line_is_for_the_model_that_it_names_or_else_for_the_first(tokenizer, model):
+    other = replace(model, name="other", max_model_len=7)
+    served = Served.of((model, tokenizer), (other, tokenizer))
+    pieces, written = [text_of([
+        entry("a", model="other"), entry("b"), entry("c", model="tiny"), entry("d", model="third"),
+        entry("e", model="other", prompt="too long for it"),
+    ]), b""], []  # fmt: skip
+    job = BatchJob(LineReader(lambda: pieces.pop(0)), written.append, served)
+    asked = list(job.requests())
+    assert [request.model for request in asked] == ["other", "tiny", "tiny"]
+    for request in asked:
+        job.emit(Emit(request.id, 0, request.prompt, (), "length"))
+    said = {line["custom_id"]: line["response"] for line in map(json.loads, written)}
+    assert said["a"]["body"]["model"] == "other" and said["b"]["body"]["model"] == "tiny"
+    assert said["d"]["status_code"] == 404
+    assert "this server has 'tiny', 'other'" in said["d"]["body"]["error"]["message"]
+    assert said["e"]["status_code"] == 400

@@ -8,7 +8,7 @@ import pytest
 
 from mellmpi.front.batch import BatchJob
 from mellmpi.front.lines import LineReader
-from mellmpi.front.openai import ServedModel
+from mellmpi.front.openai import Served, ServedModel
 from mellmpi.front.tokenizer import Tokenizer
 
 DEMO = files("mellmpi.front").joinpath("demo_prompts.jsonl").read_bytes()
@@ -20,7 +20,9 @@ def requests(smollm2):
     model = ServedModel(name="any", max_model_len=2048, vocab_size=49152, eos_ids=(2,))
     pieces, written = [DEMO, b""], []
     job = BatchJob(
-        LineReader(lambda: pieces.pop(0)), written.append, Tokenizer.load(smollm2), model
+        LineReader(lambda: pieces.pop(0)),
+        written.append,
+        Served.of((model, Tokenizer.load(smollm2))),
     )
     found = list(job.requests())
     assert not written, b"".join(written).decode()

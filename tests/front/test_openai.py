@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from mellmpi.front.fields import UNSUPPORTED, BadRequest
-from mellmpi.front.openai import CHAT, COMPLETIONS, parse
+from mellmpi.front.openai import CHAT, COMPLETIONS, Served, parse
 from mellmpi.protocol import decode, encode
 
 USER = [{"role": "user", "content": "hi"}]
@@ -14,7 +14,9 @@ USER = [{"role": "user", "content": "hi"}]
 @pytest.fixture
 def completion(tokenizer, model):
     def call(prompt="abc", identity="me", **body):
-        return parse(COMPLETIONS, {"prompt": prompt, **body}, tokenizer, model, identity)
+        return parse(
+            COMPLETIONS, {"prompt": prompt, **body}, Served.of((model, tokenizer)), identity
+        )
 
     return call
 
@@ -22,7 +24,7 @@ def completion(tokenizer, model):
 @pytest.fixture
 def chat(tokenizer, model):
     def call(messages=USER, identity="me", **body):
-        return parse(CHAT, {"messages": messages, **body}, tokenizer, model, identity)
+        return parse(CHAT, {"messages": messages, **body}, Served.of((model, tokenizer)), identity)
 
     return call
 

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ def workload(*rows):
 
 
 def job(*rows, seed=0, **given):
-    return ReplayJob(workload(*rows), MODEL, seed, **given)
+    return ReplayJob(workload(*rows), (MODEL,), seed, **given)
 
 
 def test_lengths_are_those_of_the_trace_and_nothing_ends_an_answer_early():
@@ -90,3 +91,27 @@ def test_lengths_are_scaled_but_never_to_nothing(factor):
 def test_the_first_requests_of_a_trace_are_a_trace():
     few = workload((0.0, 1, 2), (1.0, 3, 4), (2.0, 5, 6)).first(2)
     assert len(few) == 2 and few.output_tokens.tolist() == [2, 4] and len(few.model) == 2
+
+
+OTHER = ServedModel(name="other", max_model_len=20, vocab_size=8, eos_ids=(2,))
+
+
+def named(*names):
+    return replace(workload(*[(i, 12, 9) for i in range(len(names))]), model=names)
+
+
+def test_of_several_models_the_one_that_the_trace_names_answers():
+    job = ReplayJob(named("other", "tiny", ""), (MODEL, OTHER), 0)
+    asked = {request.id: request for request in job.requests()}
+    assert {i: r.model for i, r in asked.items()} == {2: "tiny", 3: "tiny"}
+    assert job.counts.reasons == {"too_long": 1}  # 21 tokens; `other` takes 20
+
+
+def test_one_model_answers_whatever_the_trace_names():
+    job = ReplayJob(named("gpt-4", ""), (MODEL,), 0)
+    assert [r.model for r in job.requests()] == ["tiny", "tiny"]
+
+
+def test_of_several_models_a_name_that_none_has_is_a_mistake():
+    with pytest.raises(ValueError, match="--served-model-name gpt-4"):
+        ReplayJob(named("gpt-4"), (MODEL, OTHER), 0)

@@ -1,6 +1,9 @@
 """Scheduler and workers in one process, on the local transport, with an engine of hashes."""
 
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +18,7 @@ from mellmpi.sim.executor import HashExecutor
 from mellmpi.transport.local import LocalNetwork
 
 BLOCK_SIZE = 4
+KV = ModelKv("hash", BLOCK_SIZE, block_bytes=64)
 
 
 class HashArena:
@@ -31,12 +35,11 @@ class HashEngine:
 
     built = 0
 
-    def __init__(self, num_blocks: int):
+    def __init__(self, num_blocks: int, models=(KV,)):
         type(self).built += 1
-        kv = ModelKv("hash", BLOCK_SIZE, 8 * BLOCK_SIZE)
-        self._executor = HashExecutor(num_blocks, [kv])
+        self._executor = HashExecutor(num_blocks, models, width=8)
         self.arena = HashArena(self._executor.arena)
-        self.models = (HostedModel(kv, "hash"),)
+        self.models = tuple(HostedModel(kv, f"hash {kv.model}") for kv in models)
         self.released = False
 
     def execute(self, plan):
@@ -77,21 +80,30 @@ class ListFront:
                 self.ended[request_id] = reason
 
 
-def request(request_id: int, num_prompt: int, max_tokens: int) -> Request:
+def request(request_id: int, num_prompt: int, max_tokens: int, model: str = "hash") -> Request:
     sampling = Sampling(max_tokens, 0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, request_id, (), None)
-    return Request(request_id, "hash", tuple(range(num_prompt)), sampling, None)
+    return Request(request_id, model, tuple(range(num_prompt)), sampling, None)
+
+
+def hashing(num_workers: int, num_blocks: int, **cluster) -> "Cell":
+    """A cell whose workers all run one hash model."""
+    return Cell([partial(HashEngine, num_blocks)] * num_workers, **cluster)
 
 
 class Cell:
-    """Drive it with `run`; every worker takes turns with the scheduler."""
+    """Drive it with `run`; every worker takes turns with the scheduler.
 
-    def __init__(self, num_workers: int, num_blocks: int, **cluster):
+    `builds` are the engines of workers 1, 2, 3 …, each a function without arguments.
+    """
+
+    def __init__(self, builds: Sequence[Callable[[], Any]], **cluster):
+        num_workers = len(builds)
         self.network = LocalNetwork(num_workers)
         batch, cache = BatchConfig(max_num_seqs=8), CacheConfig(block_size=BLOCK_SIZE)
         config = ClusterConfig(**{"rebalance_every_s": 1e-4, "park_after_s": 1e-3, **cluster})
         self.workers = {
-            w: Worker(self.network.transports[w], lambda: HashEngine(num_blocks), batch, cache)
-            for w in range(1, num_workers + 1)
+            w: Worker(self.network.transports[w], build, batch, cache)
+            for w, build in enumerate(builds, start=1)
         }
         self.scheduler = ClusterScheduler(
             num_workers, config, policy_for(config.policy, config.migrate)

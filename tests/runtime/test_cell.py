@@ -3,7 +3,7 @@
 import pytest
 
 from mellmpi.sim.executor import expected_outputs
-from tests.runtime.cell import Cell, ListFront, request
+from tests.runtime.cell import ListFront, hashing, request
 
 REQUESTS = [request(i, num_prompt=3 + i % 7, max_tokens=10 + 5 * (i % 9)) for i in range(40)]
 
@@ -16,7 +16,7 @@ def answers_are_right(front):
 @pytest.mark.parametrize("policy", ["best_fit", "worst_fit", "frugal"])
 @pytest.mark.parametrize("migrate", ["never", "auto", "stress"])
 def test_answers_are_the_same_however_requests_move(policy, migrate):
-    cell, front = Cell(3, num_blocks=60, policy=policy, migrate=migrate), ListFront(REQUESTS)
+    cell, front = hashing(3, num_blocks=60, policy=policy, migrate=migrate), ListFront(REQUESTS)
     cell.run(front)
     answers_are_right(front)
     moved = cell.metrics.report(1.0)["migrations"]
@@ -27,7 +27,8 @@ def test_answers_are_the_same_however_requests_move(policy, migrate):
 
 
 def test_requests_of_a_lost_worker_are_finished_by_the_others():
-    cell, front = Cell(3, num_blocks=60, migrate="stress", policy="worst_fit"), ListFront(REQUESTS)
+    cell = hashing(3, num_blocks=60, migrate="stress", policy="worst_fit")
+    front = ListFront(REQUESTS)
     cell.run(front, until=lambda: sum(map(len, front.outputs.values())) > 200)
     cell.network.lose(2)
     cell.run(front)
@@ -36,7 +37,7 @@ def test_requests_of_a_lost_worker_are_finished_by_the_others():
 
 
 def test_when_every_worker_is_lost_the_requests_are_told():
-    cell, front = Cell(2, num_blocks=60), ListFront([request(1, 4, 200), request(2, 4, 200)])
+    cell, front = hashing(2, num_blocks=60), ListFront([request(1, 4, 200), request(2, 4, 200)])
     cell.run(front, until=lambda: sum(map(len, front.outputs.values())) > 5)
     cell.network.lose(1)
     cell.network.lose(2)
@@ -45,7 +46,7 @@ def test_when_every_worker_is_lost_the_requests_are_told():
 
 
 def test_a_parked_worker_gives_its_engine_back_and_wakes_for_new_load():
-    cell = Cell(2, num_blocks=20, policy="frugal")
+    cell = hashing(2, num_blocks=20, policy="frugal")
     first = ListFront([request(1, 4, 8)])
     cell.run(first)
     idle = ListFront([request(2, 4, 8)])  # never asked for: it only keeps `run` going
@@ -59,7 +60,7 @@ def test_a_parked_worker_gives_its_engine_back_and_wakes_for_new_load():
 
 
 def test_a_stop_ends_the_worker():
-    cell = Cell(1, num_blocks=4)
+    cell = hashing(1, num_blocks=4)
     cell.loop.stop()
     cell.workers[1].turn()
     assert cell.workers[1].stopped

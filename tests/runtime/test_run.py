@@ -168,3 +168,36 @@ def test_a_world_that_srun_split_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     done = Run(1, directory=tmp_path).wait(30)
     assert done.code == 2 and "srun --mpi=pmix" in done.err
+
+
+def test_several_models_on_different_workers_answer_as_each_does_alone(tmp_path):
+    models = ("random:tiny-llama", "random:tiny-qwen3")
+    write_requests(tmp_path / "all.jsonl", 24, longest=90)
+    lines = [json.loads(text) for text in (tmp_path / "all.jsonl").read_text().splitlines()]
+    common = ("--dtype", "float32", "--threads", "1", "--max-num-batched-tokens", "64")
+
+    def answered(name, num_ranks, entries, *args):
+        directory, out = tmp_path / name, tmp_path / f"{name}.jsonl"
+        directory.mkdir()
+        (directory / "in.jsonl").write_text("\n".join(map(json.dumps, entries)) + "\n")
+        done = Run(num_ranks, "run-batch", "-i", str(directory / "in.jsonl"), "-o", str(out),
+                   *common, *args, directory=directory).wait(120)  # fmt: skip
+        assert done.code == 0, done.err
+        return answers(out)
+
+    alone = {}
+    for i, model in enumerate(models):
+        for entry in lines[i::2]:
+            entry["body"]["model"] = model
+        alone |= answered(f"alone-{i}", 1, lines[i::2], "--model", model)
+    named = [arg for model in models for arg in ("--model", model)]
+    sets = [arg for hosted in (models[0], ",".join(models)) for arg in ("--worker-models", hosted)]
+    stress = ("--migrate", "stress", "--policy", "worst_fit", "--rebalance-every-s", "0.01")
+    assert answered("together", 4, lines, *named, *sets, *stress) == alone and len(alone) == 24
+
+
+def test_a_model_that_no_worker_hosts_is_a_mistake(tmp_path):
+    named = ("--model", "random:tiny-llama", "--model", "random:tiny-qwen3")
+    sets = ("--worker-models", "random:tiny-llama", "--worker-models", "random:tiny-qwen3")
+    done = Run(1, "-i", "x", "-o", "y", *named, *sets, directory=tmp_path).wait()
+    assert done.code == 2 and "hosts random:tiny-qwen3: start more ranks" in done.err
