@@ -18,6 +18,7 @@ PARTS = DATA | {
     "sim",
     "runtime",
     "cli",
+    "flags",
     "simulate",
 }
 
@@ -27,6 +28,7 @@ MAY_IMPORT = {  # part of the package -> what of ours it may import, beside itse
     "protocol": set(),
     "config": set(),
     "options": {"config"},
+    "flags": {"config"},
     "core": {"protocol", "config"},
     "engine": {"protocol", "config"},
     "transport": {"protocol"},
@@ -37,7 +39,7 @@ MAY_IMPORT = {  # part of the package -> what of ours it may import, beside itse
     "front": {"protocol", "config", "metrics", "workload"},
     "sim": {"core"} | DATA,
     "simulate": {"core", "sim"} | DATA,
-    "runtime": PARTS - {"sim", "cli", "simulate"},
+    "runtime": PARTS - {"sim", "cli", "flags", "simulate"},
     "cli": PARTS,
 }
 IMPURE = {

@@ -1,7 +1,8 @@
 import pytest
 
-from mellmpi.cli import byte_size, is_first, read_options, world_problem
+from mellmpi.cli import is_first, read_options, world_problem
 from mellmpi.config import UsageError
+from mellmpi.flags import byte_size
 
 
 def options(*arguments, environment=None, piped=False):

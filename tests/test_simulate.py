@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from mellmpi.cli import main, sizes_by_model
+from mellmpi.cli import main
+from mellmpi.flags import sizes_by_model
 
 TRACE = "arrival_s,prompt_tokens,output_tokens,model\n" + "".join(
     f"{i / 2},{40 + i % 7},{60 + i % 11},{'ab'[i % 2]}\n" for i in range(60)
