@@ -26,8 +26,9 @@ def place(view: View, row: int, model: str) -> int | None:
     workers, census = view.workers, view.census
     if census is None:
         census = _take_census(view)
-    tokens = _lead_tokens(view)
     need = view.requests.need(row)
+    lead_s = LEAD_TICKS * view.period_s + view.cost.transfer_s(need)
+    tokens = max(1.0, view.token_rate * lead_s)
     grown = need + tokens * float(view.requests.token_bytes[row])
 
     def found(last: int) -> int:
@@ -149,7 +150,7 @@ def _packing(view: View, group: np.ndarray, rows: np.ndarray,
     coming = np.maximum(0, workers.capacity[group] - workers.budget[group] - known) / capacity
     coming[coming < 1e-9] = 0
     bins = Bins(
-        capacity=np.ones(len(group)), load=coming, soft=np.zeros(len(group)),
+        load=coming, soft=np.zeros(len(group)),
         num=np.zeros((L + 1, len(group)), np.int64), age=workers.activated[group],
         seats=workers.max_requests[group] - workers.num_requests[group],
         usable=workers.num_returning[group] == 0, held=workers.num_requests[group] > 0,
@@ -172,7 +173,7 @@ def items_of(size: np.ndarray, where: np.ndarray, pinned: np.ndarray, num_bins: 
 def warm_up() -> None:
     """Compile everything now rather than when the first request waits for it."""
     rows, floats = np.zeros(2, np.int64), np.ones(2)
-    bins = Bins(np.ones(2), np.zeros(2), np.zeros(2), np.zeros((L + 1, 2), np.int64), rows, rows,
+    bins = Bins(np.zeros(2), np.zeros(2), np.zeros((L + 1, 2), np.int64), rows, rows,
                 np.ones(2, np.bool_), np.zeros(2, np.bool_), np.zeros(2))  # fmt: skip
     items = items_of(np.full(2, 0.1), rows, np.zeros(2, np.bool_), 2)
     epoch(items, bins, LAST)

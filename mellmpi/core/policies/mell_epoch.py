@@ -108,7 +108,7 @@ def _refuge(items, bins, size, seats, b, last):  # type: ignore[no-untyped-def]
     dst = target(bins, size, seats, b, True, OPENED)
     if dst < 0:
         dst = target(bins, size, seats, b, False, last)
-        if dst < 0 or tier(bins, dst, kind_of(size)) == LAST:
+        if dst < 0 or tier(bins.num, bins.held[dst], dst, kind_of(size)) == LAST:
             items.homeless[0] += size
     return dst
 
@@ -178,7 +178,7 @@ def _pair(items, bins, last):  # type: ignore[no-untyped-def]
         return
     single = np.zeros(len(bins.load), np.bool_)
     for b in range(len(bins.load)):
-        lacks = bears(bins, b) == L and bins.num[S, b] + bins.num[M, b] == 0
+        lacks = bears(bins.num, b) == L and bins.num[S, b] + bins.num[M, b] == 0
         may = lacks and bins.usable[b] and bins.seats[b] > 0
         single[b] = may and _firm(bins, b) + smallest <= 1 + EPSILON
     singles = np.flatnonzero(single)
@@ -230,8 +230,8 @@ def _gather(items, bins, kind, last):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True)
-def _lacks(bins, b, kind):  # type: ignore[no-untyped-def]
-    return bears(bins, b) == kind and bins.num[kind, b] < whole(kind)
+def _lacks(num, b, kind):  # type: ignore[no-untyped-def]
+    return bears(num, b) == kind and num[kind, b] < whole(kind)
 
 
 @numba.njit(cache=True)
@@ -240,7 +240,7 @@ def _lacking(items, bins, kind):  # type: ignore[no-untyped-def]
     some = np.empty(len(bins.load), np.int64)
     number = 0
     for b in range(len(bins.load)):
-        if _lacks(bins, b, kind) and _movable(items, b, kind) >= 0:
+        if _lacks(bins.num, b, kind) and _movable(items, b, kind) >= 0:
             some[number] = b
             number += 1
     some = some[:number]
@@ -274,7 +274,7 @@ def _taker(bins, kind, giver, size):  # type: ignore[no-untyped-def]
     """The bin that lacks some and has most of them, where it fits once the T's have left."""
     best = -1
     for b in range(len(bins.load)):
-        if b == giver or not _lacks(bins, b, kind) or not bins.usable[b] or bins.seats[b] < 1:
+        if b == giver or not _lacks(bins.num, b, kind) or not bins.usable[b] or bins.seats[b] < 1:
             continue
         if _firm(bins, b) + size > 1 + EPSILON:
             continue
@@ -297,14 +297,14 @@ def _fill(items, bins):  # type: ignore[no-untyped-def]
         while giver >= 0 and b != giver and _wants_more(bins, b):
             if not _pull(items, bins, giver, b):
                 break
-            if bears(bins, giver) == EMPTY:
+            if bears(bins.num, giver) == EMPTY:
                 giver = _emptiest(bins)
 
 
 @numba.njit(cache=True)
 def _wants_more(bins, b):  # type: ignore[no-untyped-def]
-    kind = bears(bins, b)
-    rests = kind == EMPTY or (kind in (S, M) and _lacks(bins, b, kind))
+    kind = bears(bins.num, b)
+    rests = kind == EMPTY or (kind in (S, M) and _lacks(bins.num, b, kind))
     return bins.usable[b] and bins.load[b] < FULL_ENOUGH and not rests
 
 
@@ -313,7 +313,7 @@ def _emptiest(bins):  # type: ignore[no-untyped-def]
     """The T-GPU with most room, whose T's can leave; then the newest."""
     best = -1
     for b in range(len(bins.load)):
-        if bears(bins, b) != T or bins.soft[b] <= 0:
+        if bears(bins.num, b) != T or bins.soft[b] <= 0:
             continue
         if best < 0 or (bins.load[b], -bins.age[b]) < (bins.load[best], -bins.age[best]):
             best = b

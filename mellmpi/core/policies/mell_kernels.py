@@ -22,9 +22,8 @@ REASONS = "overflow", "pair", "gather", "fill"
 
 
 class Bins(NamedTuple):
-    """Workers, one an entry. Loads are shares of the bin, or of what `capacity` is in."""
+    """Workers of one size, one an entry. Loads are shares of a bin."""
 
-    capacity: np.ndarray  # float64 [bins]: what is asked of `target` is in this unit
     load: np.ndarray  # float64 [bins]: share in use, with what is on its way here
     soft: np.ndarray  # float64 [bins]: share of T's that can go elsewhere
     num: np.ndarray  # int64 [classes, bins]: items of each class
@@ -62,10 +61,10 @@ def kind_of(size):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True)
-def bears(bins, b):  # type: ignore[no-untyped-def]
+def bears(num, b):  # type: ignore[no-untyped-def]
     """The class of a bin: that of its largest item."""
     for kind in (L, M, S, T):
-        if bins.num[kind, b] > 0:
+        if num[kind, b] > 0:
             return kind
     return EMPTY
 
@@ -77,11 +76,11 @@ def whole(kind):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True)
-def tier(bins, b, kind):  # type: ignore[no-untyped-def]
+def tier(num, held, b, kind):  # type: ignore[no-untyped-def]
     """How much Allocate wants an item of this class on this bin, if it fits."""
-    bin_kind = bears(bins, b)
+    bin_kind = bears(num, b)
     if bin_kind == EMPTY:
-        return LAST if bins.held[b] else OPENED
+        return LAST if held else OPENED
     if kind == T:
         if bin_kind == L:
             return PARTNER
@@ -91,29 +90,27 @@ def tier(bins, b, kind):  # type: ignore[no-untyped-def]
     if kind == L:
         return LAST
     if bin_kind == L:  # gap 3: one S or M beside an L
-        return PARTNER if bins.num[L, b] == 1 and bins.num[S, b] + bins.num[M, b] == 0 else LAST
-    return OWN if bin_kind == kind and bins.num[kind, b] < whole(kind) else LAST
+        return PARTNER if num[L, b] == 1 and num[S, b] + num[M, b] == 0 else LAST
+    return OWN if bin_kind == kind and num[kind, b] < whole(kind) else LAST
 
 
 @numba.njit(cache=True)
-def target(bins, need, seats, leave, at_once, last):  # type: ignore[no-untyped-def]
+def target(bins, size, seats, leave, at_once, last):  # type: ignore[no-untyped-def]
     """The bin where Allocate puts one item, or the members of one piece; -1: there is none.
 
-    need, seats  its size, in the unit of `capacity`, and how many requests it is
+    size, seats  its share of a bin, and how many requests it is
     leave        not here
     at_once      there is room now; else T's that can go elsewhere are no obstacle to an S or M
     last         the worst tier that will do
     """
-    found, best, best_key = -1, NOWHERE, 0.0
+    found, best, best_key, kind = -1, NOWHERE, 0.0, kind_of(size)
     for b in range(len(bins.load)):
         if b == leave or not bins.usable[b] or bins.seats[b] < seats:
             continue
-        size = min(need / bins.capacity[b], 1.0)
-        kind = kind_of(size)
         load = bins.now[b] if at_once else bins.load[b] - (bins.soft[b] if kind > T else 0.0)
         if load + size > 1 + EPSILON:
             continue
-        rank = tier(bins, b, kind)
+        rank = tier(bins.num, bins.held[b], b, kind)
         if rank > last or rank > best:
             continue
         key = -float(bins.age[b]) if rank == OWN else _tightness(load, size)
@@ -218,13 +215,19 @@ def allocate(capacity, free, ordered, num_requests, max_requests, growth, hostin
     growth  float64 [workers + 1]: bytes by which each request of the worker will have grown
     num     int64 [classes, workers + 1]: its requests by class
     """
-    size = len(capacity)
-    load, seats = np.empty(size), np.empty(size, np.int64)
-    unit, held, usable = np.empty(size), np.empty(size, np.bool_), np.empty(size, np.bool_)
-    for w in range(size):
-        usable[w] = hosting[w] and free[w] - ordered[w] >= need
-        unit[w] = max(capacity[w], 1)
-        load[w] = (capacity[w] - free[w] + ordered[w] + growth[w] * num_requests[w]) / unit[w]
-        seats[w], held[w] = max_requests[w] - num_requests[w], num_requests[w] > 0
-    bins = Bins(unit, load, load, num, age, seats, usable, held, load)
-    return target(bins, grown, 1, -1, True, last)
+    found, best, best_key = -1, NOWHERE, 0.0
+    for w in range(len(capacity)):
+        if not hosting[w] or free[w] - ordered[w] < need or num_requests[w] >= max_requests[w]:
+            continue
+        used = capacity[w] - free[w] + ordered[w] + growth[w] * num_requests[w]
+        size = min(grown / capacity[w], 1.0)
+        load = used / capacity[w]
+        if load + size > 1 + EPSILON:
+            continue
+        rank = tier(num, num_requests[w] > 0, w, kind_of(size))
+        if rank > last or rank > best:
+            continue
+        key = -float(age[w]) if rank == OWN else _tightness(load, size)
+        if rank < best or key < best_key:
+            found, best, best_key = w, rank, key
+    return found
