@@ -6,7 +6,7 @@ import pytest
 
 from mellmpi.core.ledger import WorkerState
 from mellmpi.core.policies import POLICIES, Policy, policy_for
-from mellmpi.core.policies.frugal import growth_Bps, half_blocks
+from mellmpi.core.policies.frugal_fleet import growth_Bps, half_block
 from mellmpi.core.policies.stress import MOVES_A_TICK
 from mellmpi.core.view import Drain, Move, ParkWorker, WakeWorker
 from mellmpi.protocol import ModelKv
@@ -73,18 +73,18 @@ def test_what_was_ordered_counts_as_spent():
 
 
 def test_frugal_keeps_room_for_a_horizon_of_growth():
-    # 10 B/s for 2 s: two blocks are to stay free.
-    assert place("frugal", view([17], [2], growth=10.0)) == 1
-    assert place("frugal", view([18], [2], growth=10.0)) == 2
+    # 10 B/s for 1 s and the 2 s of waking, and half a block: 35 bytes are to stay free.
+    assert place("frugal", view([15], [16], growth=10.0)) == 1
+    assert place("frugal", view([16], [15], growth=10.0)) == 2
 
 
 def test_frugal_keeps_half_a_block_a_request_until_rates_are_known():
-    assert half_blocks(view([1, 1, 1], [])).tolist() == [0, 15, 0]
+    assert half_block(view([1, 1, 1], [])).tolist() == [0, 5, 5]
     assert growth_Bps(view([1, 1, 1], [], growth=10.0)).tolist() == [0, 10, 10]
 
 
 def test_frugal_lets_the_queue_wait_rather_than_crowd():
-    crowded = [17], [18]
+    crowded = [15], [18]
     assert place("frugal", view(*crowded, growth=10.0)) == 1
     for state in (DRAINING, PARKING, PARKED, WAKING, LOST):
         assert place("frugal", view([18], [18], [], growth=10.0, states={3: state})) is None
@@ -136,7 +136,7 @@ def test_the_rate_of_a_worker_that_is_parked_now_keeps_nobody_from_parking():
 
 def test_frugal_relieves_what_is_about_to_overflow_of_the_request_that_helps_longest():
     v = view([2, 6, 4, 7], [5])
-    v.growth_Bps[1] = 40.0
+    v.growth_Bps[1] = 10.0  # of the smallest one's room it would be full again in a second
     assert rebalance(v) == [Move(4, 2, "overflow")]
 
 
@@ -177,7 +177,7 @@ def test_frugal_does_not_relieve_twice():
 def test_two_that_overflow_do_not_take_the_same_room():
     v = view([7, 12], [7, 12], [6], [7])
     v.growth_Bps[[1, 2]] = 40.0
-    assert rebalance(v) == [Move(2, 4, "overflow"), Move(4, 3, "overflow")]
+    assert rebalance(v) == [Move(1, 4, "overflow"), Move(3, 3, "overflow")]
 
 
 def test_a_crowded_worker_is_no_help_to_another():
@@ -189,7 +189,7 @@ def test_a_crowded_worker_is_no_help_to_another():
 def test_seats_are_room_too():
     v = view([7, 12], [1] * 8, [1])
     v.growth_Bps[1] = 40.0
-    assert rebalance(v) == [Move(2, 3, "overflow")]
+    assert rebalance(v) == [Move(1, 3, "overflow")]
 
 
 def crowd(**states):
@@ -216,9 +216,9 @@ def test_frugal_empties_the_worker_that_holds_least_when_its_requests_fit_elsewh
 
 
 def test_frugal_empties_no_worker_without_room_to_grow_until_another_could_be_woken():
-    # 10 B/s for 1.8 s and twice the 2 s of waking: 58 bytes are to stay free on worker 1.
-    assert rebalance(view([11], [2], growth=10.0)) != []
-    assert rebalance(view([12], [2], growth=10.0)) == []
+    # Both grow by 10 B/s, for 2.5 s and twice the 2 s of waking: 130 bytes are to stay free.
+    assert rebalance(view([4], [2], growth=10.0)) != []
+    assert rebalance(view([5], [2], growth=10.0)) == []
 
 
 def test_thrift_keeps_less_room_and_empties_more():

@@ -1,0 +1,75 @@
+"""Workers, emptied: those that hold least, as long as the others are better off for it."""
+
+import numpy as np
+
+from mellmpi.core.ledger import WorkerState
+from mellmpi.core.policies.frugal_fleet import LEAST_S, Fleet, scale, sizes, strain_of
+from mellmpi.core.policies.kernels import emptied, relief
+from mellmpi.core.view import Drain, Move, Proposal, View
+
+FLEET_S = 2.5  # no worker is emptied unless the others keep so much time to overflow, together
+WAKES = 2  # both there and on each of them, time for so many wakes is kept besides
+TRIES = 2  # workers that cannot be emptied before the round gives up
+
+
+def go_on_draining(view: View, fleet: Fleet) -> list[Proposal]:
+    """What is still on a draining worker, as far as it fits elsewhere."""
+    proposals: list[Proposal] = []
+    for worker in view.workers.workers(WorkerState.DRAINING):
+        rows = fleet.on(worker)
+        rows = rows[view.requests.movable[rows]]
+        for row in rows.tolist():
+            size, grow, model = sizes(view, np.array([row]))
+            _, dst = relief(size, grow, model, view.workers.runs, fleet.room, fleet.growth,
+                            fleet.leaving, fleet.accepting(view), worker, fleet.leaves, 0.0,
+                            scale(view) * LEAST_S, strain_of(view))  # fmt: skip
+            if dst:
+                fleet.give(size[0], grow[0], worker, dst)
+                proposals.append(Move(int(view.requests.request_id[row]), int(dst), "drain"))
+    return proposals
+
+
+def drain(view: View, fleet: Fleet) -> list[Proposal]:
+    """Empty the workers that hold least, one after the other, as long as that lowers the strain.
+
+    Short answers leave many workers almost empty within a moment: one a round would lag behind.
+    """
+    workers = view.workers
+    draining = workers.state == WorkerState.DRAINING
+    if view.waiting_bytes or (draining & (workers.num_requests > 0)).any():
+        return []
+    busy = view.active() & (workers.num_requests > 0)
+    fleet.takes &= busy  # to move into an empty worker would gain nothing
+    held = np.where(busy, 1 - workers.budget / np.maximum(workers.capacity, 1), np.inf)
+    keep_s = scale(view) * FLEET_S + WAKES * view.cost.wake_s
+    spare, keep = fleet.room[busy].sum(), keep_s * fleet.growth[busy].sum()
+    proposals: list[Proposal] = []
+    touched = ~fleet.takes  # gave in this round
+    failed = 0
+    for victim in np.argsort(held, kind="stable")[: int(busy.sum())].tolist():
+        if failed == TRIES or spare - workers.capacity[victim] < keep:
+            break
+        took = fleet.seats[victim] != workers.max_requests[victim] - workers.num_requests[victim]
+        rows = None if touched[victim] or took else fleet.settled(view, victim)
+        moves = [] if rows is None else _empty(view, fleet, victim, rows)
+        failed = 0 if moves else failed + 1
+        if moves:
+            spare -= workers.capacity[victim]
+            proposals += [Drain(victim), *moves]
+    return proposals
+
+
+def _empty(view: View, fleet: Fleet, victim: int, rows: np.ndarray) -> list[Proposal]:
+    """All moves away from this worker, or none."""
+    size, grow, model = sizes(view, rows)
+    order = np.argsort(-size, kind="stable")
+    dst = np.zeros(len(rows), np.int64)
+    keep_s = scale(view) * LEAST_S + WAKES * view.cost.wake_s
+    fleet.takes[victim] = False
+    if not emptied(size[order], grow[order], model[order], view.workers.runs, fleet.room,
+                   fleet.growth, fleet.leaving, fleet.seats, fleet.takes, victim, fleet.leaves,
+                   keep_s, strain_of(view), dst):  # fmt: skip
+        fleet.takes[victim] = True
+        return []
+    ids = view.requests.request_id[rows[order]]
+    return [Move(int(r), int(w), "drain") for r, w in zip(ids, dst, strict=True)]
