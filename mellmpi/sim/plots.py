@@ -1,5 +1,6 @@
 """One picture of a simulation: GPUs against the bound, utilisation, moves, the frontier."""
 
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -12,41 +13,79 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 BIN_S = 60.0
+MOVED, OVER = "migrated_bytes_per_kv_byte", "gpus_over_bound"
 
 
 def draw(path: str, load: Load, report: dict[str, Any], tallies: dict[str, Tally]) -> None:
     """Write the picture; the ending of `path` says in which format."""
-    figure, ((gpus, use), (moves, frontier)) = plt.subplots(2, 2, figsize=(13, 8))
-    times_s, capacity = sample_times(load), load.capacity
-    start_s = load.arrivals[0] / load.rate
-    gpus.plot(times_s, load.bound, color="black", lw=1, label="lower bound")
-    for i, (name, tally) in enumerate(tallies.items()):
-        color, held = f"C{i}", np.array(tally.gpus)
-        gpus.plot(times_s, held, color=color, lw=0.9, label=name)
-        share = np.array(tally.used_bytes) / np.maximum(1, held * capacity)
-        use.plot(times_s, 100 * _smooth(share), color=color, lw=1, label=name)
-        at = np.array([t - start_s for t, _ in tally.moves])
-        counts, edges = np.histogram(at, np.arange(0, times_s[-1] + 2 * BIN_S, BIN_S))
-        moves.step(edges[:-1], counts / BIN_S, where="post", color=color, lw=1, label=name)
-        f = report["policies"][name]
-        frontier.plot(f["migrated_bytes_per_kv_byte"], f["gpus_over_bound"], "o", color=color)
-        frontier.annotate(name, (f["migrated_bytes_per_kv_byte"], f["gpus_over_bound"]),
-                          xytext=(6, 4), textcoords="offset points")  # fmt: skip
+    figure, ((gpus, use), (moves, frontier)) = plt.subplots(2, 2, figsize=(14, 9))
+    colors = {name: f"C{i}" for i, name in enumerate(tallies)}
+    for name, tally in tallies.items():
+        _over_time(gpus, use, moves, load, name, tally, colors[name])
+    times_s = sample_times(load)
+    gpus.fill_between(times_s, load.bound, color="0.8", lw=0, label="lower bound")
     for axes, title, label in ((gpus, "GPUs that hold a request", "GPUs"),
-                               (use, "Utilisation (mean of a minute)", "% of KV memory"),
-                               (moves, "Migrations", "1/s")):  # fmt: skip
+                               (use, "Utilisation of these GPUs (mean of a minute)",
+                                "% of their KV memory"),
+                               (moves, "Migrations (mean of a minute)", "per second")):  # fmt: skip
         axes.set(title=title, ylabel=label, xlabel="seconds since the first arrival")
+        axes.set_xlim(0, max(times_s[-1], 1))
         axes.grid(alpha=0.3)
-    frontier.set(title="Frontier: lower left is better", ylabel="mean GPUs / mean bound",
-                 xlabel="bytes moved per byte of KV")  # fmt: skip
-    frontier.grid(alpha=0.3)
-    gpus.legend(fontsize=8)
+    gpus.set_ylim(bottom=0)
+    gpus.yaxis.get_major_locator().set_params(integer=True)
+    moves.set_ylim(bottom=0)
+    _frontier(frontier, report, colors)
+    gpus.legend(fontsize=8, ncols=2)
+    figure.suptitle(_title(report))
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
+def _over_time(gpus: Any, use: Any, moves: Any, load: Load, name: str, tally: Tally,
+               color: str) -> None:  # fmt: skip
+    times_s, held = sample_times(load), np.array(tally.gpus)
+    gpus.plot(times_s, held, color=color, lw=0.9, label=name)
+    share = _smooth(np.array(tally.used_bytes)) / _smooth(np.maximum(1, held) * load.capacity)
+    use.plot(times_s, 100 * share, color=color, lw=1.2)
+    if tally.moves:
+        at = np.array([t for t, _ in tally.moves]) - load.arrivals[0] / load.rate
+        # Whole minutes: what is left of the last one would look like a drop.
+        edges = np.arange(0, max(times_s[-1] // BIN_S, 1) * BIN_S + 1, BIN_S)
+        counts, _ = np.histogram(at, edges)
+        moves.stairs(counts / BIN_S, edges, color=color, lw=1.2)
+
+
+def _frontier(axes: Any, report: dict[str, Any], colors: dict[str, str]) -> None:
+    swept = report.get("frontier", [])
+    if swept:
+        color = colors.get("frugal", "gray")
+        axes.plot([f[MOVED] for f in swept], [f[OVER] for f in swept], ".-", color=color, lw=1.2,
+                  label="frugal, --thrift")  # fmt: skip
+        for point in swept:
+            axes.annotate(f"{point['thrift']:g}", (point[MOVED], point[OVER]), fontsize=7,
+                          color=color, xytext=(0, -10), textcoords="offset points",
+                          ha="center")  # fmt: skip
+    for name, f in report["policies"].items():
+        axes.plot(f[MOVED], f[OVER], "o", ms=7, color=colors[name], label=name)
+    axes.axhline(1, color="black", lw=1.2)
+    axes.set(title="Frontier: the lower left is better", ylabel="mean GPUs / mean lower bound",
+             xlabel="bytes moved per byte of KV")  # fmt: skip
+    axes.set_xlim(left=-0.03 * max(axes.get_xlim()[1], 1e-3))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+
+
+def _title(report: dict[str, Any]) -> str:
+    config = report["config"]
+    how = "ideal" if config["ideal"] else config["cost_from"] or config["profile"]
+    faster = f" ×{config['rate_scale']:g}" if config["rate_scale"] != 1 else ""
+    return (f"{Path(report['trace']).name}{faster}, {report['requests']} requests, "
+            f"{report['gpu_kv_bytes'] / 2**30:g} GiB of KV a GPU, {how}")  # fmt: skip
+
+
 def _smooth(values: np.ndarray) -> np.ndarray:
+    """The mean of a minute around each sample."""
     width = min(len(values), 120)
     weights = np.convolve(np.ones(len(values)), np.ones(width), "same")
     return np.asarray(np.convolve(values, np.ones(width), "same") / weights)
