@@ -1,128 +1,223 @@
-"""What do messages and migrations cost, against bare MPI and against nothing to do?
+"""What do messages and transfers cost, idle and while the destination decodes, on three links?
 
-    launch/mpirun.sh -n 4 python bench/transport.py
+    python bench/transport.py [--links shm tcp 10gbit] [--json FILE]
 
-Worker 1 sends to worker 2; the others sleep, as in a cluster with little to do. Everything is
-timed at the sender, from the first call to the receiver's answer; competitors alternate.
+Each link is a job of 4 ranks: worker 1 sends to worker 2; the others sleep, as in a cluster with
+little to do. `10gbit` needs root: it makes two hosts of network namespaces (bench/two_hosts.sh).
+Transfers are timed at the sender, from the first call to the receiver's answer. Competitors
+alternate in the same job:
+
+one_message  one MPI_Send of as many bytes, in one piece
+carried      as in the runtime: one message a block, moved by a thread of its own
+checked      the same, with a checksum a block
+steps        without the thread: moved between decode steps
 """
 
+import argparse
 import json
 import os
-import platform
+import random
 import statistics
 import subprocess
+import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from mpi4py import MPI
+from record import add_json_option, finish
 
-from mellmpi.protocol import Cancel, KvPayload, Stop
+from mellmpi.protocol import Cancel, Chunk, KvPayload, Sampling, StepPlan, Stop
 from mellmpi.transport.base import Transport
-from mellmpi.transport.mpi import Job
+from mellmpi.transport.links import HostArena
 
-MIGRATION = (63, 737_280)  # (blocks, bytes each): 1,000 tokens of the demo model in fp32
-BLOCK_SIZES = (65_536, 262_144, 737_280, 1_048_576)
-SWEEP_BYTES = 64 << 20
-REPEATS = 21
-IDLE_S = 5.0
+HERE = Path(__file__).resolve().parent
+OB1 = ["--mca", "pml", "ob1", "--with-ft", "ulfm"]
+LINKS = {  # flags of mpirun
+    "shm": ["--mca", "btl", "sm,self,tcp"],
+    "tcp": ["--mca", "btl", "tcp,self"],
+    "10gbit": ["--mca", "btl", "tcp,self", "-host", "10.78.0.1:2,10.78.0.2:2"],
+}
+KINDS = ("carried", "checked", "steps")
+SHAPES = ((64, 1 << 20), (63, 737_280))  # the second: 1,000 tokens of the demo model in fp32
+REQUESTS, CONTEXT = 8, 500  # decoded by the destination meanwhile
+DECODE_BLOCKS = 200  # moved then: 73 MB, 3,200 tokens of the demo model in bf16
+IDLE_S = 3.0
+
+# --- both ends -----------------------------------------------------------------------------------
 
 
-class BenchArena:
-    device = "cpu"
-
-    def __init__(self, num_blocks: int, block_bytes: int):
-        self.blocks = np.ones((num_blocks, block_bytes), np.uint8)
-        self.num_blocks, self.block_bytes = num_blocks, block_bytes
-        self.address = self.blocks.ctypes.data
-
-
-def receive(transport: Transport) -> Any:
-    """The next message, as a worker's loop would get it."""
+def receive(transport: Transport, between: Callable[[], Any] = lambda: None) -> Any:
+    """The next message, as a worker's loop would get it; `between`: what the loop does, too."""
     while True:
         if came := transport.poll():
             assert len(came) == 1
             return came[0][1]
         transport.progress()
-        transport.wait(1.0)
+        if between() is None:
+            transport.wait(1.0)
 
 
-def finish(transport: Transport, transfer: Any) -> None:
+def finish_transfer(transport: Transport, transfer: Any,
+                    between: Callable[[], Any] = lambda: None) -> None:  # fmt: skip
     while not transfer.done:
-        if not transport.progress():
+        moved = transport.progress()
+        if between() is None and not moved:
             transport.wait(0.1)
-    assert not transfer.failed
+    assert not transfer.failed, transfer.reason
 
 
 def header(num_blocks: int) -> KvPayload:
-    outputs = tuple(range(500))
-    return KvPayload(1, 2, "layout", 0, num_blocks, 1000, outputs, (), True, 2)
+    return KvPayload(1, 2, "layout", 0, num_blocks, 1000, tuple(range(500)), (), True, 2)
 
 
-def migrate(transport: Transport, num_blocks: int) -> float:
-    """One migration out of worker 1: seconds until worker 2 says that all is there."""
+def send(transport: Transport, num_blocks: int) -> float:
+    """One round out of worker 1: seconds until worker 2 says that all is there."""
     started_s = time.perf_counter()
     transport.send(2, header(num_blocks))
     transfer = transport.send_blocks(2, 2, range(num_blocks))
     assert isinstance(receive(transport), Cancel)
     elapsed_s = time.perf_counter() - started_s
-    finish(transport, transfer)
+    finish_transfer(transport, transfer)
     return elapsed_s
 
 
-def accept(transport: Transport, places: list[int]) -> float:
-    """The same, at worker 2, into other places: seconds from header to last block."""
-    assert receive(transport).num_blocks == len(places)
+def accept(transport: Transport, places: list[int],
+           between: Callable[[], Any] = lambda: None) -> None:  # fmt: skip
+    """The same, at worker 2, into other places."""
+    assert receive(transport, between).num_blocks == len(places)
     transfer = transport.receive_blocks(1, 2, places)
-    finish(transport, transfer)
+    finish_transfer(transport, transfer, between)
     transport.send(1, Cancel(1, "gone"))
-    return transfer.elapsed_s
 
 
-def bare(comm: MPI.Intracomm, arena: BenchArena) -> float:
+def one_message(comm: Any, arena: HostArena) -> float:
     """One blocking MPI_Send of as many bytes, and an answer."""
-    whole, answer = [arena.blocks, MPI.BYTE], bytearray(1)
+    whole, answer = [arena.blocks.ravel(), arena.blocks.nbytes], bytearray(1)
+    from mpi4py import MPI
+
     started_s = time.perf_counter()
     if comm.rank == 1:
-        comm.Send(whole, 2)
+        comm.Send([whole[0], MPI.BYTE], 2)
         comm.Recv([answer, MPI.BYTE], 2)
     else:
-        comm.Recv(whole, 1)
+        comm.Recv([whole[0], MPI.BYTE], 1)
         comm.Send([answer, MPI.BYTE], 1)
     return time.perf_counter() - started_s
 
 
-def compare(transport: Transport, num_blocks: int, block_bytes: int) -> dict[str, Any]:
-    """Migration against one MPI_Send, in turn; medians. Workers 1 and 2 together."""
-    arena = BenchArena(num_blocks, block_bytes)
-    transport.attach(arena)
-    places = np.random.default_rng(0).permutation(num_blocks).tolist()
-    times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(REPEATS + 2):
-        times[0].append(bare(MPI.COMM_WORLD, arena))
-        if transport.worker == 1:
-            times[1].append(migrate(transport, num_blocks))
-        else:
-            times[1].append(accept(transport, places))
-    transport.attach(None)
-    one_send_s, migration_s = (statistics.median(t[2:]) for t in times)
-    if transport.worker != 1:
-        MPI.COMM_WORLD.send(migration_s, 1)
+# --- measurements, at worker 1 with worker 2 in step ---------------------------------------------
+
+
+def idle(comm: Any, ends: dict[str, Transport], num_blocks: int, block_bytes: int,
+         repeats: int) -> dict[str, Any]:  # fmt: skip
+    """All competitors while nobody computes."""
+    arena = HostArena(num_blocks, block_bytes)
+    places = random.Random(0).sample(range(num_blocks), num_blocks)
+    for end in ends.values():
+        end.attach(arena)
+    took: dict[str, list[float]] = {kind: [] for kind in ("one_message", *ends)}
+    for _ in range(repeats + 2):
+        took["one_message"].append(one_message(comm, arena))
+        for kind, end in ends.items():
+            run = send(end, num_blocks) if comm.rank == 1 else accept(end, places)
+            took[kind].append(run or 0.0)
+    for end in ends.values():
+        end.attach(None)
+    if comm.rank != 1:
         return {}
-    transfer_s = MPI.COMM_WORLD.recv(source=2)
-    best = [min(t[2:]) for t in times]  # what a busy machine disturbs least
-    num_bytes = num_blocks * block_bytes
+    seconds = {kind: statistics.median(each[2:]) for kind, each in took.items()}
     return {
-        "num_blocks": num_blocks,
+        "blocks": num_blocks,
         "block_bytes": block_bytes,
-        "one_send_ms": round(one_send_s * 1e3, 3),
-        "migration_ms": round(migration_s * 1e3, 3),
-        "transfer_ms": round(transfer_s * 1e3, 3),  # header to last block, as reports have it
-        "one_send_GBps": round(num_bytes / one_send_s / 1e9, 2),
-        "migration_GBps": round(num_bytes / migration_s / 1e9, 2),
-        "ratio": round(migration_s / one_send_s, 3),
-        "ratio_of_bests": round(best[1] / best[0], 3),
+        "GBps": {k: round(num_blocks * block_bytes / s / 1e9, 3) for k, s in seconds.items()},
+        "of_one_message": {
+            k: round(seconds["one_message"] / seconds[k], 3) for k in seconds if k in ends
+        },
+        "checksums_cost": round(seconds["checked"] / seconds["carried"] - 1, 3),
+    }
+
+
+class Decoder:
+    """Eight requests of the demo model, decoded at the same place again and again."""
+
+    def __init__(self, num_threads: int):
+        from mellmpi.config import CacheConfig, ModelConfig
+        from mellmpi.engine.checkpoint import resolve
+        from mellmpi.engine.executor import build_executor
+
+        directory = resolve("smollm2", Path.home() / ".cache" / "mellmpi")
+        self.executor = build_executor(
+            directory, ModelConfig(model="smollm2"), CacheConfig(kv_cache_memory_bytes=512 << 20),
+            device="cpu", num_threads=num_threads,
+        )  # fmt: skip
+        greedy = Sampling(999, 0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, (), None)
+        used = -(-CONTEXT // 16)
+        self.plan = StepPlan(self.executor.models[0].kv.model, tuple(
+            Chunk(i, CONTEXT - 1, (100 + i,), list(range(i * used, (i + 1) * used)), greedy,
+                  ((1,), []))
+            for i in range(REQUESTS)
+        ), ())  # fmt: skip
+        self.places = list(range(REQUESTS * used, REQUESTS * used + DECODE_BLOCKS))
+        self.steps: list[float] = []
+
+    def step(self) -> bool:
+        started_s = time.perf_counter()
+        self.executor.execute(self.plan)
+        self.steps.append(time.perf_counter() - started_s)
+        return True
+
+    def mean_s(self, transport: Transport, num_steps: int) -> float:
+        """Of some steps in the loop of a worker to whom nothing happens."""
+        self.steps.clear()
+        for _ in range(num_steps):
+            transport.poll()
+            transport.progress()
+            self.step()
+        return statistics.mean(self.steps)
+
+
+def decoding(comm: Any, ends: dict[str, Transport], repeats: int) -> dict[str, Any]:
+    """Transfers into a worker that decodes; `slower`: its steps while one follows the other."""
+    decoder = Decoder(num_threads=1) if ends["carried"].worker == 2 else None
+    if decoder is not None:
+        arena = decoder.executor.arena
+        comm.send(arena.block_bytes, 1)
+    else:
+        arena = HostArena(DECODE_BLOCKS, comm.recv(source=2))
+    took: dict[str, list[float]] = {kind: [] for kind in ("one_message", *ends)}
+    slower: dict[str, list[float]] = {kind: [] for kind in ends}
+    whole = HostArena(DECODE_BLOCKS, arena.block_bytes)
+    for end in ends.values():
+        end.attach(arena)
+    for _ in range(repeats):
+        took["one_message"].append(one_message(comm, whole))
+        for kind, end in ends.items():
+            if decoder is None:
+                receive(end)  # ready
+                took[kind] += [send(end, DECODE_BLOCKS) for _ in range(5)]
+                continue
+            alone_s = decoder.mean_s(end, 10)
+            end.send(1, Cancel(0, "gone"))
+            decoder.steps.clear()
+            for _ in range(5):
+                accept(end, decoder.places, decoder.step)
+            slower[kind].append(statistics.mean(decoder.steps) / alone_s - 1)
+    for end in ends.values():
+        end.attach(None)
+    if decoder is not None:
+        comm.send(({k: statistics.median(v) for k, v in slower.items()}, alone_s), 1)
+        return {}
+    slow, step_s = comm.recv(source=2)
+    seconds = {kind: statistics.median(each) for kind, each in took.items()}
+    num_bytes = DECODE_BLOCKS * arena.block_bytes
+    return {
+        "requests": REQUESTS,
+        "step_ms": round(step_s * 1e3, 2),
+        "GBps": {k: round(num_bytes / s / 1e9, 3) for k, s in seconds.items()},
+        "of_one_message_idle": {k: round(seconds["one_message"] / seconds[k], 3) for k in ends},
+        "decode_slower": {k: round(v, 3) for k, v in slow.items()},
     }
 
 
@@ -154,7 +249,6 @@ def poll_us(transport: Transport) -> float:
 
 def idle_cpu(transport: Transport) -> float:
     """Share of one core that this rank uses while nothing happens."""
-    MPI.COMM_WORLD.Barrier()
     used_s, stop_s = time.process_time(), time.monotonic() + IDLE_S
     while time.monotonic() < stop_s:
         transport.poll()
@@ -163,52 +257,77 @@ def idle_cpu(transport: Transport) -> float:
     return (time.process_time() - used_s) / IDLE_S
 
 
-def measure(transport: Transport) -> dict[str, Any]:
-    """At worker 1, with worker 2 in step."""
-    results: dict[str, Any] = {
-        "round_trip_busy_us": round_trips(transport, 0.0, 2000),
-        "round_trip_after_pause_us": round_trips(transport, 0.005, 200),
-        "migration_1000_tokens": compare(transport, *MIGRATION),
-        "by_block_size": [compare(transport, SWEEP_BYTES // b, b) for b in BLOCK_SIZES],
-        "empty_poll_us": poll_us(transport),
+# --- a job ---------------------------------------------------------------------------------------
+
+
+def inside(repeats: int, output: Path) -> None:
+    """One rank of a job; worker 1 writes what was found."""
+    from mpi4py import MPI
+
+    from mellmpi.transport.mpi import Job
+
+    job, comm = Job(), MPI.COMM_WORLD
+    ends = {
+        kind: job.connect(
+            0.005, checksums="always" if kind == "checked" else "never", carried=kind != "steps"
+        )
+        for kind in KINDS
     }
-    return results
-
-
-def main() -> None:
-    job = Job()
-    transport = job.connect(idle_poll_s=0.005)
-    if transport.worker in (1, 2):
-        results = measure(transport)
-    if transport.worker == 1:
+    end, results = ends["carried"], {}
+    if end.worker in (1, 2):
+        results = {
+            "idle": [idle(comm, ends, *shape, repeats) for shape in SHAPES],
+            "decoding": decoding(comm, ends, repeats // 4),
+            "round_trip_busy_us": round_trips(end, 0.0, 2000),
+            "round_trip_after_pause_us": round_trips(end, 0.005, 200),
+            "empty_poll_us": poll_us(end),
+        }
+    if end.worker == 1:
         for other in (0, 3):
-            transport.send(other, Stop())
-    elif transport.worker in (0, 3):
-        receive(transport)
-    idle = MPI.COMM_WORLD.gather(idle_cpu(transport), 1)
-    if transport.worker == 1:
-        results["idle_cpu_share_of_one_core"] = round(sum(idle), 4)
-        results["idle_ranks"] = len(idle)
-        print(json.dumps({**surroundings(), "results": results}, indent=1), flush=True)
+            end.send(other, Stop())
+    elif end.worker in (0, 3):
+        receive(end)
+    comm.Barrier()
+    shares = comm.gather(idle_cpu(end), 1)
+    if end.worker == 1:
+        results["idle_cpu_share_of_one_core"] = round(sum(shares), 4)
+        output.write_text(json.dumps(results))
+    for other in ends.values():
+        other.close()
     job.finish()
 
 
-def surroundings() -> dict[str, Any]:
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    ).stdout.strip()
-    return {
-        "bench": "transport",
-        "commit": commit,
-        "cores": len(os.sched_getaffinity(0)),
-        "machine": platform.machine(),
-        "mpi": MPI.Get_library_version().split(",")[0],
-        "repeats": REPEATS,
-        "load_average": round(os.getloadavg()[0], 2),
-    }
+def run(link: str, repeats: int) -> dict[str, Any]:
+    """A job on this link."""
+    launcher = ["mpirun", "--allow-run-as-root", "--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
+    if link == "10gbit":
+        subprocess.run([HERE / "two_hosts.sh", "up", link], check=True)
+        launcher = [str(HERE / "two_hosts.sh"), "mpirun"]
+    with tempfile.NamedTemporaryFile(suffix=".json") as output:
+        program = [sys.executable, __file__, "--repeats", str(repeats), "--inside", output.name]
+        try:
+            subprocess.run(
+                [*launcher, *OB1, *LINKS[link], "-n", "4", *program], check=True, timeout=300,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )  # fmt: skip
+            return json.loads(output.read())
+        finally:
+            if link == "10gbit":
+                subprocess.run([HERE / "two_hosts.sh", "down"], check=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--links", nargs="+", choices=LINKS, default=list(LINKS))
+    parser.add_argument("--repeats", type=int, default=21)
+    parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
+    add_json_option(parser)
+    args = parser.parse_args()
+    if args.inside:
+        return inside(args.repeats, args.inside)
+    results = {link: run(link, args.repeats) for link in args.links}
+    config = {"repeats": args.repeats, "load_average": round(os.getloadavg()[0], 2)}
+    finish(config, results, args.json)
 
 
 if __name__ == "__main__":

@@ -90,11 +90,11 @@ def messages_of_a_link_arrive_in_order(post: Post) -> None:
     for i in range(300):
         for dst in everyone:
             if dst != t.worker:
-                t.send(dst, KvReserved(i, t.worker))
+                t.send(dst, KvReserved(i, t.worker, 0))
     for src in everyone:
         if src != t.worker:
             got = [post.next(src) for _ in range(300)]
-            assert got == [KvReserved(i, src) for i in range(300)]
+            assert got == [KvReserved(i, src, 0) for i in range(300)]
 
 
 def big_messages_arrive_whole_and_keep_their_place(post: Post) -> None:
