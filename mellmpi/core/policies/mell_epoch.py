@@ -108,9 +108,15 @@ def _refuge(items, bins, size, seats, b, last):  # type: ignore[no-untyped-def]
     dst = target(bins, size, seats, b, True, OPENED)
     if dst < 0:
         dst = target(bins, size, seats, b, False, last)
-        if dst < 0 or tier(bins.num, bins.held[dst], dst, kind_of(size)) == LAST:
+        # T's that make room first may be too late: an empty bin that comes at once is safer.
+        if dst < 0 or last == OPENED or _unwanted(bins, dst, size):
             items.homeless[0] += size
     return dst
+
+
+@numba.njit(cache=True)
+def _unwanted(bins, b, size):  # type: ignore[no-untyped-def]
+    return tier(bins.num, bins.held[b], b, kind_of(size)) == LAST
 
 
 @numba.njit(cache=True)
