@@ -87,7 +87,7 @@ def test_a_worker_is_emptied_wholly_or_nothing_changes(seed):
 
     def run(kernel, c, dst):
         return kernel(c["size"], c["grow"], c["model"], c["runs"], c["room"], c["growth"],
-                      c["leaving"], c["seats"], c["may"], 0, 0.05, 1.0, PAR, dst)  # fmt: skip
+                      c["leaving"], c["seats"], c["may"], 0, 0.05, 0.01, 1.0, PAR, dst)  # fmt: skip
 
     before = {k: v.copy() for k, v in c.items()}
     done = run(emptied, c, dst)
@@ -103,15 +103,16 @@ def test_a_worker_is_emptied_wholly_or_nothing_changes(seed):
 
 
 def test_a_worker_is_not_emptied_where_that_strains_the_others_more():
-    def empties(left_s):
+    def empties(left_s, price=0.0):
         room = np.array([0.0, 100.0, 40.0 + left_s * 2])
         growth, leaving = np.array([0.0, 1.0, 1.0]), np.zeros(3)
         return emptied(np.array([40.0]), np.ones(1), np.zeros(1, np.int64),
                        np.ones((1, 3), np.bool_), room, growth, leaving, np.ones(3, np.int64),
-                       np.array([False, False, True]), 1, 0.0, 0.0, PAR,
+                       np.array([False, False, True]), 1, 0.0, price, 0.0, PAR,
                        np.zeros(1, np.int64))  # fmt: skip
 
     assert empties(math.inf) and empties(8.0) and not empties(0.5)
+    assert not empties(8.0, price=0.05)
 
 
 def test_warming_up_compiles_every_kernel():

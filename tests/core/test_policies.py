@@ -134,10 +134,12 @@ def test_the_rate_of_a_worker_that_is_parked_now_keeps_nobody_from_parking():
 # --- moves ---------------------------------------------------------------------------------------
 
 
-def test_frugal_relieves_what_is_about_to_overflow_of_the_request_that_helps_longest():
+def test_frugal_relieves_what_is_about_to_overflow_of_the_request_that_helps_most_for_its_bytes():
     v = view([2, 6, 4, 7], [5])
-    v.growth_Bps[1] = 10.0  # of the smallest one's room it would be full again in a second
-    assert rebalance(v) == [Move(4, 2, "overflow")]
+    v.growth_Bps[1] = 8.0  # the smallest one's room would be full again in a second
+    assert rebalance(v) == [Move(2, 2, "overflow")]
+    v.growth_Bps[1] = 4.0  # now less is enough
+    assert rebalance(v) == [Move(3, 2, "overflow")]
 
 
 def test_frugal_gives_a_relief_to_the_place_that_it_fits_most_tightly():
@@ -216,9 +218,9 @@ def test_frugal_empties_the_worker_that_holds_least_when_its_requests_fit_elsewh
 
 
 def test_frugal_empties_no_worker_without_room_to_grow_until_another_could_be_woken():
-    # Both grow by 10 B/s, for 2.5 s and twice the 2 s of waking: 130 bytes are to stay free.
-    assert rebalance(view([4], [2], growth=10.0)) != []
-    assert rebalance(view([5], [2], growth=10.0)) == []
+    # Both grow by 10 B/s, for 2 s and twice the 2 s of waking: 120 bytes are to stay free.
+    assert rebalance(view([5], [2], growth=10.0)) != []
+    assert rebalance(view([6], [2], growth=10.0)) == []
 
 
 def test_thrift_keeps_less_room_and_empties_more():

@@ -40,10 +40,11 @@ def place(view: View, row: int, model: str) -> int | None:
     kept = half_block(view)
     if not more_workers(view, model):
         kept = np.maximum(kept, workers.token_bytes * view.answer_tokens / 2)
+    keep_s = scale(view) * LEAST_S + view.cost.wake_s  # or no other could be woken in time
     worker = place_on(workers.free, workers.ordered, workers.num_requests, workers.max_requests,
                       workers.token_bytes, kept, view.growth_Bps, view.hosting(model), need,
                       view.token_rate * float(view.requests.token_bytes[row]), leaves(view),
-                      view.token_rate, scale(view) * LEAST_S + view.cost.wake_s, strain_of(view))  # fmt: skip
+                      view.token_rate, keep_s, strain_of(view))  # fmt: skip
     return int(worker) or _empty_one(view, row, model)
 
 

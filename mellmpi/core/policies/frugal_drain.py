@@ -3,11 +3,11 @@
 import numpy as np
 
 from mellmpi.core.ledger import WorkerState
-from mellmpi.core.policies.frugal_fleet import LEAST_S, Fleet, scale, sizes, strain_of
+from mellmpi.core.policies.frugal_fleet import LEAST_S, PRICE, Fleet, scale, sizes, strain_of
 from mellmpi.core.policies.kernels import emptied, relief
 from mellmpi.core.view import Drain, Move, Proposal, View
 
-FLEET_S = 2.5  # no worker is emptied unless the others keep so much time to overflow, together
+FLEET_S = 2.0  # no worker is emptied unless the others keep so much time to overflow, together
 WAKES = 2  # both there and on each of them, time for so many wakes is kept besides
 TRIES = 2  # workers that cannot be emptied before the round gives up
 
@@ -65,10 +65,11 @@ def _empty(view: View, fleet: Fleet, victim: int, rows: np.ndarray) -> list[Prop
     order = np.argsort(-size, kind="stable")
     dst = np.zeros(len(rows), np.int64)
     keep_s = scale(view) * LEAST_S + WAKES * view.cost.wake_s
+    price = PRICE / float(view.workers.capacity[victim])
     fleet.takes[victim] = False
     if not emptied(size[order], grow[order], model[order], view.workers.runs, fleet.room,
                    fleet.growth, fleet.leaving, fleet.seats, fleet.takes, victim, fleet.leaves,
-                   keep_s, strain_of(view), dst):  # fmt: skip
+                   price, keep_s, strain_of(view), dst):  # fmt: skip
         fleet.takes[victim] = True
         return []
     ids = view.requests.request_id[rows[order]]

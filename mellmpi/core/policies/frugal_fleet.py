@@ -9,10 +9,11 @@ from mellmpi.core.view import View
 
 SPREAD = 4.0  # thrift 0 keeps so many times as much time, thrift 1 so many times less
 # The strain of a worker, see `kernels.strain`. At the middle of `thrift`:
-URGENCY = 2.4  # of one that overflows now, against 1 for one that is almost empty
+URGENCY = 2.0  # of one that overflows now, against 1 for one that is almost empty
 URGENT_S = 5.5  # an overflow so far away counts 1/e of that
 IDLE_S = 8.5  # room for so many seconds of growth counts 1 - 1/e
 LEAVING = 2.7  # an end of a request is worth so many times its mean rate
+PRICE = 1.7  # strain, for moving as much as a worker can hold
 LEAST_S = 1.0  # nothing is put where it leaves less time to overflow
 
 

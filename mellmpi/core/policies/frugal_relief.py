@@ -3,13 +3,20 @@
 import numpy as np
 
 from mellmpi.core.ledger import WorkerState
-from mellmpi.core.policies.frugal_fleet import LEAST_S, LEAVING, Fleet, scale, sizes, strain_of
+from mellmpi.core.policies.frugal_fleet import (
+    LEAST_S,
+    LEAVING,
+    PRICE,
+    Fleet,
+    scale,
+    sizes,
+    strain_of,
+)
 from mellmpi.core.policies.kernels import relief
 from mellmpi.core.view import Move, Proposal, View, WakeWorker
 
 LEAD_TICKS = 1.2  # relief comes so many rounds before the overflow, and what a transfer takes
 ENDS = 2.0  # no worker is woken for one where so many are expected to end before it overflows
-PRICE = 1.5  # strain, for moving as much as a worker can hold
 
 
 def relieve(view: View, fleet: Fleet) -> tuple[list[Proposal], bool]:

@@ -121,7 +121,7 @@ def relief(size, grow, model, runs, room, growth, leaving, may, worker, leaves, 
 
 @numba.njit(cache=True)
 def emptied(size, grow, model, runs, room, growth, leaving, seats, may,  # type: ignore[no-untyped-def]
-            worker, leaves, keep_s, par, dst):  # fmt: skip
+            worker, leaves, price, keep_s, par, dst):  # fmt: skip
     """Can all requests of a worker go elsewhere with less strain than now? `dst` says where.
 
     As in `relief`, largest first; dst int64 [n], written.
@@ -136,7 +136,7 @@ def emptied(size, grow, model, runs, room, growth, leaving, seats, may,  # type:
                                         size[i], grow[i], leaves, keep_s, par)  # fmt: skip
         if dst[i] == 0:
             break
-        spent += added
+        spent += added + price * size[i]
         _put(room, growth, leaving, seats, dst[i], size[i], grow[i], leaves, 1)
         before[dst[i]] += added
         done += 1
@@ -162,5 +162,5 @@ def warm_up() -> None:
     size, runs, par = np.ones(1), np.ones((1, 2), np.bool_), (1.0, 1.0, 1.0)
     place_on(ints, ints, ints, ints, room, room, growth, yes, 1, 1.0, 1.0, 1.0, 1.0, par)
     relief(size, size, none, runs, room, growth, growth, yes, 1, 1.0, 1.0, 1.0, par)
-    emptied(size, size, none, runs, room, growth, room.copy(), ints, yes, 1, 1.0, 1.0, par,
+    emptied(size, size, none, runs, room, growth, room.copy(), ints, yes, 1, 1.0, 1.0, 1.0, par,
             none.copy())  # fmt: skip
