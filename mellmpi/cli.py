@@ -70,6 +70,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", **config)
     _add(parser, (*SERVING, *BATCH))
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+    doctor = commands.add_parser("doctor", help="what ranks, MPI, GPUs and links are like")
+    doctor.add_argument("--config", **config)
+    _add(doctor, SERVING)
     batch = commands.add_parser("run-batch", help="answer a file of requests")
     batch.add_argument("--config", **config)
     _add(batch, (*SERVING, *BATCH))
@@ -210,13 +213,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _help(arguments) if first else 0
     if arguments[:1] == ["simulate"]:
         return _simulate(arguments)
-    from mellmpi.runtime.launch import launch  # imports MPI
+    from mellmpi.runtime.launch import examine, launch  # imports MPI
 
+    if arguments[:1] == ["doctor"]:
+        return _doctor(arguments, examine, first)
     return launch(
         lambda piped: read_options(arguments, os.environ, piped),
         lambda size: world_problem(os.environ, size),
         speaks=first,
     )
+
+
+def _doctor(arguments: Sequence[str], examine: Callable[[Config, bool], int], first: bool) -> int:
+    try:
+        config = read_options(arguments, os.environ, lambda: False).config
+    except UsageError as error:
+        if first:
+            sys.stderr.write(f"mellmpi: {error}\n")
+        return 2
+    return examine(config, first)
 
 
 def _help(arguments: Sequence[str]) -> int:

@@ -5,6 +5,8 @@ from typing import Any
 
 DTYPES = ("float32", "bfloat16")
 MIGRATE = ("never", "auto", "stress")
+DEVICE_BUFFERS = ("auto", "never")
+CHECKSUMS = ("auto", "always", "never")
 
 
 class UsageError(Exception):
@@ -81,10 +83,12 @@ class ClusterConfig:
     rebalance_every_s: float = 0.1  # at most so often the policy looks at the whole cluster
     horizon_s: float = 2.0  # placement keeps room for so many seconds of growth
     park_after_s: float = 1.0  # a worker empty for so long may be parked
+    migration_limit_s: float = 1.0  # moves that would take longer wait until others have ended
     thrift: float = 0.5  # of `frugal`: 0 moves the fewest bytes, 1 uses the fewest workers
 
     def __post_init__(self) -> None:
         _check(0 <= self.thrift <= 1, f"--thrift must be in [0, 1], not {self.thrift}")
+        _check(self.migration_limit_s > 0, "--migration-limit-s must be over 0")
         _check(self.migrate in MIGRATE, f"--migrate must be one of {', '.join(MIGRATE)}")
 
 
@@ -94,6 +98,15 @@ class TransportConfig:
 
     idle_poll_s: float = 0.005  # longest sleep between looks at a link that cannot ring
     device_buffers: str = "auto"  # auto: where a self-test passes; never: always staged
+    checksums: str = "auto"  # of every KV block on its way. auto: between hosts
+    measure_links: bool = True  # at the start, in about a second
+
+    def __post_init__(self) -> None:
+        _check(
+            self.device_buffers in DEVICE_BUFFERS,
+            f"--device-buffers must be one of {', '.join(DEVICE_BUFFERS)}",
+        )
+        _check(self.checksums in CHECKSUMS, f"--checksums must be one of {', '.join(CHECKSUMS)}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mellmpi.config import DTYPES, MIGRATE
+from mellmpi.config import CHECKSUMS, DEVICE_BUFFERS, DTYPES, MIGRATE
 
 POLICIES = ("best_fit", "worst_fit", "load_balance", "mell", "frugal")
 
@@ -94,6 +94,12 @@ SERVING = (
     Flag("threads", int, "compute threads a worker (default: cores / workers of the host)", "N"),
     Flag("device", str, "auto (default), cpu or cuda", choices=("auto", "cpu", "cuda")),
     Flag("oversubscribe-gpus", switch, "let workers share a GPU", is_switch=True),
+    Flag("checksums", str, "of KV blocks on their way (default: auto, between hosts)",
+         choices=CHECKSUMS),
+    Flag("device-buffers", str, "auto (default): MPI takes device memory where a test of it "
+         "passes; never: through host memory", choices=DEVICE_BUFFERS),
+    Flag("measure-links", switch, "at the start, in about a second (default: yes)",
+         is_switch=True),
     Flag("seed", int, "of random weights and of --migrate stress (default: 0)", "N"),
     Flag("cache-dir", str, "where converted models are kept (default: ~/.cache/mellmpi)", "DIR"),
 )  # fmt: skip

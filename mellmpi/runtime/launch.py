@@ -66,6 +66,13 @@ def launch(read_options: ReadOptions, world_problem: Callable[[int], str], speak
     return _rank0(job, options, prepared) if rank == 0 else _worker(job, prepared)
 
 
+def examine(config: Config, speaks: bool) -> int:
+    """The command `doctor`, on every rank; its exit code."""
+    from mellmpi.runtime.doctor import doctor
+
+    return doctor(config, _join(), speaks)
+
+
 def _join() -> Any:
     """The MPI job, or None where there is no MPI: one process can do without."""
     try:

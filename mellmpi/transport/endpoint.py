@@ -70,6 +70,11 @@ class Endpoint:
         self._active = True  # something happened since the last sleep
         self._suspicious_s: float | None = None  # since when an error is unexplained
 
+    @property
+    def rings(self) -> bool:
+        """Every peer can wake this one."""
+        return self._wakes.all_ring
+
     # --- messages -------------------------------------------------------------------------------
 
     def send(self, dst: int, message: Any) -> None:

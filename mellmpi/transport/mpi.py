@@ -248,6 +248,21 @@ class Job:
         address = self._comm.Get_attr(OPEN_MPI_FT)
         return isinstance(address, int) and ctypes.c_int.from_address(address).value != 0
 
+    @property
+    def library(self) -> str:
+        """Which MPI this is."""
+        name, numbers = MPI.get_vendor()
+        return f"{name} {'.'.join(map(str, numbers))}"
+
+    @property
+    def thread_level(self) -> str:
+        """How MPI lets threads call it."""
+        names = {
+            MPI.THREAD_SINGLE: "single", MPI.THREAD_FUNNELED: "funneled",
+            MPI.THREAD_SERIALIZED: "serialized", MPI.THREAD_MULTIPLE: "multiple",
+        }  # fmt: skip
+        return names[MPI.Query_thread()]
+
     def gather(self, data: bytes) -> list[bytes]:
         """Every rank's data, by rank; the same length on all."""
         whole = bytearray(len(data) * self.size)

@@ -30,12 +30,12 @@ def test_the_job_ends_by_itself_though_transfers_were_left_open(conformance):
 @pytest.fixture(scope="module", params=["FLAGS", "OVER_TCP"])
 def loss(request, tmp_path_factory):
     flags = getattr(harness, request.param)
-    for _ in range(2):
+    for _ in range(3):
         directory = tmp_path_factory.mktemp("loss")
         outcome = run_job(5, "tests.mpi.lost_worker", directory=directory, flags=flags)
-        # Open MPI 5.0.11 over TCP was seen to crash a survivor inside MPI_Isend, once, under load:
-        # a defect of MPI that shows itself by this name alone, and does not come twice.
-        if "mca_pml_ob1_recv_request_process_pending" not in outcome.output:
+        # Open MPI 5.0.11 over TCP crashes in an MPI_Isend that comes just when it takes down the
+        # connection to the dead: once in a dozen runs, under load, and it shows by these names.
+        if not ("Segmentation fault" in outcome.output and "mca_pml_ob1_isend" in outcome.output):
             break
     return outcome
 

