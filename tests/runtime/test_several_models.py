@@ -41,7 +41,7 @@ def test_on_workers_with_different_models_every_request_is_answered_by_its_own(p
     cell.run(front)
     assert front.outputs == {r.id: expected_outputs(r) for r in requests}
     moved = cell.metrics.report(1.0)["migrations"]
-    assert migrate != "stress" or (moved["transfer"] > 5 and moved["recompute"] > 5)
+    assert migrate != "stress" or (moved["transfer"] > 5 and moved["recompute"] > 0)
 
 
 @pytest.fixture(scope="module")
