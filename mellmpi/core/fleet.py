@@ -99,12 +99,7 @@ class Fleet:
 
     def can_return(self, worker: int, num_bytes: int) -> bool:
         """Has its former worker room for it again?"""
-        ledger = self.ledger
-        return bool(
-            ledger.state[worker] == ACTIVE
-            and ledger.num_requests[worker] < ledger.max_requests[worker]
-            and ledger.room(worker) >= num_bytes
-        )
+        return bool(self.ledger.state[worker] == ACTIVE) and self._holds(worker, num_bytes)
 
     # --- states ---------------------------------------------------------------------------------
 
@@ -196,12 +191,13 @@ class Fleet:
 
     def has_room(self, worker: int, model: str, num_bytes: int) -> bool:
         """May a request of this model and size be moved there?"""
+        return bool(self.view.hosting(model)[worker]) and self._holds(worker, num_bytes)
+
+    def _holds(self, worker: int, num_bytes: int) -> bool:
+        """Has it a seat, and so many bytes?"""
         ledger = self.ledger
-        return bool(
-            self.view.hosting(model)[worker]
-            and ledger.num_requests[worker] < ledger.max_requests[worker]
-            and ledger.room(worker) >= num_bytes
-        )
+        seat = ledger.num_requests[worker] < ledger.max_requests[worker]
+        return bool(seat) and ledger.room(worker) >= num_bytes
 
     def refusal(self, request: Request, num_tokens: int) -> str | None:
         """Why no worker that is left can ever hold so many tokens of it, or None."""
