@@ -122,8 +122,12 @@ class Fleet:
         self.out.append((OBSERVER, WorkerChanged(worker, name)))
 
     def drain(self, worker: int) -> None:
-        """Nothing new goes there any more; it parks when it is empty."""
-        if self.ledger.state[worker] == WorkerState.ACTIVE:
+        """Nothing new goes there any more; it parks when it is empty.
+
+        Not the last one of a model in use: what it holds could go nowhere, and the next arrival
+        would call it back.
+        """
+        if self.ledger.state[worker] == ACTIVE and not self._is_last(worker):
             self.change(worker, WorkerState.DRAINING)
 
     def park(self, worker: int) -> None:

@@ -2,8 +2,9 @@
 
 import pytest
 
+from mellmpi.core.ledger import WorkerState
 from mellmpi.core.policies import POLICIES, policy_for
-from mellmpi.core.view import Drain, Move, ParkWorker
+from mellmpi.core.view import Drain, ParkWorker
 from mellmpi.protocol import (
     FRONT,
     Assign,
@@ -12,12 +13,22 @@ from mellmpi.protocol import (
     Park,
     Request,
     Submit,
+    WorkerChanged,
     WorkerLost,
     WorkerReady,
 )
 from tests.core.stage import KV, Stage, assert_nothing_left, report, request, to_workers, told
 
 OTHER = ModelKv("other", block_size=4, block_bytes=40)
+
+
+@pytest.fixture
+def apart():
+    """Workers 1 and 2 run one model, worker 3 the other."""
+    stage = Stage()
+    stage.tell(3, WorkerReady((OTHER,), 200, 8, 0, 0.5))
+    stage.scheduler.fleet.ledger._able["m"][3] = False
+    return stage
 
 
 @pytest.fixture
@@ -122,39 +133,42 @@ def test_a_model_whose_workers_are_full_does_not_keep_another_waiting(stage):
 
 def test_a_worker_grows_by_the_kv_of_the_models_of_its_requests(stage):
     stage.tell(3, WorkerReady((KV, OTHER), 400, 8, 0, 0.5))
-    stage.tell(FRONT, Submit(other(1)))
+    stage.tell(FRONT, Submit(other(1)))  # 10 bytes a token
     stage.scheduler.policy = policy_for("worst_fit", "auto")
-    stage.tell(FRONT, Submit(request(2)))
+    stage.tell(FRONT, Submit(request(2)))  # 2.5 bytes a token
+    assert stage.scheduler.fleet.ledger.num_requests.tolist() == [0, 0, 0, 2]
     stage.scheduler.tick(10.0)
     for worker in (1, 3):
         stage.tell(worker, report(decode_tokens=20, acked=0))
     stage.scheduler.tick(12.0)
     growth = stage.scheduler.fleet.view.growth_Bps
-    columns = stage.scheduler.fleet.view.requests
-    on = [columns.token_bytes[columns.live & (columns.worker == w)] for w in (1, 3)]
-    for worker, sizes, largest in zip((1, 3), on, (2.5, 10.0), strict=True):
-        mean = sizes.mean() if len(sizes) else largest
-        assert growth[worker] == pytest.approx(0.3 * 10 * mean)
+    tokens_a_second = 0.3 * 10  # what is new counts as 0.3
+    assert growth[3] == pytest.approx(tokens_a_second * (10 + 2.5) / 2)
+    # All that it held has ended since: the only model that it has.
+    assert growth[1] == pytest.approx(tokens_a_second * 2.5)
 
 
-def test_only_a_draining_worker_of_the_model_is_called_back():
-    stage = Stage()
-    stage.tell(3, WorkerReady((OTHER,), 200, 8, 0, 0.5))
-    stage.running(1)
-    stage.tick(Drain(1))
-    stage.place_at = None
-    stage.tell(FRONT, Submit(other(2)))
-    assert stage.scheduler.fleet.ledger.state[1] != stage.scheduler.fleet.ledger.state[2]
-    assert not told(stage.tick(Move(1, 1, "where it is")), Assign)
+def test_only_a_draining_worker_of_the_model_is_called_back(apart):
+    apart.running(1)
+    apart.tick(Drain(1), Drain(3))
+    apart.place_at = None
+    apart.tell(FRONT, Submit(other(2)))
+    assert apart.scheduler.fleet.ledger.workers(WorkerState.DRAINING) == [1]
 
 
-def test_the_last_active_worker_of_a_model_is_parked_only_when_nobody_asks_for_the_model():
-    stage = Stage()
-    stage.tell(3, WorkerReady((OTHER,), 200, 8, 0, 0.5))
-    stage.scheduler.fleet.ledger._able["m"][3] = False
-    stage.place_at = None
-    stage.tell(FRONT, Submit(other(1)))
-    assert not told(stage.tick(ParkWorker(3)), Park)
-    assert told(stage.tick(ParkWorker(2)), Park)
-    stage.tell(FRONT, Cancel(1, "gone"))
-    assert told(stage.tick(ParkWorker(3)), Park)
+def test_the_last_active_worker_of_a_model_is_drained_only_when_nobody_asks_for_the_model(apart):
+    apart.place_at = 3
+    apart.tell(FRONT, Submit(other(1)))
+    drained = told(apart.tick(Drain(3), Drain(2)), WorkerChanged)
+    assert drained[0] == WorkerChanged(2, "draining") and {c.worker for c in drained} == {2}
+    apart.tell(FRONT, Cancel(1, "gone"))
+    assert WorkerChanged(3, "draining") in told(apart.tick(Drain(3)), WorkerChanged)
+
+
+def test_the_last_active_worker_of_a_model_is_parked_only_when_nobody_asks_for_the_model(apart):
+    apart.place_at = None
+    apart.tell(FRONT, Submit(other(1)))
+    assert not told(apart.tick(ParkWorker(3)), Park)
+    assert told(apart.tick(ParkWorker(2)), Park)
+    apart.tell(FRONT, Cancel(1, "gone"))
+    assert told(apart.tick(ParkWorker(3)), Park)
