@@ -1,5 +1,6 @@
 """The workers' side of rank 0: their states, their budgets, what is on its way to them."""
 
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -39,6 +40,7 @@ class Fleet:
         self._largest: dict[str, int | None] = {}  # arena, by model; forgotten with every change
         self._decoded = np.zeros(num_workers + 1)  # tokens since the last tick
         self._ticked_s = 0.0
+        self._has_woken = False  # anybody, ever
         self.view = View(
             now=0.0, workers=self.ledger, requests=RequestColumns(), waiting_bytes=0,
             growth_Bps=np.zeros(num_workers + 1), token_rate=0.0,
@@ -104,13 +106,21 @@ class Fleet:
     # --- states ---------------------------------------------------------------------------------
 
     def ready(self, worker: int, event: WorkerReady) -> None:
+        self._learn_wake(event.wake_s, bool(self.ledger.state[worker] == WorkerState.WAKING))
         self.ledger.ready(
             worker, event.models, event.capacity_bytes, event.max_num_seqs, event.acked
         )
         self.ledger.empty_since_s[worker] = self.view.now
         self.models |= {m.model: m for m in event.models}
-        self.view.cost = self.view.cost.after_wake(event.wake_s)
         self._changed(worker)
+
+    def _learn_wake(self, wake_s: float, woken: bool) -> None:
+        """Starts, which compile and convert, too, count until somebody has been woken."""
+        cost = self.view.cost
+        if woken and not self._has_woken:
+            self._has_woken, self.view.cost = True, replace(cost, wake_s=wake_s)
+        elif woken or not self._has_woken:
+            self.view.cost = cost.after_wake(wake_s)
 
     def change(self, worker: int, state: WorkerState) -> None:
         self.ledger.enter(worker, state)

@@ -106,3 +106,11 @@ def test_what_waking_takes_is_learnt_from_those_that_loaded():
             stage.ready(worker)  # in half a second
     assert stage.scheduler.fleet.view.cost.wake_s == pytest.approx(0.5, rel=0.01)
     assert CostModel(wake_s=2.0).after_wake(1.0).wake_s == pytest.approx(1.7)
+
+
+def test_the_first_wake_says_more_of_wakes_than_all_starts(stage):
+    for worker in (2, 3):
+        submit(stage, request_id=worker)
+        stage.tick()
+        stage.ready(worker)  # in half a second
+    assert stage.scheduler.fleet.view.cost.wake_s == pytest.approx(0.5)
