@@ -144,6 +144,7 @@ class WorkerReady:
     max_num_seqs: int  # sequences it decodes at once
     acked: int  # commands handled so far
     wake_s: float  # what loading took, seconds
+    max_batched_tokens: int  # positions it computes in a step, at most
 
 
 @message
@@ -216,7 +217,7 @@ class StepReport:
     tokens: tuple[int, ...]
     logprobs: tuple[tuple[int, tuple[TokenLogprob, ...]], ...]  # (run index, one a token), sparse
     preempted: tuple[tuple[int, int], ...]  # (request id, epoch): handed back, blocks freed
-    attended: int = 0  # positions that the prefilled ones looked back on, one by one; 0: not said
+    attended: int  # positions that the prefilled ones looked back on, one by one
 
 
 # --- migration: the ring -------------------------------------------------------------------------
@@ -232,7 +233,7 @@ class ReceiveKv:
     num_logged: int  # output tokens in the scheduler's log: KvReceived's run starts there
     num_tokens: int  # prompt + output when this was sent: what to reserve for
     start: int  # positions before it are recomputed by the destination; 0: all travel
-    outputs: tuple[int, ...] = ()  # all that are logged, if some of it is to be recomputed
+    outputs: tuple[int, ...]  # all that are logged, if some of it is to be recomputed
 
 
 @message
@@ -241,7 +242,7 @@ class KvReserved:
 
     request_id: int
     epoch: int
-    start: int = 0  # positions before it need not come: computed there, or known from others
+    start: int  # positions before it need not come: computed there, or known from others
 
 
 @message
@@ -358,6 +359,10 @@ class MigrationStarted:
     src: int
     dst: int
     reason: str  # of the policy: "overflow", "drain", "stress" …
+    start: int  # positions before it are computed by the destination
+    num_bytes: int  # expected over the link
+    predicted_s: float  # until its end, as rank 0 will see it
+    predicted_downtime_s: float  # without a token
 
 
 @message

@@ -11,7 +11,7 @@ from mellmpi.core.cost import CostModel
 from mellmpi.metrics import Metrics
 from mellmpi.series import EXACT_SAMPLES, Distribution, Sample, Track
 
-NO_RUNS = ((), (), (), (), (), (), ())
+NO_RUNS = ((), (), (), (), (), (), (), 0)  # and nothing attended
 GREEDY = p.Sampling(9, 0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, (), None)
 
 
@@ -43,7 +43,7 @@ def arrived(m, now, worker, n, request_id=1):
 
 def ready(m, now, worker, capacity=1000):
     kv = p.ModelKv("m", 16, 64)
-    m.observe(now, worker, p.WorkerReady((kv,), capacity, 8, 0, 0.0))
+    m.observe(now, worker, p.WorkerReady((kv,), capacity, 8, 0, 0.0, 64))
 
 
 def state(m, now, worker, name):
@@ -51,7 +51,9 @@ def state(m, now, worker, name):
 
 
 def started(m, now, mode, src, dst, request_id=1):
-    m.command(now, p.OBSERVER, p.MigrationStarted(request_id, mode, src, dst, "drain"))
+    m.command(
+        now, p.OBSERVER, p.MigrationStarted(request_id, mode, src, dst, "drain", 0, 640, 1.0, 0.0)
+    )
 
 
 def ended(m, now, mode, src, dst, outcome="moved", num_bytes=640, request_id=1):
@@ -146,7 +148,7 @@ def test_a_report_of_nothing_is_complete_and_serialisable():
 
 def test_messages_that_say_nothing_to_metrics_are_passed_over():
     m = Metrics()
-    m.observe(0.0, 1, p.KvReserved(1, 2))
+    m.observe(0.0, 1, p.KvReserved(1, 2, 0))
     m.command(0.0, 1, p.Release(1, 2))
     assert m.report(1.0) == Metrics().report(1.0)
 
@@ -394,7 +396,7 @@ def test_the_costs_of_a_run_give_back_what_its_steps_transfers_and_wakes_took():
                   p.MigrationEnded(1, "transfer", 1, 2, num_bytes, took_s, "moved"))  # fmt: skip
     m.command(5.0, 1, p.Wake())
     kv = p.ModelKv("m", 16, 64)
-    m.observe(6.5, 1, p.WorkerReady((kv,), 1000, 8, 0, 1.5))
+    m.observe(6.5, 1, p.WorkerReady((kv,), 1000, 8, 0, 1.5, 64))
     report = json.loads(json.dumps(m.report(7.0)))
     assert asdict(CostModel.fitted(report["costs"])) == pytest.approx(asdict(truth))
     assert report["worker_kv"] == {"capacity_bytes": 1000, "block_size": 16, "block_bytes": 64}

@@ -69,7 +69,7 @@ def test_messages_within_messages_come_back_as_what_they_were():
 
 
 def test_sequences_come_back_as_tuples():
-    report = StepReport(1, 0.1, 0, 2, 100, 3, [1], [2], [0], [2], [7, 8], [], [[1, 2]])
+    report = StepReport(1, 0.1, 0, 2, 100, 3, [1], [2], [0], [2], [7, 8], [], [[1, 2]], 0)
     back = decode(encode(report))
     assert back.tokens == (7, 8) and back.preempted == ((1, 2),)
 

@@ -9,7 +9,8 @@ from typing import Any
 from mellmpi.config import ClusterConfig
 from mellmpi.core.fleet import Commands, Fleet
 from mellmpi.core.ledger import ACTIVE, WorkerState
-from mellmpi.core.migration import cheaper_mode
+from mellmpi.core.migration import RECOMPUTE, Plan
+from mellmpi.core.moves import planned
 from mellmpi.core.policies import Policy
 from mellmpi.core.queue import WaitingQueue
 from mellmpi.core.requests import Log, Record, State, TokenLog, aligned, finish_reason
@@ -26,7 +27,7 @@ from mellmpi.protocol import (
     KvReceived,
     KvRefused,
     KvReserved,
-    MigrationStarted,
+    LinksMeasured,
     Parked,
     Preempted,
     Rejected,
@@ -66,6 +67,8 @@ class ClusterScheduler:
                 self._cancel(request_id)
             case KvReserved() | KvRefused() | KvReceived() | KvFailed():
                 self._answer(int(source), event)
+            case LinksMeasured():
+                self.fleet.estimates.links.measured(event)
             case WorkerReady():
                 self.fleet.ready(int(source), event)
             case Parked():
@@ -86,8 +89,7 @@ class ClusterScheduler:
         view = self.fleet.view
         view.now, view.waiting_bytes = now, self.queue.kv_bytes
         self.fleet.tick(now)
-        for proposal in self.policy.rebalance(view):
-            self._enact(proposal)
+        self._enact(self.policy.rebalance(view))
         for worker in self.fleet.ledger.workers(WorkerState.DRAINING):
             self.fleet.park(worker)
         for worker in self.queue.homes():
@@ -241,11 +243,17 @@ class ClusterScheduler:
 
     # --- what the policy wants ------------------------------------------------------------------
 
-    def _enact(self, proposal: Proposal) -> None:
-        """Do it, if it still can be done."""
+    def _enact(self, proposals: list[Proposal]) -> None:
+        """Do what can still be done; all moves are decided together."""
+        for proposal in proposals:
+            self._change_worker(proposal)
+        moves = [proposal for proposal in proposals if isinstance(proposal, Move)]
+        limit_s = self.config.migration_limit_s
+        for record, move, plan in planned(moves, self.records, self.fleet, limit_s):
+            self._move(record, move, plan)
+
+    def _change_worker(self, proposal: Proposal) -> None:
         match proposal:
-            case Move():
-                self._move(proposal)
             case Drain(worker):
                 self.fleet.drain(worker)
             case ParkWorker(worker):
@@ -253,29 +261,15 @@ class ClusterScheduler:
             case WakeWorker(worker):
                 self.fleet.wake(worker)
 
-    def _move(self, move: Move) -> None:
-        record = self.records.get(move.request_id)
-        if record is None or record.state is not State.RUNNING or record.worker == move.dst:
-            return
+    def _move(self, record: Record, move: Move, plan: Plan) -> None:
         num_bytes = self._kv_bytes(record)
-        mode = self._mode(record, move, num_bytes)
-        if mode is None or not self.fleet.has_room(move.dst, record.request.model, num_bytes):
+        if not self.fleet.has_room(move.dst, record.request.model, num_bytes):
             return
-        src, _ = record.owner
-        started = MigrationStarted(record.request.id, mode, src, move.dst, move.reason)
-        self.fleet.out.append((OBSERVER, started))
-        if mode == "recompute":
+        self.ring.announce(record, move, plan)
+        if plan.mode == RECOMPUTE:
             self._recompute(record, move)
         else:
-            self.ring.offer(record, move, num_bytes)
-
-    def _mode(self, record: Record, move: Move, num_bytes: int) -> str | None:
-        if record.settled:
-            if record.transfer_failed:
-                return "recompute"
-            return move.mode or cheaper_mode(record.num_tokens, num_bytes, self.fleet.view.cost)
-        # Computing it once more before it has got anywhere could go on for ever.
-        return None if record.transfer_failed else "transfer"
+            self.ring.offer(record, move, num_bytes, plan.start)
 
     def _recompute(self, record: Record, move: Move) -> None:
         src, epoch = record.owner

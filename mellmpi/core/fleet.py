@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 
 from mellmpi.config import ClusterConfig
+from mellmpi.core.estimates import Estimates
 from mellmpi.core.ledger import ACTIVE, LOST, WITHOUT_ARENA, Ledger, WorkerState
+from mellmpi.core.migration import InFlight
 from mellmpi.core.requests import Record
 from mellmpi.core.view import RequestColumns, View, kv_need
 from mellmpi.protocol import (
@@ -36,6 +38,9 @@ class Fleet:
         self.ledger = Ledger(num_workers)
         self.models: dict[str, ModelKv] = {}
         self.out: Commands = []
+        self.in_flight = InFlight()
+        self.batch_tokens: dict[int, int] = {}  # of a step, by worker
+        self._estimates: Estimates | None = None
         self._epochs = count(1)
         self._largest: dict[str, int | None] = {}  # arena, by model; forgotten with every change
         self._decoded = np.zeros(num_workers + 1)  # tokens since the last tick
@@ -48,6 +53,13 @@ class Fleet:
             park_after_s=config.park_after_s, seed=config.seed, tick=0,
             period_s=config.rebalance_every_s, thrift=config.thrift,
         )  # fmt: skip
+
+    @property
+    def estimates(self) -> Estimates:
+        """What has been measured so far; before that, what the view's costs say."""
+        if self._estimates is None:
+            self._estimates = Estimates(self.view.cost)
+        return self._estimates
 
     def take(self) -> Commands:
         """The commands gathered since the last call."""
@@ -112,6 +124,7 @@ class Fleet:
         )
         self.ledger.empty_since_s[worker] = self.view.now
         self.models |= {m.model: m for m in event.models}
+        self.batch_tokens[worker] = event.max_batched_tokens
         self._changed(worker)
 
     def _learn_wake(self, wake_s: float, woken: bool) -> None:
@@ -244,7 +257,7 @@ class Fleet:
         if int(self.ledger.state[worker]) in WITHOUT_ARENA:
             return  # of what it did before it parked: there is no arena any more
         self.ledger.report(worker, event.acked, event.free_bytes)
-        self.view.cost = self.view.cost.after_steps(event)
+        self.estimates.steps.add(worker, event)
         self._decoded[worker] += event.decode_tokens
 
     def decoded(self, tokens: np.ndarray) -> None:
@@ -252,7 +265,10 @@ class Fleet:
         self._decoded += tokens
 
     def tick(self, now: float) -> None:
-        """Turn what was decoded since the last tick into rates."""
+        """Turn what was done since the last tick into rates and costs."""
+        self.estimates.links.look_again(now)
+        if self.estimates.steps.fold():
+            self.view.cost = self.view.cost.with_steps(self.estimates.steps.coefficients())
         elapsed, self._ticked_s = now - self._ticked_s, now
         rates = self._decoded / max(elapsed, 1e-9)
         self.view.period_s = min(elapsed, LONGEST_PERIOD_S)

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mellmpi.core.blocks import blocks_for
-from mellmpi.core.cost import CostModel
 from mellmpi.core.estimates import Estimates
 
 TRANSFER, RECOMPUTE, SPLIT = "transfer", "recompute", "split"
@@ -46,6 +45,7 @@ class Plan:
     num_bytes: int  # over the link
     seconds: float  # from the decision to the destination's word, or its first token
     downtime_s: float  # without a token
+    shared_bytes: int  # of others, that go over the link before it
     in_limit: bool = True
 
     @property
@@ -134,7 +134,10 @@ def _plan(c: Candidate, mode: str, start: int, estimates: Estimates, busy: InFli
     if mode == RECOMPUTE:
         downtime_s = seconds
     total_s = seconds + estimates.around_s(mode)
-    return Plan(mode, start, num_bytes, total_s, downtime_s, alone or seconds <= limit_s)
+    return Plan(
+        mode, start, num_bytes, total_s, downtime_s, busy.bytes_between[hosts],
+        in_limit=alone or seconds <= limit_s,
+    )  # fmt: skip
 
 
 def _times(c: Candidate, start: int, estimates: Estimates,
@@ -170,9 +173,3 @@ def split_at(c: Candidate, estimates: Estimates, busy: InFlight) -> int:
     near = {max(1, low), min(most, low + 1)}
     best = min(near, key=lambda b: max(_times(c, b * c.block_size, estimates, busy)))
     return best * c.block_size
-
-
-def cheaper_mode(num_tokens: int, num_bytes: int, cost: CostModel) -> str:
-    """ "transfer" or "recompute", whichever is estimated to take less time."""
-    recompute = cost.recompute_s(num_tokens) < cost.transfer_s(num_bytes)
-    return "recompute" if recompute else "transfer"

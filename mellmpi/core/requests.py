@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
+from mellmpi.core.migration import Plan
 from mellmpi.protocol import Request, TokenLogprob
 
 
@@ -78,6 +79,8 @@ class Record:
     log: Log = field(default_factory=TokenLog)
     num_placed: int = 0  # output tokens in the log when the owner took it
     moved_from: int | None = None  # recompute migration: until the first token from the new owner
+    plan: Plan | None = None  # of the move under way, of whatever mode
+    planned_s: float = 0.0  # when it was decided
     transfer_failed: bool = False  # under this owner: next time it is recomputed
     story: deque[str] = field(default_factory=lambda: deque(maxlen=40))  # for people
 

@@ -7,6 +7,7 @@ its copy until rank 0 has heard that the other one is complete; nothing is undon
 from typing import Any
 
 from mellmpi.core.fleet import Fleet
+from mellmpi.core.migration import Plan
 from mellmpi.core.requests import Offer, Record, State
 from mellmpi.core.view import Move
 from mellmpi.protocol import (
@@ -16,6 +17,7 @@ from mellmpi.protocol import (
     KvRefused,
     KvReserved,
     MigrationEnded,
+    MigrationStarted,
     ReceiveKv,
     Release,
     SendKv,
@@ -29,17 +31,33 @@ class Ring:
     def __init__(self, fleet: Fleet):
         self.fleet = fleet
 
-    def offer(self, record: Record, move: Move, num_bytes: int) -> None:
+    def announce(self, record: Record, move: Move, plan: Plan) -> None:
+        """It begins to move as planned."""
+        src, _ = record.owner
+        record.plan, record.planned_s = plan, self.fleet.view.now
+        self.fleet.in_flight.add(self._hosts(src, move.dst), move.dst, plan)
+        started = MigrationStarted(
+            record.request.id, plan.mode, src, move.dst, move.reason, plan.start, plan.num_bytes,
+            plan.seconds, plan.downtime_s,
+        )  # fmt: skip
+        self.fleet.out.append((OBSERVER, started))
+
+    def _hosts(self, src: int, dst: int) -> tuple[int, int]:
+        return self.fleet.estimates.links.hosts(src, dst)
+
+    def offer(self, record: Record, move: Move, num_bytes: int, start: int) -> None:
         """RUNNING → RESERVING: ask the destination for blocks; the source knows nothing yet."""
         src, _ = record.owner
-        offer = Offer(move.dst, self.fleet.next_epoch(), start=0)
+        offer = Offer(move.dst, self.fleet.next_epoch(), start)
         record.move(State.RESERVING, f"offered to {offer.dst} under {offer.epoch}: {move.reason}")
         record.offer = offer
         self.fleet.view.requests.movable[record.slot] = False
         self.fleet.ledger.add(offer.dst)
+        known = record.log.tokens
         order = ReceiveKv(
-            record.request, offer.epoch, src, len(record.log.tokens), record.num_tokens, offer.start
-        )
+            record.request, offer.epoch, src, len(known), record.num_tokens, start,
+            tuple(known) if start else (),
+        )  # fmt: skip
         self.fleet.send(offer.dst, order, num_bytes)
 
     def answer(self, record: Record, source: int, event: Any) -> bool:
@@ -84,7 +102,7 @@ class Ring:
         src, record.moved_from = record.moved_from, None
         dst, _ = record.owner
         assert src is not None
-        self._ended(record, "recompute", src, dst, outcome)
+        self._ended(record, src, dst, outcome)
 
     def _send(self, record: Record, offer: Offer, start: int) -> None:
         src, epoch = record.owner
@@ -101,7 +119,11 @@ class Ring:
         self.fleet.own(record, offer.dst, offer.epoch)
         view = self.fleet.view
         view.cost = view.cost.after_transfer(event.num_bytes, event.transfer_s)
-        self._ended(record, "transfer", src, offer.dst, "moved", event.num_bytes, event.transfer_s)
+        assert record.plan is not None
+        self.fleet.estimates.links.moved(
+            src, offer.dst, event.num_bytes + record.plan.shared_bytes, event.transfer_s, view.now
+        )
+        self._ended(record, src, offer.dst, "moved", event.num_bytes, event.transfer_s)
 
     def _thaw(self, record: Record) -> None:
         src, epoch = record.owner
@@ -118,9 +140,17 @@ class Ring:
         src, _ = record.owner
         record.offer = None
         self.fleet.ledger.remove(offer.dst, self.fleet.view.now)
-        self._ended(record, "transfer", src, offer.dst, outcome)
+        self._ended(record, src, offer.dst, outcome)
 
-    def _ended(self, record: Record, mode: str, src: int, dst: int, outcome: str,
+    def _ended(self, record: Record, src: int, dst: int, outcome: str,
                num_bytes: int = 0, transfer_s: float = 0.0) -> None:  # fmt: skip
-        ended = MigrationEnded(record.request.id, mode, src, dst, num_bytes, transfer_s, outcome)
+        plan, record.plan = record.plan, None
+        assert plan is not None
+        self.fleet.in_flight.add(self._hosts(src, dst), dst, plan, -1)
+        if outcome == "moved":
+            took_s = self.fleet.view.now - record.planned_s
+            self.fleet.estimates.took(plan.mode, plan.seconds, took_s)
+        ended = MigrationEnded(
+            record.request.id, plan.mode, src, dst, num_bytes, transfer_s, outcome
+        )
         self.fleet.out.append((OBSERVER, ended))

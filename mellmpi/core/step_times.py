@@ -72,8 +72,8 @@ class StepTimes:
         self._new: list[tuple[int, tuple[float, ...]]] = []
 
     def add(self, worker: int, report: StepReport) -> None:
-        """Remember a report; `fold` looks into it."""
-        if report.steps and report.step_s > 0:
+        """Remember a report; `fold` looks into it. Where steps are free, nothing is measured."""
+        if report.steps and report.step_s > 0 and self._unit.all():
             x = (report.steps, report.prefill_tokens, report.decode_tokens, report.attended)
             self._new.append((worker, (*map(float, x), report.step_s)))
 

@@ -19,7 +19,7 @@ class Move:
     request_id: int
     dst: int
     reason: str
-    mode: str | None = None  # "transfer" or "recompute"; None: whichever is cheaper
+    mode: str | None = None  # "transfer", "recompute", "split"; None: whatever takes least
     bundle: int | None = None  # those of one round with one number go as one; None: alone
 
 

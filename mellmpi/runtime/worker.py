@@ -76,6 +76,7 @@ class Worker:
             capacity_bytes=arena.num_blocks * arena.block_bytes,
             max_num_seqs=self._limits.max_num_seqs, acked=self._acked,
             wake_s=time.perf_counter() - began_s,
+            max_batched_tokens=self._limits.max_num_batched_tokens,
         )  # fmt: skip
         self._transport.send(SCHEDULER, ready)
 

@@ -187,7 +187,7 @@ class IdealWorkers:
 
     def ready(self, worker: _Worker) -> WorkerReady:
         worker.said = (-1, -1)
-        return WorkerReady(worker.models, worker.capacity, MANY, worker.acked, 0.0)
+        return WorkerReady(worker.models, worker.capacity, MANY, worker.acked, 0.0, MANY)
 
     def _kv(self, worker: _Worker, model: str) -> int:
         return next(m.block_bytes for m in worker.models if m.model == model)
@@ -214,7 +214,7 @@ class IdealWorkers:
         if self.used(worker) + sequence.token_bytes * order.num_tokens > worker.capacity:
             return KvRefused(order.request.id, order.epoch)
         self._put(worker, sequence)
-        return KvReserved(order.request.id, order.epoch)
+        return KvReserved(order.request.id, order.epoch, order.start)
 
     def _send(self, source: _Worker, order: SendKv) -> list[tuple[int, Any]]:
         """The KV is there at once; the source has nothing left to hold."""
@@ -262,7 +262,7 @@ class IdealWorkers:
             request_ids=tuple([s.request_id for s, _, _ in runs]),
             epochs=tuple([s.epoch for s, _, _ in runs]), firsts=tuple([f for _, f, _ in runs]),
             counts=tuple([n - f for _, f, n in runs]), tokens=tokens, logprobs=(),
-            preempted=preempted,
+            preempted=preempted, attended=0,
         )  # fmt: skip
 
     def progress(self, requests: RequestColumns) -> Progress:

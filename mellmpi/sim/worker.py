@@ -45,7 +45,10 @@ class SimWorker:
         self.batch = BatchScheduler(hosted, spec.num_blocks, self.acked, spec.batch, spec.cache)
         self.executor = spec.executor(spec.num_blocks, spec.models)
         capacity = spec.num_blocks * self.batch.block_bytes
-        return WorkerReady(spec.models, capacity, spec.batch.max_num_seqs, self.acked, spec.wake_s)
+        return WorkerReady(
+            spec.models, capacity, spec.batch.max_num_seqs, self.acked, spec.wake_s,
+            spec.batch.max_num_batched_tokens,
+        )  # fmt: skip
 
     def handle(self, source: Address, message: Any) -> list[tuple[Address, Any]]:
         """One message; what it makes the worker send."""

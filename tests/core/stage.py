@@ -44,7 +44,7 @@ def report(*runs: tuple[int, int, int, tuple[int, ...]], acked: int = 0, free_bl
         steps=1, step_s=0.01, prefill_tokens=0, decode_tokens=decode_tokens,
         free_bytes=free_blocks * KV.block_bytes, acked=acked, request_ids=ids, epochs=epochs,
         firsts=firsts, counts=tuple(map(len, tokens)), tokens=sum(tokens, ()),
-        logprobs=logprobs, preempted=preempted,
+        logprobs=logprobs, preempted=preempted, attended=0,
     )  # fmt: skip
 
 
@@ -83,7 +83,7 @@ class Stage:
 
     def ready(self, worker: int, num_blocks: int = NUM_BLOCKS, acked: int = 0) -> Any:
         capacity = num_blocks * KV.block_bytes
-        return self.tell(worker, WorkerReady((KV,), capacity, MAX_SEQS, acked, 0.5))
+        return self.tell(worker, WorkerReady((KV,), capacity, MAX_SEQS, acked, 0.5, 64))
 
     # --- a request in each state ----------------------------------------------------------------
 
@@ -109,7 +109,7 @@ class Stage:
 
     def sending(self, dst: int = 2, **kwargs: Any) -> Record:
         record = self.reserving(dst, **kwargs)
-        self.tell(dst, KvReserved(record.request.id, record.offer.epoch))
+        self.tell(dst, KvReserved(record.request.id, record.offer.epoch, record.offer.start))
         assert record.state is State.SENDING
         return record
 

@@ -81,7 +81,7 @@ class Bench:
 
     def receive(self, epoch=2, num_logged=1, num_prompt=3, **kwargs):
         order = ReceiveKv(request(7, num_prompt=num_prompt, **kwargs), epoch, 2, num_logged,
-                          num_prompt + num_logged, 0)  # fmt: skip
+                          num_prompt + num_logged, 0, ())  # fmt: skip
         return self.order(order)
 
 
@@ -440,7 +440,7 @@ def test_what_is_being_sent_is_not_preempted(unfrozen):
 
 
 def test_the_destination_reserves_for_all_that_is_known_and_waits(bench):
-    assert bench.receive(num_prompt=4) == [(SCHEDULER, KvReserved(7, 2))]
+    assert bench.receive(num_prompt=4) == [(SCHEDULER, KvReserved(7, 2, 0))]
     assert bench.batch.free_bytes == 60 and bench.batch.plan() is None
 
 

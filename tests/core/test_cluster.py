@@ -6,6 +6,7 @@ import pytest
 
 from mellmpi.core.cost import CostModel
 from mellmpi.core.ledger import WorkerState
+from mellmpi.core.requests import State
 from mellmpi.core.view import Drain, Move, ParkWorker, WakeWorker
 from mellmpi.protocol import (
     FRONT,
@@ -14,6 +15,8 @@ from mellmpi.protocol import (
     Cancel,
     Emit,
     KvFailed,
+    KvRefused,
+    LinksMeasured,
     MigrationEnded,
     MigrationStarted,
     ModelKv,
@@ -328,7 +331,7 @@ def test_a_queue_without_room_wakes_as_many_workers_as_it_needs_and_no_more(stag
 
 def test_only_a_worker_that_serves_the_model_is_woken(stage):
     other = ModelKv("other", 4, 10)
-    stage.tell(2, WorkerReady((other,), 200, 8, 0, 0.5))
+    stage.tell(2, WorkerReady((other,), 200, 8, 0, 0.5, 64))
     stage.scheduler.fleet.ledger._able["m"][2] = False
     park(stage, 2, 3)
     stage.place_at = None
@@ -348,7 +351,12 @@ def test_a_worker_ready_again_takes_what_waits(stage):
 def test_a_move_is_announced_with_its_mode_and_reason(stage):
     stage.running()
     commands = stage.tick(Move(7, 2, "overflow", "transfer"))
-    assert commands[0] == (OBSERVER, MigrationStarted(7, "transfer", 1, 2, "overflow"))
+    predicted = (commands[0][1].predicted_s, commands[0][1].predicted_downtime_s)
+    assert all(predicted)
+    assert commands[0] == (
+        OBSERVER,
+        MigrationStarted(7, "transfer", 1, 2, "overflow", 0, 10, *predicted),
+    )
 
 
 def test_a_move_says_how_much_came_and_teaches_the_cost_model(stage):
@@ -423,13 +431,36 @@ def test_the_order_to_receive_counts_as_spent_until_it_is_acknowledged(stage):
     assert ledger.budget[2] == 190 and ledger.ordered[2] == 0
 
 
-def test_the_cheaper_mode_is_taken_when_the_policy_has_none(stage):
-    stage.running(7)
-    stage.scheduler.fleet.view.cost = CostModel(prefill_token_s=1.0)
-    assert told(stage.tick(Move(7, 2, "test")), ReceiveKv)
-    stage.running(8)
-    stage.scheduler.fleet.view.cost = CostModel(prefill_token_s=0.0)
-    assert told(stage.tick(Move(8, 2, "test")), Assign)
+@pytest.mark.parametrize(
+    ("prefill_token_s", "Bps", "order"),
+    [(1.0, 1e9, ReceiveKv), (1e-9, 1.0, Assign), (0.5, 5.0, ReceiveKv)],
+)
+def test_the_way_that_takes_least_is_taken_when_the_policy_has_none(prefill_token_s, Bps, order):
+    stage = Stage()
+    stage.scheduler.fleet.view.cost = CostModel(prefill_token_s, 0.01, 1e-9, Bps, 0.0)
+    stage.scheduler.fleet._estimates = None
+    stage.running(7, num_prompt=39)
+    commands = stage.tick(Move(7, 2, "test"))
+    assert told(commands, order)
+    if order is ReceiveKv:
+        [receive] = told(commands, ReceiveKv)
+        [started] = told(commands, MigrationStarted)
+        assert started.mode == ("transfer" if Bps > 10 else "split")
+        assert receive.start == started.start and receive.start % 4 == 0
+        assert receive.outputs == ((5,) if receive.start else ())
+
+
+def test_a_move_that_fits_no_budget_is_deferred_and_goes_when_it_does():
+    stage = Stage()
+    stage.scheduler.fleet.view.cost = CostModel(1.0, 0.01, 1e-9, 5.0, 0.0)
+    stage.scheduler.fleet._estimates = None
+    first = stage.running(7, num_prompt=39)
+    second = stage.running(8, num_prompt=3)
+    stage.tick(Move(7, 2, "test"), Move(8, 2, "test"))
+    assert (first.state, second.state) == (State.RESERVING, State.RUNNING)
+    stage.tell(2, KvRefused(7, first.offer.epoch))
+    stage.tick(Move(8, 2, "test"))
+    assert second.state is State.RESERVING
 
 
 def test_before_its_first_token_a_request_is_not_computed_anew_elsewhere(stage):
@@ -438,11 +469,13 @@ def test_before_its_first_token_a_request_is_not_computed_anew_elsewhere(stage):
     assert started.mode == "transfer"
 
 
-def test_the_tokens_of_an_earlier_owner_do_not_count_as_first_tokens(stage):
-    stage.running()
+def test_computed_anew_a_request_moves_on_only_after_its_first_token(stage):
+    record = stage.running()
     stage.tick(Move(7, 2, "test", "recompute"))
+    assert told(stage.tick(Move(7, 3, "test", "transfer")), MigrationStarted) == []
+    stage.tell(2, report((7, record.epoch, 1, (6,))))
     [started] = told(stage.tick(Move(7, 3, "test", "recompute")), MigrationStarted)
-    assert started.mode == "transfer"
+    assert started.mode == "recompute"
 
 
 def fail(stage, record):
@@ -544,10 +577,22 @@ def test_a_report_whose_columns_disagree_is_a_bug(stage):
 
 def test_steps_that_prefilled_teach_the_cost_model(stage):
     stage.running()
-    before = stage.scheduler.fleet.view.cost.prefill_token_s
-    stage.tell(1, replace(report(), prefill_tokens=100, step_s=1.0))
-    after = stage.scheduler.fleet.view.cost.prefill_token_s
-    assert after == pytest.approx(0.7 * before + 0.3 * 0.01)
+    for _ in range(20):
+        stage.tell(1, replace(report(), prefill_tokens=100, step_s=100.0))
+        stage.tick()
+    assert stage.scheduler.fleet.view.cost.prefill_token_s == pytest.approx(1.0, rel=0.2)
+
+
+def test_measured_links_replace_what_was_guessed(stage):
+    stage.tell(1, LinksMeasured((0, 1, 1), (0,), (1,), (0.5,), (100.0,)))
+    assert stage.scheduler.fleet.estimates.links.between(1, 3).Bps == pytest.approx(100.0)
+
+
+def test_what_is_in_flight_is_counted_until_it_has_ended(stage):
+    record = stage.sending()
+    assert stage.scheduler.fleet.in_flight.bytes_between[0, 0] == 10
+    stage.tell(2, received(record))
+    assert not any(stage.scheduler.fleet.in_flight.bytes_between.values())
 
 
 def test_a_worker_is_empty_since_it_became_ready(stage):

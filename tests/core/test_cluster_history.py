@@ -42,6 +42,7 @@ from tests.core.stage import KV, check, report, request
 
 NUM_WORKERS, CAPACITY, SEATS = 3, 120, 3
 WORKER = st.integers(1, NUM_WORKERS)
+MODES = ["transfer"] * 3 + ["split", "recompute", None]
 RARELY = st.sampled_from([False] * 7 + [True])
 
 
@@ -57,6 +58,7 @@ class Held:
     outputs: list[int]
     phase: str  # "running", "arriving" or "frozen"
     reported: int
+    leaving: tuple[int, int] | None = None  # (destination, epoch there): it streams, or is frozen
 
 
 @dataclass
@@ -84,17 +86,19 @@ class ModelWorker:
                 self.held[epoch] = Held(r.id, list(outputs), "running", len(outputs))
                 if not fits:
                     self.preempt(epoch)
-            case ReceiveKv(r, epoch, _, num_logged):
+            case ReceiveKv(r, epoch, _, num_logged, _, start, outputs):
+                assert not start or len(outputs) == num_logged
                 if fits:
                     self.held[epoch] = Held(r.id, [], "arriving", num_logged)
-                self.outbox.append((KvReserved if fits else KvRefused)(r.id, epoch))
-            case SendKv(request_id, epoch, dst, dst_epoch):
+                answer = KvReserved(r.id, epoch, start) if fits else KvRefused(r.id, epoch)
+                self.outbox.append(answer)
+            case SendKv(_, epoch, dst, dst_epoch):
                 if (held := self.held.get(epoch)) is not None:
-                    held.phase = "frozen"
-                    links[self.id, dst].append((dst_epoch, request_id, tuple(held.outputs)))
+                    assert held.leaving is None, "sent twice at once"
+                    held.leaving = (dst, dst_epoch)
             case Unfreeze(_, epoch) if epoch in self.held:
-                assert self.held[epoch].phase == "frozen", "thawed without having been frozen"
-                self.held[epoch].phase = "running"
+                assert self.held[epoch].leaving, "thawed without having been sent"
+                self.held[epoch].phase, self.held[epoch].leaving = "running", None
             case Release(_, epoch):
                 self.held.pop(epoch, None)
             case Park():
@@ -102,7 +106,17 @@ class ModelWorker:
                 self.report()
                 self.outbox.append(Parked(self.acked))
             case Wake():
-                self.outbox.append(WorkerReady((KV,), CAPACITY, SEATS, self.acked, 0.1))
+                self.outbox.append(WorkerReady((KV,), CAPACITY, SEATS, self.acked, 0.1, 64))
+
+    def stop(self, epoch: int, links) -> None:
+        """Nothing is left to stream but the last round."""
+        held = self.held[epoch]
+        dst, dst_epoch = held.leaving
+        held.phase = "frozen"
+        links[self.id, dst].append((dst_epoch, held.request_id, tuple(held.outputs)))
+
+    def streaming(self) -> list[int]:
+        return [epoch for epoch in self.running() if self.held[epoch].leaving]
 
     def arrive(self, epoch: int, request_id: int, outputs, ok: bool) -> None:
         if (held := self.held.get(epoch)) is None:
@@ -159,7 +173,7 @@ class ClusterHistory(RuleBasedStateMachine):
         self.epochs, self.moving = set(), Counter()
         self.now = 0.0
         for worker in self.workers.values():
-            self.tell(worker.id, WorkerReady((KV,), CAPACITY, SEATS, 0, 0.1))
+            self.tell(worker.id, WorkerReady((KV,), CAPACITY, SEATS, 0, 0.1, 64))
 
     def place(self, view, row, model):
         ledger = view.workers
@@ -248,6 +262,9 @@ class ClusterHistory(RuleBasedStateMachine):
                     worker.token(epoch)
                 case "p":
                     worker.preempt(epoch)
+        for epoch in worker.streaming():
+            if data.draw(st.booleans()):
+                worker.stop(epoch, self.links)
         if data.draw(st.booleans()):
             worker.report()
         self.hear(w, says)
@@ -278,7 +295,7 @@ class ClusterHistory(RuleBasedStateMachine):
     # --- the policy -----------------------------------------------------------------------------
 
     @precondition(lambda self: self.movable())
-    @rule(data=st.data(), w=WORKER, mode=st.sampled_from(["transfer"] * 4 + ["recompute", None]))
+    @rule(data=st.data(), w=WORKER, mode=st.sampled_from(MODES))
     def move(self, data, w, mode):
         self.proposals = [Move(data.draw(st.sampled_from(self.movable())), w, "test", mode)]
         self.tick()
@@ -318,7 +335,7 @@ class ClusterHistory(RuleBasedStateMachine):
         ledger = self.scheduler.fleet.ledger
         heard = {"acked": 0, "free_blocks": int(ledger.free[w]) // KV.block_bytes}
         event = {
-            KvReserved: KvReserved(id, epoch), KvRefused: KvRefused(id, epoch),
+            KvReserved: KvReserved(id, epoch, 0), KvRefused: KvRefused(id, epoch),
             KvFailed: KvFailed(id, epoch, "stale"),
             KvReceived: KvReceived(id, epoch, 0, (99,), (), 0, 0.0),
             StepReport: report((id, epoch, 0, (99, 98)), **heard),
@@ -384,6 +401,8 @@ class ClusterHistory(RuleBasedStateMachine):
                     worker.handle(worker.inbox.popleft(), self.links, fits=True)
                 for epoch in worker.running():
                     worker.token(epoch)
+                for epoch in worker.streaming():
+                    worker.stop(epoch, self.links)
                 worker.report()
                 while worker.outbox:
                     self.tell(worker.id, worker.outbox.popleft())

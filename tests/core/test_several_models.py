@@ -118,7 +118,7 @@ def test_a_header_says_the_layout_of_the_model(bench):
 
 
 def test_the_kv_of_another_model_of_this_worker_is_not_accepted(bench):
-    bench.batch.handle(SCHEDULER, ReceiveKv(of("large", 7), 2, 2, 0, 3, 0))
+    bench.batch.handle(SCHEDULER, ReceiveKv(of("large", 7), 2, 2, 0, 3, 0, ()))
     header = KvPayload(7, 2, "layout of small", 0, 1, 3, (), (), (), True)
     [(_, drain), (_, failed)] = bench.batch.handle(2, header)
     assert isinstance(drain, DrainBlocks) and isinstance(failed, KvFailed)
@@ -126,7 +126,7 @@ def test_the_kv_of_another_model_of_this_worker_is_not_accepted(bench):
 
 
 @pytest.mark.parametrize("order", [
-    Assign(of("absent", 1), 1, ()), ReceiveKv(of("absent", 1), 1, 2, 0, 3, 0),
+    Assign(of("absent", 1), 1, ()), ReceiveKv(of("absent", 1), 1, 2, 0, 3, 0, ()),
 ])  # fmt: skip
 def test_a_request_for_a_model_that_is_not_here_is_a_bug(bench, order):
     with pytest.raises(AssertionError, match="absent is not here"):

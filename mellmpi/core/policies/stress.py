@@ -1,4 +1,4 @@
-"""Moves random requests all the time, by transfer and by recompute. For tests, not for service."""
+"""Moves random requests all the time, in every way. For tests, not for service."""
 
 import numpy as np
 
@@ -28,6 +28,6 @@ def rebalance(view: View) -> list[Proposal]:
         row = rows[bits % len(rows)]
         others = workers[workers != view.requests.worker[row]]
         dst = others[(bits >> 24) % len(others)]
-        mode = "transfer" if bits >> 63 else "recompute"
+        mode = ("transfer", "transfer", "recompute", "split")[bits >> 62]
         proposals.append(Move(int(view.requests.request_id[row]), int(dst), "stress", mode))
     return proposals
