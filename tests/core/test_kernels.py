@@ -42,13 +42,17 @@ def test_a_place_is_that_of_the_python_twin_fits_and_keeps_its_time(seed):
     rng = np.random.default_rng(seed)
     free, ordered = rng.integers(0, 100, 7), rng.integers(0, 20, 7)
     number, most = rng.integers(0, 5, 7), np.full(7, 4)
-    token_bytes, kept = rng.uniform(0.5, 2, 7), rng.uniform(0, 3, 7)
+    token_bytes, block_bytes = rng.uniform(0.5, 2, 7), rng.choice([1, 6], 7)
+    state, able = rng.choice([1, 1, 1, 4], 7).astype(np.int8), rng.random(7) < 0.5
     growth, takes = rng.uniform(0, 9, 7), rng.random(7) < 0.8
     need, keep_s, rate = int(rng.integers(1, 30)), 1.5, float(rng.choice([0.0, 2.0]))
-    args = (free, ordered, number, most, token_bytes, kept, growth, takes, need, 1.0, 0.1, rate,
-            keep_s, PAR)  # fmt: skip
+    args = (free, ordered, number, most, token_bytes, block_bytes, state, able, growth, takes,
+            need, 1.0, 0.1, rate, 4.0, keep_s, PAR)  # fmt: skip
     worker = place_on(*args)
     assert worker == place_on.py_func(*args)
+    kept = np.where(block_bytes > token_bytes, block_bytes / 2, 0)
+    if not (able & (state == 4))[1:].any():
+        kept = np.maximum(kept, 4.0 * token_bytes)
     left = free - ordered - number * kept - need
     rates = (number * token_bytes * rate if rate else growth) + 1.0
     fits = takes & (number > 0) & (number < most) & (left >= np.maximum(0, keep_s * rates))

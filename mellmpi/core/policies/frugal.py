@@ -15,12 +15,11 @@ serve all public traces at once; docs/policies.md has the frontier.
 
 import numpy as np
 
-from mellmpi.core.policies.base import idle_workers, more_workers, room_after
+from mellmpi.core.policies.base import idle_workers, room_after
 from mellmpi.core.policies.frugal_drain import drain, go_on_draining
 from mellmpi.core.policies.frugal_fleet import (
     LEAST_S,
     Fleet,
-    half_block,
     leaves,
     scale,
     strain_of,
@@ -36,15 +35,13 @@ def place(view: View, row: int, model: str) -> int | None:
     Where every worker is active already, what overflows can only be preempted: then the queue
     waits, rather than fill the last room of those that run.
     """
-    workers, need = view.workers, view.requests.need(row)
-    kept = half_block(view)
-    if not more_workers(view, model):
-        kept = np.maximum(kept, workers.token_bytes * view.answer_tokens / 2)
+    workers, requests, rate = view.workers, view.requests, view.token_rate
     keep_s = scale(view) * LEAST_S + view.cost.wake_s  # or no other could be woken in time
     worker = place_on(workers.free, workers.ordered, workers.num_requests, workers.max_requests,
-                      workers.token_bytes, kept, view.growth_Bps, view.hosting(model), need,
-                      view.token_rate * float(view.requests.token_bytes[row]), leaves(view),
-                      view.token_rate, keep_s, strain_of(view))  # fmt: skip
+                      workers.token_bytes, workers.block_bytes, workers.state,
+                      workers.able(model), view.growth_Bps, view.hosting(model),
+                      requests.need(row), rate * float(requests.token_bytes[row]), leaves(view),
+                      rate, view.answer_tokens / 2, keep_s, strain_of(view))  # fmt: skip
     return int(worker) or _empty_one(view, row, model)
 
 

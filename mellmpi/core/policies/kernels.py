@@ -15,7 +15,10 @@ import math
 import numba
 import numpy as np
 
+from mellmpi.core.ledger import WorkerState
+
 BEYOND = 100.0  # strain: worse than anything that averts the overflow
+ACTIVE, LOST = int(WorkerState.ACTIVE), int(WorkerState.LOST)
 MOST = 16  # requests of one worker that are looked at: if it has more, they are small
 
 
@@ -63,31 +66,44 @@ def strains(room, growth, leaving, par):  # type: ignore[no-untyped-def]
     return found
 
 
-@numba.njit(cache=True)
-def place_on(free, ordered, number, most, token_bytes, kept, growth, takes,  # type: ignore[no-untyped-def]
-             need, grows, leaves, rate, keep_s, par):  # fmt: skip
+@numba.njit(cache=True, error_model="numpy")
+def place_on(free, ordered, number, most, token_bytes, block_bytes, state, able, growth, takes,  # type: ignore[no-untyped-def]
+             need, grows, leaves, rate, answer, keep_s, par):  # fmt: skip
     """The worker in use whose strain `need` more bytes raise least, or 0; of equals, the fullest.
 
-    free, ordered, number, most, token_bytes  columns of the ledger; takes: bool, hosts the model
-    kept     float64 [workers + 1]: bytes that are to stay free for every request there
-    growth   bytes a second, as measured; used while `rate`, tokens a second, is unknown: 0
+    free … able    columns of the ledger, `able` that of the model; takes: bool, hosts it now
+    growth         bytes a second, as measured; used while `rate`, tokens a second, is unknown: 0
     grows, leaves  what the request adds to growth and leaving; keep_s: time to overflow to be left
+    answer         tokens a request that are to stay free, if no worker more can come
     """
+    if _more_can_come(state, able):
+        answer = 0.0
+    urgency, urgent, idle = par
     best, least, least_s = 0, math.inf, math.inf
     for w in range(1, len(free)):
         n = number[w]
         if not takes[w] or n == 0 or n >= most[w]:
             continue
-        room = free[w] - ordered[w] - n * kept[w]
+        # Half a block a request is missing to whole ones, on average.
+        kept = block_bytes[w] / 2 if block_bytes[w] > token_bytes[w] else 0.0
+        room = free[w] - ordered[w] - n * max(kept, answer * token_bytes[w])
         faster = n * token_bytes[w] * rate if rate > 0 else growth[w]
         left, after = room - need, faster + grows
         if left < 0 or left < keep_s * after:
             continue
-        added = strain(left, after, (n + 1) * leaves, par) - strain(room, faster, n * leaves, par)
-        left_s = left / max(after, 1e-9)
+        before_s, left_s = room / max(faster, 1e-9), left / max(after, 1e-9)
+        added = urgency * (decay(left_s * (urgent + (n + 1) * leaves))
+                           - decay(before_s * (urgent + n * leaves)))  # fmt: skip
+        added += decay(before_s * idle) - decay(left_s * idle)
         if added < least - 1e-9 or (added < least + 1e-9 and left_s < least_s):
             best, least, least_s = w, added, left_s
     return best
+
+
+@numba.njit(cache=True)
+def _more_can_come(state, able):  # type: ignore[no-untyped-def]
+    """As `base.more_workers`."""
+    return np.any(able & (state > ACTIVE) & (state < LOST))
 
 
 @numba.njit(cache=True)
@@ -160,7 +176,8 @@ def warm_up() -> None:
     room, growth, yes = np.ones(2), np.ones(2), np.ones(2, np.bool_)
     ints, none = np.ones(2, np.int64), np.zeros(1, np.int64)
     size, runs, par = np.ones(1), np.ones((1, 2), np.bool_), (1.0, 1.0, 1.0)
-    place_on(ints, ints, ints, ints, room, room, growth, yes, 1, 1.0, 1.0, 1.0, 1.0, par)
+    place_on(ints, ints, ints, ints, room, ints, ints.astype(np.int8), yes, growth, yes,
+             1, 1.0, 1.0, 1.0, 1.0, 1.0, par)  # fmt: skip
     relief(size, size, none, runs, room, growth, growth, yes, 1, 1.0, 1.0, 1.0, par)
     emptied(size, size, none, runs, room, growth, room.copy(), ints, yes, 1, 1.0, 1.0, 1.0, par,
             none.copy())  # fmt: skip
