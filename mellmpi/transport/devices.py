@@ -21,7 +21,7 @@ LAUNCHER_VARIABLES = ("OMPI_COMM_", "OMPI_MCA_orte", "PMIX_", "PRTE_", "PMI_", "
 
 
 class Copies(Protocol):
-    """Copies between one arena and host memory; each is finished when the call returns."""
+    """Copies between one arena and host memory, begun by the call and done later."""
 
     def host_slot(self) -> int:
         """Address of fresh host memory for one block, kept as long as this object."""
@@ -29,11 +29,17 @@ class Copies(Protocol):
 
     def out(self, block_id: int, address: int) -> None: ...
     def into(self, block_id: int, address: int) -> None: ...
+    def done(self, address: int) -> bool:
+        """The last copy from or to this slot."""
+        ...
 
 
 class Staged:
-    """A lane through host memory. Each transfer holds at most a window of slots, so that two
-    workers that send to each other can never wait for each other's."""
+    """A lane through host memory: some blocks are copied while others are sent.
+
+    Each transfer holds at most a window of slots, so that two workers that send to each other can
+    never wait for each other's.
+    """
 
     in_host_memory = True
 
@@ -51,11 +57,13 @@ class Staged:
     def incoming(self, block_id: int) -> int:
         return self._free.pop() if self._free else self._copies.host_slot()
 
-    def sent(self, address: int) -> None:
-        self._free.append(address)
+    def still(self, address: int) -> bool:
+        return self._copies.done(address)
 
     def arrived(self, address: int, block_id: int) -> None:
         self._copies.into(block_id, address)
+
+    def free(self, address: int) -> None:
         self._free.append(address)
 
 
@@ -72,14 +80,20 @@ class _Blocks:
 
 
 class CudaCopies:
-    """Through pinned memory, on the current stream: after all that the last step has written."""
+    """Through pinned memory, on a stream of its own: no copy waits for the step under way.
+
+    Nor need it: blocks are sent after, and used before, the steps that touch them, and a step ends
+    with its tokens on the host.
+    """
 
     def __init__(self, arena: Arena):
         import torch
 
-        self._torch = torch
+        self._torch: Any = torch
         self._blocks = torch.as_tensor(_Blocks(arena), device=arena.device)
+        self._stream = self._torch.cuda.Stream(device=arena.device)
         self._slots: dict[int, Any] = {}
+        self._events: dict[int, Any] = {}  # of the last copy from or to each slot
 
     def host_slot(self) -> int:
         slot = self._torch.empty(self._blocks.shape[1], dtype=self._torch.uint8, pin_memory=True)
@@ -87,10 +101,19 @@ class CudaCopies:
         return int(slot.data_ptr())
 
     def out(self, block_id: int, address: int) -> None:
-        self._slots[address].copy_(self._blocks[block_id])
+        self._copy(self._slots[address], self._blocks[block_id], address)
 
     def into(self, block_id: int, address: int) -> None:
-        self._blocks[block_id].copy_(self._slots[address])
+        self._copy(self._blocks[block_id], self._slots[address], address)
+
+    def _copy(self, to: Any, source: Any, address: int) -> None:
+        with self._torch.cuda.stream(self._stream):
+            to.copy_(source, non_blocking=True)
+            event = self._events[address] = self._torch.cuda.Event()
+            event.record(self._stream)
+
+    def done(self, address: int) -> bool:
+        return address not in self._events or bool(self._events[address].query())
 
 
 def lane_for(arena: Arena, device_buffers: bool) -> Lane:

@@ -27,15 +27,24 @@ class Lane(Protocol):
         ...
 
     def outgoing(self, block_id: int) -> int:
-        """The address to send this block from."""
+        """The address to send this block from, once it is `still`."""
         ...
 
     def incoming(self, block_id: int) -> int:
         """The address to receive this block at."""
         ...
 
-    def sent(self, address: int) -> None: ...
-    def arrived(self, address: int, block_id: int) -> None: ...
+    def still(self, address: int) -> bool:
+        """No copy from or to this address is under way."""
+        ...
+
+    def arrived(self, address: int, block_id: int) -> None:
+        """It has been received; it is in its place once it is `still`."""
+        ...
+
+    def free(self, address: int) -> None:
+        """The transfer needs this address no more."""
+        ...
 
 
 class InPlace:
@@ -54,10 +63,13 @@ class InPlace:
 
     incoming = outgoing
 
-    def sent(self, address: int) -> None:
-        pass
+    def still(self, address: int) -> bool:
+        return True
 
     def arrived(self, address: int, block_id: int) -> None:
+        pass
+
+    def free(self, address: int) -> None:
         pass
 
 

@@ -51,9 +51,13 @@ class Move:
         moved = self._reap()
         if may_post and self._post_all():
             moved |= self._reap()  # a block that had come already was copied by posting
-        if not self.posting and not self._flying and not self.transfer.done:
+        if not self.posting and not self._flying and self._settled() and not self.transfer.done:
             self.transfer.end()
         return moved
+
+    def _settled(self) -> bool:
+        """No copy of our own is under way."""
+        return True
 
     def _post_all(self) -> bool:
         posted = False
@@ -97,48 +101,59 @@ class Sending(Move):
         self._lane, self._num_blocks = lane, len(block_ids)
         self._checked = route.checked and lane.in_host_memory
         self._checksums: list[int] = []
+        self._staged: deque[Message] = deque()  # being copied to where they are sent from
         # Checksums take time: a window of them before somebody else has a turn.
         self._window = window(lane.block_bytes) if self._checked else lane.send_window
 
     def _post(self) -> bool:
-        if self._window is not None and len(self._flying) >= self._window:
+        self._stage()
+        if not self._staged and self._todo:
+            return False  # the window is full
+        if self._staged and not self._lane.still(self._staged[0].address):
             return False
-        message = self._next_block() if self._todo else self._last()
-        route = self.route
-        message.request = route.channel.send(
-            message.address, message.num_bytes, route.peer, route.tag
-        )
-        self._flying.append(message)
-        return True
-
-    def _next_block(self) -> Message:
-        block_id = self._todo.popleft()
-        message = Message(None, self._lane.block_bytes, self._lane.outgoing(block_id), block_id)
-        if self._checked:
+        message = self._staged[0] if self._staged else self._trailer()
+        if self._checked and message.block_id is not None:
             data = bytes_at(message.address, message.num_bytes)
             self._checksums.append(trailer.checksum(data))
-        return message
+        route, size = self.route, message.num_bytes
+        message.request = route.channel.send(message.address, size, route.peer, route.tag)
+        self._flying.append(message)
+        if self._staged:
+            self._staged.popleft()
+        else:
+            self.posting = False
+        return True
 
-    def _last(self) -> Message:
-        self.posting = False
+    def _stage(self) -> None:
+        room = 1 if self._window is None else self._window - len(self._flying)
+        while self._todo and len(self._staged) < room:
+            block_id = self._todo.popleft()
+            address = self._lane.outgoing(block_id)
+            self._staged.append(Message(None, self._lane.block_bytes, address, block_id))
+
+    def _settled(self) -> bool:
+        """Given up, it waits for copies under way: their slots are others' afterwards."""
+        while self._staged and self._lane.still(self._staged[0].address):
+            self._lane.free(self._staged.popleft().address)
+        return not self._staged
+
+    def _trailer(self) -> Message:
         data = trailer.pack(self._num_blocks, self._checksums, self._lane.block_bytes)
         return Message(None, len(data), address_of(data), data=data)
 
     def _finish(self, message: Message) -> None:
         if message.block_id is not None:
-            self._lane.sent(message.address)
+            self._lane.free(message.address)
             self.transfer.num_bytes += message.num_bytes
 
 
 class _Incoming(Move):
     """Messages of whatever size, up to the trailer."""
 
-    _window = 1
-
     def _post(self) -> bool:
         route, flying = self.route, self._flying
         # What is no block may be the trailer: what follows would be another transfer's.
-        if len(flying) >= self._window or (flying and flying[-1].block_id is None):
+        if self._is_full() or (flying and flying[-1].block_id is None):
             return False
         if (came := route.channel.match(route.peer, route.tag)) is None:
             return False
@@ -147,6 +162,9 @@ class _Incoming(Move):
         message.request = route.channel.receive(matched, message.address, num_bytes)
         self._flying.append(message)
         return True
+
+    def _is_full(self) -> bool:
+        return bool(self._flying)  # one at a time: any may be the last
 
     def _place(self, num_bytes: int) -> Message:
         data = bytearray(num_bytes)
@@ -178,7 +196,12 @@ class Receiving(_Incoming):
         super().__init__(route, block_ids)
         self._lane = lane
         self._window = window(lane.block_bytes)
+        self._landing: deque[int] = deque()  # addresses from where blocks go to their place
         self._checksums: list[int] | None = [] if route.checked and lane.in_host_memory else None
+
+    def _is_full(self) -> bool:
+        self._settled()
+        return len(self._flying) + len(self._landing) >= self._window
 
     def _place(self, num_bytes: int) -> Message:
         if num_bytes != self._lane.block_bytes or not self._todo:
@@ -193,7 +216,13 @@ class Receiving(_Incoming):
             data = bytes_at(message.address, message.num_bytes)
             self._checksums.append(trailer.checksum(data))
         self._lane.arrived(message.address, message.block_id)
+        self._landing.append(message.address)
         self.transfer.num_bytes += message.num_bytes
+
+    def _settled(self) -> bool:
+        while self._landing and self._lane.still(self._landing[0]):
+            self._lane.free(self._landing.popleft())
+        return not self._landing
 
     def _unwanted(self, message: Message) -> None:
         super()._unwanted(message)

@@ -19,6 +19,10 @@ class Standing:
 
     def __init__(self, arena):
         self.arena, self.slots = arena, []
+        self.slow, self.copying = False, []  # addresses, in order
+
+    def done(self, address):
+        return address not in self.copying
 
     def host_slot(self):
         self.slots.append(np.zeros(self.arena.block_bytes, np.uint8))
@@ -28,10 +32,14 @@ class Standing:
         return next(slot for slot in self.slots if slot.ctypes.data == address)
 
     def out(self, block_id, address):
+        assert self.done(address)
         self._slot(address)[:] = self.arena.blocks[block_id]
+        self.copying += [address] * self.slow
 
     def into(self, block_id, address):
+        assert self.done(address)
         self.arena.blocks[block_id] = self._slot(address)
+        self.copying += [address] * self.slow
 
 
 @pytest.fixture
@@ -52,6 +60,15 @@ def mover(channel, arena):
     mover.close()
     assert not mover.busy or channel.pending("send")
     assert not channel.pending("receive")
+
+
+def carry(mover, *transfers):
+    """Progress until they have ended; a call may end early, by its time."""
+    for _ in range(1000):
+        if all(transfer.done for transfer in transfers):
+            return
+        mover.progress()
+    raise AssertionError("a transfer does not end")
 
 
 def arrive(channel, src, tag, num_blocks, first=0, trailer=True):
@@ -141,9 +158,8 @@ def test_a_block_of_another_size_fails_the_transfer_but_all_are_taken_in(
     transfer = mover.receive(1, 5, range(3))
     wrong, trailer = bytes([9]) * num_bytes, bytes(pack(3, (), BLOCK_BYTES))
     channel.waiting[1, 5] += [wrong, bytes([7]) * BLOCK_BYTES, wrong, trailer]
-    for _ in range(2):
-        mover.progress()
-    assert transfer.done and transfer.failed and not channel.waiting[1, 5]
+    carry(mover, transfer)
+    assert transfer.failed and not channel.waiting[1, 5]
     assert transfer.num_bytes == BLOCK_BYTES + 2 * num_bytes
     assert not (arena.blocks == 9).any()  # least of all behind the block
 
@@ -212,34 +228,33 @@ def test_a_wrong_or_missing_checksum_fails_the_transfer(channel, checking, wrong
     transfer = checking.receive(1, 5, range(3))
     arrive(channel, 1, 5, 3, trailer=False)
     channel.waiting[1, 5].append(bytes(pack(3, sums, BLOCK_BYTES)))
-    checking.progress()
-    assert transfer.done and transfer.reason == "checksum"
+    carry(checking, transfer)
+    assert transfer.reason == "checksum"
 
 
 def test_who_does_not_check_takes_checksums_all_the_same(channel, mover):
     transfer = mover.receive(1, 5, range(3))
     arrive(channel, 1, 5, 3, trailer=False)
     channel.waiting[1, 5].append(bytes(pack(3, [0, 0, 0], BLOCK_BYTES)))
-    mover.progress()
-    assert transfer.done and not transfer.failed
+    carry(mover, transfer)
+    assert not transfer.failed
 
 
 @pytest.mark.parametrize("num_blocks", [0, 1, 2, WINDOW + 2])
 def test_a_stream_that_ends_early_is_truncated_and_nothing_stays_posted(channel, mover, num_blocks):
     transfer = mover.receive(1, 5, range(WINDOW + 3))
     arrive(channel, 1, 5, num_blocks)
-    for _ in range(3):
-        mover.progress()
-    assert transfer.done and transfer.reason == "truncated" and not channel.pending("receive")
+    carry(mover, transfer)
+    assert transfer.reason == "truncated" and not channel.pending("receive")
 
 
 def test_a_stream_that_goes_on_is_taken_in_to_its_end(channel, mover, arena):
     transfer, later = mover.receive(1, 5, range(3)), mover.receive(1, 5, [9])
     arrive(channel, 1, 5, 7)
-    mover.progress()
-    assert transfer.done and transfer.reason == "size" and not later.done
+    carry(mover, transfer)
+    assert transfer.reason == "size" and not later.done
     arrive(channel, 1, 5, 1, first=20)
-    mover.progress()
+    carry(mover, later)
     assert later.done and not later.failed and arena.blocks[9, 0] == 21
 
 
@@ -301,7 +316,7 @@ def test_staged_sends_keep_to_a_window_and_carry_the_right_bytes(channel, staged
     arena.fill(7)
     sent, transfer = [], staged.send(1, 5, range(15, -1, -1))
     while not transfer.done:
-        assert 0 < len(channel.pending("send")) <= WINDOW
+        assert 0 < len(channel.pending("send")) <= WINDOW + 1  # the trailer needs no slot
         for request in channel.pending("send"):
             sent.append(ctypes.string_at(request.address, request.num_bytes))
             request.done = True
@@ -318,3 +333,51 @@ def test_two_staged_transfers_never_wait_for_each_others_slots(channel, staged):
     arrive(channel, 3, 5, 1)
     staged.progress()
     assert other.done and not any(t.done for t in stuck)
+
+
+def test_a_block_is_sent_once_its_copy_is_done_and_others_are_copied_meanwhile(
+    channel, staged, copies
+):
+    copies.slow = True
+    transfer = staged.send(1, 5, range(16))
+    assert len(copies.copying) == WINDOW and not channel.pending("send")
+    first = copies.copying.pop(0)
+    staged.progress()
+    assert [request.address for request in channel.pending("send")] == [first]
+    copies.slow = False
+    copies.copying.clear()
+    while not transfer.done:
+        staged.progress()
+        for request in channel.pending("send"):
+            request.done = True
+    assert len(copies.slots) == WINDOW and not transfer.failed
+
+
+def test_a_transfer_ends_when_its_last_block_is_in_its_place(channel, staged, arena, copies):
+    copies.slow = True
+    arrive(channel, 1, 5, 16)
+    transfer = staged.receive(1, 5, range(16))
+    for landed in range(16):
+        for _ in range(3):
+            staged.progress()
+        assert not transfer.done and len(copies.copying) == min(WINDOW, 16 - landed)
+        copies.copying.pop(0)
+    staged.progress()
+    assert transfer.done and not transfer.failed and len(copies.slots) == WINDOW
+    assert (arena.blocks[:, 0] == np.arange(1, 17)).all()
+
+
+def test_copies_under_way_outlast_a_lost_peer_and_their_slots_are_used_again(
+    channel, staged, copies
+):
+    copies.slow = True
+    transfer = staged.send(1, 5, range(16))
+    channel.lost.add(1)
+    staged.forget(1)
+    assert not transfer.done
+    copies.slow = False
+    copies.copying.clear()
+    staged.progress()
+    assert transfer.done and transfer.reason == "peer lost"
+    staged.send(2, 5, range(16))
+    assert len(copies.slots) == WINDOW
