@@ -27,6 +27,7 @@ class DataPlane:
         self.receives: dict[Key, ReceiveBlocks | DrainBlocks] = {}
         self.started_s: dict[Key, float] = {}
         self._as_sent: dict[Key, np.ndarray] = {}
+        self.spoils: Callable[[], bool] = lambda: False  # does the next round arrive wrong?
 
     def handle(self, worker: SimWorker, order: Any, now: float) -> None:
         """One order of a worker's batch scheduler."""
@@ -62,22 +63,19 @@ class DataPlane:
     def _finish(self, key: Key, send: SendBlocks, receive: ReceiveBlocks | DrainBlocks) -> None:
         del self.sends[key], self.receives[key], self._as_sent[key]
         self._tell_sent(key, send)
-        self._tell_arrived(key, receive, ok=True)
+        self._tell_arrived(key, receive, "checksum" if self.spoils() else "")
 
     def _tell_sent(self, key: Key, send: SendBlocks) -> None:
         self.tell(self.workers[key[0]], BlocksSent(send.request_id, send.epoch, send.tag))
 
-    def _tell_arrived(self, key: Key, receive: ReceiveBlocks | DrainBlocks, ok: bool) -> None:
+    def _tell_arrived(self, key: Key, receive: ReceiveBlocks | DrainBlocks, wrong: str) -> None:
         if isinstance(receive, ReceiveBlocks):
-            took_s = self.started_s.pop(key)
             arrived = BlocksArrived(
-                receive.request_id,
-                receive.epoch,
-                ok,
-                took_s,
-                receive.tag,
-                "" if ok else "peer lost",
-            )
+                receive.request_id, receive.epoch, not wrong, self.started_s.pop(key),
+                receive.tag, wrong,
+            )  # fmt: skip
+            if wrong:
+                self.workers[key[1]].executor.arena[list(receive.block_ids)] = 0
             self.tell(self.workers[key[1]], arrived)
 
     def lost(self, worker: int) -> None:
@@ -85,7 +83,7 @@ class DataPlane:
         for key in [k for k in self.sends if worker in k[:2]]:
             self._tell_sent(key, self.sends.pop(key))
         for key in [k for k in self.receives if worker in k[:2]]:
-            self._tell_arrived(key, self.receives.pop(key), ok=False)
+            self._tell_arrived(key, self.receives.pop(key), "peer lost")
 
 
 def _in_flight(worker: SimWorker, block: int) -> np.ndarray:

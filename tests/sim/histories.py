@@ -67,6 +67,8 @@ def random_history(seed: int, simulation=Simulation) -> tuple[Simulation, list[R
         sim.submit(rng.uniform(0, 0.03), request)
         if rng.random() < 0.15:
             sim.cancel(rng.uniform(0, 0.15), request.id)
+    if rng.random() < 0.3:
+        sim.data_plane.spoils = lambda: rng.random() < 0.1
     for worker in crashing:
         sim.crash(rng.uniform(0, 0.1), worker)
     return sim, requests

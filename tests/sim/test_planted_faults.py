@@ -11,12 +11,14 @@ from mellmpi.core.arrivals import Arrivals
 from mellmpi.core.batch import BatchScheduler
 from mellmpi.core.blocks import BlockPool
 from mellmpi.core.cluster import ClusterScheduler
+from mellmpi.core.departures import Departures
 from mellmpi.core.holdings import Holdings
 from mellmpi.core.ledger import Ledger
 from mellmpi.core.requests import Record, TokenLog
 from mellmpi.core.ring import Ring
+from mellmpi.core.sequences import Phase
 from mellmpi.core.unreported import Unreported
-from mellmpi.protocol import KvReceived, Release
+from mellmpi.protocol import ROUNDS, KvReceived, Release
 from mellmpi.sim.network import Network
 from tests.core import test_cluster, test_transition_table
 from tests.core.stage import Stage
@@ -250,6 +252,99 @@ def blocks_are_freed_while_a_receive_writes_them(monkeypatch):
 @fault
 def a_payload_that_nobody_wants_is_left_on_the_wire(monkeypatch):
     monkeypatch.setattr(Arrivals, "_drain", lambda self, source, header: [])
+
+
+@fault
+def only_first_rounds_are_drained(monkeypatch):
+    drain = Arrivals._drain
+
+    def forgetful(self, source, header):
+        return [] if header.tag % ROUNDS else drain(self, source, header)
+
+    monkeypatch.setattr(Arrivals, "_drain", forgetful)
+
+
+@fault
+def a_half_full_block_is_sent_as_full_in_an_early_round(monkeypatch):
+    send_round = Departures._round
+
+    def hasty(self, sequence, stream, end, last):
+        if not last:
+            end = self._holdings.tables.needed(sequence, sequence.num_computed)
+        return send_round(self, sequence, stream, end, last)
+
+    monkeypatch.setattr(Departures, "_round", hasty)
+
+
+@fault
+def the_last_round_misses_the_half_full_block(monkeypatch):
+    send_round = Departures._round
+
+    def forgetful(self, sequence, stream, end, last):
+        if last and stream.round:
+            full = sequence.num_computed // self._holdings.tables.block_size(sequence)
+            end = max(stream.next_block, full)
+        return send_round(self, sequence, stream, end, last)
+
+    monkeypatch.setattr(Departures, "_round", forgetful)
+
+
+@fault
+def a_split_computes_a_block_less_than_is_not_sent(monkeypatch):
+    reserve = Arrivals.reserve
+
+    def short(self, order):
+        commands = reserve(self, order)
+        sequence = self._holdings.sequences.get(order.epoch)
+        if sequence is not None and order.start:
+            sequence.arrival.start -= self._holdings.tables.block_size(sequence)
+        return commands
+
+    monkeypatch.setattr(Arrivals, "reserve", short)
+
+
+@fault
+def a_split_does_not_wait_for_its_own_part(monkeypatch):
+    complete = Arrivals.complete
+
+    def hasty(self, sequence):
+        if sequence.arrival is not None and sequence.arrival.num_computed is not None:
+            sequence.num_computed = max(sequence.num_computed, sequence.arrival.start)
+        return complete(self, sequence)
+
+    monkeypatch.setattr(Arrivals, "complete", hasty)
+
+
+@fault
+def the_last_round_does_not_wait_for_those_before(monkeypatch):
+    arrived = Arrivals.arrived
+
+    def hasty(self, event):
+        sequence = self._holdings.sequences.get(event.epoch)
+        if sequence and sequence.arrival.num_computed is not None and event.ok:
+            sequence.receiving &= {event.round}
+        return arrived(self, event)
+
+    monkeypatch.setattr(Arrivals, "arrived", hasty)
+
+
+@fault
+def an_unfrozen_sequence_writes_what_is_still_being_sent(monkeypatch):
+    stop = Departures.stop
+
+    def hasty(self, sequence):
+        stop(self, sequence)
+        sequence.closing.clear()
+
+    monkeypatch.setattr(Departures, "stop", hasty)
+
+
+@fault
+def a_stream_goes_on_after_the_move_has_failed(monkeypatch):
+    def deaf(self, sequence):
+        sequence.phase = Phase.RUNNING
+
+    monkeypatch.setattr(Departures, "stop", deaf)
 
 
 @fault

@@ -5,8 +5,11 @@ from collections import Counter
 from typing import Any
 
 from mellmpi.core.requests import Record
+from mellmpi.core.sequences import Phase
 from mellmpi.protocol import (
+    ROUNDS,
     Address,
+    BlocksArrived,
     DrainBlocks,
     KvFailed,
     KvPayload,
@@ -14,6 +17,8 @@ from mellmpi.protocol import (
     KvRefused,
     KvReserved,
     Park,
+    ReceiveKv,
+    Release,
     Unfreeze,
     Wake,
     WorkerLost,
@@ -52,6 +57,11 @@ OCCASIONS = {
     "two workers lost", "prefix reused", "arrived without room", "stream broken off",
     "blocks freed late", "logprobs in KvReceived", "tokens only in KvReceived", "stale answer",
     "models taking turns", "transfer to a worker with other models",
+    "two rounds", "three rounds or more", "a later round drained", "no room in a later round",
+    "a later round broken off", "a wrong checksum", "ended while it streamed",
+    "unfrozen while it streamed", "split", "split with outputs", "computed last",
+    "split released while it computed", "prefix known at the destination", "last round empty",
+    "decoded while it streamed",
 }  # fmt: skip
 
 _WHY = re.compile(r"(\w+ -> \w+: )(?:\d+ )?([a-z]+(?: (?:room|\d+ lost))?)")
@@ -71,6 +81,7 @@ class Witness(Simulation):
         self.seen: Counter[str] = Counter()
         self._lost: set[int] = set()
         self._met: set[int] = set()  # epochs
+        self._streamed: dict[int, int] = {}  # positions when the newest round but the last began
         self._turn_of: dict[int, str] = {}  # model of the last step, by worker
         self._forget, self.scheduler._forget = self.scheduler._forget, self._over
 
@@ -100,12 +111,23 @@ class Witness(Simulation):
         super()._to_scheduler(source, event)
 
     def _route(self, source: Address, commands: list[tuple[Address, Any]]) -> None:
+        failed = [c for _, c in commands if isinstance(c, KvFailed)]
         for to, command in commands:
             match command:
                 case Park() | Wake() | Unfreeze():
                     self.seen[type(command).__name__] += 1
-                case DrainBlocks():
+                case DrainBlocks(tag=tag):
                     self.seen["blocks drained"] += 1
+                    later = tag % ROUNDS > 0
+                    self.seen["a later round drained"] += later and not failed
+                    self.seen["no room in a later round"] += later and bool(failed)
+                case KvReserved(request_id, _, start):
+                    record = self.scheduler.records.get(request_id)
+                    asked = record.offer.start if record and record.offer else start
+                    self.seen["prefix known at the destination"] += start > asked
+                case ReceiveKv(start=start, outputs=outputs):
+                    self.seen["split"] += start > 0
+                    self.seen["split with outputs"] += start > 0 and bool(outputs)
                 case KvPayload():
                     self._header(command)
                     self._sets(source, to)
@@ -116,11 +138,41 @@ class Witness(Simulation):
         self.seen["transfer to a worker with other models"] += sets[0] != sets[1]
 
     def _header(self, header: KvPayload) -> None:
+        rounds = header.tag % ROUNDS + 1
+        if header.last:
+            self.seen["two rounds"] += rounds == 2
+            self.seen["three rounds or more"] += rounds > 2
+            self.seen["last round empty"] += rounds > 1 and not header.num_blocks
+        else:
+            self._streamed[header.request_id] = header.num_computed
         record = self.scheduler.records.get(header.request_id)
+        if header.last and header.num_computed > self._streamed.pop(header.request_id, 10**9):
+            self.seen["decoded while it streamed"] += 1
         if not header.num_blocks:
-            self.seen["transfer of nothing"] += 1
+            self.seen["transfer of nothing"] += not header.num_computed
         elif record and header.num_computed < len(record.request.prompt) + len(header.outputs) - 1:
             self.seen["transfer in mid-prefill"] += 1
+
+    def _tell(self, worker: SimWorker, event: Any) -> None:
+        if isinstance(event, BlocksArrived) and not event.ok:
+            self.seen["a later round broken off"] += event.round % ROUNDS > 0
+            self.seen["a wrong checksum"] += event.reason == "checksum"
+        super()._tell(worker, event)
+
+    def _to_worker(self, worker: SimWorker, source: Address, message: Any) -> None:
+        sequence = worker.batch.sequences.get(getattr(message, "epoch", 0))
+        if sequence is not None:
+            streams = sequence.stream is not None and sequence.phase is Phase.RUNNING
+            self.seen["unfrozen while it streamed"] += isinstance(message, Unfreeze) and streams
+            released = isinstance(message, Release) and sequence.arrival is not None
+            self.seen["split released while it computed"] += released and sequence.computable
+        super()._to_worker(worker, source, message)
+
+    def _step_done(self, worker: SimWorker, step_s: float) -> None:
+        before = {s.epoch for s in worker.batch.sequences.values() if s.arrival is not None}
+        super()._step_done(worker, step_s)
+        now = [s for s in worker.batch.sequences.values() if s.epoch in before]
+        self.seen["computed last"] += any(s.arrival is None for s in now)
 
     def _turn(self, worker: SimWorker) -> None:
         before = self._turn_of.get(worker.id)
@@ -129,7 +181,11 @@ class Witness(Simulation):
             models = {s.request.model for s in worker.batch.sequences.values()}
             self.seen["models taking turns"] += before in models - {worker.plan.model}
             self._turn_of[worker.id] = worker.plan.model
-        self.seen["blocks freed late"] += bool(worker.batch.lingering)
+        lingering = worker.batch.lingering.values()
+        self.seen["blocks freed late"] += bool(lingering)
+        self.seen["ended while it streamed"] += any(
+            s.stream is not None and s.phase is Phase.RUNNING for s in lingering
+        )
         for sequence in worker.batch.sequences.values():
             if sequence.epoch not in self._met:  # it came in this turn; nothing is computed yet
                 self._met.add(sequence.epoch)
