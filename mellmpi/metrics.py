@@ -17,6 +17,8 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from mellmpi import protocol as p
 from mellmpi.series import INACTIVE, Distribution, Move, Sample, Series, Sums, Track, WorkerSeries
 
@@ -57,6 +59,7 @@ class Metrics:
         self._workers: dict[int, _Worker] = {}
         self._moving: dict[int, tuple[float, p.MigrationStarted]] = {}
         self._moves, self._preempted = Sample(), Sample()
+        self._errors = Sample()  # of predicted times of migrations, relative
         self._reporter: int | None = None  # worker whose StepReport is being handled
         self._counts: Counter[str] = Counter()
         self._outcomes: Counter[str] = Counter()
@@ -196,7 +199,7 @@ class Metrics:
 
     def _ended(self, now: float, e: p.MigrationEnded) -> None:
         self._outcomes[e.outcome] += 1
-        start_s, _ = self._moving.pop(e.request_id, (now, None))
+        start_s, started = self._moving.pop(e.request_id, (now, None))
         self._moves.add(
             Move(e.request_id, e.mode, e.src, e.dst, start_s, now, e.num_bytes, e.outcome)
         )
@@ -206,6 +209,8 @@ class Metrics:
                 live.src = None
             return
         self._moved[e.mode] += 1
+        if started is not None and now > start_s:
+            self._errors.add(abs(started.predicted_s - (now - start_s)) / (now - start_s))
         self._counts["migrated_bytes"] += e.num_bytes
         if e.num_bytes:
             self._transfers.add((1, e.num_bytes), e.transfer_s)
@@ -272,6 +277,7 @@ class Metrics:
             "migrations": self._migrations(),
             "migration_outcomes": dict(self._outcomes),
             "migrated_bytes": count["migrated_bytes"],
+            "migration_prediction_error": self._prediction_error(),
             "downtime_ms": self._downtime.percentiles_ms(),
             "ttft_ms": self._ttft.percentiles_ms(),
             "tpot_ms": self._tpot.percentiles_ms(),
@@ -293,6 +299,11 @@ class Metrics:
         if self._start_s is None:
             return 0.0
         return self._active_s + self._active * (now - self._active_since)
+
+    def _prediction_error(self) -> float | None:
+        """|predicted - actual| / actual of the time of a move that succeeded, in the median."""
+        errors = self._errors.items
+        return float(np.median(errors)) if errors else None
 
     def _migrations(self) -> dict[str, int]:
         failed = sum(self._outcomes.values()) - self._outcomes["moved"]

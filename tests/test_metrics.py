@@ -400,3 +400,16 @@ def test_the_costs_of_a_run_give_back_what_its_steps_transfers_and_wakes_took():
     report = json.loads(json.dumps(m.report(7.0)))
     assert asdict(CostModel.fitted(report["costs"])) == pytest.approx(asdict(truth))
     assert report["worker_kv"] == {"capacity_bytes": 1000, "block_size": 16, "block_bytes": 64}
+
+
+def test_the_error_of_predicted_migrations_is_their_median_relative_to_what_they_took():
+    m = Metrics()
+    assert m.report(0.0)["migration_prediction_error"] is None
+    for i, took_s in enumerate([0.5, 1.0, 2.0]):  # all were to take one second
+        started(m, 10.0 * i, "split", 1, 2, request_id=i)
+        ended(m, 10.0 * i + took_s, "split", 1, 2, request_id=i)
+    started(m, 40.0, "split", 1, 2)
+    ended(m, 90.0, "split", 1, 2, outcome="failed")
+    report = m.report(100.0)
+    assert report["migration_prediction_error"] == pytest.approx(0.5)
+    assert report["migrations"]["split"] == 3
