@@ -50,10 +50,10 @@ def test_a_place_is_that_of_the_python_twin_fits_and_keeps_its_time(seed):
             need, 1.0, 0.1, rate, 4.0, keep_s, PAR)  # fmt: skip
     worker = place_on(*args)
     assert worker == place_on.py_func(*args)
-    kept = np.where(block_bytes > token_bytes, block_bytes / 2, 0)
+    kept = half = np.where(block_bytes > token_bytes, block_bytes / 2, 0)
     if not (able & (state == 4))[1:].any():
         kept = np.maximum(kept, 4.0 * token_bytes)
-    left = free - ordered - number * kept - need
+    left = free - ordered - number * kept - need - half
     rates = (number * token_bytes * rate if rate else growth) + 1.0
     fits = takes & (number > 0) & (number < most) & (left >= np.maximum(0, keep_s * rates))
     assert fits[worker] if worker else not fits[1:].any()

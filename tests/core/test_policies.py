@@ -144,9 +144,9 @@ def test_frugal_relieves_what_is_about_to_overflow_of_the_request_that_helps_mos
 
 def test_frugal_gives_a_relief_to_the_place_that_it_fits_most_tightly():
     v = view([12, 7], [7], [9], [11])
-    v.growth_Bps[1:] = [80.0, 1.0, 1.0, 1.0]
+    v.growth_Bps[1:] = [80.0, 0.5, 0.5, 0.5]
     assert rebalance(v)[0] == Move(2, 4, "overflow")
-    v.growth_Bps[4] = 5.0  # now there are but 3 s left
+    v.growth_Bps[4] = 5.0  # now there are but 2 s left
     assert rebalance(v)[0] == Move(2, 3, "overflow")
 
 

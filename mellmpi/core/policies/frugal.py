@@ -18,10 +18,9 @@ import numpy as np
 from mellmpi.core.policies.base import idle_workers, room_after
 from mellmpi.core.policies.frugal_drain import drain, go_on_draining
 from mellmpi.core.policies.frugal_fleet import (
-    LEAST_S,
     Fleet,
+    least_s,
     leaves,
-    scale,
     strain_of,
 )
 from mellmpi.core.policies.frugal_relief import one_worker_more, relieve
@@ -36,7 +35,7 @@ def place(view: View, row: int, model: str) -> int | None:
     waits, rather than fill the last room of those that run.
     """
     workers, requests, rate = view.workers, view.requests, view.token_rate
-    keep_s = scale(view) * LEAST_S + view.cost.wake_s  # or no other could be woken in time
+    keep_s = least_s(view) + view.cost.wake_s  # or no other could be woken in time
     worker = place_on(workers.free, workers.ordered, workers.num_requests, workers.max_requests,
                       workers.token_bytes, workers.block_bytes, workers.state,
                       workers.able(model), view.growth_Bps, view.hosting(model),

@@ -3,7 +3,7 @@
 import numpy as np
 
 from mellmpi.core.ledger import WorkerState
-from mellmpi.core.policies.frugal_fleet import LEAST_S, PRICE, Fleet, scale, sizes, strain_of
+from mellmpi.core.policies.frugal_fleet import PRICE, Fleet, least_s, scale, sizes, strain_of
 from mellmpi.core.policies.kernels import emptied, relief
 from mellmpi.core.view import Drain, Move, Proposal, View
 
@@ -16,13 +16,15 @@ def go_on_draining(view: View, fleet: Fleet) -> list[Proposal]:
     """What is still on a draining worker, as far as it fits elsewhere."""
     proposals: list[Proposal] = []
     for worker in view.workers.workers(WorkerState.DRAINING):
+        if fleet.gave[worker]:
+            continue  # an overflow was averted there: one move at a time
         rows = fleet.on(worker)
         rows = rows[view.requests.movable[rows]]
         for row in rows.tolist():
             size, grow, model = sizes(view, np.array([row]))
             _, dst = relief(size, grow, model, view.workers.runs, fleet.room, fleet.growth,
                             fleet.leaving, fleet.accepting(view), worker, fleet.leaves, 0.0,
-                            scale(view) * LEAST_S, strain_of(view))  # fmt: skip
+                            least_s(view), strain_of(view))  # fmt: skip
             if dst:
                 fleet.give(size[0], grow[0], worker, dst)
                 proposals.append(Move(int(view.requests.request_id[row]), int(dst), "drain"))
@@ -44,13 +46,12 @@ def drain(view: View, fleet: Fleet) -> list[Proposal]:
     keep_s = scale(view) * FLEET_S + WAKES * view.cost.wake_s
     spare, keep = fleet.room[busy].sum(), keep_s * fleet.growth[busy].sum()
     proposals: list[Proposal] = []
-    touched = ~fleet.takes  # gave in this round
     failed = 0
     for victim in np.argsort(held, kind="stable")[: int(busy.sum())].tolist():
         if failed == TRIES or spare - workers.capacity[victim] < keep:
             break
         took = fleet.seats[victim] != workers.max_requests[victim] - workers.num_requests[victim]
-        rows = None if touched[victim] or took else fleet.settled(view, victim)
+        rows = None if fleet.gave[victim] or took else fleet.settled(view, victim)
         moves = [] if rows is None else _empty(view, fleet, victim, rows)
         failed = 0 if moves else failed + 1
         if moves:
@@ -64,7 +65,7 @@ def _empty(view: View, fleet: Fleet, victim: int, rows: np.ndarray) -> list[Prop
     size, grow, model = sizes(view, rows)
     order = np.argsort(-size, kind="stable")
     dst = np.zeros(len(rows), np.int64)
-    keep_s = scale(view) * LEAST_S + WAKES * view.cost.wake_s
+    keep_s = least_s(view) + WAKES * view.cost.wake_s
     price = PRICE / float(view.workers.capacity[victim])
     fleet.takes[victim] = False
     if not emptied(size[order], grow[order], model[order], view.workers.runs, fleet.room,

@@ -15,6 +15,7 @@ IDLE_S = 8.5  # room for so many seconds of growth counts 1 - 1/e
 LEAVING = 2.7  # an end of a request is worth so many times its mean rate
 PRICE = 1.7  # strain, for moving as much as a worker can hold
 LEAST_S = 1.0  # nothing is put where it leaves less time to overflow
+LEAD_TICKS = 1.2  # relief comes so many rounds before the overflow, and what a transfer takes
 
 
 def strain_of(view: View) -> tuple[float, float, float]:
@@ -25,6 +26,11 @@ def strain_of(view: View) -> tuple[float, float, float]:
 def scale(view: View) -> float:
     """What all times that are kept are multiplied with."""
     return float(SPREAD ** (1 - 2 * view.thrift))
+
+
+def least_s(view: View) -> float:
+    """Time to overflow that is left where something is put: at least till relief can come."""
+    return max(scale(view) * LEAST_S, LEAD_TICKS * view.period_s + view.cost.link_latency_s)
 
 
 def leaves(view: View) -> float:
@@ -58,6 +64,7 @@ class Fleet:
     leaving: np.ndarray  # float64 [workers + 1], ends a second, weighed
     seats: np.ndarray  # int64 [workers + 1]
     takes: np.ndarray  # bool [workers + 1]: may be given something
+    gave: np.ndarray  # bool [workers + 1]: something is to leave it
     rows: np.ndarray  # live rows that have a worker, in its order
     first: np.ndarray  # int64 [workers + 2]: rows[first[w] : first[w + 1]] are on worker w
     leaves: float  # what one request adds to `leaving`
@@ -70,14 +77,15 @@ class Fleet:
             room=workers.budget - workers.num_requests * half_block(view),
             growth=growth_Bps(view).copy(), leaving=workers.num_requests * leaves(view),
             seats=workers.max_requests - workers.num_requests,
-            takes=view.active() & (workers.num_returning == 0), rows=rows, first=first,
-            leaves=leaves(view),
+            takes=view.active() & (workers.num_returning == 0),
+            gave=np.zeros(len(workers.state), bool), rows=rows, first=first, leaves=leaves(view),
         )  # fmt: skip
 
     def copy(self) -> "Fleet":
         """For a trial: who is where is the same, what there is to give is its own."""
         return Fleet(self.room.copy(), self.growth.copy(), self.leaving.copy(), self.seats.copy(),
-                     self.takes.copy(), self.rows, self.first, self.leaves)  # fmt: skip
+                     self.takes.copy(), self.gave.copy(), self.rows, self.first,
+                     self.leaves)  # fmt: skip
 
     def accepting(self, view: View) -> np.ndarray:
         """bool [workers + 1]: holds something, and may be given more."""
@@ -100,13 +108,18 @@ class Fleet:
         self.seats[dst] -= 1
         self.growth[src] -= grow
         self.leaving[src] -= self.leaves
+        self.gave[src] = True
 
 
 def sizes(view: View, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(bytes, bytes a second, model) of these requests: float64, float64, int64 [rows]."""
+    """(bytes, bytes a second, model) of these requests: float64, float64, int64 [rows].
+
+    Bytes with half a block of what they grow by, as in a worker's `room`.
+    """
     requests = view.requests
+    block = np.where(requests.block_size[rows] > 1, requests.block_bytes[rows], 0)
     return (
-        requests.kv_bytes(rows).astype(float),
+        requests.kv_bytes(rows) + block / 2,
         requests.token_bytes[rows] * view.token_rate,
         requests.model[rows],
     )

@@ -4,18 +4,17 @@ import numpy as np
 
 from mellmpi.core.ledger import WorkerState
 from mellmpi.core.policies.frugal_fleet import (
-    LEAST_S,
+    LEAD_TICKS,
     LEAVING,
     PRICE,
     Fleet,
-    scale,
+    least_s,
     sizes,
     strain_of,
 )
 from mellmpi.core.policies.kernels import relief
 from mellmpi.core.view import Move, Proposal, View, WakeWorker
 
-LEAD_TICKS = 1.2  # relief comes so many rounds before the overflow, and what a transfer takes
 ENDS = 2.0  # no worker is woken for one where so many are expected to end before it overflows
 
 
@@ -37,9 +36,9 @@ def relieve(view: View, fleet: Fleet) -> tuple[list[Proposal], bool]:
         if (rows := fleet.settled(view, worker)) is None:
             continue  # what is here has yet to arrive, or help is on its way
         found = (
-            _best(view, fleet, worker, rows, scale(view) * LEAST_S)
+            _best(view, fleet, worker, rows, max(least_s(view), lead_s))
             or _opening(view, fleet, worker, rows)
-            or _best(view, fleet, worker, rows, min(lead_s, scale(view) * LEAST_S))
+            or _best(view, fleet, worker, rows, lead_s)
         )
         lacking |= found is None
         proposals += [_moved(view, fleet, worker, *found)] if found else []
@@ -63,7 +62,7 @@ def _will_lack(view: View, fleet: Fleet, workers: list[int]) -> bool:
 
     Who arrives meanwhile may take the last one: where waking is quick, one is not enough.
     """
-    keep_s, wakes_quickly = scale(view) * LEAST_S, view.cost.wake_s <= view.period_s
+    keep_s, wakes_quickly = least_s(view), view.cost.wake_s <= view.period_s
     for worker in workers:
         if (rows := fleet.settled(view, worker)) is not None:
             if (found := _best(view, fleet, worker, rows, keep_s)) is None:

@@ -88,7 +88,7 @@ def place_on(free, ordered, number, most, token_bytes, block_bytes, state, able,
         kept = block_bytes[w] / 2 if block_bytes[w] > token_bytes[w] else 0.0
         room = free[w] - ordered[w] - n * max(kept, answer * token_bytes[w])
         faster = n * token_bytes[w] * rate if rate > 0 else growth[w]
-        left, after = room - need, faster + grows
+        left, after = room - need - kept, faster + grows
         if left < 0 or left < keep_s * after:
             continue
         before_s, left_s = room / max(faster, 1e-9), left / max(after, 1e-9)

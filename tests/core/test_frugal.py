@@ -1,0 +1,103 @@
+"""Frugal on random clusters: what it proposes can be done, and what is done stays done."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from mellmpi.core.ledger import WorkerState
+from mellmpi.core.policies import POLICIES
+from mellmpi.core.policies.frugal_fleet import growth_Bps, leaves
+from mellmpi.core.view import Drain, Move
+from tests.core.views import view
+
+FRUGAL = POLICIES["frugal"]
+
+
+def cluster(seed):
+    """Eight workers of 20 blocks, some crowded, some almost empty, some not active."""
+    rng = np.random.default_rng(seed)
+    sizes = [rng.integers(1, 9, rng.integers(0, 6)).tolist() for _ in range(8)]
+    sizes = [s if sum(s) <= 20 else s[:2] for s in sizes]
+    v = view(*sizes)
+    states = rng.choice([WorkerState.ACTIVE] * 5 + [WorkerState.DRAINING, WorkerState.PARKED], 8)
+    for w, state in enumerate(states.tolist(), start=1):
+        if state == WorkerState.DRAINING or not sizes[w - 1]:
+            v.workers.enter(w, WorkerState(state))
+    v.token_rate, v.period_s, v.thrift = float(rng.uniform(0, 8)), 0.2, float(rng.uniform())
+    v.cost = replace(v.cost, wake_s=float(rng.choice([0.0, 1.0])))
+    v.requests.movable &= rng.random(len(v.requests.live)) < 0.95
+    return v
+
+
+def carry_out(v, proposals):
+    """What the core does: each in its turn, if it can be done; the moves that could be."""
+    done = []
+    for proposal in proposals:
+        match proposal:
+            case Drain(worker):
+                v.workers.enter(worker, WorkerState.DRAINING)
+            case Move(request_id, dst):
+                row = int(
+                    np.flatnonzero(v.requests.live & (v.requests.request_id == request_id))[0]
+                )
+                need, src = v.requests.need(row), int(v.requests.worker[row])
+                if v.workers.state[dst] == WorkerState.ACTIVE and v.workers.budget[dst] >= need:
+                    v.workers.free[dst] -= need
+                    v.workers.free[src] += need
+                    v.workers.num_requests[[src, dst]] += (-1, 1)
+                    v.requests.worker[row] = dst
+                    done.append(proposal)
+    return done
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_every_move_fits_where_it_goes_and_goes_to_an_active_worker(seed):
+    v = cluster(seed)
+    proposals = FRUGAL.rebalance(v)
+    room, seats = v.workers.budget.copy(), v.workers.max_requests - v.workers.num_requests
+    moved = [p for p in proposals if isinstance(p, Move)]
+    drained = {p.worker for p in proposals if isinstance(p, Drain)}
+    assert len({m.request_id for m in moved}) == len(moved)
+    for move in moved:
+        row = int(np.flatnonzero(v.requests.request_id == move.request_id)[0])
+        room[move.dst] -= v.requests.need(row)
+        seats[move.dst] -= 1
+        assert room[move.dst] >= 0 and seats[move.dst] >= 0
+        assert v.workers.state[move.dst] == WorkerState.ACTIVE and move.dst not in drained
+        assert v.requests.worker[row] != move.dst and v.requests.movable[row]
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_while_nothing_changes_it_comes_to_rest(seed):
+    v = cluster(seed)
+    v.requests.movable[:] = v.requests.live
+    rounds = [carry_out(v, FRUGAL.rebalance(v)) for _ in range(12)]
+    assert not rounds[-1] and not rounds[-2]
+    moves = [move.request_id for moves in rounds for move in moves]
+    assert all(moves.count(request_id) <= 3 for request_id in moves)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_place_is_active_and_has_room_for_it(seed):
+    v = cluster(seed)
+    waiting = int(np.flatnonzero(~v.requests.live)[0])
+    v.requests.num_tokens[waiting], v.requests.block_size[waiting] = 12, 4
+    v.requests.block_bytes[waiting] = 10
+    if (worker := FRUGAL.place(v, waiting, "m")) is not None:
+        assert v.hosting("m")[worker] and v.workers.budget[worker] >= 30
+
+
+def test_growth_is_that_of_what_is_there_now_as_soon_as_the_rate_is_known():
+    v = view([1, 1, 1], [], growth=10.0)
+    assert growth_Bps(v).tolist() == [0, 10, 10]
+    v.token_rate = 2.0  # a token is 2.5 bytes
+    assert growth_Bps(v).tolist() == [0, 15, 0]
+
+
+def test_the_longer_answers_last_the_less_a_departure_is_counted_on():
+    v = view([1], answer_tokens=100.0)
+    v.token_rate = 10.0
+    before = leaves(v)
+    v.lengths.add(5, 1000)
+    assert leaves(v) == pytest.approx(before / 10)
