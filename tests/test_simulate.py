@@ -57,7 +57,7 @@ def test_without_ideal_things_take_time(trace, tmp_path):
 
 def test_models_are_hosted_where_it_is_said(trace, tmp_path):
     out = tmp_path / "o.json"
-    more = ["--kv-bytes-per-token", "a=1,b=2", "--hosts", "a,b", "--policies", "frugal,worst_fit"]
+    more = ["--kv-bytes-per-token", "a=1,b=2", "--hosts", "a,b", "--policies", "worst_fit"]
     assert simulate(trace, *more, "--json", str(out)) == 0
     apart = json.loads(out.read_text())["policies"]
     assert simulate(trace, *more[:2], *more[4:], "--json", str(out)) == 0
