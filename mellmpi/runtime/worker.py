@@ -30,6 +30,8 @@ from mellmpi.transport.base import Arena, Transfer, Transport
 log = logging.getLogger(__name__)
 
 REPORT_EVERY_S = 0.02  # the scheduler hears of tokens at most so much later
+FEW_BLOCKS = 4  # to receive: their sequence may need nothing else to decode on
+FEW_S = 1e-3  # they are waited for that long: missing the next step would cost them a whole one
 IDLE_S = 1.0  # longest sleep with nothing to do; whatever comes ends it
 
 
@@ -56,6 +58,7 @@ class Worker:
         self._transport, self._build = transport, build
         self._limits, self._cache = batch, cache
         self._transfers: list[tuple[Transfer, Callable[[Transfer], Any] | None]] = []
+        self._few: list[Transfer] = []  # small ones that have just begun
         self._acked = 0
         self._steps, self._step_s, self._reported_s = 0, 0.0, 0.0
         self._stepped_s = 0.0  # when the last turn ended, if it had a step
@@ -87,6 +90,7 @@ class Worker:
         for source, message in messages:
             self._message(source, message)
         moved = self._transport.progress()
+        self._await_few()
         moved |= self._finish_transfers()
         stepped = self._engine is not None and self._step(self._engine)
         now = time.perf_counter()
@@ -142,6 +146,7 @@ class Worker:
                 self._transfers.append((transfer, lambda _: BlocksSent(request_id, epoch, tag)))
             case ReceiveBlocks(request_id, epoch, src, tag, block_ids):
                 transfer = transport.receive_blocks(src, tag, block_ids)
+                self._few += [transfer] if len(block_ids) <= FEW_BLOCKS else []
                 self._transfers.append((
                     transfer,
                     lambda t: BlocksArrived(
@@ -150,6 +155,14 @@ class Worker:
                 ))  # fmt: skip
             case DrainBlocks(src, tag, num_blocks):
                 self._transfers.append((transport.drain_blocks(src, tag, num_blocks), None))
+
+    def _await_few(self) -> None:
+        """Give small transfers a moment to come in before the next step begins."""
+        stop_s = time.perf_counter() + FEW_S
+        while any(not t.done for t in self._few) and (left := stop_s - time.perf_counter()) > 0:
+            self._transport.wait(left)
+            self._transport.progress()
+        self._few.clear()
 
     def _finish_transfers(self) -> bool:
         done = [entry for entry in self._transfers if entry[0].done]

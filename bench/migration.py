@@ -1,0 +1,53 @@
+"""How long does a request that moves live stand still, and does that depend on its context?
+
+    python bench/migration.py [--contexts 256 8000] [--moves 40] [--others 4] [--json FILE]
+
+Pause: last token of the source to first token of the destination, less one normal step of that
+request, in steps. Both workers decode other requests meanwhile. Bars: median 1, 99 % 3.
+"""
+
+import argparse
+from typing import Any
+
+import numpy as np
+from moving import LINKS, run
+from record import add_json_option, finish
+
+BARS = {"p50": 1.0, "p99": 3.0}
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of the moves of one context."""
+    moved = [row for row in rows if row["outcome"] == "moved"]
+    steps = np.array([row["pause_s"] / row["step_s"] - 1 for row in moved])
+    found = {f"p{q}": round(float(np.percentile(steps, q)), 2) for q in (50, 99)}
+    return {
+        "moves": len(moved), "failed": len(rows) - len(moved),
+        "step_ms": round(1e3 * float(np.median([row["step_s"] for row in moved])), 2),
+        "pause_ms": round(1e3 * float(np.median([row["pause_s"] for row in moved])), 2),
+        "took_ms": round(1e3 * float(np.median([row["took_s"] for row in moved])), 2),
+        "downtime_steps": found,
+        "holds": all(found[name] <= bar for name, bar in BARS.items()),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--contexts", type=int, nargs="+", default=[256, 8000])
+    parser.add_argument("--moves", type=int, default=40, help="of each context")
+    parser.add_argument("--others", type=int, default=4, help="requests decoded by each worker")
+    parser.add_argument("--link", choices=LINKS, default="shm")
+    parser.add_argument("--mode", choices=("transfer", "split"), default="transfer")
+    add_json_option(parser)
+    args = parser.parse_args()
+    rows = run(args.link, args.contexts, [args.mode], args.moves, args.others)
+    results = {
+        str(context): summary([row for row in rows if row["context"] == context])
+        for context in args.contexts
+    }
+    config = {k: v for k, v in vars(args).items() if k != "json"}
+    finish(config, results, args.json)
+
+
+if __name__ == "__main__":
+    main()

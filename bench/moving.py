@@ -1,0 +1,271 @@
+"""Requests that move when and how they are told to, between two real workers: one job of 3 ranks.
+
+    mpirun -n 3 … python bench/moving.py DIRECTORY
+
+DIRECTORY holds `job.json` (see `run`) and the model; rank 0 leaves `rows.json` there, a row a move,
+and every worker the times of its tokens. All ranks are on one machine: they share its clock.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+SHAPE = {  # 8 KiB of KV a token in float32
+    "model_type": "llama", "num_hidden_layers": 8, "hidden_size": 256, "head_dim": 32,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 1024,
+    "vocab_size": 512, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "bos_token_id": 1,
+    "eos_token_id": 2, "tie_word_embeddings": False,
+}  # fmt: skip
+FLAGS = ["--mca", "pml", "ob1", "--with-ft", "ulfm"]
+LINKS = {  # flags of mpirun
+    "shm": [*FLAGS, "--mca", "btl", "sm,self,tcp", "--map-by", ":OVERSUBSCRIBE"],
+    # Rank 0 and worker 1 on the first host, worker 2 on the second.
+    "1gbit": [*FLAGS, "--mca", "btl", "tcp,self", "-host", "10.78.0.1:2,10.78.0.2:1"],
+    "10gbit": [*FLAGS, "--mca", "btl", "tcp,self", "-host", "10.78.0.1:2,10.78.0.2:1"],
+}
+ARENA_TOKENS = 1 << 15
+SETTLE_TOKENS = 3  # before each move
+LIMIT_S = 60.0  # for anything to happen
+
+# --- in the benchmark's own process --------------------------------------------------------------
+
+
+def run(link: str, contexts: list[int], modes: list[str | None], repeats: int,
+        others: int = 0) -> list[dict[str, Any]]:  # fmt: skip
+    """One row a move, over this link; modes in turn, since the load of the host changes.
+
+    others  requests that each worker decodes meanwhile
+    """
+    job = {"contexts": contexts, "modes": modes, "repeats": repeats, "others": others}
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        (directory / "config.json").write_text(json.dumps(SHAPE))
+        (directory / "job.json").write_text(json.dumps(job))
+        program = ["-n", "3", sys.executable, str(Path(__file__).resolve()), name]
+        if link == "shm":
+            mpirun = [str(Path(sys.executable).with_name("mpirun")), "--allow-run-as-root",
+                      "--bind-to", "none"]  # fmt: skip
+        else:
+            subprocess.run([str(HERE / "two_hosts.sh"), "up", link], check=True)
+            mpirun = ["bash", str(HERE / "two_hosts.sh"), "mpirun"]
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path}
+        try:
+            subprocess.run(["timeout", "-k", "5", "1800", *mpirun, *LINKS[link], *program],
+                           env=environment, check=True)  # fmt: skip
+        finally:
+            if link != "shm":
+                subprocess.run([str(HERE / "two_hosts.sh"), "down"], check=True)
+        rows: list[dict[str, Any]] = json.loads((directory / "rows.json").read_text())
+        stamps = {w: json.loads((directory / f"tokens{w}.json").read_text()) for w in (1, 2)}
+    for row in rows:
+        row |= _pause(row, stamps)
+    return rows
+
+
+def _pause(row: dict[str, Any], stamps: dict[int, list[Any]]) -> dict[str, float]:
+    """Seconds from the last token of the source to the first of the destination, and of a step."""
+
+    def of(worker: int) -> list[float]:
+        return [at for request, at in stamps[worker] if request == row["request"]]
+
+    first = min(at for at in of(row["dst"]) if at > row["began_s"])
+    before = [at for at in of(row["src"]) if at < first]
+    steps = [b - a for a, b in zip(before, before[1:], strict=False)]
+    step_s = statistics.median(steps[-20:]) if steps else 0.0
+    return {"pause_s": first - before[-1], "step_s": step_s}
+
+
+# --- on the ranks --------------------------------------------------------------------------------
+
+
+class Stamped:
+    """An engine that notes when each token was there."""
+
+    def __init__(self, engine: Any, stamps: list[tuple[int, float]]):
+        self._engine, self._stamps = engine, stamps
+        self.arena, self.models, self.release = engine.arena, engine.models, engine.release
+
+    def execute(self, plan: Any) -> Any:
+        result = self._engine.execute(plan)
+        now = time.perf_counter()
+        self._stamps += [(c.request_id, now) for c in plan.chunks if c.sampling is not None]
+        return result
+
+
+def work(transport: Any, directory: Path) -> None:
+    """A worker, until it is told to stop."""
+    from mellmpi.config import BatchConfig, CacheConfig, ModelConfig
+    from mellmpi.engine.checkpoint import resolve
+    from mellmpi.engine.executor import build_executor
+    from mellmpi.runtime.worker import Worker
+
+    directory.joinpath("cache").mkdir(exist_ok=True)
+    weights = resolve(f"random:{directory}", directory / "cache")
+    stamps: list[tuple[int, float]] = []
+    token_bytes = 2 * SHAPE["num_key_value_heads"] * SHAPE["head_dim"] * 4 * 8
+    cache = CacheConfig(kv_cache_memory_bytes=ARENA_TOKENS * token_bytes)
+    model = ModelConfig(model=f"random:{directory}", dtype="float32")
+
+    def build() -> Stamped:
+        engine = build_executor(weights, model, cache, device="cpu", num_threads=1)
+        return Stamped(engine, stamps)
+
+    worker = Worker(transport, build, BatchConfig(), cache)
+    worker.start()
+    while not worker.stopped:
+        if not worker.turn():
+            worker.wait()
+    (directory / f"tokens{transport.worker}.json").write_text(json.dumps(stamps))
+
+
+class Mover:
+    """Rank 0: a front, a policy and an observer in one, and the real loop between them."""
+
+    def __init__(self, transport: Any):
+        from mellmpi.config import ClusterConfig
+        from mellmpi.core.cluster import ClusterScheduler
+        from mellmpi.core.policies import Policy
+        from mellmpi.metrics import Metrics
+        from mellmpi.runtime.scheduler import SchedulerLoop
+
+        config = ClusterConfig(rebalance_every_s=1e-3, migration_limit_s=1e6)
+        self.moves: list[Any] = []
+        policy = Policy(lambda view, row, model: self.place_at, self._rebalance)
+        self.scheduler = ClusterScheduler(2, config, policy)
+        self.metrics = Metrics()
+        self._command, self.metrics.command = self.metrics.command, self._observe
+        self.loop = SchedulerLoop(transport, self.scheduler, self.metrics, time.perf_counter)
+        self.place_at, self.done, self.next_id = 1, False, 0
+        self.tokens: dict[int, int] = {}
+        self._inbox: list[Any] = []
+        self.started: Any = None
+        self.ended: Any = None
+
+    # As a front.
+
+    def inbox(self, now: float) -> list[Any]:
+        inbox, self._inbox = self._inbox, []
+        return inbox
+
+    def due_s(self, now: float) -> float:
+        return 1.0
+
+    def deliver(self, command: Any) -> None:
+        self.tokens[command.request_id] += len(command.tokens)
+
+    # As a policy and an observer.
+
+    def _rebalance(self, view: Any) -> list[Any]:
+        moves, self.moves = self.moves, []
+        return moves
+
+    def _observe(self, now: float, destination: Any, command: Any) -> None:
+        from mellmpi.protocol import MigrationEnded, MigrationStarted
+
+        if isinstance(command, MigrationStarted):
+            self.started = (now, command)
+        if isinstance(command, MigrationEnded):
+            self.ended = (now, command)
+        self._command(now, destination, command)
+
+    # What happens.
+
+    def until(self, condition: Callable[[], Any]) -> None:
+        stop_s = time.perf_counter() + LIMIT_S
+        while not condition():
+            assert time.perf_counter() < stop_s, "nothing happens"
+            if not self.loop.turn(self):
+                self.loop.wait(self)
+
+    def submit(self, num_prompt: int, worker: int, max_tokens: int) -> int:
+        from mellmpi.protocol import Request, Sampling, Submit
+
+        self.next_id += 1
+        prompt = tuple((7 * i + self.next_id) % SHAPE["vocab_size"] for i in range(num_prompt))
+        sampling = Sampling(max_tokens, 0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, (), None)
+        self.place_at, self.tokens[self.next_id] = worker, 0
+        model = next(iter(self.scheduler.fleet.models))
+        self._inbox.append(Submit(Request(self.next_id, model, prompt, sampling, None)))
+        return self.next_id
+
+    def cancel(self, request_id: int) -> None:
+        from mellmpi.protocol import Cancel
+
+        self._inbox.append(Cancel(request_id, "gone"))
+        self.until(lambda: request_id not in self.scheduler.records)
+
+    def move(self, context: int, mode: str | None, src: int) -> dict[str, Any]:
+        """A new request of this context, there and moved to the other worker: its row."""
+        from mellmpi.core.view import Move
+
+        request_id = self.submit(context, src, max_tokens=4000)
+        self.until(lambda: self.tokens[request_id] >= SETTLE_TOKENS)
+        self.started = self.ended = None
+        self.moves = [Move(request_id, 3 - src, "bench", mode)]
+        self.until(lambda: self.ended is not None)
+        (began_s, started), (ended_s, ended) = self.started, self.ended
+        known = self.tokens[request_id]
+        self.until(lambda: self.tokens[request_id] > known)
+        self.cancel(request_id)
+        return {
+            "context": context, "asked": mode or "chosen", "mode": started.mode, "src": src,
+            "dst": 3 - src, "request": request_id, "start": started.start, "began_s": began_s,
+            "took_s": ended_s - began_s, "predicted_s": started.predicted_s,
+            "num_bytes": ended.num_bytes, "transfer_s": ended.transfer_s,
+            "outcome": ended.outcome,
+        }  # fmt: skip
+
+
+def lead(transport: Any, directory: Path, job: dict[str, Any]) -> None:
+    """Rank 0: every context, the ways in turn; the first two rounds only teach the estimates."""
+    from mellmpi.core.ledger import WorkerState
+
+    mover = Mover(transport)
+    ledger = mover.scheduler.fleet.ledger
+    mover.until(lambda: len(ledger.workers(WorkerState.ACTIVE)) == 2)
+    for i in range(2 * job["others"]):
+        mover.submit(64, 1 + i % 2, max_tokens=10**4)
+    for mode in ("transfer", "recompute", "split") * 2:
+        for context in (512, 2048):
+            mover.move(context, mode, src=1)
+    rows = []
+    for context in job["contexts"]:
+        for _ in range(job["repeats"]):
+            rows += [mover.move(context, mode, src=1) for mode in job["modes"]]
+    (directory / "rows.json").write_text(json.dumps(rows))
+    mover.loop.stop()
+
+
+def main() -> None:
+    from mellmpi.config import Config
+    from mellmpi.runtime.connect import measure
+    from mellmpi.transport.mpi import Job
+
+    directory, job = Path(sys.argv[1]), Job()
+    options = Config().transport
+    try:
+        transport = job.connect(options.idle_poll_s, False, options.checksums)
+        measure(transport, job.hosts)
+        if job.rank:
+            work(transport, directory)
+        else:
+            lead(transport, directory, json.loads((directory / "job.json").read_text()))
+        job.finish()
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        job.abort(1)
+
+
+if __name__ == "__main__":
+    main()
