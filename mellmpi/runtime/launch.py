@@ -13,6 +13,7 @@ from typing import Any
 from mellmpi.config import Config, UsageError
 from mellmpi.engine.checkpoint import resolve
 from mellmpi.options import Options
+from mellmpi.runtime.connect import connect
 from mellmpi.runtime.gpus import Seat, count_gpus
 from mellmpi.runtime.standard_input import StandardInput
 from mellmpi.runtime.worker import SchedulerLost, Worker
@@ -130,7 +131,7 @@ def _rank0(job: Any, options: Options, prepared: dict[str, Any]) -> int:
 
     config = options.config
     try:
-        transport = job.connect(config.transport.idle_poll_s)
+        transport = connect(job, config)
         directories = tuple(map(Path, prepared["directories"]))
         code = Rank0(options, config, directories, transport, lambda: False).run()
     except (UsageError, ValueError) as error:
@@ -146,7 +147,7 @@ def _rank0(job: Any, options: Options, prepared: dict[str, Any]) -> int:
 def _worker(job: Any, prepared: dict[str, Any]) -> int:
     config = Config.from_dict(prepared["config"])
     try:
-        transport = job.connect(config.transport.idle_poll_s)
+        transport = connect(job, config)
         worker = make_worker(transport, config, prepared, _seat(job))
         worker.start()
         while not worker.stopped:

@@ -49,7 +49,7 @@ def test_moving_requests_at_random_changes_no_token(undisturbed, tmp_path):
     )
     assert found == expected
     moves = report["migrations"]
-    assert moves["transfer"] > 40 and moves["recompute"] > 40
+    assert moves["transfer"] > 40 and moves["recompute"] > 20
     assert moves["transfer"] + moves["recompute"] >= 200
 
 
