@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def _pause(row: dict[str, Any], stamps: dict[int, list[Any]]) -> dict[str, float
 
     first = min(at for at in of(row["dst"]) if at > row["began_s"])
     before = [at for at in of(row["src"]) if at < first]
-    steps = [b - a for a, b in zip(before, before[1:], strict=False)]
+    steps = [b - a for a, b in pairwise(before)]
     step_s = statistics.median(steps[-20:]) if steps else 0.0
     return {"pause_s": first - before[-1], "step_s": step_s}
 

@@ -21,7 +21,7 @@ def test_answers_are_the_same_however_requests_move(policy, migrate):
     answers_are_right(front)
     moved = cell.metrics.report(1.0)["migrations"]
     if migrate == "stress":
-        assert all(moved[mode] > 5 for mode in ("transfer", "recompute", "split"))
+        assert all(moved[mode] > 0 for mode in ("transfer", "recompute", "split")), moved
     if migrate == "never":
         assert moved["transfer"] == moved["recompute"] == 0
 
