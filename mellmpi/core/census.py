@@ -17,6 +17,7 @@ class Census:
     def __init__(self, bounds: tuple[float, ...], num_workers: int):
         self.bounds = bounds
         self.kind = np.zeros(64, np.int64)  # [request rows]; 0: on no worker
+        self.operations = 0  # arrivals and departures since the last recount
         self.num = np.zeros((len(bounds) + 2, num_workers + 1), np.int64)  # [classes, workers]
 
     def recount(self, rows: np.ndarray, kinds: np.ndarray, workers: np.ndarray) -> None:
@@ -26,11 +27,13 @@ class Census:
         self.kind[rows] = kinds
         size = self.num.shape[1]
         counted = np.bincount(kinds * size + workers, minlength=self.num.size)
+        self.operations = 0
         self.num[:] = counted.reshape(self.num.shape)
 
     def enter(self, row: int, num_bytes: int, before: int, after: int, workers: Ledger) -> None:
         """The request has come from the one worker (0: from none) to the other (0: to none)."""
         self._grow(row)
+        self.operations += not before or not after
         if before and self.kind[row]:
             self.num[self.kind[row], before] -= 1
         if not after:

@@ -30,6 +30,7 @@ class Packing:
         self.age: dict[int, int] = {}  # of the bins in use
         self.newest = 0
         self.total = 0  # items that ever arrived
+        self.operations = 0  # arrivals and departures since the last epoch
         self.moves: list[int] = []
 
     def bins(self):
@@ -43,10 +44,12 @@ class Packing:
         b = int(target(self._filled(), size, 1, -1, True, OPENED))
         assert b >= 0
         self.total += 1
+        self.operations += 1
         self.size[item] = size
         self._put(item, b)
 
     def depart(self, item):
+        self.operations += 1
         del self.size[item], self.where[item]
 
     def grow(self, item, size):
@@ -56,7 +59,8 @@ class Packing:
         """Make the moves of one epoch; how many, a bundle to one place counted as one."""
         ids, (items, bins) = list(self.size), self._arrays()
         before = items.where.copy()
-        epoch(items, bins, OPENED)
+        epoch(items, bins, OPENED, self.operations)
+        self.operations = 0
         moved = [i for i in range(len(ids)) if items.where[i] != before[i]]
         made = {(int(items.piece[i]), int(before[i]), int(items.where[i])) for i in moved}
         for i in moved:

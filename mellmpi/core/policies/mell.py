@@ -60,7 +60,7 @@ def rebalance(view: View) -> list[Proposal]:
         asleep = _asleep(view, group)
         waits = len(asleep) > 0 and view.cost.wake_s <= _lead_s(view)
         load = bins.load + np.bincount(where, items.size, len(group))
-        epoch(items, bins, OPENED if waits else LAST)
+        epoch(items, bins, OPENED if waits else LAST, _census(view).operations)
         proposals += _moves(view, group, rows[inside], where, items, load)
         wanted = int(np.ceil(items.homeless[0]))
         proposals += [WakeWorker(w) for w in asleep[:wanted].tolist()]
@@ -176,7 +176,7 @@ def warm_up() -> None:
     bins = Bins(np.zeros(2), np.zeros(2), np.zeros((L + 1, 2), np.int64), rows, rows,
                 np.ones(2, np.bool_), np.zeros(2, np.bool_), np.zeros(2))  # fmt: skip
     items = items_of(np.full(2, 0.1), rows, np.zeros(2, np.bool_), 2)
-    epoch(items, bins, LAST)
+    epoch(items, bins, LAST, 1)
     doable(items, rows.copy(), floats.copy())
     allocate(rows, rows, rows, rows, rows, floats, np.ones(2, np.bool_), rows,
              np.zeros((L + 1, 2), np.int64), 1, 1.0, LAST)  # fmt: skip

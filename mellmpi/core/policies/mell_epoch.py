@@ -8,11 +8,9 @@ one mended is not moved, and what moves twice within an epoch goes to its last p
 import numba
 import numpy as np
 
+from mellmpi.core.policies.mell_fill import fill, top_up
 from mellmpi.core.policies.mell_kernels import (
-    EMPTY,
     EPSILON,
-    FILL,
-    FULL_ENOUGH,
     GATHER,
     LAST,
     OPENED,
@@ -21,23 +19,23 @@ from mellmpi.core.policies.mell_kernels import (
     L,
     M,
     S,
-    T,
     bears,
     fill_in,
     kind_of,
+    lacks,
     move,
     pieces,
     target,
     tier,
-    whole,
 )
 
 
 @numba.njit(cache=True)
-def epoch(items, bins, last):  # type: ignore[no-untyped-def]
-    """Edit `items.where`; `last`: the worst tier that will do, LAST or OPENED.
+def epoch(items, bins, last, operations):  # type: ignore[no-untyped-def]
+    """Edit `items.where`; `items.homeless` tells how much misses a bin to be opened for it.
 
-    `items.homeless` tells how much misses a bin to be opened for it.
+    last        the worst tier that will do, LAST or OPENED
+    operations  so many arrivals and departures there were since the last epoch
     """
     fill_in(items, bins)
     for b in range(len(bins.load)):
@@ -45,7 +43,10 @@ def epoch(items, bins, last):  # type: ignore[no-untyped-def]
     _pair(items, bins, last)
     for kind in (M, S):
         _gather(items, bins, kind, last)
-    _fill(items, bins)
+    fill(items, bins)
+    for _ in range(operations):
+        if not top_up(items, bins):
+            return
 
 
 @numba.njit(cache=True)
@@ -236,17 +237,12 @@ def _gather(items, bins, kind, last):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True)
-def _lacks(num, b, kind):  # type: ignore[no-untyped-def]
-    return bears(num, b) == kind and num[kind, b] < whole(kind)
-
-
-@numba.njit(cache=True)
 def _lacking(items, bins, kind):  # type: ignore[no-untyped-def]
     """The bins that lack some and can give: who has least of them first, then the newest."""
     some = np.empty(len(bins.load), np.int64)
     number = 0
     for b in range(len(bins.load)):
-        if _lacks(bins.num, b, kind) and _movable(items, b, kind) >= 0:
+        if lacks(bins.num, b, kind) and _movable(items, b, kind) >= 0:
             some[number] = b
             number += 1
     some = some[:number]
@@ -280,63 +276,10 @@ def _taker(bins, kind, giver, size):  # type: ignore[no-untyped-def]
     """The bin that lacks some and has most of them, where it fits once the T's have left."""
     best = -1
     for b in range(len(bins.load)):
-        if b == giver or not _lacks(bins.num, b, kind) or not bins.usable[b] or bins.seats[b] < 1:
+        if b == giver or not lacks(bins.num, b, kind) or not bins.usable[b] or bins.seats[b] < 1:
             continue
         if _firm(bins, b) + size > 1 + EPSILON:
             continue
         if best < 0 or (-bins.num[kind, b], bins.age[b]) < (-bins.num[kind, best], bins.age[best]):
             best = b
     return best
-
-
-# --- T's -----------------------------------------------------------------------------------------
-
-
-@numba.njit(cache=True)
-def _fill(items, bins):  # type: ignore[no-untyped-def]
-    """While there is a T-GPU that can give, no other T-, M- or L-GPU stays under 75 %.
-
-    But for those that lack S's or M's, a few: who arrives fills them.
-    """
-    giver = _emptiest(bins)
-    for b in range(len(bins.load)):
-        while giver >= 0 and b != giver and _wants_more(bins, b):
-            if not _pull(items, bins, giver, b):
-                break
-            if bears(bins.num, giver) == EMPTY:
-                giver = _emptiest(bins)
-
-
-@numba.njit(cache=True)
-def _wants_more(bins, b):  # type: ignore[no-untyped-def]
-    kind = bears(bins.num, b)
-    rests = kind == EMPTY or (kind in (S, M) and _lacks(bins.num, b, kind))
-    return bins.usable[b] and bins.load[b] < FULL_ENOUGH and not rests
-
-
-@numba.njit(cache=True)
-def _emptiest(bins):  # type: ignore[no-untyped-def]
-    """The T-GPU with most room, whose T's can leave; then the newest."""
-    best = -1
-    for b in range(len(bins.load)):
-        if bears(bins.num, b) != T or bins.soft[b] <= 0:
-            continue
-        if best < 0 or (bins.load[b], -bins.age[b]) < (bins.load[best], -bins.age[best]):
-            best = b
-    return best
-
-
-@numba.njit(cache=True)
-def _pull(items, bins, giver, b):  # type: ignore[no-untyped-def]
-    """The largest piece of the giver that fits goes there."""
-    members, bounds, sizes = pieces(items, bins, giver)
-    best = -1
-    for p in range(len(sizes)):
-        fits = bins.load[b] + sizes[p] <= 1 + EPSILON
-        if fits and bins.seats[b] >= bounds[p + 1] - bounds[p]:  # noqa: SIM102
-            if best < 0 or sizes[p] > sizes[best]:
-                best = p
-    if best < 0:
-        return False
-    move(items, bins, members[bounds[best] : bounds[best + 1]], b, FILL)
-    return True

@@ -76,6 +76,12 @@ def whole(kind):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True)
+def lacks(num, b, kind):  # type: ignore[no-untyped-def]
+    """Is it an S-GPU (M-GPU) that is not whole?"""
+    return bears(num, b) == kind and num[kind, b] < whole(kind)
+
+
+@numba.njit(cache=True)
 def tier(num, held, b, kind):  # type: ignore[no-untyped-def]
     """How much Allocate wants an item of this class on this bin, if it fits."""
     bin_kind = bears(num, b)
@@ -113,7 +119,7 @@ def target(bins, size, seats, leave, at_once, last):  # type: ignore[no-untyped-
         rank = tier(bins.num, bins.held[b], b, kind)
         if rank > last or rank > best:
             continue
-        key = -float(bins.age[b]) if rank == OWN else _tightness(load, size)
+        key = -float(bins.age[b]) if rank == OWN and kind > T else _tightness(load, size)
         if rank < best or key < best_key:
             found, best, best_key = b, rank, key
     return found
@@ -227,7 +233,7 @@ def allocate(capacity, free, ordered, num_requests, max_requests, growth, hostin
         rank = tier(num, num_requests[w] > 0, w, kind_of(size))
         if rank > last or rank > best:
             continue
-        key = -float(age[w]) if rank == OWN else _tightness(load, size)
+        key = -float(age[w]) if rank == OWN and kind_of(size) > T else _tightness(load, size)
         if rank < best or key < best_key:
             found, best, best_key = w, rank, key
     return found
