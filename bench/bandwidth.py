@@ -2,8 +2,10 @@
 
     mpirun -n 2 python bench/bandwidth.py [-m MIN:MAX] [-i ITERATIONS] [-x WARM-UP] [-d cpu|cuda]
 
-The code that measures links at the start of a job. MB = 10^6 bytes. Times include header and
-answer.
+The code that measures links at the start of a job, and that migrations use: contiguous is one
+message, scattered is one message a block, in place. Times include header and answer. MB = 10^6
+bytes. With `-d cuda` the blocks are in device memory and travel through pinned host memory; where
+this MPI proves that it takes device memory, a second table shows that. Without a GPU it says so.
 """
 
 import argparse
@@ -14,26 +16,51 @@ from typing import Any
 import numpy as np
 from record import add_json_option, finish
 
-from mellmpi.transport.base import Transport
+from mellmpi.runtime.gpus import count_gpus
+from mellmpi.transport.base import Arena, Transport
+from mellmpi.transport.devices import device_buffers_work
 from mellmpi.transport.links import HostArena, Probe
 from mellmpi.transport.mpi import Job
 
 BLOCKS = (65_536, 1 << 20)  # bytes each, of scattered KV
 
 
-def sizes(span: str) -> list[int]:
-    """Powers of two from MIN to MAX bytes."""
-    low, high = (int(part) for part in span.split(":"))
+class DeviceArena:
+    """Blocks in the memory of a GPU."""
+
+    def __init__(self, num_blocks: int, block_bytes: int, device: str):
+        import torch
+
+        self.blocks = torch.ones((num_blocks, block_bytes), dtype=torch.uint8, device=device)
+        torch.cuda.synchronize(device)
+        self.num_blocks, self.block_bytes, self.device = num_blocks, block_bytes, device
+        self.address = self.blocks.data_ptr()
+
+
+def span(text: str) -> tuple[int, int]:
+    """MIN:MAX, or MAX alone."""
+    low, _, high = text.rpartition(":")
+    return (int(low) if low else 1, int(high))
+
+
+def sizes(low: int, high: int) -> list[int]:
+    """Powers of two from low to high bytes."""
     return [1 << i for i in range(64) if low <= 1 << i <= high]
 
 
-def bandwidth(probe: Probe, num_blocks: int, block_bytes: int, scattered: bool,
+def arena_on(device: str, num_blocks: int, block_bytes: int) -> Arena:
+    if device == "cpu":
+        return HostArena(num_blocks, block_bytes)
+    return DeviceArena(num_blocks, block_bytes, device)
+
+
+def bandwidth(probe: Probe, arena: Arena, scattered: bool,
               args: argparse.Namespace) -> tuple[float, float] | None:  # fmt: skip
     """(seconds a transfer, seconds a small message one way) at rank 0, medians; None at rank 1."""
-    arena = HostArena(num_blocks, block_bytes)  # ours to keep: the transport knows its address
     probe.transport.attach(arena)
     order = np.random.default_rng(0)
-    places = (order.permutation(num_blocks) if scattered else np.arange(num_blocks)).tolist()
+    blocks = np.arange(arena.num_blocks)
+    places = (order.permutation(blocks) if scattered else blocks).tolist()
     result = None
     if probe.transport.worker == 1:
         probe.answer(0, places)
@@ -48,30 +75,46 @@ def bandwidth(probe: Probe, num_blocks: int, block_bytes: int, scattered: bool,
     return result
 
 
-def table(transport: Transport, args: argparse.Namespace) -> list[dict[str, Any]]:
+def table(transport: Transport, device: str, path: str,
+          args: argparse.Namespace) -> list[dict[str, Any]]:  # fmt: skip
     rows: list[dict[str, Any]] = []
     probe = Probe(transport)  # one for all sizes: it may hear the next one's question early
     for block_bytes in (None, *BLOCKS):
         kind = "contiguous" if block_bytes is None else f"blocks of {block_bytes}"
         if transport.worker == 0:
-            print(f"# {kind}\n# Size      Bandwidth (MB/s)    Latency (us)", file=sys.stderr)
-        for size in sizes(args.m):
+            print(f"# {path}, {kind}\n# Size      Bandwidth (MB/s)    Latency (us)",
+                  file=sys.stderr)  # fmt: skip
+        for size in sizes(*span(args.m)):
             if block_bytes is not None and size < 2 * block_bytes:
                 continue
-            num_blocks = size // (block_bytes or size)
-            scattered = block_bytes is not None
-            measured = bandwidth(probe, num_blocks, block_bytes or size, scattered, args)
+            arena = arena_on(device, size // (block_bytes or size), block_bytes or size)
+            measured = bandwidth(probe, arena, block_bytes is not None, args)
             if measured is None:
                 continue
             MBps, latency_us = size / measured[0] / 1e6, measured[1] * 1e6
             print(f"{size:<12}{MBps:>16.2f}{latency_us:>16.2f}", file=sys.stderr)
-            rows.append({"kind": kind, "size": size, "MBps": MBps, "latency_us": latency_us})
+            rows.append({"path": path, "kind": kind, "size": size, "MBps": MBps,
+                         "latency_us": latency_us})  # fmt: skip
     return rows
+
+
+def paths(job: Job, args: argparse.Namespace) -> list[tuple[str, str, bool]]:
+    """(name, device, whether MPI is handed device memory) of what there is to measure."""
+    if args.d == "cpu":
+        return [("host memory", "cpu", False)]
+    gpus = [job.gather(bytes([count_gpus()]))[rank][0] for rank in range(2)]
+    if not all(gpus):
+        return []
+    device = f"cuda:{job.neighbours.index(job.rank) % gpus[job.rank]}"
+    proven = device_buffers_work(device) if job.rank == job.neighbours[0] else True
+    direct = all(answer[0] for answer in job.gather(bytes([proven])))
+    found = [("device memory through the host", device, False)]
+    return [*found, ("device memory by MPI", device, True)] if direct else found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("-m", default="1024:67108864", metavar="MIN:MAX", help="bytes")
+    parser.add_argument("-m", default="1024:67108864", metavar="[MIN:]MAX", help="bytes")
     parser.add_argument("-i", type=int, default=20, help="iterations a size")
     parser.add_argument("-x", type=int, default=3, help="warm-up iterations a size")
     parser.add_argument("-d", choices=["cpu", "cuda"], default="cpu", help="where the blocks are")
@@ -79,12 +122,16 @@ def main() -> None:
     args, job = parser.parse_args(), Job()
     if job.size != 2:
         raise SystemExit("two ranks, please: mpirun -n 2 python bench/bandwidth.py")
-    if args.d == "cuda":
-        if job.rank == 0:
-            print("device memory is not measured yet; try -d cpu", file=sys.stderr)
-        return job.finish()
-    rows = table(job.connect(idle_poll_s=0.005), args)
-    if job.rank == 0:
+    found = paths(job, args)
+    if not found and job.rank == 0:
+        print("no GPU on both ranks: nothing to measure; -d cpu measures host memory",
+              file=sys.stderr)  # fmt: skip
+    rows = []
+    for path, device, device_buffers in found:
+        transport = job.connect(0.005, device_buffers, checksums="never")
+        rows += table(transport, device, path, args)
+        transport.close()
+    if found and job.rank == 0:
         config = {"sizes": args.m, "iterations": args.i, "warm_up": args.x, "device": args.d}
         finish(config, rows, args.json)
     job.finish()

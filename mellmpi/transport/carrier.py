@@ -1,4 +1,4 @@
-"""Carries transfers on in a thread of its own, while this worker computes.
+"""Carries transfers on in a thread of its own while this worker computes.
 
 A decode step on a CPU is one compiled call that holds no lock of Python's, and on a GPU it is a
 wait: both go on together. Between steps alone, a transfer would stand still most of the time.
@@ -18,6 +18,7 @@ from mellmpi.transport.channel import Channel
 from mellmpi.transport.lanes import Lane
 from mellmpi.transport.moves import Draining, Move
 
+AWAY_S = 300e-6  # a main thread that has not looked for so long is computing
 SPIN_S = 200e-6  # without anything done, then sleep
 FIRST_SLEEP_S = 50e-6  # doubles from here on
 MOVING_SLEEP_S = 200e-6  # at most, for a while: a fast link fills its buffers in a millisecond
@@ -26,11 +27,9 @@ LONGEST_SLEEP_S = 1e-3
 
 
 class Carrier(BlockMover):
-    """A mover whose transfers move by themselves: `progress` has nothing to do.
+    """A mover that needs no `progress`; a main thread that waits anyway may help, and is quicker.
 
-    The channel is used by this thread alone; MPI must allow several. Orders are obeyed in order.
-
-    ended  called in the thread when a transfer has ended
+    ended  called in the thread when it has brought a transfer to its end
     """
 
     def __init__(self, channel: Channel, checked: Callable[[int], bool],
@@ -38,18 +37,20 @@ class Carrier(BlockMover):
         super().__init__(channel, checked)
         self._ended = ended
         self._begun: list[Move] = []  # seen from outside
-        self._orders: deque[Callable[[], Any]] = deque()
+        self._driving = threading.Lock()  # held by whoever touches the moves
+        self._orders: deque[Callable[[], Any]] = deque()  # what could not be done at once
         self._asked = threading.Event()
+        self._looked_s = 0.0  # when the main thread was here last
         self._closing = False
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="carrier", daemon=True)
         self._thread.start()
 
-    # --- from outside ---------------------------------------------------------------------------
+    # --- in the main thread ---------------------------------------------------------------------
 
     @property
     def busy(self) -> bool:
-        return False
+        return bool(self._moves or self._orders)
 
     def attach(self, lane: Lane | None) -> None:
         self._begun = [move for move in self._begun if not move.transfer.done]
@@ -58,24 +59,32 @@ class Carrier(BlockMover):
         self._lane = lane
 
     def _begin(self, move: Move) -> Transfer:
-        if move.posting:
-            self._begun.append(move)
-            self._ask(partial(super()._begin, move))
-        else:
+        if not move.posting:
             move.transfer.end()
+            return move.transfer
+        self._begun = [*(m for m in self._begun if not m.transfer.done), move]
+        self._ask(partial(super()._begin, move))
         return move.transfer
-
-    def progress(self) -> list[int]:
-        if self._failure is not None:
-            raise self._failure
-        return []
 
     def forget(self, peer: int) -> None:
         self._ask(partial(super().forget, peer))
 
     def _ask(self, order: Callable[[], Any]) -> None:
         self._orders.append(order)
+        self.progress()
         self._asked.set()
+
+    def progress(self) -> list[int]:
+        if self._failure is not None:
+            raise self._failure
+        self._looked_s = time.perf_counter()
+        if not self.busy or not self._driving.acquire(blocking=False):
+            return []
+        try:
+            self._obey()
+            return sorted(self._round(self._moves))
+        finally:
+            self._driving.release()
 
     def close(self) -> None:
         self._closing = True
@@ -84,6 +93,15 @@ class Carrier(BlockMover):
         self._obey()
         super().close()
 
+    # --- in either, while driving ---------------------------------------------------------------
+
+    def _obey(self) -> bool:
+        """Do what was asked meanwhile; True if anything was."""
+        asked = bool(self._orders)
+        while self._orders:
+            self._orders.popleft()()
+        return asked
+
     # --- in the thread --------------------------------------------------------------------------
 
     def _run(self) -> None:
@@ -91,30 +109,19 @@ class Carrier(BlockMover):
             while not self._closing:
                 self._asked.wait()
                 self._asked.clear()
-                self._obey()
                 self._carry()
         except BaseException as failure:  # a bug: the main thread tells the story
             self._failure = failure
             self._ended()
 
-    def _obey(self) -> bool:
-        """Do what was asked meanwhile; True if anything was."""
-        asked = bool(self._orders)
-        while self._orders:
-            self._orders.popleft()()
-        if asked:
-            self._ended()  # what was begun may have ended at once
-        return asked
-
     def _carry(self) -> None:
         """Until nothing is left to carry."""
         moved_s, sleep_s = time.perf_counter(), FIRST_SLEEP_S
-        while self._moves and not self._closing:
-            open_before = len(self._moves)
-            moved = bool(super().progress())
-            if len(self._moves) < open_before:
-                self._ended()
-            if self._obey() or moved:
+        while self.busy and not self._closing:
+            if time.perf_counter() - self._looked_s < AWAY_S:
+                time.sleep(AWAY_S)
+                continue
+            if self._drive():
                 moved_s, sleep_s = time.perf_counter(), FIRST_SLEEP_S
                 continue
             idle_s = time.perf_counter() - moved_s
@@ -123,3 +130,13 @@ class Carrier(BlockMover):
                 continue
             time.sleep(sleep_s)
             sleep_s = min(2 * sleep_s, MOVING_SLEEP_S if idle_s < MOVING_S else LONGEST_SLEEP_S)
+
+    def _drive(self) -> bool:
+        """One round; True if anything moved."""
+        with self._driving:
+            begun = [move for move in self._begun if not move.transfer.done]
+            moved = self._obey()
+            moved |= bool(self._round(self._moves))
+        if any(move.transfer.done for move in begun):
+            self._ended()
+        return moved

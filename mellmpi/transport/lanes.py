@@ -56,7 +56,7 @@ class InPlace:
     def __init__(self, arena: Arena):
         self.block_bytes = arena.block_bytes
         self.in_host_memory = str(arena.device) == "cpu"  # torch gives a device, not its name
-        self._address = arena.address
+        self._arena, self._address = arena, arena.address  # the first keeps the memory alive
 
     def outgoing(self, block_id: int) -> int:
         return self._address + block_id * self.block_bytes

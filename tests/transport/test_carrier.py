@@ -1,0 +1,103 @@
+import threading
+import time
+
+import pytest
+
+from mellmpi.transport.carrier import Carrier
+from mellmpi.transport.lanes import InPlace
+from mellmpi.transport.trailer import pack
+from tests.transport.conformance import LIMIT_S, HostArena
+from tests.transport.fakes import FakeChannel
+
+BLOCK_BYTES = 1000
+
+
+class Endings:
+    """Counts, and lets a test wait for, what a carrier tells."""
+
+    def __init__(self):
+        self.told = threading.Semaphore(0)
+
+    def wait(self):
+        assert self.told.acquire(timeout=LIMIT_S), "the carrier told nothing"
+
+
+@pytest.fixture
+def endings():
+    return Endings()
+
+
+@pytest.fixture
+def channel():
+    return FakeChannel()
+
+
+@pytest.fixture
+def carrier(channel, endings):
+    carrier = Carrier(channel, lambda _: False, ended=endings.told.release)
+    carrier.attach(InPlace(HostArena(8, BLOCK_BYTES)))
+    yield carrier
+    carrier.close()
+    assert not carrier._thread.is_alive()
+
+
+def arrive(channel, num_blocks):
+    data = [bytes([i + 1]) * BLOCK_BYTES for i in range(num_blocks)]
+    channel.waiting[1, 5] += [*data, bytes(pack(num_blocks, (), BLOCK_BYTES))]
+
+
+def test_blocks_arrive_though_the_main_thread_only_waits(carrier, channel, endings):
+    transfer = carrier.receive(1, 5, range(8))
+    arrive(channel, 8)
+    endings.wait()
+    assert transfer.done and not transfer.failed and transfer.num_bytes == 8 * BLOCK_BYTES
+
+
+def test_a_main_thread_that_waits_anyway_carries_itself(carrier, channel):
+    transfer = carrier.receive(1, 5, range(8))
+    arrive(channel, 8)
+    stop_s = time.monotonic() + LIMIT_S
+    while not transfer.done and time.monotonic() < stop_s:
+        carrier.progress()
+    assert transfer.done and not carrier.busy
+
+
+def test_the_arena_may_go_once_all_has_ended_and_not_before(carrier, channel, endings):
+    transfer = carrier.receive(1, 5, range(8))
+    with pytest.raises(AssertionError, match="under way"):
+        carrier.attach(None)
+    arrive(channel, 8)
+    endings.wait()
+    assert transfer.done
+    carrier.attach(None)
+
+
+def test_transfers_with_a_lost_peer_end(carrier, channel, endings):
+    transfer = carrier.receive(1, 5, range(8))
+    channel.lost.add(1)
+    carrier.forget(1)
+    stop_s = time.monotonic() + LIMIT_S
+    while not transfer.done and time.monotonic() < stop_s:
+        time.sleep(0)
+    assert transfer.reason == "peer lost"
+
+
+def test_closing_ends_what_is_under_way(channel, endings):
+    carrier = Carrier(channel, lambda _: False, ended=endings.told.release)
+    carrier.attach(InPlace(HostArena(8, BLOCK_BYTES)))
+    transfer = carrier.receive(1, 5, range(8))
+    carrier.close()
+    assert transfer.done and transfer.failed
+
+
+def test_a_bug_in_the_thread_is_raised_in_the_main_one(channel, endings):
+    carrier = Carrier(channel, lambda _: False, ended=endings.told.release)
+    carrier.attach(InPlace(HostArena(8, BLOCK_BYTES)))
+    carrier.receive(1, 5, range(8))
+    channel.match = None  # calling it fails, in whichever thread comes first
+    with pytest.raises(TypeError):
+        stop_s = time.monotonic() + LIMIT_S
+        while time.monotonic() < stop_s:
+            carrier.progress()
+    carrier._closing = True
+    carrier._asked.set()
