@@ -1,7 +1,8 @@
 """Do a simulated run and a real one agree? One trace, replayed in both; cost model from the real.
 
-The real runs are `run-batch --replay` on this host. Each is simulated with the costs fitted to its
-own report: steps, transfers and wakes; the simulator drives the same two state machines. Compared
+The real runs are `run-batch --replay` on this host, with steps that take as long as a GPU's
+(paced.py). Each is simulated with the costs fitted to its own report: steps, transfers and wakes;
+workers come up when the real ones did. The simulator drives the same two state machines. Compared
 are mean active workers (within 5 %) and migrations (within 20 %), medians over the runs.
 """
 
@@ -15,9 +16,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from record import ROOT, add_json_option, finish
 from rich.console import Console
 from rich.table import Table
@@ -36,9 +39,9 @@ from mellmpi.sim.worker import SimWorker, WorkerSpec
 from mellmpi.workload import Workload, gamma, load
 
 BARS = {"active_workers_mean": 0.05, "migrations": 0.20}
-SHAPE = {  # small, but a step outweighs the loop around it; 4 KiB of KV a token in float32
-    "model_type": "llama", "num_hidden_layers": 8, "hidden_size": 256, "head_dim": 32,
-    "num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 1024,
+SHAPE = {  # tiny; 1 KiB of KV a token in float32
+    "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "head_dim": 32,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 256,
     "vocab_size": 512, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "bos_token_id": 1,
     "eos_token_id": 2, "tie_word_embeddings": False,
 }  # fmt: skip
@@ -78,6 +81,12 @@ class AsMeasured(Simulation):
         super().__init__(*args)
         self._reported_s = dict.fromkeys(self.workers, 0.0)
 
+    def start(self, ready_s: list[float]) -> None:
+        """Workers are up at these times, not all at once."""
+        self._heap.clear()
+        for worker, at_s in zip(self.workers.values(), ready_s, strict=True):
+            self.at(at_s, lambda w=worker: self._to_scheduler(w.id, w.wake()))
+
     def _block_s(self) -> float:
         return self.block_bytes / self.cost.link_Bps
 
@@ -103,9 +112,11 @@ def simulated(report: dict[str, Any], requests: list[tuple[float, Request]],
     rng = random.Random(seed)
     sim = AsMeasured([spec] * report["workers"], config.cluster, cost, Network(MESSAGE_S, rng), rng)
     sim.block_bytes, sim.max_events = kv["block_bytes"], 10**9
+    first_s = max(0.0, -min(report["ready_s"]))  # of the first request
+    sim.start([first_s + ready_s for ready_s in report["ready_s"]])
     sim.scheduler = observed = Observed(sim.scheduler, len(requests))
     for at_s, request in requests:
-        sim.submit(0.5 + at_s, request)  # after every worker is up
+        sim.submit(first_s + at_s, request)
     sim.run()
     return observed.report
 
@@ -136,7 +147,8 @@ def real(args: argparse.Namespace, trace: Path, directory: Path, policy: str) ->
     out = directory / "report.json"
     command = [
         "bash", str(ROOT / "launch" / "mpirun.sh"), "-n", str(args.workers + 1), sys.executable,
-        "-m", "mellmpi", "run-batch", "--replay", str(trace), "--report", str(out),
+        str(ROOT / "bench" / "paced.py"), *map(str, args.pace), "run-batch",
+        "--replay", str(trace), "--report", str(out),
         "--model", args.model, "--dtype", "float32", "--threads", "1", "--device", "cpu",
         "--kv-cache-memory-bytes", args.kv, "--policy", policy, "--max-model-len",
         str(args.max_model_len),
@@ -152,6 +164,13 @@ def write(workload: Workload, path: Path) -> None:
     rows = zip(workload.arrival_s, workload.prompt_tokens, workload.output_tokens, strict=True)
     lines = [f"{at:.6f},{prompt},{output}\n" for at, prompt, output in rows]
     path.write_text("arrival_s,prompt_tokens,output_tokens\n" + "".join(lines))
+
+
+def shorter(workload: Workload, longest: int) -> Workload:
+    """Nothing that the model refuses: it would end with an error."""
+    prompt = np.minimum(workload.prompt_tokens, longest - 1)
+    output = np.minimum(workload.output_tokens, longest - prompt)
+    return replace(workload, prompt_tokens=prompt, output_tokens=output)
 
 
 def compare(pairs: list[tuple[dict[str, float], dict[str, float]]]) -> dict[str, Any]:
@@ -181,17 +200,21 @@ def show(results: dict[str, Any]) -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trace", type=Path, metavar="FILE", help="default: a generated one")
-    parser.add_argument("--requests", type=int, default=130, help="of the generated trace")
-    parser.add_argument("--rate", type=float, default=6.0, help="requests/s of the generated one")
-    parser.add_argument("--prompt", type=float, default=60.0, help="its mean prompt, tokens")
-    parser.add_argument("--output", type=float, default=400.0, help="its mean answer, tokens")
+    parser.add_argument("--requests", type=int, default=800, help="of the generated trace")
+    parser.add_argument("--rate", type=float, default=8.0, help="requests/s of the generated one")
+    parser.add_argument("--cv", type=float, default=2.0, help="1: Poisson; more: in bursts")
+    parser.add_argument("--prompt", type=float, default=40.0, help="its mean prompt, tokens")
+    parser.add_argument("--output", type=float, default=120.0, help="its mean answer, tokens")
+    parser.add_argument("--pace", type=float, nargs=3, default=[0.015, 1e-4, 2e-4],
+                        metavar=("STEP", "PREFILL", "DECODE"),
+                        help="seconds of a step, at least: see paced.py")  # fmt: skip
     parser.add_argument("--policies", nargs="+", default=["frugal"])
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--model", help="default: 8 layers of 256, random")
+    parser.add_argument("--model", help="default: 2 layers of 64, random")
     parser.add_argument("--max-model-len", type=int, default=900)
-    parser.add_argument("--kv", default="4M", help="KV cache of a worker")
-    parser.add_argument("--time-limit", type=int, default=180, help="seconds a run may take")
+    parser.add_argument("--kv", default="1M", help="KV cache of a worker")
+    parser.add_argument("--time-limit", type=int, default=300, help="seconds a run may take")
     parser.add_argument("--keep", type=Path, metavar="FILE", help="write the real reports there")
     add_json_option(parser)
     return parser.parse_args()
@@ -200,7 +223,8 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     workload = load(args.trace) if args.trace else gamma(
-        args.requests, args.rate, 1.0, args.prompt, args.output, seed=0)  # fmt: skip
+        args.requests, args.rate, args.cv, args.prompt, args.output, seed=0)  # fmt: skip
+    workload = shorter(workload, args.max_model_len)
     results: dict[str, Any] = {}
     reports = []
     with tempfile.TemporaryDirectory() as name:

@@ -69,6 +69,7 @@ class Metrics:
         self._steps = Sums("steps", "prefill_tokens", "decode_tokens")  # -> seconds
         self._transfers, self._wakes = Sums("transfers", "bytes"), Sums("wakes")  # -> seconds
         self._kv: dict[str, int] = {}  # what a worker is like
+        self._ready_at: dict[int, float] = {}  # by worker, the first time
         self._active = self._peak = 0
         self._active_s, self._active_since = 0.0, 0.0
 
@@ -89,7 +90,7 @@ class Metrics:
             case p.Cancel():
                 self._counts["cancelled"] += self._forget(event.request_id) is not None
             case p.WorkerReady() if isinstance(source, int):
-                self._ready(source, event)
+                self._ready(now, source, event)
                 self._enter(now, source, "active")
                 self._used(now, source, event.capacity_bytes)
             case p.Parked() if isinstance(source, int):
@@ -127,8 +128,9 @@ class Metrics:
             x = (report.steps, report.prefill_tokens, report.decode_tokens)
             self._steps.add(x, report.step_s, weight=1 / report.steps)
 
-    def _ready(self, source: int, ready: p.WorkerReady) -> None:
+    def _ready(self, now: float, source: int, ready: p.WorkerReady) -> None:
         worker = self._worker(source)
+        self._ready_at.setdefault(source, now)
         worker.capacity_bytes = ready.capacity_bytes
         if worker.state == "waking":  # a start may convert weights, too, and all start at once
             self._wakes.add((1,), ready.wake_s)
@@ -288,12 +290,17 @@ class Metrics:
             "wakes": count["waking"],
             "workers_lost": count["lost"],
             "worker_kv": self._kv,
+            "ready_s": self._ready_s(),  # of workers, after the first Submit or before it
             "costs": {  # sums for `CostModel.fitted`
                 "steps": self._steps.to_dict(),
                 "transfers": self._transfers.to_dict(),
                 "wakes": self._wakes.to_dict(),
             },
         }
+
+    def _ready_s(self) -> list[float]:
+        start_s = self._start_s or 0.0
+        return [at - start_s for _, at in sorted(self._ready_at.items())]
 
     def _active_device_seconds(self, now: float) -> float:
         if self._start_s is None:
