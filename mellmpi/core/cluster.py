@@ -52,6 +52,7 @@ class ClusterScheduler:
         self.ring = Ring(self.fleet)
         self._lost: set[int] = set()
         self._next_tick_s = 0.0
+        self._ticked = False  # since somebody who waits was tried last
 
     def handle(self, source: Address, event: Any, now: float) -> Commands:
         """Apply one event; return what must be sent because of it."""
@@ -60,7 +61,7 @@ class ClusterScheduler:
         self.fleet.view.now = now
         match event:
             case StepReport():
-                self._report(int(source), event)
+                return self._reported(int(source), event)
             case Submit(request):
                 self._submit(request, now)
             case Cancel(request_id, _):
@@ -81,11 +82,24 @@ class ClusterScheduler:
         self._place_waiting()
         return self.fleet.take()
 
+    def _reported(self, worker: int, report: StepReport) -> Commands:
+        """By far the most frequent event: who waits is tried again where it has made room.
+
+        And once after every tick, for what else may have changed.
+        """
+        before = self.fleet.space(worker) if self.queue and not self._ticked else None
+        self._report(worker, report)
+        if self._resume(worker) or before is None or self.fleet.gained(worker, before):
+            self._ticked = False
+            self._place_waiting()
+        return self.fleet.take()
+
     def tick(self, now: float) -> Commands:
         """Let the policy act, at most once in `rebalance_every_s`."""
         if now < self._next_tick_s:
             return []
         self._next_tick_s = now + self.config.rebalance_every_s
+        self._ticked = True
         view = self.fleet.view
         view.now, view.waiting_bytes = now, self.queue.kv_bytes
         self.fleet.tick(now)
@@ -175,14 +189,22 @@ class ClusterScheduler:
 
     # --- placement ------------------------------------------------------------------------------
 
-    def _resume(self, worker: Address) -> None:
-        """Who was preempted there goes back as soon as it fits; only its own word makes room."""
+    def _resume(self, worker: Address) -> bool:
+        """Who was preempted there goes back as soon as it fits; only its own word makes room.
+
+        True if somebody did: with nobody left who is to resume there, it takes new ones again.
+        """
         if not isinstance(worker, int):
-            return
-        for record in self.queue.returning(worker):
-            if self.fleet.can_return(worker, self._kv_bytes(record)):
-                self.queue.remove(record)
-                self._assign(record, worker)
+            return False
+        returned = [self._returns(r, worker) for r in self.queue.returning(worker)]
+        return any(returned)
+
+    def _returns(self, record: Record, worker: int) -> bool:
+        if not self.fleet.can_return(worker, self._kv_bytes(record)):
+            return False
+        self.queue.remove(record)
+        self._assign(record, worker)
+        return True
 
     def _home(self, record: Record, worker: int) -> int:
         """The worker on which a preempted request has to resume; 0: on any."""

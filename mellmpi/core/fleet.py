@@ -220,6 +220,17 @@ class Fleet:
         """May a request of this model and size be moved there?"""
         return bool(self.view.hosting(model)[worker]) and self._holds(worker, num_bytes)
 
+    def space(self, worker: int) -> tuple[int, int]:
+        """What is left there: (bytes, seats)."""
+        ledger = self.ledger
+        seats = int(ledger.max_requests[worker] - ledger.num_requests[worker])
+        return ledger.room(worker), seats
+
+    def gained(self, worker: int, before: tuple[int, int]) -> bool:
+        """Has it more bytes or seats than then?"""
+        room, seats = self.space(worker)
+        return room > before[0] or seats > before[1]
+
     def _holds(self, worker: int, num_bytes: int) -> bool:
         """Has it a seat, and so many bytes?"""
         ledger = self.ledger

@@ -85,6 +85,11 @@ class Stage:
         capacity = num_blocks * KV.block_bytes
         return self.tell(worker, WorkerReady((KV,), capacity, MAX_SEQS, acked, 0.5, 64))
 
+    def room(self, worker: int = 1) -> list[tuple[int, Any]]:
+        """The worker has more room than a moment ago: who waits is tried again."""
+        self.tell(worker, report(free_blocks=NUM_BLOCKS - 1))
+        return self.tell(worker, report())
+
     # --- a request in each state ----------------------------------------------------------------
 
     def waiting(self, request_id: int = 7, **kwargs: Any) -> Record:

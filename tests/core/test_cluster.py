@@ -170,7 +170,7 @@ def assigned(commands):
 def test_the_queue_is_placed_in_the_order_it_came(stage):
     for i in (3, 1, 2):
         stage.waiting(i)
-    assert assigned(stage.tell(1, report())) == [3, 1, 2]
+    assert assigned(stage.room()) == [3, 1, 2]
 
 
 def test_nothing_passes_a_head_that_fits_nowhere(stage):
@@ -186,7 +186,7 @@ def test_who_lost_its_place_comes_before_who_never_had_one(stage):
     stage.place_at = None
     stage.tell(1, report(preempted=((1, preempted.epoch),)))
     stage.place_at = 1
-    assert assigned(stage.tell(1, report())) == [1, 2]
+    assert assigned(stage.room()) == [1, 2]
 
 
 def test_of_two_preempted_at_once_the_older_comes_first(stage):
@@ -194,7 +194,7 @@ def test_of_two_preempted_at_once_the_older_comes_first(stage):
     stage.place_at = None
     stage.tell(1, report(preempted=((2, younger.epoch), (1, older.epoch))))
     stage.place_at = 1
-    assert assigned(stage.tell(1, report())) == [1, 2]
+    assert assigned(stage.room()) == [1, 2]
 
 
 def test_requests_of_a_lost_worker_wait_in_the_order_they_came(stage):
@@ -616,3 +616,49 @@ def test_only_an_active_or_draining_worker_is_parked(stage):
     assert stage.tick(ParkWorker(3)) == []
     stage.tick(WakeWorker(3))
     assert stage.tick(ParkWorker(3)) == []
+
+
+# --- who waits is tried again when there is more room --------------------------------------------
+
+
+def tried(stage):
+    """Counts from here on how often the policy is asked for a place."""
+    asked, place = [], stage.place
+    stage.place = lambda view, row: (asked.append(row), place(view, row))[1]
+    return asked
+
+
+def test_a_report_that_makes_no_room_asks_the_policy_for_nothing(stage):
+    stage.running(num_prompt=10)
+    stage.tell(1, report(acked=1, free_blocks=10))
+    stage.waiting(8)
+    asked = tried(stage)
+    stage.tell(1, report(acked=1, free_blocks=9))
+    stage.tell(1, report(acked=1, free_blocks=9))
+    assert not asked
+
+
+def test_more_bytes_on_one_worker_are_a_reason_to_try_again(stage):
+    stage.running(num_prompt=10)
+    stage.tell(1, report(acked=1, free_blocks=10))
+    stage.waiting(8)
+    assert assigned(stage.tell(1, report(acked=1, free_blocks=11))) == [8]
+
+
+def test_a_free_seat_is_a_reason_to_try_again_though_bytes_are_fewer(stage):
+    record = stage.running(num_prompt=10, max_tokens=2)
+    stage.tell(1, report(acked=1, free_blocks=10))
+    stage.waiting(8)
+    ended = report((7, record.epoch, 1, (6,)), acked=1, free_blocks=9)
+    assert assigned(stage.tell(1, ended)) == [8]
+
+
+def test_whoever_comes_while_others_wait_is_a_reason_to_try_again(stage):
+    stage.waiting(8)
+    assert assigned(stage.tell(FRONT, Submit(request(9)))) == [8, 9]
+
+
+def test_after_a_tick_any_report_is_a_reason_to_try_again(stage):
+    stage.waiting(8)
+    stage.tick()
+    assert assigned(stage.tell(1, report())) == [8]

@@ -7,7 +7,7 @@ import pytest
 from mellmpi.core.cost import CostModel
 from mellmpi.core.view import ParkWorker
 from mellmpi.protocol import FRONT, Parked, Submit, Wake
-from tests.core.stage import Stage, report, request, to_workers
+from tests.core.stage import Stage, request, to_workers
 
 WAKE_S = 1.0
 
@@ -89,9 +89,9 @@ def test_where_waking_costs_nothing_nobody_waits(stage):
 def test_who_has_waited_as_long_as_a_wake_takes_gets_one(stage):
     submit(stage)
     stage.now += 0.9 * WAKE_S
-    assert woken(stage.tell(1, report(free_blocks=5))) == []
+    assert woken(stage.room()) == []
     stage.now += 0.1 * WAKE_S
-    assert woken(stage.tell(1, report(free_blocks=5))) == [2]
+    assert woken(stage.room()) == [2]
 
 
 def test_it_gets_one_though_nothing_happens_any_more(stage):
