@@ -9,7 +9,7 @@ from mellmpi.core.view import Drain, Move, Proposal, View
 
 FLEET_S = 2.0  # no worker is emptied unless the others keep so much time to overflow, together
 WAKES = 2  # both there and on each of them, time for so many wakes is kept besides
-TRIES = 2  # workers that cannot be emptied before the round gives up
+TRIES = 1  # workers that cannot be emptied before the round gives up
 
 
 def go_on_draining(view: View, fleet: Fleet) -> list[Proposal]:

@@ -14,7 +14,7 @@ URGENT_S = 5.5  # an overflow so far away counts 1/e of that
 IDLE_S = 8.5  # room for so many seconds of growth counts 1 - 1/e
 LEAVING = 2.7  # an end of a request is worth so many times its mean rate
 PRICE = 1.7  # strain, for moving as much as a worker can hold
-LEAST_S = 1.0  # nothing is put where it leaves less time to overflow
+LEAST_S = 0.5  # nothing is put where it leaves less time to overflow
 LEAD_TICKS = 1.2  # relief comes so many rounds before the overflow, and what a transfer takes
 
 
