@@ -73,7 +73,7 @@ def test_what_was_ordered_counts_as_spent():
 
 
 def test_frugal_keeps_room_for_a_horizon_of_growth():
-    # 10 B/s for 1 s and the 2 s of waking, and half a block: 35 bytes are to stay free.
+    # 10 B/s for 0.5 s and the 2 s of waking, and half a block each: 35 bytes are to stay free.
     assert place("frugal", view([15], [16], growth=10.0)) == 1
     assert place("frugal", view([16], [15], growth=10.0)) == 2
 
