@@ -9,7 +9,6 @@ from mellmpi.core.view import Drain, Move, Proposal, View
 
 FLEET_S = 2.0  # no worker is emptied unless the others keep so much time to overflow, together
 WAKES = 2  # both there and on each of them, time for so many wakes is kept besides
-TRIES = 1  # workers that cannot be emptied before the round gives up
 
 
 def go_on_draining(view: View, fleet: Fleet) -> list[Proposal]:
@@ -46,9 +45,9 @@ def drain(view: View, fleet: Fleet) -> list[Proposal]:
     keep_s = scale(view) * FLEET_S + WAKES * view.cost.wake_s
     spare, keep = fleet.room[busy].sum(), keep_s * fleet.growth[busy].sum()
     proposals: list[Proposal] = []
-    failed = 0
+    failed, tries = 0, max(1, round(1 / scale(view)))  # thrift looks further, too
     for victim in np.argsort(held, kind="stable")[: int(busy.sum())].tolist():
-        if failed == TRIES or spare - workers.capacity[victim] < keep:
+        if failed == tries or spare - workers.capacity[victim] < keep:
             break
         took = fleet.seats[victim] != workers.max_requests[victim] - workers.num_requests[victim]
         rows = None if fleet.gave[victim] or took else fleet.settled(view, victim)

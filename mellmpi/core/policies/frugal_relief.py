@@ -60,16 +60,13 @@ def one_worker_more(view: View) -> list[Proposal]:
 def _will_lack(view: View, fleet: Fleet, workers: list[int]) -> bool:
     """Is there, for one of these, no good place left once the others have theirs?
 
-    Who arrives meanwhile may take the last one: where waking is quick, one is not enough.
+    Who arrives meanwhile may take it: where waking costs next to nothing, one worker is kept ready.
     """
-    keep_s, wakes_quickly = least_s(view), view.cost.wake_s <= view.period_s
+    if view.cost.wake_s <= view.period_s:
+        return bool(workers)
     for worker in workers:
         if (rows := fleet.settled(view, worker)) is not None:
-            if (found := _best(view, fleet, worker, rows, keep_s)) is None:
-                return True
-            others = fleet.accepting(view)
-            others[found[1]] = False
-            if wakes_quickly and _best(view, fleet, worker, rows, keep_s, others) is None:
+            if (found := _best(view, fleet, worker, rows, least_s(view))) is None:
                 return True
             _moved(view, fleet, worker, *found)
     return False

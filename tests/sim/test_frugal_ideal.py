@@ -1,0 +1,33 @@
+"""Frugal in the idealised model: hardly anything is preempted, few workers are used, little moves."""
+
+import numpy as np
+import pytest
+
+from mellmpi.protocol import ModelKv
+from mellmpi.sim.bound import make_load
+from mellmpi.sim.replay import IdealReplay, Settings, figures
+from mellmpi.workload import gamma
+
+
+def run(load, thrift=0.5):
+    settings = Settings(thrift=thrift, tick_s=0.25, seed=0, clock=lambda: 0.0)
+    tally = IdealReplay(load, "frugal", [(ModelKv("m", 1, 2),)] * 60, settings).run(lambda _: None)
+    return figures(load, tally, 0.0)
+
+
+def some(seed):
+    workload = gamma(300, rate=4.0, cv=2.0, prompt=300, output=600, seed=seed)
+    return make_load(workload, {"m": 2}, 16000, 30.0)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_while_workers_can_be_had_hardly_anything_is_preempted(seed):
+    found = run(some(seed))
+    assert found["finished"] == 300 and found["preemptions"] <= 2
+
+
+def test_thrift_walks_from_few_bytes_to_few_workers():
+    load = some(0)
+    found = [run(load, thrift) for thrift in (0.0, 0.5, 1.0)]
+    for one, key in ((1, "migrated_bytes"), (-1, "gpus_mean")):
+        assert (np.diff([one * f[key] for f in found]) > 0).all()
