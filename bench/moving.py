@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-SHAPE = {  # 8 KiB of KV a token in float32
-    "model_type": "llama", "num_hidden_layers": 8, "hidden_size": 256, "head_dim": 32,
-    "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 1024,
+SHAPE = {  # much KV (32 KiB a token in float32) for little to compute
+    "model_type": "llama", "num_hidden_layers": 4, "hidden_size": 64, "head_dim": 64,
+    "num_attention_heads": 16, "num_key_value_heads": 16, "intermediate_size": 64,
     "vocab_size": 512, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "bos_token_id": 1,
     "eos_token_id": 2, "tie_word_embeddings": False,
 }  # fmt: skip
@@ -32,7 +32,8 @@ LINKS = {  # flags of mpirun
     "1gbit": [*FLAGS, "--mca", "btl", "tcp,self", "-host", "10.78.0.1:2,10.78.0.2:1"],
     "10gbit": [*FLAGS, "--mca", "btl", "tcp,self", "-host", "10.78.0.1:2,10.78.0.2:1"],
 }
-ARENA_TOKENS = 1 << 15
+TOKEN_BYTES = 2 * 4 * 16 * 64 * 4  # of KV, in float32
+ARENA_TOKENS = 20_000
 SETTLE_TOKENS = 3  # before each move
 LIMIT_S = 60.0  # for anything to happen
 
@@ -112,8 +113,7 @@ def work(transport: Any, directory: Path) -> None:
     directory.joinpath("cache").mkdir(exist_ok=True)
     weights = resolve(f"random:{directory}", directory / "cache")
     stamps: list[tuple[int, float]] = []
-    token_bytes = 2 * SHAPE["num_key_value_heads"] * SHAPE["head_dim"] * 4 * 8
-    cache = CacheConfig(kv_cache_memory_bytes=ARENA_TOKENS * token_bytes)
+    cache = CacheConfig(kv_cache_memory_bytes=ARENA_TOKENS * TOKEN_BYTES)
     model = ModelConfig(model=f"random:{directory}", dtype="float32")
 
     def build() -> Stamped:

@@ -44,7 +44,8 @@ class Arrivals:
             return [(SCHEDULER, KvRefused(order.request.id, order.epoch))]
         start = max(order.start, sequence.num_computed)
         size = tables.block_size(sequence)
-        assert start % size == 0, f"{start} positions are no whole blocks of {size}"
+        # The last block always comes: what is computed here is never sampled from.
+        assert start % size == 0 and start < order.num_tokens, f"a split at {start}: {order}"
         sequence.arrival = Arrival(start, start // size)
         holdings.sequences[order.epoch] = sequence
         return [(SCHEDULER, KvReserved(order.request.id, order.epoch, start))]

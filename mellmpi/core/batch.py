@@ -182,7 +182,7 @@ class BatchScheduler:
         return chunks
 
     def _chunk(self, sequence: Sequence, end: int) -> Chunk:
-        caught_up = end == sequence.num_tokens and sequence.arrival is None
+        caught_up = end == sequence.num_tokens
         return Chunk(
             request_id=sequence.request.id, start=sequence.num_computed,
             tokens=sequence.token_range(sequence.num_computed, end),

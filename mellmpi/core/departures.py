@@ -62,7 +62,7 @@ class Departures:
     def _last_round(self, sequence: Sequence, stream: Stream) -> Commands:
         sequence.phase = Phase.FROZEN
         end = self._holdings.tables.needed(sequence, sequence.num_computed)
-        commands = self._round(sequence, stream, max(end, stream.next_block), last=True)
+        commands = self._round(sequence, stream, end, last=True)
         sequence.closing |= sequence.sending & {stream.tag}
         return commands
 

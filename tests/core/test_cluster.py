@@ -16,6 +16,7 @@ from mellmpi.protocol import (
     Emit,
     KvFailed,
     KvRefused,
+    KvReserved,
     LinksMeasured,
     MigrationEnded,
     MigrationStarted,
@@ -586,6 +587,34 @@ def test_steps_that_prefilled_teach_the_cost_model(stage):
 def test_measured_links_replace_what_was_guessed(stage):
     stage.tell(1, LinksMeasured((0, 1, 1), (0,), (1,), (0.5,), (100.0,)))
     assert stage.scheduler.fleet.estimates.links.between(1, 3).Bps == pytest.approx(100.0)
+
+
+def test_a_move_that_succeeded_teaches_what_goes_on_around_it_and_one_that_failed_does_not(stage):
+    estimates = stage.scheduler.fleet.estimates
+    before = estimates.around_s("transfer")
+    fail(stage, stage.sending(request_id=7))
+    assert estimates.around_s("transfer") == before
+    record = stage.sending(request_id=8)
+    stage.now += 3.0
+    stage.tell(2, received(record))
+    assert estimates.around_s("transfer") == pytest.approx(3.0, rel=0.1)
+
+
+def test_bytes_of_others_on_the_link_count_when_a_transfer_is_slow(stage):
+    first, second = stage.running(7), stage.running(8)
+    stage.tick(Move(7, 2, "test", "transfer"), Move(8, 2, "test", "transfer"))
+    for record in (first, second):
+        stage.tell(2, KvReserved(record.request.id, record.offer.epoch, 0))
+    links = stage.scheduler.fleet.estimates.links
+    stage.tell(2, received(second, num_bytes=10, transfer_s=1.0))
+    # The mean of the guess, which is next to nothing, and of 1 s for 20 bytes less the latency.
+    assert 1 / links.between(1, 2).Bps == pytest.approx(0.5 * 1.0 / 20, rel=0.01)
+
+
+def test_of_two_moves_of_one_request_the_first_is_done(stage):
+    stage.running(7)
+    commands = stage.tick(Move(7, 2, "test", "transfer"), Move(7, 3, "test", "transfer"))
+    assert [started.dst for started in told(commands, MigrationStarted)] == [2]
 
 
 def test_what_is_in_flight_is_counted_until_it_has_ended(stage):

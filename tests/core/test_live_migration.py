@@ -86,6 +86,15 @@ def test_rounds_that_do_not_shrink_are_the_last(bench):
     assert (head.num_blocks, head.last) == (5, True)
 
 
+def test_the_last_round_that_has_a_tag_is_the_last(bench):
+    sequence, _ = begin(bench)
+    for _ in range(12):
+        bench.step()
+    sequence.stream.round = ROUNDS - 2
+    [(_, head), _] = sent(bench, ROUNDS - 2)
+    assert head.num_blocks == 4 and head.last
+
+
 def test_blocks_that_need_not_come_are_not_sent(bench):
     _, [(_, head), (_, blocks)] = begin(bench, start=8)
     assert (head.first_block, head.num_blocks, len(blocks.block_ids)) == (2, 2, 2)
@@ -276,6 +285,15 @@ def test_known_blocks_need_not_be_sent_nor_computed():
     announce(bench, 0, 2, 3, 18, (5, 6), last=True)
     [(_, received)] = arrived(bench, 0)
     assert received.num_bytes == 30 and bench.chunks() == [(7, 18, 1, True)]
+
+
+def test_what_is_computed_here_counts_where_the_source_had_not_got_so_far():
+    bench = Bench(num_blocks=20, prefix=True)
+    bench.assign(1, num_prompt=14, max_tokens=1)
+    bench.step()
+    assert reserve(bench) == [(SCHEDULER, KvReserved(7, 9, 12))]
+    [(_, received)] = announce(bench, 0, 3, 0, 8, (5,), last=True)
+    assert received.num_bytes == 0 and bench.chunks() == [(7, 12, 6, True)]
 
 
 def test_a_header_for_a_split_begins_behind_it(bench):
