@@ -84,12 +84,13 @@ def send(transport: Transport, num_blocks: int) -> float:
 
 
 def accept(transport: Transport, places: list[int],
-           between: Callable[[], Any] = lambda: None) -> None:  # fmt: skip
-    """The same, at worker 2, into other places."""
+           between: Callable[[], Any] = lambda: None) -> float:  # fmt: skip
+    """The same, at worker 2, into other places: seconds from header to last block."""
     assert receive(transport, between).num_blocks == len(places)
     transfer = transport.receive_blocks(1, 2, places)
     finish_transfer(transport, transfer, between)
     transport.send(1, Cancel(1, "gone"))
+    return float(transfer.elapsed_s)
 
 
 def one_message(comm: Any, arena: HostArena) -> float:
@@ -122,7 +123,7 @@ def idle(comm: Any, ends: dict[str, Transport], num_blocks: int, block_bytes: in
         took["one_message"].append(one_message(comm, arena))
         for kind, end in ends.items():
             run = send(end, num_blocks) if comm.rank == 1 else accept(end, places)
-            took[kind].append(run or 0.0)
+            took[kind].append(run)
     for end in ends.values():
         end.attach(None)
     if comm.rank != 1:
@@ -188,6 +189,7 @@ def decoding(comm: Any, ends: dict[str, Transport], repeats: int) -> dict[str, A
         arena = HostArena(DECODE_BLOCKS, comm.recv(source=2))
     took: dict[str, list[float]] = {kind: [] for kind in ("one_message", *ends)}
     slower: dict[str, list[float]] = {kind: [] for kind in ends}
+    moving: dict[str, list[float]] = {kind: [] for kind in ends}
     whole = HostArena(DECODE_BLOCKS, arena.block_bytes)
     for end in ends.values():
         end.attach(arena)
@@ -201,15 +203,15 @@ def decoding(comm: Any, ends: dict[str, Transport], repeats: int) -> dict[str, A
             alone_s = decoder.mean_s(end, 10)
             end.send(1, Cancel(0, "gone"))
             decoder.steps.clear()
-            for _ in range(5):
-                accept(end, decoder.places, decoder.step)
+            moving[kind] += [accept(end, decoder.places, decoder.step) for _ in range(5)]
             slower[kind].append(statistics.mean(decoder.steps) / alone_s - 1)
     for end in ends.values():
         end.attach(None)
     if decoder is not None:
-        comm.send(({k: statistics.median(v) for k, v in slower.items()}, alone_s), 1)
+        medians = [{k: statistics.median(v) for k, v in each.items()} for each in (slower, moving)]
+        comm.send((*medians, alone_s), 1)
         return {}
-    slow, step_s = comm.recv(source=2)
+    slow, moving_s, step_s = comm.recv(source=2)
     seconds = {kind: statistics.median(each) for kind, each in took.items()}
     num_bytes = DECODE_BLOCKS * arena.block_bytes
     return {
@@ -217,6 +219,10 @@ def decoding(comm: Any, ends: dict[str, Transport], repeats: int) -> dict[str, A
         "step_ms": round(step_s * 1e3, 2),
         "GBps": {k: round(num_bytes / s / 1e9, 3) for k, s in seconds.items()},
         "of_one_message_idle": {k: round(seconds["one_message"] / seconds[k], 3) for k in ends},
+        # From header to last block: without the waits for the ends of two steps.
+        "moving_of_one_message_idle": {
+            k: round(seconds["one_message"] / moving_s[k], 3) for k in ends
+        },
         "decode_slower": {k: round(v, 3) for k, v in slow.items()},
     }
 
