@@ -88,6 +88,8 @@ SERVING = (
     Flag("migrate", str, "never; auto (default): as the policy decides; stress: at random, for "
          "tests", choices=MIGRATE),
     Flag("rebalance-every-s", float, "the policy looks at the whole cluster (default: 0.1)", "S"),
+    Flag("migration-limit-s", float, "moves that would take longer wait until others have ended "
+         "(default: 1)", "S"),
     Flag("thrift", float, "of frugal: 0 moves the fewest bytes, 1 uses the fewest workers "
          "(default: 0.5)", "X"),
     Flag("park-after-s", float, "a worker empty for so long may be parked (default: 1)", "S"),
