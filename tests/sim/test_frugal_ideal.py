@@ -1,4 +1,4 @@
-"""Frugal in the idealised model: hardly anything is preempted, few workers are used, little moves."""
+"""Frugal in the idealised model: hardly a preemption, few workers, few moves."""
 
 import numpy as np
 import pytest
