@@ -47,6 +47,8 @@ class EndlessFront(ListFront):
         return events
 
     def deliver(self, command: Any) -> None:
+        if command.request_id not in self.open:
+            return  # cancelled a moment ago
         super().deliver(command)
         if command.request_id in self.ended:
             self.over(command.request_id)
