@@ -42,21 +42,29 @@ def rank_of(worker: int) -> int:
 
 
 class Turn:
-    """Whose turn it is to call MPI, for two threads; neither gets it twice while the other waits.
+    """Whose turn it is to call MPI, for two threads. Messages never wait for more than one call.
 
     MPI could look after itself (MPI_THREAD_MULTIPLE), but calls are short, and what it does when a
     worker dies is little tried with several threads in it.
     """
 
     def __init__(self) -> None:
-        self._next, self._mine = threading.Lock(), threading.Lock()
+        self._lock = threading.Lock()
+        self._wanted = False  # by the main thread, that waits
+        self.leave = self._lock.release
 
-    def __enter__(self) -> None:
-        with self._next:
-            self._mine.acquire()
+    def take(self) -> None:
+        """For messages, in the main thread."""
+        if not self._lock.acquire(blocking=False):
+            self._wanted = True
+            self._lock.acquire()
+            self._wanted = False
 
-    def __exit__(self, *_: Any) -> None:
-        self._mine.release()
+    def take_patiently(self) -> None:
+        """For blocks. A lock alone would go to the thread that has just left it."""
+        while self._wanted:
+            time.sleep(0)
+        self._lock.acquire()
 
 
 class MpiChannel:
@@ -64,8 +72,8 @@ class MpiChannel:
 
     error: Exception | None = None  # the first one
 
-    def __init__(self, comm: MPI.Intracomm, turn: Turn):
-        self._turn = turn
+    def __init__(self, comm: MPI.Intracomm, take: Callable[[], None], leave: Callable[[], None]):
+        self._take, self._leave = take, leave  # around every call: see `Turn`
         self._comm = comm.Dup()
         self._comm.Set_errhandler(MPI.ERRORS_RETURN)
         self._group = self._comm.Get_group()
@@ -100,23 +108,32 @@ class MpiChannel:
 
     def newly_failed(self) -> list[int]:
         """Workers that MPI has found dead since the last call. It looks only while probing."""
-        new = []
-        with self._turn:
-            failed = self._comm.Get_failed()
-            if failed.size > len(self._failed):
-                new = sorted(set(failed.Translate_ranks(None, self._group)) - self._failed)
-                self._failed.update(new)
-                self._comm.Ack_failed(failed.size)  # lets ANY_SOURCE go on between the living
-            failed.Free()
+        self._take()
+        try:
+            new = self._look_for_failures()
+        finally:
+            self._leave()
         return [worker_of(rank) for rank in new]
 
+    def _look_for_failures(self) -> list[int]:
+        new = []
+        failed = self._comm.Get_failed()
+        if failed.size > len(self._failed):
+            new = sorted(set(failed.Translate_ranks(None, self._group)) - self._failed)
+            self._failed.update(new)
+            self._comm.Ack_failed(failed.size)  # lets ANY_SOURCE go on between the living
+        failed.Free()
+        return new
+
     def _try(self, call: Callable[..., Any], *args: Any) -> Any:
+        self._take()
         try:
-            with self._turn:
-                return call(*args)
+            return call(*args)
         except MPI.Exception as error:
             self.error = self.error or error
             raise LinkError(str(error)) from error
+        finally:
+            self._leave()
 
 
 class MixedInstallation(Exception):
@@ -177,7 +194,10 @@ class Job:
         longest_s = LOCAL_POLL_S if all_ring else idle_poll_s
         wakes = Wakes(all_ring, longest_s, SPIN_S if may_spin else 0.0)
         turn = Turn()
-        channels = MpiChannel(self._comm, turn), MpiChannel(self._comm, turn)
+        channels = (
+            MpiChannel(self._comm, turn.take, turn.leave),
+            MpiChannel(self._comm, turn.take_patiently, turn.leave),
+        )
         self._transport = Endpoint(
             worker_of(self.rank), self.size - 1, channels, bell, wakes, device_buffers,
             self._checked(checksums), carried and MPI.Query_thread() >= MPI.THREAD_SERIALIZED,
