@@ -151,7 +151,7 @@ def real(args: argparse.Namespace, trace: Path, directory: Path, policy: str) ->
         "--replay", str(trace), "--report", str(out),
         "--model", args.model, "--dtype", "float32", "--threads", "1", "--device", "cpu",
         "--kv-cache-memory-bytes", args.kv, "--policy", policy, "--max-model-len",
-        str(args.max_model_len),
+        str(args.max_model_len), "--thrift", str(args.thrift),
     ]  # fmt: skip
     environment = {**os.environ, "MELLMPI_TIME_LIMIT": str(args.time_limit)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -201,14 +201,16 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trace", type=Path, metavar="FILE", help="default: a generated one")
     parser.add_argument("--requests", type=int, default=800, help="of the generated trace")
-    parser.add_argument("--rate", type=float, default=8.0, help="requests/s of the generated one")
-    parser.add_argument("--cv", type=float, default=2.0, help="1: Poisson; more: in bursts")
+    parser.add_argument("--rate", type=float, default=6.0, help="requests/s of the generated one")
+    parser.add_argument("--cv", type=float, default=1.0, help="1: Poisson; more: in bursts")
     parser.add_argument("--prompt", type=float, default=40.0, help="its mean prompt, tokens")
     parser.add_argument("--output", type=float, default=120.0, help="its mean answer, tokens")
     parser.add_argument("--pace", type=float, nargs=3, default=[0.015, 1e-4, 2e-4],
                         metavar=("STEP", "PREFILL", "DECODE"),
                         help="seconds of a step, at least: see paced.py")  # fmt: skip
     parser.add_argument("--policies", nargs="+", default=["frugal"])
+    parser.add_argument("--thrift", type=float, default=1.0, help="of frugal: the more, the more "
+                        "it moves, and the more their number says")  # fmt: skip
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--model", help="default: 2 layers of 64, random")

@@ -100,7 +100,7 @@ def test_with_fewer_gpus_than_it_takes_requests_wait_and_the_stall_is_reported(t
         found = json.loads(out.read_text())["policies"]["frugal"]
         assert found["gpus_peak"] <= int(gpus) and found["finished"] == 60
         stalls.append(found["stall_mean_s"])
-    assert stalls[0] > 5 > stalls[1]
+    assert stalls[0] > 2 > stalls[1]
 
 
 def test_what_no_gpu_can_hold_is_dropped_and_counted(tmp_path):
