@@ -28,6 +28,7 @@ Commands = list[tuple[Address, Any]]
 ANSWER_TOKENS = 128.0  # length of an output, until some have ended
 LENGTH_BLEND = 0.05  # weight of the newest one
 LONGEST_PERIOD_S = 1.0  # between two rounds; more was a pause with nothing to do
+FIT_EVERY_S = 0.5  # reports of steps are gathered for so long: many cost hardly more than one
 RATE_BLEND = 0.3  # weight of the newest interval in a rate
 
 
@@ -41,6 +42,7 @@ class Fleet:
         self.in_flight = InFlight()
         self.batch_tokens: dict[int, int] = {}  # of a step, by worker
         self._estimates: Estimates | None = None
+        self._fit_s = 0.0  # when reports of steps are next looked into
         self._epochs = count(1)
         self._largest: dict[str, int | None] = {}  # arena, by model; forgotten with every change
         self._decoded = np.zeros(num_workers + 1)  # tokens since the last tick
@@ -278,7 +280,8 @@ class Fleet:
     def tick(self, now: float) -> None:
         """Turn what was done since the last tick into rates and costs."""
         self.estimates.links.look_again(now)
-        if self.estimates.steps.fold():
+        if now >= self._fit_s and self.estimates.steps.fold():
+            self._fit_s = now + FIT_EVERY_S
             self.view.cost = self.view.cost.with_steps(self.estimates.steps.coefficients())
         elapsed, self._ticked_s = now - self._ticked_s, now
         rates = self._decoded / max(elapsed, 1e-9)

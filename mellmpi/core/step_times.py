@@ -75,7 +75,7 @@ class StepTimes:
         """Remember a report; `fold` looks into it. Where steps are free, nothing is measured."""
         if report.steps and report.step_s > 0 and self._unit.all():
             x = (report.steps, report.prefill_tokens, report.decode_tokens, report.attended)
-            self._new.append((worker, (*map(float, x), report.step_s)))
+            self._new.append((worker, (*x, report.step_s)))
 
     def fold(self) -> bool:
         """Take in what was added; True if there was anything."""
