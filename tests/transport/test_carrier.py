@@ -93,11 +93,24 @@ def test_closing_ends_what_is_under_way(channel, endings):
 def test_a_bug_in_the_thread_is_raised_in_the_main_one(channel, endings):
     carrier = Carrier(channel, lambda _: False, ended=endings.told.release)
     carrier.attach(InPlace(HostArena(8, BLOCK_BYTES)))
+
+    def match(src, tag):
+        if threading.current_thread() is not threading.main_thread():
+            raise TypeError("a bug")
+
+    channel.match = match
     carrier.receive(1, 5, range(8))
-    channel.match = None  # calling it fails, in whichever thread comes first
-    with pytest.raises(TypeError):
-        stop_s = time.monotonic() + LIMIT_S
-        while time.monotonic() < stop_s:
-            carrier.progress()
-    carrier._closing = True
-    carrier._asked.set()
+    endings.wait()
+    with pytest.raises(TypeError, match="a bug"):
+        carrier.progress()
+    carrier.close()
+
+
+def test_what_was_asked_for_while_the_thread_drove_is_done_at_the_end(channel, endings):
+    carrier = Carrier(channel, lambda _: False, ended=endings.told.release)
+    carrier.attach(InPlace(HostArena(8, BLOCK_BYTES)))
+    with carrier._driving:
+        transfer = carrier.receive(1, 5, range(8))
+        carrier._closing = True
+    carrier.close()
+    assert transfer.done and transfer.failed
