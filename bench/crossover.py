@@ -84,6 +84,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
                       mfc="none", label="chosen" if n == next(iter(cells)) else None)  # fmt: skip
         axes.set(xscale="log", yscale="log", title=link, xlabel="context, tokens")
         axes.set_xticks([int(n) for n in cells], list(cells), minor=False)
+        axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
         axes.grid(alpha=0.3)
     panels[0][0].set_ylabel("seconds to move one request")
     panels[0][0].legend()

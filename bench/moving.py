@@ -34,6 +34,7 @@ LINKS = {  # flags of mpirun
 }
 TOKEN_BYTES = 2 * 4 * 16 * 64 * 4  # of KV, in float32
 ARENA_TOKENS = 20_000
+LONG = 1024  # tokens: a request that hardly grows while it is measured
 SETTLE_TOKENS = 3  # before each move
 LIMIT_S = 60.0  # for anything to happen
 
@@ -204,21 +205,35 @@ class Mover:
         self._inbox.append(Cancel(request_id, "gone"))
         self.until(lambda: request_id not in self.scheduler.records)
 
-    def move(self, context: int, mode: str | None, src: int) -> dict[str, Any]:
-        """A new request of this context, there and moved to the other worker: its row."""
+    def round(self, context: int, modes: list[str | None]) -> list[dict[str, Any]]:
+        """Each way once, from worker 1 to worker 2 and back: a row each.
+
+        A long request takes them all: it hardly grows meanwhile, and prefilling takes its time.
+        """
+        rows: list[dict[str, Any]] = []
+        for i, mode in enumerate(modes):
+            if not i or context < LONG:
+                request_id, src = self.submit(context, 1 + i % 2, max_tokens=4000), 1 + i % 2
+            rows.append(self.move(request_id, mode, src) | {"context": context})
+            src = 3 - src
+            if context < LONG or i == len(modes) - 1:
+                self.cancel(request_id)
+        return rows
+
+    def move(self, request_id: int, mode: str | None, src: int) -> dict[str, Any]:
+        """Move it to the other worker; the row."""
         from mellmpi.core.view import Move
 
-        request_id = self.submit(context, src, max_tokens=4000)
-        self.until(lambda: self.tokens[request_id] >= SETTLE_TOKENS)
+        settled = self.tokens[request_id] + SETTLE_TOKENS
+        self.until(lambda: self.tokens[request_id] >= settled)
         self.started = self.ended = None
         self.moves = [Move(request_id, 3 - src, "bench", mode)]
         self.until(lambda: self.ended is not None)
         (began_s, started), (ended_s, ended) = self.started, self.ended
         known = self.tokens[request_id]
         self.until(lambda: self.tokens[request_id] > known)
-        self.cancel(request_id)
         return {
-            "context": context, "asked": mode or "chosen", "mode": started.mode, "src": src,
+            "asked": mode or "chosen", "mode": started.mode, "src": src,
             "dst": 3 - src, "request": request_id, "start": started.start, "began_s": began_s,
             "took_s": ended_s - began_s, "predicted_s": started.predicted_s,
             "num_bytes": ended.num_bytes, "transfer_s": ended.transfer_s,
@@ -235,13 +250,12 @@ def lead(transport: Any, directory: Path, job: dict[str, Any]) -> None:
     mover.until(lambda: len(ledger.workers(WorkerState.ACTIVE)) == 2)
     for i in range(2 * job["others"]):
         mover.submit(64, 1 + i % 2, max_tokens=10**4)
-    for mode in ("transfer", "recompute", "split") * 2:
-        for context in (512, 2048):
-            mover.move(context, mode, src=1)
+    for context in (512, 2048) * 2:
+        mover.round(context, ["transfer", "recompute", "split"])
     rows = []
     for context in job["contexts"]:
         for _ in range(job["repeats"]):
-            rows += [mover.move(context, mode, src=1) for mode in job["modes"]]
+            rows += mover.round(context, job["modes"])
     (directory / "rows.json").write_text(json.dumps(rows))
     mover.loop.stop()
 
