@@ -88,6 +88,46 @@ def test_a_place_is_active_and_has_room_for_it(seed):
         assert v.hosting("m")[worker] and v.workers.budget[worker] >= 30
 
 
+def test_a_place_keeps_time_for_a_relief_however_thrifty():
+    v = view([4, 4], [18], growth=10.0)
+    v.cost, v.thrift, v.period_s = replace(v.cost, wake_s=0.0), 1.0, 1.0
+    row = int(np.flatnonzero(~v.requests.live)[0])
+    v.requests.num_tokens[row], v.requests.block_size[row], v.requests.block_bytes[row] = 1, 4, 10
+    assert FRUGAL.place(v, row, "m") == 1  # 1.2 rounds are 12 bytes: worker 2 would keep none
+
+
+def test_two_reliefs_do_not_share_one_seat():
+    v = view([7, 12], [7, 12], [2])
+    v.growth_Bps[[1, 2]], v.workers.max_requests[3] = 40.0, 2
+    assert [p.dst for p in FRUGAL.rebalance(v) if isinstance(p, Move)] == [3]
+
+
+def test_where_somebody_waits_to_resume_nothing_is_put():
+    v = view([7, 12], [9], [2])
+    v.growth_Bps[1], v.workers.num_returning[2] = 40.0, 1
+    assert {p.dst for p in FRUGAL.rebalance(v) if isinstance(p, Move)} == {3}
+
+
+def test_what_has_just_given_something_away_is_neither_filled_nor_emptied_in_the_same_round():
+    for seed in range(60):
+        v = cluster(seed)
+        worker = v.requests.worker.copy()
+        proposals = FRUGAL.rebalance(v)
+        rows = {int(i): r for r, i in enumerate(v.requests.request_id) if v.requests.live[r]}
+        gave = {int(worker[rows[p.request_id]]) for p in proposals
+                if isinstance(p, Move) and p.reason == "overflow"}  # fmt: skip
+        assert not gave & {p.dst for p in proposals if isinstance(p, Move)}
+        assert not gave & {p.worker for p in proposals if isinstance(p, Drain)}
+
+
+def test_the_fleet_keeps_its_time_through_all_that_is_emptied_in_a_round():
+    v = view(*[[3]] * 7, growth=10.0)
+    v.thrift = 0.75
+    drained = [p.worker for p in FRUGAL.rebalance(v) if isinstance(p, Drain)]
+    spare = 200 * (7 - len(drained)) - 7 * (30 + 5)
+    assert spare >= 70 * (1.0 + 2 * v.cost.wake_s) > spare - 200  # 70 B/s; FLEET_S is 1 s now
+
+
 def test_growth_is_that_of_what_is_there_now_as_soon_as_the_rate_is_known():
     v = view([1, 1, 1], [], growth=10.0)
     assert growth_Bps(v).tolist() == [0, 10, 10]

@@ -123,3 +123,48 @@ def test_warming_up_compiles_every_kernel():
     warm_up()
     compiled = [k for k in vars(kernels).values() if hasattr(k, "py_func")]
     assert compiled and all(kernel.signatures for kernel in compiled)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_of_all_moves_a_relief_is_the_one_that_leaves_least_strain(seed):
+    c = cluster(seed)
+    c["room"][2], c["may"][2], price, leave = 3.0, False, 0.05, 0.01
+
+    def strains(moved=None, dst=0):
+        total = 0.0
+        for w in (2, dst) if dst else ():
+            sign = -1 if w == 2 else 1
+            grown = c["growth"][w] + sign * c["grow"][moved]
+            left = c["room"][w] - sign * c["size"][moved]
+            total += strain(left, max(grown, 0.0), c["leaving"][w] + sign * leave, PAR)
+            total -= 0 if w == 2 else strain(c["room"][w], c["growth"][w], c["leaving"][w], PAR)
+        return total + price * c["size"][moved]
+
+    found = {
+        (i, w): strains(i, w)
+        for i in range(5) for w in range(1, 6)
+        if c["may"][w] and c["runs"][c["model"][i], w]
+        and c["room"][w] - c["size"][i] >= c["growth"][w] + c["grow"][i]
+    }  # fmt: skip
+    row, dst = relief(c["size"], c["grow"], c["model"], c["runs"], c["room"], c["growth"],
+                      c["leaving"], c["may"], 2, leave, price, 1.0, PAR)  # fmt: skip
+    assert (row, dst) in found if found else dst == 0
+    if found:
+        assert found[row, dst] == pytest.approx(min(found.values()))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_each_request_that_is_emptied_sees_what_those_before_it_have_taken(seed):
+    rng = np.random.default_rng(seed)
+    room, growth = rng.uniform(40, 90, 5), rng.uniform(1, 9, 5)
+    size, dst = np.array([12.0, 9.0, 9.0, 5.0]), np.zeros(4, np.int64)
+    expected, now, rate = [], room.copy(), growth.copy()
+    for need in size:
+        added = [strain(now[w] - need, rate[w] + 1, 0.0, PAR) - strain(now[w], rate[w], 0.0, PAR)
+                 for w in range(2, 5)]  # fmt: skip
+        best = 2 + int(np.argmin(added))
+        now[best], rate[best] = now[best] - need, rate[best] + 1
+        expected.append(best)
+    emptied(size, np.ones(4), np.zeros(4, np.int64), np.ones((1, 5), np.bool_), room, growth,
+            np.zeros(5), np.full(5, 9), np.arange(5) > 1, 1, 0.0, 0.0, 0.0, PAR, dst)  # fmt: skip
+    assert dst.tolist() == expected
