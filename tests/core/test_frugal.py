@@ -89,11 +89,13 @@ def test_a_place_is_active_and_has_room_for_it(seed):
 
 
 def test_a_place_keeps_time_for_a_relief_however_thrifty():
-    v = view([4, 4], [18], growth=10.0)
+    v = view([17], [], growth=10.0, states={2: WorkerState.PARKED})
     v.cost, v.thrift, v.period_s = replace(v.cost, wake_s=0.0), 1.0, 1.0
     row = int(np.flatnonzero(~v.requests.live)[0])
     v.requests.num_tokens[row], v.requests.block_size[row], v.requests.block_bytes[row] = 1, 4, 10
-    assert FRUGAL.place(v, row, "m") == 1  # 1.2 rounds are 12 bytes: worker 2 would keep none
+    assert FRUGAL.place(v, row, "m") is None  # 10 bytes would be left, 1.2 rounds need 12
+    v.period_s = 0.8
+    assert FRUGAL.place(v, row, "m") == 1
 
 
 def test_two_reliefs_do_not_share_one_seat():
