@@ -6,8 +6,9 @@ ITL       gap between two Emits of one request; tokens that arrive together coun
 E2E       Submit → the last token of a completed request.
 downtime  last token that the source of a migration reported itself → first token that the
           destination computed, both when rank 0 sees them. Tokens that the source made and
-          `KvReceived` brought do not end it, so it never flatters: it includes one decode step
-          and up to one report interval. Moves before the first token have none.
+          `KvReceived` brought do not end it, so it never flatters: it includes one decode step.
+          Workers report at once what a move has stopped, and the first token of what has come.
+          Moves before the first token have none.
 active    a worker that is neither parked nor lost: it holds its device, also while it starts,
           drains, parks or wakes.
 wall      first Submit → the `now` of the report. Device time before it is not counted.

@@ -1,6 +1,7 @@
 """A worker: the loop around batch scheduler, engine and transport."""
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -15,6 +16,8 @@ from mellmpi.protocol import (
     BlocksSent,
     DrainBlocks,
     HostedModel,
+    KvPayload,
+    KvReceived,
     Parked,
     ReceiveBlocks,
     SendBlocks,
@@ -127,6 +130,8 @@ class Worker:
                 continue
             if isinstance(command, Parked):
                 self._park()
+            if isinstance(command, KvReceived) or (isinstance(command, KvPayload) and command.last):
+                self._reported_s = -math.inf  # rank 0 shall see the pause of a move as it is
             self._transport.send(int(destination), command)
 
     def _park(self) -> None:

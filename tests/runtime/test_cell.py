@@ -2,6 +2,8 @@
 
 import pytest
 
+from mellmpi.protocol import ROUNDS, Assign, KvPayload, ReceiveKv, SendKv, StepReport
+from mellmpi.runtime import worker as worker_module
 from mellmpi.sim.executor import expected_outputs
 from tests.runtime.cell import ListFront, hashing, request
 
@@ -64,3 +66,41 @@ def test_a_stop_ends_the_worker():
     cell.loop.stop()
     cell.workers[1].turn()
     assert cell.workers[1].stopped
+
+
+@pytest.fixture
+def silent(monkeypatch):
+    """Worker 1 with two requests, that reports when it has to, and rank 0's transport."""
+    monkeypatch.setattr(worker_module, "REPORT_EVERY_S", 1e6)
+    cell = hashing(2, num_blocks=60)
+    rank0, worker = cell.network.transports[0], cell.workers[1]
+    for request_id in (1, 2):
+        rank0.send(1, Assign(request(request_id, 3, 50), request_id, ()))
+    for _ in range(3):
+        worker.turn()
+    rank0.poll()
+    return worker, rank0, cell.network.transports[2]
+
+
+def told(rank0, kind):
+    return [message for _, message in rank0.poll() if isinstance(message, kind)]
+
+
+def test_what_a_source_had_produced_when_it_stopped_is_reported_at_once(silent):
+    worker, rank0, _ = silent
+    worker.turn()
+    assert told(rank0, StepReport) == []
+    rank0.send(1, SendKv(1, 1, 2, 9, 0))
+    worker.turn()
+    [report] = told(rank0, StepReport)
+    assert 1 in report.request_ids
+
+
+def test_the_first_token_of_what_has_arrived_is_reported_at_once(silent):
+    worker, rank0, source = silent
+    rank0.send(1, ReceiveKv(request(7, 3, 50), 9, 2, 0, 3, 0, ()))
+    worker.turn()
+    source.send(1, KvPayload(7, 9, "hash hash", 0, 0, 0, (), (), True, 9 * ROUNDS))
+    worker.turn()
+    [report] = told(rank0, StepReport)
+    assert 7 in report.request_ids
