@@ -205,6 +205,14 @@ def test_with_nowhere_to_go_a_draining_worker_is_kept_or_else_a_parked_one_woken
     assert rebalance(crowd(states={3: PARKED, 4: DRAINING})) == [WakeWorker(4)]
 
 
+def test_only_a_worker_that_runs_one_of_its_models_is_kept_or_woken_for_it():
+    v = crowd(states={3: DRAINING, 4: PARKED})
+    v.workers.runs[:, 3] = False
+    assert rebalance(v) == [WakeWorker(4)]
+    v.workers.enter(3, WorkerState.ACTIVE)
+    assert rebalance(v) == [WakeWorker(4)], "an empty one of another model is no help"
+
+
 def test_one_worker_is_woken_at_a_time():
     assert rebalance(crowd(states={3: PARKED, 4: WAKING})) == []
 
@@ -309,9 +317,13 @@ def stress(seed=0, tick=1, **kwargs):
     return policy.rebalance(view([1] * 5, [1] * 5, [1] * 5, seed=seed, tick=tick, **kwargs))
 
 
-def test_stress_moves_requests_to_other_active_workers_by_both_modes():
+def test_stress_moves_requests_to_other_active_workers_by_all_modes():
     moves = [m for tick in range(50) for m in stress(tick=tick, states={3: PARKED})]
-    assert len(moves) == 50 * MOVES_A_TICK and {m.mode for m in moves} == {"transfer", "recompute"}
+    assert len(moves) == 50 * MOVES_A_TICK and {m.mode for m in moves} == {
+        "transfer",
+        "recompute",
+        "split",
+    }
     assert {(m.dst, (m.request_id - 1) // 5 + 1) for m in moves} == {(1, 2), (2, 1), (1, 3), (2, 3)}
 
 

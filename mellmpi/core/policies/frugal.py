@@ -48,8 +48,9 @@ def rebalance(view: View) -> list[Proposal]:
     """Avert overflow and empty what can be emptied; if there is neither, park the empty ones."""
     fleet = Fleet.of(view)
     proposals, lacking = relieve(view, fleet)
-    if lacking:
-        proposals += one_worker_more(view)
+    proposals += dict.fromkeys(
+        w for worker in lacking for w in one_worker_more(view, fleet, worker)
+    )
     proposals += go_on_draining(view, fleet) or drain(view, fleet)
     return proposals if proposals or lacking else idle_workers(view)
 

@@ -18,11 +18,11 @@ from mellmpi.core.view import Move, Proposal, View, WakeWorker
 ENDS = 2.0  # no worker is woken for one where so many are expected to end before it overflows
 
 
-def relieve(view: View, fleet: Fleet) -> tuple[list[Proposal], bool]:
+def relieve(view: View, fleet: Fleet) -> tuple[list[Proposal], list[int]]:
     """Moves away from workers that overflow before the next round and a transfer are over.
 
-    And whether a worker that will overflow later, but sooner than one can be woken, has no place
-    to give anything to.
+    And the workers that have no place to give anything to, though they overflow sooner than
+    another can be woken; of those that overflow later, one.
     """
     mean_bytes = int(view.requests.kv_bytes(fleet.rows).mean()) if len(fleet.rows) else 0
     lead_s = LEAD_TICKS * view.period_s + view.cost.transfer_s(mean_bytes)
@@ -31,7 +31,7 @@ def relieve(view: View, fleet: Fleet) -> tuple[list[Proposal], bool]:
     crowded = np.flatnonzero((fleet.room < wake_s * fastest) & (view.workers.num_requests > 1))
     soon = fleet.room[crowded] < lead_s * fastest[crowded]
     proposals: list[Proposal] = []
-    lacking = False
+    lacking: list[int] = []
     for worker in crowded[soon].tolist():
         if (rows := fleet.settled(view, worker)) is None:
             continue  # what is here has yet to arrive, or help is on its way
@@ -40,36 +40,45 @@ def relieve(view: View, fleet: Fleet) -> tuple[list[Proposal], bool]:
             or _opening(view, fleet, worker, rows)
             or _best(view, fleet, worker, rows, lead_s)
         )
-        lacking |= found is None
-        proposals += [_moved(view, fleet, worker, *found)] if found else []
+        if found:
+            proposals.append(_moved(view, fleet, worker, *found))
+        else:
+            lacking.append(worker)
     left_s = fleet.room / np.maximum(fastest, 1e-9)
     later = crowded[~soon & (fleet.leaving[crowded] * left_s[crowded] < LEAVING * ENDS)]
     lacking = lacking or _will_lack(view, fleet.copy(), later.tolist())
     return proposals, lacking
 
 
-def one_worker_more(view: View) -> list[Proposal]:
-    """Stop emptying a worker, or wake one; nothing if one is waking already."""
+def one_worker_more(view: View, fleet: Fleet, lacking: int) -> list[Proposal]:
+    """Stop emptying a worker that could take something of the `lacking` one, or wake such a one.
+
+    Nothing if one is waking, or is there and empty.
+    """
     workers = view.workers
-    if workers.workers(WorkerState.WAKING) or (view.active() & (workers.num_requests == 0)).any():
+    helps = workers.runs[view.requests.model[fleet.on(lacking)]].any(axis=0)
+    empty = view.active() & (workers.num_requests == 0)
+    if (helps & (empty | (workers.state == WorkerState.WAKING))).any():
         return []
-    idle = workers.workers(WorkerState.DRAINING) or workers.workers(WorkerState.PARKED)
-    return [WakeWorker(w) for w in idle[:1]]
+    for state in (WorkerState.DRAINING, WorkerState.PARKED):
+        if (idle := helps & (workers.state == state)).any():
+            return [WakeWorker(int(np.argmax(idle)))]
+    return []
 
 
-def _will_lack(view: View, fleet: Fleet, workers: list[int]) -> bool:
-    """Is there, for one of these, no good place left once the others have theirs?
+def _will_lack(view: View, fleet: Fleet, workers: list[int]) -> list[int]:
+    """The first of these that has no good place left once the others have theirs.
 
     Who arrives meanwhile may take it: where waking costs next to nothing, one worker is kept ready.
     """
     if view.cost.wake_s <= view.period_s:
-        return bool(workers)
+        return workers[:1]
     for worker in workers:
         if (rows := fleet.settled(view, worker)) is not None:
             if (found := _best(view, fleet, worker, rows, least_s(view))) is None:
-                return True
+                return [worker]
             _moved(view, fleet, worker, *found)
-    return False
+    return []
 
 
 def _best(view: View, fleet: Fleet, worker: int, rows: np.ndarray, keep_s: float,
