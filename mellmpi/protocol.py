@@ -375,7 +375,7 @@ class MigrationEnded:
     dst: int
     num_bytes: int  # that came over the link
     transfer_s: float  # from header to last block; 0 for recompute
-    outcome: str  # "moved", or why not: "refused", "failed", "preempted", "finished" …
+    outcome: str  # "moved", or why not: "refused", "failed: checksum", "preempted" …
 
 
 @message

@@ -24,6 +24,13 @@ from mellmpi.protocol import (
     Unfreeze,
 )
 
+CAUSES = ("checksum", "truncated", "size", "peer lost", "no room", "KV layout")
+
+
+def cause(reason: str) -> str:
+    """Of a KvFailed, in few words: they are counted."""
+    return next((words for words in CAUSES if reason.startswith(words)), "other")
+
 
 class Ring:
     """Offers of a request to another worker, from the first order to the last answer."""
@@ -78,7 +85,7 @@ class Ring:
             case KvFailed(), State.SENDING:
                 record.transfer_failed = True
                 self._thaw(record)
-                self._stay(record, "failed")
+                self._stay(record, f"failed: {cause(event.reason)}")
             case _:
                 raise record.bug(f"{event} from worker {source}")
         return False

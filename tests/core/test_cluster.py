@@ -589,6 +589,21 @@ def test_measured_links_replace_what_was_guessed(stage):
     assert stage.scheduler.fleet.estimates.links.between(1, 3).Bps == pytest.approx(100.0)
 
 
+@pytest.mark.parametrize(
+    ("reason", "counted"),
+    [
+        ("truncated", "failed: truncated"),
+        ("no room for what it has grown by", "failed: no room"),
+        ("KV layout a is not ours (b)", "failed: KV layout"),
+        ("blocks from 4 on, not from 3", "failed: other"),
+    ],
+)
+def test_why_a_move_failed_is_counted_in_few_words(stage, reason, counted):
+    record = stage.sending()
+    [ended] = told(stage.tell(2, KvFailed(7, record.offer.epoch, reason)), MigrationEnded)
+    assert ended.outcome == counted
+
+
 def test_a_move_that_succeeded_teaches_what_goes_on_around_it_and_one_that_failed_does_not(stage):
     estimates = stage.scheduler.fleet.estimates
     before = estimates.around_s("transfer")

@@ -89,7 +89,7 @@ def test_sending_kv_received_becomes_running_at_dst_and_the_source_is_released(s
 def test_sending_kv_failed_becomes_running_at_src_by_unfreeze(stage):
     record = stage.sending()
     commands = stage.tell(2, KvFailed(7, OFFER, "checksum"))
-    assert to_workers(commands) == [THAW] and outcome(commands) == "failed"
+    assert to_workers(commands) == [THAW] and outcome(commands) == "failed: checksum"
     assert (record.state, record.worker, record.epoch) == (State.RUNNING, 1, EPOCH)
 
 
