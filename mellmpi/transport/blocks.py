@@ -26,6 +26,9 @@ class BlockMover:
     def busy(self) -> bool:
         return bool(self._moves)
 
+    def attend(self, present: bool) -> None:
+        """Whoever calls `progress` will do so soon and often, or no more."""
+
     def attach(self, lane: Lane | None) -> None:
         users = [m for m in self._moves if not isinstance(m, Draining)]
         assert not users, "blocks are under way; the arena cannot go"

@@ -40,7 +40,8 @@ class Carrier(BlockMover):
         self._driving = threading.Lock()  # held by whoever touches the moves
         self._orders: deque[Callable[[], Any]] = deque()  # what could not be done at once
         self._asked = threading.Event()
-        self._looked_s = 0.0  # when the main thread was here last
+        self._attended = False  # the main thread waits, and moves blocks meanwhile
+        self._looked_s = 0.0  # when it was here last
         self._closing = False
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="carrier", daemon=True)
@@ -51,6 +52,9 @@ class Carrier(BlockMover):
     @property
     def busy(self) -> bool:
         return bool(self._moves or self._orders)
+
+    def attend(self, present: bool) -> None:
+        self._attended, self._looked_s = present, time.perf_counter()
 
     def attach(self, lane: Lane | None) -> None:
         self._begun = [move for move in self._begun if not move.transfer.done]
@@ -118,7 +122,7 @@ class Carrier(BlockMover):
         """Until nothing is left to carry."""
         moved_s, sleep_s = time.perf_counter(), FIRST_SLEEP_S
         while self.busy and not self._closing:
-            if time.perf_counter() - self._looked_s < AWAY_S:
+            if self._attended or time.perf_counter() - self._looked_s < AWAY_S:
                 time.sleep(AWAY_S)
                 continue
             if self._drive():

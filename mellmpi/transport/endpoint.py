@@ -140,6 +140,11 @@ class Endpoint:
     # --- waiting --------------------------------------------------------------------------------
 
     def wait(self, timeout_s: float) -> None:
+        self._mover.attend(True)
+        self._wait(timeout_s)
+        self._mover.attend(False)
+
+    def _wait(self, timeout_s: float) -> None:
         now = time.perf_counter()
         deadline_s = now + timeout_s
         spin_until_s = now + self._spin_s()

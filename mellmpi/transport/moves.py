@@ -21,7 +21,7 @@ class Route:
     checked: bool  # every block has a checksum
 
 
-@dataclass
+@dataclass(slots=True)
 class Message:
     """One message in flight."""
 

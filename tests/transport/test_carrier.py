@@ -62,6 +62,16 @@ def test_a_main_thread_that_waits_anyway_carries_itself(carrier, channel):
     assert transfer.done and not carrier.busy
 
 
+def test_a_thread_leaves_blocks_to_a_main_thread_that_attends(carrier, channel, endings):
+    carrier.attend(True)
+    transfer = carrier.receive(1, 5, range(8))
+    arrive(channel, 8)
+    assert not endings.told.acquire(timeout=0.05) and not transfer.done
+    carrier.attend(False)
+    endings.wait()
+    assert transfer.done
+
+
 def test_the_arena_may_go_once_all_has_ended_and_not_before(carrier, channel, endings):
     transfer = carrier.receive(1, 5, range(8))
     with pytest.raises(AssertionError, match="under way"):
