@@ -94,7 +94,8 @@ def summary_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("active workers", f"{report['active_workers_mean']:.2f} on average, "
                            f"{report['active_workers_peak']} at most"),
         ("migrations", f"{moves['transfer']} by transfer, {moves['recompute']} by recompute, "
-                       f"{moves['split']} by both, {moves['failed']} given up; {report['migrated_bytes'] / 1e6:.1f} MB"),
+                       f"{moves['split']} by both, {moves['failed']} given up; "
+                       f"{report['migrated_bytes'] / 1e6:.1f} MB"),
         ("preemptions", str(report["preemptions"])),
         ("time to first token", _percentiles(report["ttft_ms"])),
         ("time per output token", _percentiles(report["tpot_ms"])),
