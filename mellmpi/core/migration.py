@@ -14,6 +14,7 @@ from mellmpi.core.estimates import Estimates
 
 TRANSFER, RECOMPUTE, SPLIT = "transfer", "recompute", "split"
 ANY = (TRANSFER, RECOMPUTE, SPLIT)
+SHORT_S = 2e-3  # a way that takes no longer is not worth being divided
 WORTH = 0.95  # a split, or giving up the source's tokens meanwhile, has to save that much
 
 
@@ -105,10 +106,12 @@ def _best(candidate: Candidate, options: list[Plan]) -> Plan | None:
 
 def ways(c: Candidate, estimates: Estimates, busy: InFlight, limit_s: float) -> list[Plan]:
     """Every way this request may go, in the order of its modes."""
-    plans = []
+    plans: list[Plan] = []
     for mode in c.modes:
         start = {TRANSFER: 0, RECOMPUTE: c.num_tokens}.get(mode)
         if start is None:
+            if any(plan.seconds - estimates.around_s(plan.mode) < SHORT_S for plan in plans):
+                continue
             start = split_at(c, estimates, busy)
             if not start:
                 continue

@@ -65,6 +65,11 @@ def test_no_other_boundary_would_end_earlier(Bps):
     assert seconds(split_at(MOVE, found, busy) // 16) == pytest.approx(seconds(best))
 
 
+def test_what_takes_next_to_no_time_is_not_split():
+    assert decided(Bps=10_000.0 * 1000, prefill_token_s=1e-6).mode == TRANSFER
+    assert decided(Bps=10_000.0 * 200, prefill_token_s=5e-6).mode == SPLIT
+
+
 def test_a_request_of_one_block_cannot_be_split():
     assert split_at(replace(MOVE, num_tokens=16), estimates(), InFlight()) == 0
     small = replace(MOVE, num_tokens=16, modes=(SPLIT,), forced=True)
