@@ -100,7 +100,7 @@ class LocalTransport:
 
     def attach(self, arena: Arena | None) -> None:
         busy = [want for want in self._wants if want.arena is not None]
-        self._sending = [(dst, t) for dst, t in self._sending if not t.done]
+        self._sending = self._under_way()
         assert not busy and not self._sending, "blocks are under way; the arena cannot go"
         self._arena = arena
 
@@ -118,9 +118,12 @@ class LocalTransport:
             checksums = self._checksums(self._arena, block_ids)
             offer = _Offer(transfer, self._arena, deque(block_ids), checksums)
             inbox.offers.setdefault((self.worker, tag), deque()).append(offer)
-            self._sending.append((dst, transfer))
+            self._sending = [*self._under_way(), (dst, transfer)]
             inbox.bell.set()
         return transfer
+
+    def _under_way(self) -> list[tuple[int, Transfer]]:
+        return [(dst, t) for dst, t in self._sending if not t.done]
 
     def _checksums(self, arena: Arena, block_ids: Sequence[int]) -> deque[int]:
         if not self._network.checksums:
@@ -168,6 +171,8 @@ class LocalTransport:
         offer.transfer.num_bytes += size
         if not offer.block_ids:  # one transfer there is one here, whatever was announced
             offers.popleft()
+            if not offers:
+                del self._inbox.offers[want.src, want.tag]
             offer.transfer.end()
             self._network.inboxes[want.src].bell.set()
             if want.block_ids and want.arena is not None:
