@@ -35,16 +35,14 @@ def make_view(num_workers: int, seed: int) -> View:
     rng = np.random.default_rng(seed)
     num_parked = max(1, num_workers // 10)
     ledger, columns = Ledger(num_workers + num_parked), make_columns(num_workers, rng)
-    rows = np.flatnonzero(columns.live)
-    held = np.bincount(columns.worker[rows], columns.kv_bytes(rows), num_workers + 1)[1:]
     growth = REQUESTS * TOKENS_PER_S * KV.block_bytes / KV.block_size
     left = rng.uniform(0, FULL_WITHIN_S, num_workers) * growth
+    held, capacity = fill(columns, left)
     for worker in range(1, num_workers + num_parked + 1):
-        ledger.ready(worker, (KV,), int((held + left).max()), 4 * REQUESTS, acked=0)
+        ledger.ready(worker, (KV,), capacity, 4 * REQUESTS, acked=0)
         if worker > num_workers:
             ledger.gone(worker, WorkerState.PARKED)
-    ledger.free[1 : num_workers + 1] = left.astype(np.int64)
-    ledger.capacity[1 : num_workers + 1] = (held + left).astype(np.int64)
+    ledger.free[1 : num_workers + 1] = np.maximum(0, capacity - held)
     ledger.num_requests[1 : num_workers + 1] = REQUESTS
     ledger.activated[1 : num_workers + 1] = np.arange(num_workers)
     rates = np.zeros(len(ledger.state))
@@ -54,6 +52,18 @@ def make_view(num_workers: int, seed: int) -> View:
         token_rate=TOKENS_PER_S, answer_tokens=ANSWER_TOKENS, horizon_s=1.0, park_after_s=1.0,
         seed=seed, tick=1, period_s=PERIOD_S, cost=CostModel(wake_s=0.0),
     )  # fmt: skip
+
+
+def fill(columns: RequestColumns, left: np.ndarray) -> tuple[np.ndarray, int]:
+    """Scale requests so that workers of one capacity have so much left; (bytes held, capacity)."""
+    rows = np.flatnonzero(columns.live & (columns.worker > 0))
+    on = columns.worker[rows] - 1
+    before = np.bincount(on, columns.kv_bytes(rows))
+    capacity = int(before.mean() + left.mean())
+    share = (capacity - left) / before
+    columns.num_tokens[rows] = np.maximum(1, columns.num_tokens[rows] * share[on])
+    columns.num_prompt[rows] = np.maximum(1, columns.num_tokens[rows] // 2)
+    return np.bincount(on, columns.kv_bytes(rows)).astype(np.int64), capacity
 
 
 def make_columns(num_workers: int, rng: np.random.Generator) -> RequestColumns:
