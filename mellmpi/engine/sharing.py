@@ -1,6 +1,5 @@
 """Several models on one device: each has its weights, all have one KV arena."""
 
-import gc
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,7 +34,6 @@ class SharedEngine:
         del self.arena
         while self._executors:
             self._executors.popitem()[1].release()
-        gc.collect()
 
 
 def build_engine(

@@ -1,5 +1,6 @@
 """From a started process to its role: rank 0 schedules, the others work, one alone does both."""
 
+import gc
 import logging
 import os
 import struct
@@ -201,6 +202,7 @@ def make_worker(transport: Transport, config: Config, prepared: dict[str, Any],
         device=seat.device if use_gpu else config.device,
         num_threads=config.threads or max(1, len(os.sched_getaffinity(0)) // seat.neighbours),
     )  # fmt: skip
+    gc.freeze()  # modules stay: a worker that parks need not look through them for what it can free
     return Worker(transport, build, config.batch, config.cache)
 
 
