@@ -14,6 +14,7 @@ from moving import LINKS, run
 from record import add_json_option, finish
 
 BARS = {"p50": 1.0, "p99": 3.0}
+ROUND = 10  # moves of one request, to and fro
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -40,7 +41,8 @@ def main() -> None:
     parser.add_argument("--mode", choices=("transfer", "split"), default="transfer")
     add_json_option(parser)
     args = parser.parse_args()
-    rows = run(args.link, args.contexts, [args.mode], args.moves, args.others)
+    rounds = max(1, args.moves // ROUND)
+    rows = run(args.link, args.contexts, [args.mode] * ROUND, rounds, args.others)
     results = {
         str(context): summary([row for row in rows if row["context"] == context])
         for context in args.contexts

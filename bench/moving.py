@@ -35,6 +35,7 @@ LINKS = {  # flags of mpirun
 TOKEN_BYTES = 2 * 4 * 16 * 64 * 4  # of KV, in float32
 ARENA_TOKENS = 20_000
 LONG = 1024  # tokens: a request that hardly grows while it is measured
+OTHERS_TOKENS = 800  # at the most, of a request that is only decoded meanwhile
 SETTLE_TOKENS = 3  # before each move
 LIMIT_S = 60.0  # for anything to happen
 
@@ -205,6 +206,13 @@ class Mover:
         self._inbox.append(Cancel(request_id, "gone"))
         self.until(lambda: request_id not in self.scheduler.records)
 
+    def kept_small(self, request_id: int, worker: int) -> int:
+        """Another in its place once it has grown: or the arena would be full before long."""
+        if self.tokens[request_id] < OTHERS_TOKENS:
+            return request_id
+        self.cancel(request_id)
+        return self.submit(64, worker, max_tokens=10**4)
+
     def round(self, context: int, modes: list[str | None]) -> list[dict[str, Any]]:
         """Each way once, from worker 1 to worker 2 and back: a row each.
 
@@ -248,13 +256,13 @@ def lead(transport: Any, directory: Path, job: dict[str, Any]) -> None:
     mover = Mover(transport)
     ledger = mover.scheduler.fleet.ledger
     mover.until(lambda: len(ledger.workers(WorkerState.ACTIVE)) == 2)
-    for i in range(2 * job["others"]):
-        mover.submit(64, 1 + i % 2, max_tokens=10**4)
+    others = [mover.submit(64, 1 + i % 2, max_tokens=10**4) for i in range(2 * job["others"])]
     for context in (512, 2048) * 2:
         mover.round(context, ["transfer", "recompute", "split"])
     rows = []
     for context in job["contexts"]:
         for _ in range(job["repeats"]):
+            others = [mover.kept_small(r, 1 + i % 2) for i, r in enumerate(others)]
             rows += mover.round(context, job["modes"])
     (directory / "rows.json").write_text(json.dumps(rows))
     mover.loop.stop()
