@@ -92,16 +92,11 @@ class Arrivals:
 
     def arrived(self, event: BlocksArrived) -> Commands:
         """A round is in place, or never will be."""
-        holdings = self._holdings
-        if (ended := holdings.lingering.get(event.epoch)) is not None:
-            ended.receiving.discard(event.round)
-            holdings.free(ended)
+        if (sequence := self._holdings.landed(event.epoch, event.round)) is None:
             return []
-        sequence = holdings.sequences[event.epoch]
         assert sequence.arrival is not None, f"{event} for what is complete"
-        sequence.receiving.discard(event.round)
         if not event.ok:
-            holdings.end(sequence)
+            self._holdings.end(sequence)
             return [(SCHEDULER, KvFailed(event.request_id, event.epoch, event.reason))]
         sequence.arrival.transfer_s += event.transfer_s
         return self.complete(sequence)

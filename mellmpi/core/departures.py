@@ -37,14 +37,8 @@ class Departures:
 
     def sent(self, event: BlocksSent) -> Commands:
         """A round has left: the next one follows, unless it was the last or all is over."""
-        holdings = self._holdings
-        if (ended := holdings.lingering.get(event.epoch)) is not None:
-            ended.sending.discard(event.round)
-            holdings.free(ended)
+        if (sequence := self._holdings.landed(event.epoch, event.round)) is None:
             return []
-        sequence = holdings.sequences[event.epoch]
-        sequence.sending.discard(event.round)
-        sequence.closing.discard(event.round)
         stream = sequence.stream
         if stream is None or sequence.phase is Phase.FROZEN or event.round != stream.tag:
             return []

@@ -26,3 +26,14 @@ class Holdings:
         if not sequence.in_flight:
             self.tables.pool.give(sequence.block_table)
             del self.lingering[sequence.epoch]
+
+    def landed(self, epoch: int, tag: int) -> Sequence | None:
+        """A round no longer touches its blocks; the sequence, or None if that is over already."""
+        ended = self.lingering.get(epoch)
+        sequence = ended or self.sequences[epoch]
+        for rounds in (sequence.sending, sequence.closing, sequence.receiving):
+            rounds.discard(tag)
+        if ended is not None:
+            self.free(ended)
+            return None
+        return sequence

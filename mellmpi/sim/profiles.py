@@ -26,7 +26,6 @@ LIMITS = BatchConfig(max_num_seqs=256, max_num_batched_tokens=2048)  # vLLM's de
 class Gpu:
     """A device and what it hangs on."""
 
-    memory_bytes: float
     flops: float  # dense, 16 bit with 32 bit sums, per second
     memory_Bps: float
     link_Bps: float  # between two hosts, one way
@@ -35,21 +34,18 @@ class Gpu:
 
 PROFILES = {
     "A100-40G": Gpu(
-        40e9,
         312e12,  # NVIDIA A100 data sheet: BF16 tensor core, without sparsity
         1.555e12,  # likewise, of the 40 GB variants
         25e9,  # one HDR InfiniBand port, 200 Gb/s, a GPU (DGX A100 has one each)
         5e9,  # NVMe, PCIe 4.0: 7 GB/s by data sheets, less the copy to the device
     ),
     "RTX-4090": Gpu(
-        24e9,
         165.2e12,  # NVIDIA Ada white paper: BF16 tensor core, 32 bit sums, without sparsity
         1.008e12,  # likewise
         12.5e9,  # 100 Gb/s Ethernet: the card has no NVLink; its PCIe 4.0 x16 is faster
         5e9,  # as above
     ),
     "H100": Gpu(
-        80e9,
         989.4e12,  # NVIDIA H100 data sheet, SXM: BF16 tensor core, without sparsity
         3.35e12,  # likewise
         50e9,  # one NDR InfiniBand port, 400 Gb/s, a GPU (DGX H100 has one each)
