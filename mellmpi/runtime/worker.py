@@ -57,8 +57,10 @@ class Worker:
     """One worker's loop body. Between two calls of `turn` it holds no unfinished business."""
 
     def __init__(self, transport: Transport, build: Callable[[], Engine], batch: BatchConfig,
-                 cache: CacheConfig):  # fmt: skip
+                 cache: CacheConfig, clock: Callable[[], float] = time.perf_counter,
+                 few_s: float = FEW_S):  # fmt: skip
         self._transport, self._build = transport, build
+        self._clock, self._few_s = clock, few_s
         self._limits, self._cache = batch, cache
         self._transfers: list[tuple[Transfer, Callable[[Transfer], Any] | None]] = []
         self._few: list[Transfer] = []  # small ones that have just begun
@@ -70,7 +72,7 @@ class Worker:
 
     def start(self) -> None:
         """Load weights, allocate the arena, and tell the scheduler. Also the way to wake."""
-        began_s = time.perf_counter()
+        began_s = self._clock()
         engine = self._engine = self._build()
         arena = engine.arena
         self._transport.attach(arena)
@@ -81,14 +83,14 @@ class Worker:
             models=tuple(m.kv for m in engine.models),
             capacity_bytes=arena.num_blocks * arena.block_bytes,
             max_num_seqs=self._limits.max_num_seqs, acked=self._acked,
-            wake_s=time.perf_counter() - began_s,
+            wake_s=self._clock() - began_s,
             max_batched_tokens=self._limits.max_num_batched_tokens,
         )  # fmt: skip
         self._transport.send(SCHEDULER, ready)
 
     def turn(self) -> bool:
         """Messages in, at most one step, reports out. False: there was nothing to do."""
-        began_s = self._stepped_s or time.perf_counter()
+        began_s = self._stepped_s or self._clock()
         messages = self._transport.poll()
         for source, message in messages:
             self._message(source, message)
@@ -96,7 +98,7 @@ class Worker:
         self._await_few()
         moved |= self._finish_transfers()
         stepped = self._engine is not None and self._step(self._engine)
-        now = time.perf_counter()
+        now = self._clock()
         # The whole turn: where workers share cores, much of the waiting is between the steps.
         self._step_s += now - began_s if stepped else 0.0
         self._stepped_s = now if stepped else 0.0
@@ -163,8 +165,8 @@ class Worker:
 
     def _await_few(self) -> None:
         """Give small transfers a moment to come in before the next step begins."""
-        stop_s = time.perf_counter() + FEW_S
-        while any(not t.done for t in self._few) and (left := stop_s - time.perf_counter()) > 0:
+        stop_s = self._clock() + self._few_s
+        while any(not t.done for t in self._few) and (left := stop_s - self._clock()) > 0:
             self._transport.wait(left)
             self._transport.progress()
         self._few.clear()

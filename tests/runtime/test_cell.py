@@ -121,9 +121,9 @@ def test_a_bit_that_flips_on_its_way_is_noticed_and_changes_no_token(monkeypatch
         copy(self, offer, want)
 
     monkeypatch.setattr(LocalTransport, "_copy", flipping)
-    cell = hashing(3, num_blocks=60, migrate="stress", policy="worst_fit", seed=3)
+    cell = hashing(3, num_blocks=120, migrate="stress", policy="worst_fit", seed=3)
     cell.network.checksums = True
-    requests = [request(i, 1 + i % 30, 1 + i % 40) for i in range(80)]
+    requests = [request(i, 1 + i % 30, 20 + i % 60) for i in range(80)]
     front = ListFront(requests)
     cell.run(front)
     assert front.outputs == {r.id: expected_outputs(r) for r in requests}
