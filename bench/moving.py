@@ -211,7 +211,13 @@ class Mover:
         if self.tokens[request_id] < OTHERS_TOKENS:
             return request_id
         self.cancel(request_id)
-        return self.submit(64, worker, max_tokens=10**4)
+        return self.decoded(worker)
+
+    def decoded(self, worker: int) -> int:
+        """Another request that this worker decodes meanwhile. It is there: others may follow."""
+        request_id = self.submit(64, worker, max_tokens=10**4)
+        self.until(lambda: self.tokens[request_id])
+        return request_id
 
     def round(self, context: int, modes: list[str | None]) -> list[dict[str, Any]]:
         """Each way once, from worker 1 to worker 2 and back: a row each.
@@ -256,7 +262,7 @@ def lead(transport: Any, directory: Path, job: dict[str, Any]) -> None:
     mover = Mover(transport)
     ledger = mover.scheduler.fleet.ledger
     mover.until(lambda: len(ledger.workers(WorkerState.ACTIVE)) == 2)
-    others = [mover.submit(64, 1 + i % 2, max_tokens=10**4) for i in range(2 * job["others"])]
+    others = [mover.decoded(1 + i % 2) for i in range(2 * job["others"])]
     for context in (512, 2048) * 2:
         mover.round(context, ["transfer", "recompute", "split"])
     rows = []
