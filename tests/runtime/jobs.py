@@ -17,6 +17,11 @@ from tests.mpi.harness import FLAGS, ROOT, mpirun
 TINY = ("--model", "random:tiny-llama", "--dtype", "float32", "--threads", "1")
 
 
+STRESS = ("--migrate", "stress", "--policy", "worst_fit", "--rebalance-every-s", "0.01",
+          "--max-num-batched-tokens", "64")  # fmt: skip
+"""In small steps, so that there is time for many moves."""
+
+
 @dataclass(frozen=True)
 class Done:
     """A finished job. `code` None: it was over its time, and was killed."""
@@ -30,13 +35,14 @@ class Done:
 class Run:
     """A job under way, in a session of its own."""
 
-    def __init__(self, num_ranks: int, *args: str, stdin=subprocess.DEVNULL, directory: Path):
+    def __init__(self, num_ranks: int, *args: str, stdin=subprocess.DEVNULL, directory: Path,
+                 module: str = "mellmpi"):  # fmt: skip
         self._out, self._err = directory / "stdout", directory / "stderr"
         self._started_s = time.monotonic()
         launcher = [mpirun(), *FLAGS, "-n", str(num_ranks)] if num_ranks > 1 else []
         with self._out.open("w") as out, self._err.open("w") as err:
             self.job = subprocess.Popen(
-                [*launcher, sys.executable, "-m", "mellmpi", *args],
+                [*launcher, sys.executable, "-m", module, *args],
                 cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdin=stdin, stdout=out,
                 stderr=err, start_new_session=True,
             )  # fmt: skip

@@ -1,0 +1,135 @@
+"""KV that arrives wrong, in part or under a wrong name: noticed, counted, and no token changes."""
+
+import itertools
+import json
+from dataclasses import replace
+from functools import partial
+
+import pytest
+
+from mellmpi.protocol import KvPayload
+from mellmpi.sim.executor import expected_outputs
+from mellmpi.transport.local import LocalTransport
+from tests.runtime.cell import Cell, HashArena, HashEngine, ListFront, hashing, request
+from tests.runtime.jobs import STRESS, TINY, Run, answers, write_requests
+
+REQUESTS = [request(i, 1 + i % 30, 20 + i % 60) for i in range(80)]
+
+
+# --- in one process, on the local transport ------------------------------------------------------
+
+
+@pytest.fixture
+def every_seventh():
+    calls = itertools.count()
+    return lambda: next(calls) % 7 == 0
+
+
+def serve(cell):
+    """How the moves of a cell ended that answered as if there had been none."""
+    front = ListFront(REQUESTS)
+    cell.run(front)
+    assert front.outputs == {r.id: expected_outputs(r) for r in REQUESTS}
+    settle(cell)
+    return cell.metrics.report(1.0)["migration_outcomes"]
+
+
+def settle(cell):
+    """After the last token: one turn a message that is still under way, then nobody holds any."""
+    for _ in range(500):
+        cell.turn(None)
+    for worker in cell.workers.values():
+        if worker._engine is not None:
+            batch = worker._batch
+            assert not batch.sequences and not batch.lingering
+            assert batch.pool.num_free == batch.pool.num_blocks
+    assert not any(inbox.offers for inbox in cell.network.inboxes), "blocks that nobody took"
+
+
+def stressed(**options):
+    return hashing(3, num_blocks=120, migrate="stress", policy="worst_fit", seed=3, **options)
+
+
+def test_a_bit_that_flips_on_its_way_is_noticed_and_changes_no_token(monkeypatch, every_seventh):
+    copy = LocalTransport._copy
+
+    def flipping(self, offer, want):
+        if want.arena is not None and every_seventh():
+            sent = offer.arena.array.copy()
+            sent[offer.block_ids[0]].view("u1")[3] ^= 1
+            offer = replace(offer, arena=HashArena(sent))
+        copy(self, offer, want)
+
+    monkeypatch.setattr(LocalTransport, "_copy", flipping)
+    cell = stressed()
+    cell.network.checksums = True
+    outcomes = serve(cell)
+    assert outcomes["failed: checksum"] > 2 and outcomes["moved"] > 2
+
+
+def test_a_stream_that_ends_too_early_is_noticed_and_changes_no_token(monkeypatch, every_seventh):
+    send_blocks = LocalTransport.send_blocks
+
+    def truncating(self, dst, tag, block_ids):
+        cut = len(block_ids) > 1 and every_seventh()
+        return send_blocks(self, dst, tag, block_ids[:-1] if cut else block_ids)
+
+    monkeypatch.setattr(LocalTransport, "send_blocks", truncating)
+    outcomes = serve(stressed())
+    assert outcomes["failed: truncated"] > 2 and outcomes["moved"] > 2
+
+
+def test_kv_under_a_wrong_fingerprint_is_not_used_and_changes_no_token(monkeypatch, every_seventh):
+    send = LocalTransport.send
+
+    def claiming(self, dst, message):
+        if isinstance(message, KvPayload) and every_seventh():
+            message = replace(message, fingerprint="another")
+        send(self, dst, message)
+
+    monkeypatch.setattr(LocalTransport, "send", claiming)
+    outcomes = serve(stressed())
+    assert outcomes["failed: KV layout"] > 2 and outcomes["moved"] > 2
+
+
+def test_to_a_worker_of_another_layout_requests_move_by_recompute_alone():
+    engine = partial(HashEngine, 120)
+    other = lambda: OtherLayout(120)  # noqa: E731
+    cell = Cell([engine, engine, other], migrate="stress", policy="worst_fit", seed=3)
+    outcomes = serve(cell)
+    assert outcomes["failed: KV layout"] > 2
+    moves = [m for m in cell.metrics._moves.items if 3 in (m.src, m.dst) and m.outcome == "moved"]
+    assert moves and {m.mode for m in moves if m.num_bytes} == set()
+
+
+class OtherLayout(HashEngine):
+    """Its blocks are as long as those of others, and mean something else."""
+
+    def __init__(self, num_blocks):
+        super().__init__(num_blocks)
+        self.models = tuple(replace(model, fingerprint="another") for model in self.models)
+
+
+# --- under mpirun, as a user starts it -----------------------------------------------------------
+
+
+def run(num_ranks, module, directory, *args):
+    """(answers, report) of the requests in directory/in.jsonl"""
+    out, report = directory / f"{module}.jsonl", directory / f"{module}.json"
+    done = Run(
+        num_ranks, "run-batch", "-i", str(directory / "in.jsonl"), "-o", str(out), "--report",
+        str(report), *TINY, *args, directory=directory, module=module,
+    ).wait()  # fmt: skip
+    assert done.code == 0, done.err
+    return answers(out), json.loads(report.read_text())
+
+
+def test_between_processes_all_of_it_is_noticed_and_changes_no_token(tmp_path):
+    write_requests(tmp_path / "in.jsonl", 48, longest=160)
+    expected, _ = run(1, "mellmpi", tmp_path)
+    # Links are measured by transfers, too: not over a wire like this.
+    checked = ("--checksums", "always", "--no-measure-links")
+    found, report = run(4, "tests.runtime.faulty", tmp_path, *STRESS, *checked)
+    assert found == expected and len(found) == 48
+    for outcome in ("failed: checksum", "failed: truncated", "failed: KV layout", "moved"):
+        assert report["migration_outcomes"][outcome] > 0, outcome
