@@ -62,6 +62,7 @@ class Arrivals:
             failed = KvFailed(header.request_id, header.epoch, why)
             return [*self._drain(source, header), (SCHEDULER, failed)]
         arrival = sequence.arrival
+        arrival.announced = True
         first, arrival.next_block = arrival.next_block, arrival.next_block + header.num_blocks
         if header.last:
             sequence.outputs, sequence.logprobs = list(header.outputs), dict(header.logprobs)

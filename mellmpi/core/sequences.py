@@ -36,6 +36,7 @@ class Arrival:
     start: int  # positions before it are computed here, or were here
     next_block: int  # all before it are announced, or not sent
     num_computed: int | None = None  # at the source, when it stopped; None: it goes on
+    announced: bool = False  # its first round, and that is being received
     transfer_s: float = 0.0  # of the rounds that are in place
 
 
@@ -80,7 +81,8 @@ class Sequence:
     def computable(self) -> bool:
         """May the next step write its blocks, and is there something to write?"""
         if self.arrival is not None:
-            return self.num_computed < self.arrival.start
+            # Not before its blocks are let in: during a long step nobody would do that.
+            return self.arrival.announced and self.num_computed < self.arrival.start
         # Full blocks are only read; a half-full one that is being sent must stay as it is, even
         # if it will be thrown away.
         return self.phase is Phase.RUNNING and not self.closing

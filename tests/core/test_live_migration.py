@@ -265,12 +265,22 @@ def test_a_split_decodes_when_both_parts_are_there(computes_last):
 
 def test_a_split_may_compute_outputs_too(bench):
     reserve(bench, num_prompt=5, start=8, outputs=(50, 51, 52, 53))
+    announce(bench, 0, 2, 1, 10)
     [chunk] = bench.batch.plan().chunks
     assert chunk.tokens == (0, 1, 2, 3, 4, 50, 51, 52) and chunk.sampling is None
 
 
+def test_a_split_computes_nothing_before_its_blocks_are_let_in(bench):
+    # A long step would keep them waiting, and both parts would go one after the other.
+    reserve(bench, start=12)
+    assert bench.batch.plan() is None
+    announce(bench, 0, 3, 1, 17)
+    assert bench.chunks() == [(7, 0, 12, False)]
+
+
 def test_what_is_computed_for_a_split_comes_behind_all_that_runs(bench):
     reserve(bench, start=12)
+    announce(bench, 0, 3, 1, 17)
     bench.assign(1, num_prompt=9)
     bench.assign(2, num_prompt=3)
     assert [c[0] for c in bench.chunks()] == [1, 2, 7]

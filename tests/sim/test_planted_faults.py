@@ -58,6 +58,17 @@ def test_without_a_fault_the_same_histories_pass():
 # --- too rare, or without consequence for the tokens: a directed test catches them ----------------
 
 
+def no_epoch_check_of_tokens(monkeypatch):
+    report = ClusterScheduler._report
+
+    def careless(self, worker, event):
+        ids = event.request_ids
+        owned = tuple(self.records[i].epoch if i in self.records else 0 for i in ids)
+        report(self, worker, replace(event, epochs=owned))
+
+    monkeypatch.setattr(ClusterScheduler, "_report", careless)
+
+
 def no_epoch_check_of_preemptions(monkeypatch):
     report = ClusterScheduler._report
 
@@ -83,6 +94,10 @@ def preemptions_are_handled_before_the_tokens_of_the_same_report(monkeypatch):
     ("plant", "test"),
     [
         (
+            no_epoch_check_of_tokens,
+            test_transition_table.test_a_run_under_a_stale_epoch_is_dropped,
+        ),
+        (
             no_epoch_check_of_preemptions,
             test_transition_table.test_a_preemption_under_a_stale_epoch_is_dropped,
         ),
@@ -100,18 +115,6 @@ def test_a_directed_test_catches(plant, test, monkeypatch):
 
 
 # --- rank 0 --------------------------------------------------------------------------------------
-
-
-@fault
-def no_epoch_check_of_tokens(monkeypatch):
-    report = ClusterScheduler._report
-
-    def careless(self, worker, event):
-        ids = event.request_ids
-        owned = tuple(self.records[i].epoch if i in self.records else 0 for i in ids)
-        report(self, worker, replace(event, epochs=owned))
-
-    monkeypatch.setattr(ClusterScheduler, "_report", careless)
 
 
 @fault
