@@ -1,53 +1,60 @@
-"""Moves in every way, and cancels, for long: `python -m tests.runtime.endurance 10000`.
+"""Moves in every way, and cancels, for long.
 
-Answers are compared with those of a run that moves nothing (hashes of all the KV they should have
-seen), and at the end nobody holds anything.
+`python -m tests.runtime.endurance 10000`        workers of one process, an engine of hashes
+`python -m tests.runtime.endurance 10000 --mpi`  processes under mpirun, a tiny model, live streams
+
+Every answer is compared with that of a run that moves nothing; at the end nobody holds anything.
 """
 
+import json
 import random
 import resource
 import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from mellmpi.protocol import Cancel, Submit
+from mellmpi.protocol import Cancel, Request, Submit
 from mellmpi.sim.executor import expected_outputs
+from tests.mpi.harness import run_job
 from tests.runtime.cell import ListFront, hashing, request
 
 OPEN = 24  # requests at any time
-CANCELLED = 0.05  # of all
+CANCELLED = 0.0125  # of the turns
+
+Draw = Callable[[int, random.Random], tuple[Request, list[int]]]  # id -> request, its answer
 
 
 class EndlessFront(ListFront):
     """Submits a new request for each that has ended, and now and then cancels one."""
 
-    def __init__(self, rng: random.Random):
+    def __init__(self, rng: random.Random, draw: Draw, cancelled: float = CANCELLED):
         super().__init__([])
-        self.rng, self.live = rng, dict[int, Any]()
-        self.open: set[int] = set()
+        self.rng, self.draw, self.cancelled = rng, draw, cancelled
+        self.expected = dict[int, list[int]]()  # by open request
         self.stopped, self.wrong = False, list[int]()
         self.num_cancelled = self.num_checked = 0
 
     @property
     def done(self) -> bool:
-        return self.stopped and not self.open
+        return self.stopped and not self.expected
 
     def inbox(self, now: float) -> list[Any]:
         events: list[Any] = []
-        while len(self.open) < OPEN and not self.stopped:
-            r = request(self.num_checked + len(self.open), self.rng.randint(1, 40),
-                        self.rng.randint(1, 60))  # fmt: skip
-            self.live[r.id], self.outputs[r.id] = r, []
-            self.open.add(r.id)
+        while len(self.expected) < OPEN and not self.stopped:
+            r, expected = self.draw(self.num_checked + len(self.expected), self.rng)
+            self.expected[r.id], self.outputs[r.id] = expected, []
             events.append(Submit(r))
-        if self.rng.random() < CANCELLED / 4 and self.open:
-            request_id = self.rng.choice(sorted(self.open))
+        if self.rng.random() < self.cancelled and self.expected:
+            request_id = self.rng.choice(sorted(self.expected))
             events.append(Cancel(request_id, "gone"))
             self.over(request_id)
             self.num_cancelled += 1
         return events
 
     def deliver(self, command: Any) -> None:
-        if command.request_id not in self.open:
+        if command.request_id not in self.expected:
             return  # cancelled a moment ago
         super().deliver(command)
         if command.request_id in self.ended:
@@ -55,43 +62,72 @@ class EndlessFront(ListFront):
 
     def over(self, request_id: int) -> None:
         """Compare what it got, and forget it: memory has to stay flat."""
-        self.open.discard(request_id)
-        outputs, expected = self.outputs.pop(request_id), expected_outputs(self.live[request_id])
+        outputs, expected = self.outputs.pop(request_id), self.expected.pop(request_id)
         whole = self.ended.pop(request_id, None) is not None
         if outputs != (expected if whole else expected[: len(outputs)]):
             self.wrong.append(request_id)
         self.num_checked += 1
-        del self.live[request_id]
+
+    def found(self) -> dict[str, Any]:
+        return {
+            "checked": self.num_checked, "cancelled": self.num_cancelled, "wrong": self.wrong,
+        }  # fmt: skip
+
+
+def draw_hashed(request_id: int, rng: random.Random) -> tuple[Request, list[int]]:
+    drawn = request(request_id, rng.randint(1, 40), rng.randint(1, 60))
+    return drawn, expected_outputs(drawn)
+
+
+def moves(metrics: Any) -> int:
+    return sum(metrics._moved.values())
 
 
 def endure(num_moves: int, seed: int = 0) -> dict[str, Any]:
     """So many moves; what happened meanwhile, and what is left."""
     cell = hashing(4, num_blocks=120, migrate="stress", policy="worst_fit", seed=seed)
-    front = EndlessFront(random.Random(seed))
-
-    def moves() -> int:
-        return sum(cell.metrics._moved.values())
-
+    front = EndlessFront(random.Random(seed), draw_hashed)
     rss = []
     for part in range(1, 5):
-        cell.run(front, until=lambda part=part: moves() >= part * num_moves // 4, max_turns=10**9)
+        enough = part * num_moves // 4
+        cell.run(front, lambda enough=enough: moves(cell.metrics) >= enough, max_turns=10**9)
         rss.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     front.stopped = True
     cell.run(front)
     for _ in range(2000):
         cell.turn(front)
-    batches = [worker._batch for worker in cell.workers.values() if worker._engine is not None]
     return {
-        "moves": cell.metrics.report(1.0)["migrations"], "checked": front.num_checked,
-        "cancelled": front.num_cancelled, "wrong": front.wrong,
+        **front.found(),
+        "moves": cell.metrics.report(1.0)["migrations"],
         "outcomes": cell.metrics.report(1.0)["migration_outcomes"],
-        "held": sum(len(b.sequences) + len(b.lingering) for b in batches),
-        "leaked": sum(b.pool.num_blocks - b.pool.num_free for b in batches),
+        "left": [left(worker) for worker in cell.workers.values()],
         "in_flight": sum(map(abs, cell.scheduler.fleet.in_flight.bytes_between.values())),
         "rss_mb": [round(kb / 1024, 1) for kb in rss],
     }  # fmt: skip
 
 
+def left(worker: Any) -> int:
+    """Sequences and blocks that a worker without requests still holds."""
+    batch = worker._batch  # a parked one had to give everything back before
+    held = len(batch.sequences) + len(batch.lingering) + len(worker._transfers)
+    return held + batch.pool.num_blocks - batch.pool.num_free
+
+
+def endure_under_mpirun(num_moves: int, num_ranks: int = 4, limit_s: float = 900) -> dict[str, Any]:
+    """The same between processes, see `tests.runtime.endurance_rank`."""
+    with tempfile.TemporaryDirectory() as name:
+        module, directory = "tests.runtime.endurance_rank", Path(name)
+        outcome = run_job(num_ranks, module, str(num_moves), directory=directory, limit_s=limit_s)
+    assert outcome.returncode == 0 and all(outcome.verdicts), outcome.output
+    scheduler, *workers = outcome.verdicts
+    return {
+        **scheduler,
+        "left": [worker["left"] for worker in workers],
+        "rss_mb": [verdict["rss_mb"] for verdict in outcome.verdicts],
+    }
+
+
 if __name__ == "__main__":
-    for name, value in endure(int(sys.argv[1])).items():
-        sys.stdout.write(f"{name}: {value}\n")
+    run = endure_under_mpirun if "--mpi" in sys.argv else endure
+    for name, value in run(int(sys.argv[1])).items():
+        sys.stdout.write(f"{name}: {json.dumps(value)}\n")
