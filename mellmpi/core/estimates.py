@@ -1,23 +1,19 @@
 """All that has been measured of a cell, and what it says a move would take."""
 
-from collections import deque
-from statistics import median
-
+from mellmpi.core.beyond import Beyond
 from mellmpi.core.cost import CostModel
-from mellmpi.core.links import Link, Links
+from mellmpi.core.links import LOOK_AGAIN_S, Link, Links
 from mellmpi.core.step_times import EXPECTED_BATCH, StepTimes
-
-WINDOW = 9  # newest migrations of one mode
-AROUND_S = 5e-3  # messages that wait for step boundaries, before anything was measured
 
 
 class Estimates:
-    """Links, steps, and the time that messages around a migration take."""
+    """Links, steps, and what moves take beyond them."""
 
     def __init__(self, prior: CostModel):
         self.links = Links(Link(prior.link_latency_s, prior.link_Bps))
         self.steps = StepTimes(prior)
-        self._around: dict[str, deque[float]] = {}
+        self._beyond: dict[tuple[str, tuple[int, int] | None], Beyond] = {}
+        self._looked_s = 0.0
 
     def prefill_s(self, worker: int, num_tokens: int, before: int = 0, num_decoding: int = 0,
                   batch: int = EXPECTED_BATCH) -> float:  # fmt: skip
@@ -29,13 +25,26 @@ class Estimates:
         """The blocks for which the source stops, at most two."""
         return self.links.between(src, dst).transfer_s(2 * block_bytes)
 
-    def around_s(self, mode: str) -> float:
-        """What a migration takes beyond its bytes and its computing."""
-        samples = self._around.get(mode)
-        return median(samples) if samples else AROUND_S
+    def move_s(self, mode: str, hosts: tuple[int, int], work_s: float) -> float:
+        """What a move takes whose bytes and computing, whichever is longer, take `work_s`."""
+        return self._of(mode, hosts).took_s(work_s)
 
-    def took(self, mode: str, predicted_s: float, took_s: float) -> None:
-        """A migration is over; `predicted_s` was the prediction with `around_s` in it."""
-        samples = self._around.setdefault(mode, deque(maxlen=WINDOW))
-        known_s = median(samples) if samples else AROUND_S
-        samples.append(max(0.0, took_s - (predicted_s - known_s)))
+    def took(self, mode: str, hosts: tuple[int, int], work_s: float, took_s: float) -> None:
+        """A move is over; `work_s` was expected of its bytes and its computing."""
+        self._of(mode, hosts).add(work_s, took_s)
+        self._of(mode).add(work_s, took_s)
+
+    def _of(self, mode: str, hosts: tuple[int, int] | None = None) -> Beyond:
+        """What is known of these moves; of a pair of hosts, at first that of all pairs."""
+        if (mode, hosts) not in self._beyond:
+            like = self._of(mode) if hosts is not None else None
+            self._beyond[mode, hosts] = Beyond(like)
+        return self._beyond[mode, hosts]
+
+    def look_again(self, now: float) -> None:
+        """What was not tried for long may have changed."""
+        self.links.look_again(now)
+        if now - self._looked_s >= LOOK_AGAIN_S:
+            self._looked_s = now
+            for beyond in self._beyond.values():
+                beyond.age()

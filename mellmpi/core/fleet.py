@@ -279,7 +279,7 @@ class Fleet:
 
     def tick(self, now: float) -> None:
         """Turn what was done since the last tick into rates and costs."""
-        self.estimates.links.look_again(now)
+        self.estimates.look_again(now)
         if now >= self._fit_s and self.estimates.steps.fold():
             self._fit_s = now + FIT_EVERY_S
             self.view.cost = self.view.cost.with_steps(self.estimates.steps.coefficients())

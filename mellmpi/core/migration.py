@@ -44,6 +44,7 @@ class Plan:
     mode: str
     start: int  # positions before it are computed by the destination
     num_bytes: int  # over the link
+    work_s: float  # its bytes or its computing alone, whichever is longer
     seconds: float  # from the decision to the destination's word, or its first token
     downtime_s: float  # without a token
     shared_bytes: int  # of others, that go over the link before it
@@ -110,7 +111,7 @@ def ways(c: Candidate, estimates: Estimates, busy: InFlight, limit_s: float) -> 
     for mode in c.modes:
         start = {TRANSFER: 0, RECOMPUTE: c.num_tokens}.get(mode)
         if start is None:
-            if any(plan.seconds - estimates.around_s(plan.mode) < SHORT_S for plan in plans):
+            if any(plan.work_s < SHORT_S for plan in plans):
                 continue
             start = split_at(c, estimates, busy)
             if not start:
@@ -125,7 +126,7 @@ def _plan(c: Candidate, mode: str, start: int, estimates: Estimates, busy: InFli
           limit_s: float) -> Plan:  # fmt: skip
     sending_s, computing_s = _times(c, start, estimates, busy)
     hosts = estimates.links.hosts(c.src, c.dst)
-    seconds = max(sending_s, computing_s)
+    work_s = max(sending_s, computing_s)
     # What does not fit even where nothing else goes on would never go.
     alone = not (sending_s and busy.bytes_between[hosts]) and not (
         computing_s and busy.prefill_at[c.dst]
@@ -135,11 +136,10 @@ def _plan(c: Candidate, mode: str, start: int, estimates: Estimates, busy: InFli
         num_bytes = (c.num_blocks - start // c.block_size) * c.block_bytes
     downtime_s = estimates.last_round_s(c.src, c.dst, c.block_bytes)
     if mode == RECOMPUTE:
-        downtime_s = seconds
-    total_s = seconds + estimates.around_s(mode)
+        downtime_s = work_s
     return Plan(
-        mode, start, num_bytes, total_s, downtime_s, busy.bytes_between[hosts],
-        in_limit=alone or seconds <= limit_s,
+        mode, start, num_bytes, work_s, estimates.move_s(mode, hosts, work_s), downtime_s,
+        busy.bytes_between[hosts], in_limit=alone or work_s <= limit_s,
     )  # fmt: skip
 
 

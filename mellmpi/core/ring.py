@@ -156,7 +156,7 @@ class Ring:
         self.fleet.in_flight.add(self._hosts(src, dst), dst, plan, -1)
         if outcome == "moved":
             took_s = self.fleet.view.now - record.planned_s
-            self.fleet.estimates.took(plan.mode, plan.seconds, took_s)
+            self.fleet.estimates.took(plan.mode, self._hosts(src, dst), plan.work_s, took_s)
         ended = MigrationEnded(
             record.request.id, plan.mode, src, dst, num_bytes, transfer_s, outcome
         )

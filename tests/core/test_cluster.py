@@ -606,13 +606,13 @@ def test_why_a_move_failed_is_counted_in_few_words(stage, reason, counted):
 
 def test_a_move_that_succeeded_teaches_what_goes_on_around_it_and_one_that_failed_does_not(stage):
     estimates = stage.scheduler.fleet.estimates
-    before = estimates.around_s("transfer")
+    before = estimates.move_s("transfer", (0, 0), 0.0)
     fail(stage, stage.sending(request_id=7))
-    assert estimates.around_s("transfer") == before
+    assert estimates.move_s("transfer", (0, 0), 0.0) == before
     record = stage.sending(request_id=8)
     stage.now += 3.0
     stage.tell(2, received(record))
-    assert estimates.around_s("transfer") == pytest.approx(3.0, rel=0.1)
+    assert estimates.move_s("transfer", (0, 0), 0.0) > 2 * before
 
 
 def test_bytes_of_others_on_the_link_count_when_a_transfer_is_slow(stage):

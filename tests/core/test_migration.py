@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
+from mellmpi.core.beyond import FIXED_S
 from mellmpi.core.cost import CostModel
-from mellmpi.core.estimates import AROUND_S, Estimates
+from mellmpi.core.estimates import Estimates
 from mellmpi.core.migration import (
     RECOMPUTE,
     SPLIT,
@@ -49,7 +50,7 @@ def test_where_both_take_equally_long_it_is_split_in_the_middle_and_takes_half()
     plan = decided(Bps=10_000.0)
     assert plan.mode == SPLIT
     assert plan.start % 16 == 0 and abs(plan.start - 500) <= 16
-    assert plan.seconds - AROUND_S == pytest.approx(0.5, rel=0.03)
+    assert plan.seconds - FIXED_S == pytest.approx(0.5, rel=0.03)
     assert plan.num_bytes == (63 - plan.start // 16) * 160
 
 
@@ -121,7 +122,7 @@ def test_who_fits_neither_is_deferred():
     plans = decide([MOVE] * 60, estimates(10_000.0), InFlight(), LIMIT_S)
     taken = [plan for plan in plans if plan is not None]
     assert 15 < len(taken) < 25  # 10 s of 10,000 bytes and of 1,000 tokens
-    assert all(plan.seconds <= LIMIT_S + AROUND_S for plan in taken)
+    assert all(plan.seconds <= LIMIT_S + FIXED_S for plan in taken)
 
 
 def test_what_fits_nowhere_goes_where_nothing_else_does():
@@ -167,13 +168,15 @@ def test_downtime_is_two_blocks_on_the_link_or_the_whole_of_a_recompute():
     assert computed.downtime_s == pytest.approx(1.0)
 
 
-def test_what_messages_around_a_move_take_is_learnt():
-    found = estimates()
-    for _ in range(9):
-        [plan] = ways(replace(MOVE, modes=(TRANSFER,)), found, InFlight(), LIMIT_S)
-        found.took(TRANSFER, plan.seconds, 1.008 + 0.3)
-    assert found.around_s(TRANSFER) == pytest.approx(0.3)
-    assert found.around_s(RECOMPUTE) == AROUND_S
+def test_what_a_way_takes_beyond_its_work_is_learnt_for_that_way_and_changes_the_choice():
+    found = estimates(10_000.0)
+    for _ in range(20):
+        [plan] = ways(replace(MOVE, modes=(SPLIT,)), found, InFlight(), LIMIT_S)
+        found.took(SPLIT, (0, 0), plan.work_s, 1.1)  # computing and receiving wait for each other
+    [split] = ways(replace(MOVE, modes=(SPLIT,)), found, InFlight(), LIMIT_S)
+    assert split.seconds == pytest.approx(1.1, rel=0.1)
+    [plan] = decide([MOVE], found, InFlight(), LIMIT_S)
+    assert plan.mode == TRANSFER and plan.seconds == pytest.approx(plan.work_s + FIXED_S)
 
 
 def test_a_move_that_has_ended_is_no_load_any_more():

@@ -1,0 +1,86 @@
+"""What moves take beyond their work: a fixed part and a stretch, found from what they took."""
+
+import random
+
+import pytest
+
+from mellmpi.core.beyond import FIXED_S, Beyond
+from mellmpi.core.cost import CostModel
+from mellmpi.core.estimates import Estimates
+from mellmpi.core.links import LOOK_AGAIN_S
+
+WORKS_S = (0.002, 0.02, 0.2, 2.0)
+
+
+def taught(fixed_s=0.02, stretch=1.5, num_moves=40, noise=0.0, works_s=WORKS_S, beyond=None):
+    beyond, rng = beyond or Beyond(), random.Random(0)
+    for i in range(num_moves):
+        work_s = works_s[i % len(works_s)]
+        beyond.add(work_s, (fixed_s + stretch * work_s) * rng.lognormvariate(0, noise))
+    return beyond
+
+
+def test_before_any_move_it_is_a_little_and_no_stretch():
+    assert Beyond().took_s(1.0) == pytest.approx(FIXED_S + 1.0)
+
+
+@pytest.mark.parametrize("work_s", WORKS_S)
+def test_what_is_fixed_and_what_is_stretched_are_told_apart(work_s):
+    assert taught().took_s(work_s) == pytest.approx(0.02 + 1.5 * work_s, rel=0.15)
+
+
+@pytest.mark.parametrize("work_s", WORKS_S)
+def test_noise_leaves_predictions_within_a_quarter(work_s):
+    assert taught(noise=0.3).took_s(work_s) == pytest.approx(0.02 + 1.5 * work_s, rel=0.25)
+
+
+def test_long_moves_that_were_mispredicted_say_little_of_short_ones():
+    beyond = taught(fixed_s=0.005, works_s=(0.5, 1.0, 2.0))
+    assert beyond.took_s(0.002) < 0.02
+
+
+def test_short_moves_with_much_around_them_say_little_of_long_ones():
+    beyond = taught(fixed_s=0.02, stretch=1.0, works_s=(0.001, 0.003), noise=0.2)
+    assert beyond.took_s(2.0) == pytest.approx(2.0, rel=0.2)
+
+
+def test_one_move_that_took_very_long_changes_little():
+    beyond = taught()
+    before_s = beyond.took_s(0.2)
+    beyond.add(0.2, 100 * before_s)
+    assert beyond.took_s(0.2) < 1.3 * before_s
+
+
+def test_a_change_is_followed_within_some_moves():
+    beyond = taught(num_moves=15, stretch=3.0, works_s=(2.0,), beyond=taught())
+    assert beyond.took_s(2.0) == pytest.approx(0.02 + 3.0 * 2.0, rel=0.2)
+
+
+@pytest.fixture
+def estimates():
+    return Estimates(CostModel())
+
+
+def teach(estimates, hosts, took_s=3.0):
+    for _ in range(20):
+        estimates.took("split", hosts, 1.0, took_s)
+
+
+def test_a_pair_of_hosts_is_like_the_others_until_it_has_moves_of_its_own(estimates):
+    teach(estimates, (0, 1))
+    assert estimates.move_s("split", (2, 3), 1.0) == pytest.approx(3.0, rel=0.15)
+    assert estimates.move_s("transfer", (0, 1), 1.0) == pytest.approx(FIXED_S + 1.0)
+    teach(estimates, (2, 3), 1.5)
+    assert estimates.move_s("split", (2, 3), 1.0) == pytest.approx(1.5, rel=0.1)
+    assert estimates.move_s("split", (0, 1), 1.0) == pytest.approx(3.0, rel=0.1)
+
+
+def test_a_way_that_was_bad_is_tried_again_in_the_end(estimates):
+    teach(estimates, (0, 1))
+    estimates.look_again(LOOK_AGAIN_S / 2)
+    assert estimates.move_s("split", (0, 1), 1.0) == pytest.approx(3.0, rel=0.1)
+    estimates.look_again(LOOK_AGAIN_S)
+    assert estimates.move_s("split", (0, 1), 1.0) == pytest.approx(3.0, rel=0.1)
+    for i in range(2, 10):
+        estimates.look_again(i * LOOK_AGAIN_S)
+    assert estimates.move_s("split", (0, 1), 1.0) < 1.3
