@@ -81,8 +81,7 @@ class Meter:
                 encode(command)
         encoded = time.process_time()
         self.metrics.observe(now, source, event)
-        for destination, command in commands:
-            self.metrics.command(now, destination, command)
+        self.metrics.commands(now, commands)
         if now >= self._start_s:
             self._add("encode", encoded - began)
             self._add("metrics", time.process_time() - encoded)

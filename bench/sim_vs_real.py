@@ -99,19 +99,25 @@ class AsMeasured(Simulation):
         super()._turn(worker)
 
 
+def arena(report: dict[str, Any]) -> tuple[ModelKv, int]:
+    """The blocks of its one model, and how many a worker has."""
+    ((name, kv),) = report["worker_kv"]["models"].items()
+    block_bytes = kv["block_bytes"]
+    return (
+        ModelKv(name, kv["block_size"], block_bytes),
+        report["worker_kv"]["capacity_bytes"] // block_bytes,
+    )
+
+
 def simulated(report: dict[str, Any], requests: list[tuple[float, Request]],
               seed: int) -> dict[str, Any]:  # fmt: skip
     """The same requests on simulated workers that cost what the real ones did."""
-    config, kv = Config.from_dict(report["config"]), report["worker_kv"]
+    config, (kv, num_blocks) = Config.from_dict(report["config"]), arena(report)
     cost = CostModel.fitted(report["costs"])
-    spec = WorkerSpec(
-        (ModelKv(config.model.name, kv["block_size"], kv["block_bytes"]),),
-        kv["capacity_bytes"] // kv["block_bytes"], config.batch, config.cache, cost.wake_s,
-        SilentExecutor,
-    )  # fmt: skip
+    spec = WorkerSpec((kv,), num_blocks, config.batch, config.cache, cost.wake_s, SilentExecutor)
     rng = random.Random(seed)
     sim = AsMeasured([spec] * report["workers"], config.cluster, cost, Network(MESSAGE_S, rng), rng)
-    sim.block_bytes, sim.max_events = kv["block_bytes"], 10**9
+    sim.block_bytes, sim.max_events = kv.block_bytes, 10**9
     first_s = max(0.0, -min(report["ready_s"]))  # of the first request
     sim.start([first_s + ready_s for ready_s in report["ready_s"]])
     sim.scheduler = observed = Observed(sim.scheduler, len(requests))
@@ -134,8 +140,8 @@ def figures(report: dict[str, Any]) -> dict[str, float]:
 
 def requests_of(workload: Workload, report: dict[str, Any]) -> Iterator[tuple[float, Request]]:
     """(seconds from the start, request), as the real run has them."""
-    kv, config = report["worker_kv"], Config.from_dict(report["config"])
-    room = kv["capacity_bytes"] // kv["block_bytes"] * kv["block_size"]
+    config, (kv, num_blocks) = Config.from_dict(report["config"]), arena(report)
+    room = num_blocks * kv.block_size
     longest = min(room, config.model.max_model_len or room)
     model = ServedModel(name=config.model.name, max_model_len=longest, vocab_size=2, eos_ids=())
     job = ReplayJob(workload, (model,), seed=0)

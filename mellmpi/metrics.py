@@ -15,13 +15,14 @@ wall      first Submit → the `now` of the report. Device time before it is not
 """
 
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from mellmpi import protocol as p
-from mellmpi.series import INACTIVE, Distribution, Move, Sample, Series, Sums, Track, WorkerSeries
+from mellmpi.activity import Activity
+from mellmpi.series import Distribution, Move, Sample, Series, Sums
 
 
 @dataclass(slots=True)
@@ -38,14 +39,6 @@ class _Live:
     landed_at: int | None = None  # it has moved here, and has had no token from here yet
 
 
-@dataclass(slots=True)
-class _Worker:
-    capacity_bytes: int = 0
-    state: str = ""
-    kv: Track = field(default_factory=Track)
-    states: Track = field(default_factory=Track)
-
-
 class Metrics:
     """Hears everything rank 0 receives and sends; knows no clock.
 
@@ -57,7 +50,7 @@ class Metrics:
     def __init__(self) -> None:
         self._start_s: float | None = None
         self._live: dict[int, _Live] = {}
-        self._workers: dict[int, _Worker] = {}
+        self._activity = Activity()
         self._moving: dict[int, tuple[float, p.MigrationStarted]] = {}
         self._moves, self._preempted = Sample(), Sample()
         self._errors = Sample()  # of predicted times of migrations, relative
@@ -69,10 +62,7 @@ class Metrics:
         self._e2e, self._downtime = Distribution(), Distribution()
         self._steps = Sums("steps", "prefill_tokens", "decode_tokens")  # -> seconds
         self._transfers, self._wakes = Sums("transfers", "bytes"), Sums("wakes")  # -> seconds
-        self._kv: dict[str, int] = {}  # what a worker is like
-        self._ready_at: dict[int, float] = {}  # by worker, the first time
-        self._active = self._peak = 0
-        self._active_s, self._active_since = 0.0, 0.0
+        self._output_tokens = 0
 
     # --- in ---
 
@@ -82,7 +72,7 @@ class Metrics:
         match event:
             case p.StepReport() if isinstance(source, int):
                 self._reporter = source
-                self._used(now, source, event.free_bytes)
+                self._activity.used(now, source, event.free_bytes)
                 self._stepped(event)
             case p.Submit():
                 self._submitted(now, event.request)
@@ -91,14 +81,23 @@ class Metrics:
             case p.Cancel():
                 self._counts["cancelled"] += self._forget(event.request_id) is not None
             case p.WorkerReady() if isinstance(source, int):
-                self._ready(now, source, event)
-                self._enter(now, source, "active")
-                self._used(now, source, event.capacity_bytes)
+                if self._activity.state(source) == "waking":
+                    # A start may convert weights, too, and all start at once.
+                    self._wakes.add((1,), event.wake_s)
+                self._activity.ready(now, source, event)
             case p.Parked() if isinstance(source, int):
-                self._enter(now, source, "parked")
+                self._activity.enter(now, source, "parked")
             case p.WorkerLost():
-                self._enter(now, event.worker, "lost")
+                self._activity.enter(now, event.worker, "lost")
                 self._recovers_from(event.worker)
+
+    def commands(self, now: float, commands: list[tuple[p.Address, Any]]) -> None:
+        """As `command` of each."""
+        for destination, command in commands:
+            if isinstance(command, p.Emit):  # by far the most frequent
+                self._emitted(now, command)
+            else:
+                self.command(now, destination, command)
 
     def command(self, now: float, destination: p.Address, command: Any) -> None:
         """Rank 0 sends `command` to `destination` because of the event observed last."""
@@ -108,11 +107,11 @@ class Metrics:
             case p.Rejected():
                 self._rejected(command.request_id)
             case p.Park() if isinstance(destination, int):
-                self._enter(now, destination, "parking")
+                self._activity.enter(now, destination, "parking")
             case p.Wake() if isinstance(destination, int):
-                self._enter(now, destination, "waking")
+                self._activity.enter(now, destination, "waking")
             case p.WorkerChanged():
-                self._enter(now, command.worker, command.state)
+                self._activity.enter(now, command.worker, command.state)
             case p.MigrationStarted():
                 self._departed(now, command)
             case p.MigrationEnded():
@@ -129,22 +128,12 @@ class Metrics:
             x = (report.steps, report.prefill_tokens, report.decode_tokens)
             self._steps.add(x, report.step_s, weight=1 / report.steps)
 
-    def _ready(self, now: float, source: int, ready: p.WorkerReady) -> None:
-        worker = self._worker(source)
-        self._ready_at.setdefault(source, now)
-        worker.capacity_bytes = ready.capacity_bytes
-        if worker.state == "waking":  # a start may convert weights, too, and all start at once
-            self._wakes.add((1,), ready.wake_s)
-        kv = ready.models[0]
-        self._kv = {"capacity_bytes": ready.capacity_bytes, "block_size": kv.block_size,
-                    "block_bytes": kv.block_bytes}  # fmt: skip
-
     # --- requests ---
 
     def _submitted(self, now: float, request: p.Request) -> None:
         if self._start_s is None:
-            self._start_s = self._active_since = now
-            self._active_s, self._peak = 0.0, self._active
+            self._start_s = now
+            self._activity.begin(now)
         self._live[request.id] = _Live(now, len(request.prompt))
         self._counts["requests"] += 1
         self._counts["prompt_tokens"] += len(request.prompt)
@@ -172,19 +161,22 @@ class Metrics:
                 live.first_s = now
                 self._ttft.add(now - live.submit_s)
             if self._reporter is not None:
-                self._reported(now, live, self._reporter)
+                if live.src is not None or live.landed_at is not None:
+                    self._computed(now, live, self._reporter)
+                live.reported_s = now
             live.last_s = now
             live.num_tokens += len(emit.tokens)
-            self._counts["output_tokens"] += len(emit.tokens)
+            self._output_tokens += len(emit.tokens)
         if emit.finish_reason is not None:
             self._finished(emit.request_id, live)
 
-    def _reported(self, now: float, live: _Live, worker: int) -> None:
-        if live.landed_at is not None or (live.src is not None and worker != live.src):
-            if live.reported_s is not None:
-                self._downtime.add(now - live.reported_s)
-            live.landed_at, live.src = None, None
-        live.reported_s = now
+    def _computed(self, now: float, live: _Live, worker: int) -> None:
+        """By this worker: it has moved, unless that is where it is to leave."""
+        if live.landed_at is None and worker == live.src:
+            return
+        if live.reported_s is not None:
+            self._downtime.add(now - live.reported_s)
+        live.landed_at, live.src = None, None
 
     def _finished(self, request_id: int, live: _Live) -> None:
         self._counts["completed"] += 1
@@ -229,40 +221,13 @@ class Metrics:
             if live.landed_at == worker:  # what follows is a recovery, not a migration
                 live.src, live.landed_at = None, None
 
-    # --- workers ---
-
-    def _worker(self, worker: int) -> _Worker:
-        return self._workers.setdefault(worker, _Worker())
-
-    def _used(self, now: float, worker: int, free_bytes: int) -> None:
-        w = self._worker(worker)
-        w.kv.add(now, max(0, w.capacity_bytes - free_bytes))
-
-    def _enter(self, now: float, worker: int, state: str) -> None:
-        w = self._worker(worker)
-        if state == w.state or w.state == "lost":
-            return
-        was_active = w.state not in INACTIVE and w.state != ""
-        w.state = state
-        w.states.add(now, state)
-        if state in INACTIVE:
-            w.kv.add(now, 0)
-        self._counts[state] += 1
-        self._activate(now, (state not in INACTIVE) - was_active)
-
-    def _activate(self, now: float, change: int) -> None:
-        self._active_s += self._active * (now - self._active_since)
-        self._active_since = now
-        self._active += change
-        self._peak = max(self._peak, self._active)
-
     # --- out ---
 
     def report(self, now: float) -> dict[str, Any]:
         """The run so far, as plain data for JSON. Percentiles are None without samples."""
         wall_s = 0.0 if self._start_s is None else now - self._start_s
-        active_s = self._active_device_seconds(now)
-        count = self._counts
+        activity, count = self._activity, self._counts
+        active_s = 0.0 if self._start_s is None else activity.active_s(now)
         return {
             "requests": count["requests"],
             "completed": count["completed"],
@@ -270,13 +235,13 @@ class Metrics:
             "cancelled": count["cancelled"],
             "wall_s": wall_s,
             "prompt_tokens": count["prompt_tokens"],  # of all but rejected requests
-            "output_tokens": count["output_tokens"],
-            "output_throughput": count["output_tokens"] / wall_s if wall_s else 0.0,
+            "output_tokens": self._output_tokens,
+            "output_throughput": self._output_tokens / wall_s if wall_s else 0.0,
             "gpu_seconds_active": active_s,
-            "gpu_seconds_total": len(self._workers) * wall_s,
-            "workers": len(self._workers),
+            "gpu_seconds_total": len(activity) * wall_s,
+            "workers": len(activity),
             "active_workers_mean": active_s / wall_s if wall_s else 0.0,
-            "active_workers_peak": self._peak,
+            "active_workers_peak": activity.peak,
             "migrations": self._migrations(),
             "migration_outcomes": dict(self._outcomes),
             "migrated_bytes": count["migrated_bytes"],
@@ -287,26 +252,18 @@ class Metrics:
             "itl_ms": self._itl.percentiles_ms(),
             "e2e_ms": self._e2e.percentiles_ms(),
             "preemptions": count["preemptions"],
-            "parks": count["parked"],
-            "wakes": count["waking"],
-            "workers_lost": count["lost"],
-            "worker_kv": self._kv,
-            "ready_s": self._ready_s(),  # of workers, after the first Submit or before it
-            "costs": {  # sums for `CostModel.fitted`
-                "steps": self._steps.to_dict(),
-                "transfers": self._transfers.to_dict(),
-                "wakes": self._wakes.to_dict(),
-            },
+            "parks": activity.entered["parked"],
+            "wakes": activity.entered["waking"],
+            "workers_lost": activity.entered["lost"],
+            "worker_kv": activity.kv(),
+            "ready_s": activity.ready_s(self._start_s or 0.0),
+            "costs": self._costs(),
         }
 
-    def _ready_s(self) -> list[float]:
-        start_s = self._start_s or 0.0
-        return [at - start_s for _, at in sorted(self._ready_at.items())]
-
-    def _active_device_seconds(self, now: float) -> float:
-        if self._start_s is None:
-            return 0.0
-        return self._active_s + self._active * (now - self._active_since)
+    def _costs(self) -> dict[str, Any]:
+        """Sums for `CostModel.fitted`."""
+        sums = {"steps": self._steps, "transfers": self._transfers, "wakes": self._wakes}
+        return {name: found.to_dict() for name, found in sums.items()}
 
     def _prediction_error(self) -> float | None:
         """|predicted - actual| / actual of the time of a move that succeeded, in the median."""
@@ -324,7 +281,7 @@ class Metrics:
         start_s = self._start_s or 0.0
         return Series(
             end_s=now - start_s,
-            workers={w: _worker_series(self._workers[w], start_s) for w in sorted(self._workers)},
+            workers=self._activity.series(start_s),
             moves=[
                 replace(m, start_s=m.start_s - start_s, end_s=m.end_s - start_s)
                 for m in self._moves.items
@@ -332,13 +289,3 @@ class Metrics:
             preemptions=[(t - start_s, worker) for t, worker in self._preempted.items],
             report=self.report(now),
         )
-
-
-def _worker_series(worker: _Worker, start_s: float) -> WorkerSeries:
-    return WorkerSeries(
-        capacity_bytes=worker.capacity_bytes,
-        kv_times_s=[t - start_s for t in worker.kv.times],
-        kv_bytes=list(worker.kv.values),
-        state_times_s=[t - start_s for t in worker.states.times],
-        states=list(worker.states.values),
-    )

@@ -11,6 +11,7 @@ INACTIVE = frozenset({"parked", "lost"})  # worker states that hold no device
 EXACT_SAMPLES = 16_384  # of one distribution, before it falls back on bins
 TRACK_SAMPLES = 2_048  # of one worker's series
 LIST_SAMPLES = 20_000  # migrations, preemptions
+SUMMED_AT_ONCE = 256
 
 _SMALLEST_S, _BIN, _NUM_BINS = 1e-6, math.log(1.01), 2_560  # 1 µs … 32 h in steps of 1 %
 
@@ -91,16 +92,26 @@ class Sums:
     def __init__(self, *names: str) -> None:
         self.names, self.count = names, 0
         self._xx, self._xy = np.zeros((len(names), len(names))), np.zeros(len(names))
+        self._new: list[tuple[float, ...]] = []  # (*x, y, weight): many cost little more than one
 
     def add(self, x: tuple[float, ...], y: float, weight: float = 1.0) -> None:
         """`weight`: one over the variance of y, in any unit."""
-        row = np.array(x, np.float64)
-        self._xx += weight * np.outer(row, row)
-        self._xy += weight * row * y
+        self._new.append((*x, y, weight))
         self.count += 1
+        if len(self._new) >= SUMMED_AT_ONCE:
+            self._fold()
+
+    def _fold(self) -> None:
+        rows, n = np.array(self._new, np.float64), len(self.names)
+        weighted = rows[:, :n].T * rows[:, n + 1]
+        self._xx += weighted @ rows[:, :n]
+        self._xy += weighted @ rows[:, n]
+        self._new.clear()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: `xx` is the matrix of the normal equations, `xy` their right side."""
+        if self._new:
+            self._fold()
         return {"of": list(self.names), "samples": self.count, "xx": self._xx.tolist(),
                 "xy": self._xy.tolist()}  # fmt: skip
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-DATA = {"protocol", "config", "options", "metrics", "series", "workload"}
+DATA = {"protocol", "config", "options", "metrics", "activity", "series", "workload"}
 PARTS = DATA | {
     "core",
     "engine",
@@ -33,7 +33,8 @@ MAY_IMPORT = {  # part of the package -> what of ours it may import, beside itse
     "engine": {"protocol", "config"},
     "transport": {"protocol"},
     "series": {"protocol"},
-    "metrics": {"protocol", "series"},
+    "activity": {"protocol", "series"},
+    "metrics": {"protocol", "series", "activity"},
     "workload": {"protocol"},
     "timeline": {"protocol", "series"},
     "front": {"protocol", "config", "metrics", "workload"},

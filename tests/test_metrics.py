@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mellmpi import protocol as p
+from mellmpi import series
 from mellmpi.core.cost import CostModel
 from mellmpi.metrics import Metrics
 from mellmpi.series import EXACT_SAMPLES, Distribution, Sample, Track
@@ -399,7 +400,47 @@ def test_the_costs_of_a_run_give_back_what_its_steps_transfers_and_wakes_took():
     m.observe(6.5, 1, p.WorkerReady((kv,), 1000, 8, 0, 1.5, 64))
     report = json.loads(json.dumps(m.report(7.0)))
     assert asdict(CostModel.fitted(report["costs"])) == pytest.approx(asdict(truth))
-    assert report["worker_kv"] == {"capacity_bytes": 1000, "block_size": 16, "block_bytes": 64}
+    blocks = {"m": {"block_size": 16, "block_bytes": 64}}
+    assert report["worker_kv"] == {"capacity_bytes": 1000, "models": blocks}
+
+
+def test_the_blocks_of_every_model_of_every_worker_are_told():
+    m = Metrics()
+    first, second, third = (p.ModelKv(name, n, 64) for name, n in (("a", 4), ("b", 8), ("c", 16)))
+    m.observe(0.0, 1, p.WorkerReady((first, second), 640, 8, 0, 0.0, 64))
+    m.observe(0.0, 2, p.WorkerReady((second, third), 512, 8, 0, 0.0, 64))
+    told = m.report(1.0)["worker_kv"]
+    sizes = {name: kv["block_size"] for name, kv in told["models"].items()}
+    assert (told["capacity_bytes"], sizes) == (640, {"a": 4, "b": 8, "c": 16})
+
+
+def test_costs_do_not_depend_on_how_many_samples_are_summed_at_once(monkeypatch):
+    def summed(at_once):
+        monkeypatch.setattr(series, "SUMMED_AT_ONCE", at_once)
+        sums = series.Sums("a", "b")
+        for i in range(10):
+            sums.add((1, i), 3 + 2 * i, weight=1 / (1 + i % 3))
+        return sums.to_dict()
+
+    one, four, all_of_them = summed(1), summed(4), summed(99)
+    assert one["samples"] == four["samples"] == all_of_them["samples"] == 10
+    for name in ("xx", "xy"):
+        assert np.allclose(one[name], four[name]) and np.allclose(one[name], all_of_them[name])
+
+
+def test_many_commands_at_once_count_as_each_of_them():
+    together, apart = Metrics(), Metrics()
+    for m in (together, apart):
+        ready(m, 0.0, 1)
+        submit(m, 1.0, request_id=1)
+        submit(m, 1.5, request_id=2)
+        report(m, 2.0, 1)
+    emits = [p.Emit(1, 0, (7, 7), (), None), p.Emit(2, 0, (7,), (), "length")]
+    commands = [(p.FRONT, emits[0]), (p.OBSERVER, p.Preempted(1, 1)), (p.FRONT, emits[1])]
+    together.commands(2.0, commands)
+    for destination, command in commands:
+        apart.command(2.0, destination, command)
+    assert together.report(3.0) == apart.report(3.0) and apart.report(3.0)["output_tokens"] == 3
 
 
 def test_the_error_of_predicted_migrations_is_their_median_relative_to_what_they_took():

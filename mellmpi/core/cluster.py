@@ -6,6 +6,8 @@ docs/design.md; every change of a request's state is one call of `Record.move`.
 
 from typing import Any
 
+import numpy as np
+
 from mellmpi.config import ClusterConfig
 from mellmpi.core.fleet import Commands, Fleet
 from mellmpi.core.ledger import ACTIVE, WorkerState
@@ -155,14 +157,17 @@ class ClusterScheduler:
 
     def _report(self, worker: int, report: StepReport) -> None:
         self.fleet.report(worker, report)
-        logprobs, records = dict(report.logprobs), self.records
+        logprobs, records, tokens = dict(report.logprobs), self.records, report.tokens
         runs = zip(report.request_ids, report.epochs, report.firsts, report.counts, strict=True)
-        end = 0
+        rows, added, end = [], [], 0
         for i, (request_id, epoch, first, num_tokens) in enumerate(runs):
             start, end = end, end + num_tokens
             record = records.get(request_id)
             if record is not None and record.epoch == epoch:
-                self._tokens(record, first, report.tokens[start:end], logprobs.get(i, ()))
+                rows.append(record.slot)
+                added.append(self._tokens(record, first, tokens[start:end], logprobs.get(i, ())))
+        if rows:
+            self._count(rows, added)
         # Only now: what it had produced by then is in the log.
         for request_id, epoch in report.preempted:
             record = self.records.get(request_id)
@@ -170,22 +175,28 @@ class ClusterScheduler:
                 self.fleet.out.append((OBSERVER, Preempted(request_id, worker)))
                 self._wait_again(record, "preempted", self._home(record, worker))
 
+    def _count(self, rows: list[int], added: list[int]) -> None:
+        """So many output tokens more in these rows of the view; no row comes twice."""
+        self.fleet.view.requests.num_tokens[rows] += np.array(added)
+
     def _tokens(self, record: Record, first: int, run: tuple[int, ...],
-                logprobs: tuple[TokenLogprob, ...]) -> None:  # fmt: skip
+                logprobs: tuple[TokenLogprob, ...]) -> int:  # fmt: skip
+        """Log and emit what is new of a run; so many tokens, which are yet to be counted."""
         new = record.log.merge(first, run)
         if not new:
-            return
+            return 0
         if record.moved_from is not None:
             self.ring.recomputed(record, "moved")
-        self.fleet.view.requests.num_tokens[record.slot] += len(new)
-        outputs = record.log.tokens
-        reason = finish_reason(record.request, outputs)
-        emit = Emit(record.request.id, len(outputs) - len(new), new,
-                    aligned(logprobs, len(run), len(new)), reason)  # fmt: skip
+        request, outputs = record.request, record.log.tokens
+        reason = finish_reason(request, outputs)
+        if logprobs:
+            logprobs = aligned(logprobs, len(run), len(new))
+        emit = Emit(request.id, len(outputs) - len(new), new, logprobs, reason)
         self.fleet.out.append((FRONT, emit))
         if reason:
-            self.fleet.finished(len(record.request.prompt), len(outputs))
+            self.fleet.finished(len(request.prompt), len(outputs))
             self._forget(record, "finished")
+        return len(new)
 
     # --- placement ------------------------------------------------------------------------------
 
@@ -306,7 +317,8 @@ class ClusterScheduler:
     def _answer(self, source: int, event: Any) -> None:
         record = self.records.get(event.request_id)
         if record is not None and self.ring.answer(record, source, event):
-            self._tokens(record, event.first, event.tokens, event.logprobs)
+            added = self._tokens(record, event.first, event.tokens, event.logprobs)
+            self._count([record.slot], [added])
 
     def _worker_lost(self, worker: int) -> None:
         if worker in self._lost:

@@ -52,8 +52,9 @@ class TokenLog:
     tokens: list[int] = field(default_factory=list)
 
     def merge(self, first: int, tokens: tuple[int, ...]) -> tuple[int, ...]:
-        assert first <= len(self.tokens), f"gap: have {len(self.tokens)}, run starts at {first}"
-        new = tokens[len(self.tokens) - first :]
+        known = len(self.tokens) - first
+        assert known >= 0, f"gap: have {len(self.tokens)}, run starts at {first}"
+        new = tokens[known:] if known else tokens  # by far the most frequent: none is known yet
         self.tokens.extend(new)
         return new
 

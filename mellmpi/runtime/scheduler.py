@@ -54,8 +54,8 @@ class SchedulerLoop:
 
     def _carry_out(self, commands: list[tuple[Address, Any]], now: float,
                    front: Front | None) -> None:  # fmt: skip
+        self._metrics.commands(now, commands)
         for destination, command in commands:
-            self._metrics.command(now, destination, command)
             if destination == FRONT:
                 assert front is not None, "an answer to nobody's request"
                 front.deliver(command)

@@ -40,10 +40,11 @@ class CountedLog:
         return (*zeros(self._length - 1), STOP) if self.ended else zeros(self._length)
 
     def merge(self, first: int, tokens: tuple[int, ...]) -> tuple[int, ...]:
-        """The part of a run that is new; whoever asks adds it to the row."""
+        """The part of a run that is new; the row is told at once."""
         assert first <= self._length, f"gap: have {self._length}, run starts at {first}"
         new = tokens[self._length - first :]
         self.ended = self.ended or STOP in new[-1:]
+        self.columns.num_tokens[self.row] += len(new)
         return new
 
 
@@ -64,6 +65,9 @@ class CountingScheduler(ClusterScheduler):
 
     def log_for(self, row: int) -> Log:
         return CountedLog(self.fleet.view.requests, row)
+
+    def _count(self, rows: list[int], added: list[int]) -> None:
+        """The log has done that."""
 
     def advance(self, progress: Progress, now: float) -> Commands:
         """As `handle` of one report a worker. Nobody resumes by it: room has only shrunk."""

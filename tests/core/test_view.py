@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from mellmpi.core.view import RequestColumns, kv_need
 from mellmpi.protocol import ModelKv
-from tests.core.stage import KV, request
+from tests.core.stage import KV, Stage, report, request
 
 COLUMNS = (
     "request_id", "live", "worker", "movable", "num_tokens", "num_prompt", "max_tokens",
@@ -33,6 +33,18 @@ def test_a_reused_row_remembers_nothing():
     assert not columns.live.any() and not columns.worker.any() and not columns.movable.any()
     assert columns.add(request(8, num_prompt=2), 1.0, KV) == row
     assert (columns.num_tokens[row], columns.worker[row], columns.movable[row]) == (2, 0, False)
+
+
+def test_each_row_counts_what_is_new_of_its_own_run():
+    stage = Stage()
+    first, second, third = (stage.running(i, num_prompt=i, max_tokens=3) for i in (7, 8, 9))
+    runs = ((7, first.epoch, 0, (5, 6)), (8, second.epoch, 0, (5, 6, 6)), (9, third.epoch, 0, (5,)))
+    stage.tell(1, report(*runs))
+    counted = stage.scheduler.fleet.view.requests.num_tokens
+    assert counted[first.slot] == 7 + 2 and counted[third.slot] == 9 + 1
+    assert stage.state(second) is None
+    fourth = stage.running(10, num_prompt=4)
+    assert fourth.slot == second.slot and counted[fourth.slot] == 4 + 1
 
 
 def test_what_a_request_needs_is_whole_blocks_one_by_one_or_all_together():
