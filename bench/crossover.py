@@ -4,14 +4,16 @@
                               [--json FILE] [--figure docs/crossover.png]
     python bench/crossover.py --draw FILE --figure docs/crossover.png
 
-For every link and context: the time of each forced way, from the decision to the destination's
-word (a recompute: its first token), and what was chosen. The links of two hosts need root: they
-are network namespaces and a token bucket (bench/two_hosts.sh). The figure needs matplotlib.
+Some 15 minutes for the whole grid. For every link and context: the time of each forced way, from
+the decision to the destination's word (a recompute: its first token), and what was chosen. The
+links of two hosts need root: they are network namespaces and a token bucket (bench/two_hosts.sh).
+The figure needs matplotlib.
 """
 
 import argparse
 import json
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +22,34 @@ from record import add_json_option, finish
 
 CONTEXTS = [128, 256, 512, 1024, 2048, 4096, 8192]
 WAYS = ("transfer", "recompute", "split")
+LOOKS = {"transfer": ("C0", "s"), "recompute": ("C3", "^"), "split": ("C2", "D")}
+NAMES = {"shm": "shared memory", "10gbit": "10 Gbit/s", "1gbit": "1 Gbit/s"}
+CLOSE = 1.3  # two ways nearer to each other are measured more often
 NEAR, WORST, SPLIT, ERROR = 1.10, 1.30, 0.75, 0.25  # the bars
+
+
+def median_s(rows: list[dict[str, Any]], asked: str, mode: str | None = None) -> float | None:
+    """Of the moves that were asked for so and went this way, or any; None: none did."""
+    took = [r["took_s"] for r in rows if r["asked"] == asked and r["outcome"] == "moved"
+            and mode in (None, r["mode"])]  # fmt: skip
+    return statistics.median(took) if took else None
+
+
+def forced_s(rows: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Medians of each way; a request too short to be split has none of that."""
+    return {way: median_s(rows, way, way) for way in WAYS}
+
+
+def close(rows: list[dict[str, Any]]) -> bool:
+    """Two ways are so near each other that a few moves do not tell which is faster."""
+    seconds = sorted(s for s in forced_s(rows).values() if s is not None)
+    return seconds[1] <= CLOSE * seconds[0]
 
 
 def cell(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """One link and context: medians of the forced ways, and the choice against them."""
 
-    def median_s(asked: str, mode: str | None = None) -> float | None:
-        took = [r["took_s"] for r in rows if r["asked"] == asked and r["outcome"] == "moved"
-                and mode in (None, r["mode"])]  # fmt: skip
-        return statistics.median(took) if took else None
-
-    forced = {way: median_s(way, way) for way in WAYS}
+    forced = forced_s(rows)
     known = {way: s for way, s in forced.items() if s is not None}
     chosen = [r["mode"] for r in rows if r["asked"] == "chosen"]
     mode = statistics.mode(chosen)
@@ -41,10 +59,10 @@ def cell(rows: list[dict[str, Any]]) -> dict[str, Any]:
     worse = max(s for way, s in known.items() if way != "split")
     return {
         "forced_s": forced, "chosen": mode, "chosen_all": chosen,
-        "chosen_s": median_s("chosen"), "chosen_over_best": known[mode] / min(known.values()),
+        "chosen_s": median_s(rows, "chosen"), "chosen_over_best": known[mode] / min(known.values()),
         "prediction_error": statistics.median(errors),
         "split_over_better": known["split"] / better if "split" in known else None,
-        "near_each_other": worse <= 1.5 * better,
+        "near_each_other": worse <= 1.5 * better, "moves": len(rows),
     }  # fmt: skip
 
 
@@ -65,29 +83,32 @@ def verdict(cells: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """A panel a link: seconds over context, each way a line, the choices as marks."""
+    """A panel a link: milliseconds over context, each way a line, the chosen one ringed."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     grid = results["grid"]
-    figure, panels = plt.subplots(1, len(grid), figsize=(5 * len(grid), 4.2), squeeze=False)
-    colors = dict(zip(WAYS, ("C0", "C3", "C2"), strict=True))
+    figure, panels = plt.subplots(
+        1, len(grid), figsize=(1 + 4.2 * len(grid), 4.4), squeeze=False, sharey=True
+    )
     for axes, (link, cells) in zip(panels[0], grid.items(), strict=True):
-        for way in WAYS:
+        contexts = [int(n) for n in cells]
+        for way, (color, mark) in LOOKS.items():
             points = [(int(n), c["forced_s"][way]) for n, c in cells.items()]
-            points = [(n, s) for n, s in points if s is not None]
-            axes.plot(*zip(*points, strict=True), "-", color=colors[way], label=way)
-        for n, c in cells.items():
-            axes.plot(int(n), c["forced_s"][c["chosen"]], "o", color=colors[c["chosen"]], ms=8,
-                      mfc="none", label="chosen" if n == next(iter(cells)) else None)  # fmt: skip
-        axes.set(xscale="log", yscale="log", title=link, xlabel="context, tokens")
-        axes.set_xticks([int(n) for n in cells], list(cells), minor=False)
+            known = [(n, 1e3 * s) for n, s in points if s is not None]
+            if known:
+                axes.plot(*zip(*known, strict=True), mark, ls="-", color=color, ms=5, label=way)
+        chosen = [1e3 * c["forced_s"][c["chosen"]] for c in cells.values()]
+        axes.plot(contexts, chosen, "o", color="black", ms=13, mfc="none", mew=1.2, label="chosen")
+        axes.set(xscale="log", yscale="log", title=NAMES[link], xlabel="context, tokens")
+        axes.set_xticks(contexts, list(cells), minor=False)
         axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
         axes.grid(alpha=0.3)
-    panels[0][0].set_ylabel("seconds to move one request")
-    panels[0][0].legend()
+    panels[0][0].set_ylabel("milliseconds to move one request")
+    panels[0][0].yaxis.set_major_formatter("{x:g}")
+    panels[0][0].legend(loc="upper left")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
@@ -96,11 +117,37 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--links", nargs="+", choices=LINKS, default=["shm", "10gbit", "1gbit"])
     parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS)
-    parser.add_argument("--repeats", type=int, default=5, help="of each way and context")
+    parser.add_argument("--repeats", type=int, default=4, help="of each way and context")
+    parser.add_argument("--more", type=int, default=8, help="where two ways are close")
     parser.add_argument("--figure", type=Path, metavar="FILE")
     parser.add_argument("--draw", type=Path, metavar="FILE", help="measure nothing: draw this")
     add_json_option(parser)
     return parser.parse_args()
+
+
+def measured(link: str, contexts: list[int], repeats: int, more: int) -> dict[int, Any]:
+    """Rows of moves, by context; more of them where ways are close to each other."""
+    moves: dict[int, Any] = {n: [] for n in contexts}
+    move_all(link, contexts, repeats, moves)
+    move_all(link, [n for n in contexts if close(moves[n])], more, moves)
+    return moves
+
+
+def move_all(link: str, contexts: list[int], repeats: int, moves: dict[int, Any]) -> None:
+    """One job of moves, added to what there is."""
+    if not contexts or not repeats:
+        return
+    tell(f"{NAMES[link]}: contexts {contexts}, each way {repeats} times")
+    for row in run(link, contexts, [*WAYS, None], repeats):
+        moves[row["context"]].append(row)
+    for n in contexts:
+        ways = [f"{way} {1e3 * s:.1f}" for way, s in forced_s(moves[n]).items() if s is not None]
+        tell(f"{n:6} tokens: {', '.join(ways)} ms; chosen: {cell(moves[n])['chosen']}")
+
+
+def tell(line: str) -> None:
+    """How far it has got: standard output is the result's."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def main() -> None:
@@ -109,10 +156,8 @@ def main() -> None:
         return draw(json.loads(args.draw.read_text())["results"], args.figure)
     grid: dict[str, Any] = {}
     for link in args.links:
-        rows = run(link, args.contexts, [*WAYS, None], args.repeats)
-        grid[link] = {
-            str(n): cell([row for row in rows if row["context"] == n]) for n in args.contexts
-        }
+        moves = measured(link, args.contexts, args.repeats, args.more)
+        grid[link] = {str(n): cell(rows) for n, rows in moves.items()}
     results = {
         "verdict": verdict([c for cells in grid.values() for c in cells.values()]), "grid": grid
     }  # fmt: skip

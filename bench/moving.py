@@ -267,9 +267,11 @@ def lead(transport: Any, directory: Path, job: dict[str, Any]) -> None:
         mover.round(context, ["transfer", "recompute", "split"])
     rows = []
     for context in job["contexts"]:
-        for _ in range(job["repeats"]):
+        for turn in range(job["repeats"]):
             others = [mover.kept_small(r, 1 + i % 2) for i, r in enumerate(others)]
-            rows += mover.round(context, job["modes"])
+            # Another one begins: each way goes in both directions.
+            first = turn % len(job["modes"])
+            rows += mover.round(context, job["modes"][first:] + job["modes"][:first])
     (directory / "rows.json").write_text(json.dumps(rows))
     mover.loop.stop()
 
