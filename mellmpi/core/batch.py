@@ -74,7 +74,7 @@ class BatchScheduler:
         assert not self._planned, f"{event} between plan and commit"
         if source == SCHEDULER:
             self.acked += 1
-        commands = self._handle(source, event)
+        commands = self._handle(source, event) + self._departures.settle()
         if self._parking and not self.sequences and not self.lingering:
             self._parking = False
             commands.append((SCHEDULER, Parked(self.acked)))
@@ -203,7 +203,7 @@ class BatchScheduler:
                 self._append(sequence, *next(sampled))
             commands += self._arrivals.complete(sequence)
         self._planned = []
-        return commands
+        return self._departures.stepped() + commands
 
     def _append(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> None:
         if logprob is not None:

@@ -1,8 +1,9 @@
 """Sequences that leave: their blocks go out in rounds while they decode on. Pure.
 
 A round is a header and the blocks that are full by then; full blocks are never written again. When
-little is left, or rounds stop shrinking, the sequence stops between two steps and the last round
-takes the rest: the half-full block, the tokens, how far it has got.
+little is left, or rounds stop shrinking, one more step is made here. What will be left after it is
+announced before it: the destination awaits these blocks, the half-full one among them, while it
+computes, and then only has to be told the tokens and how far they have got.
 """
 
 from typing import Any
@@ -21,6 +22,12 @@ class Departures:
 
     def __init__(self, holdings: Holdings):
         self._holdings = holdings
+        self._announced: list[tuple[Sequence, SendBlocks]] = []  # to be sent in any case
+
+    @property
+    def closing(self) -> bool:
+        """Some sequence goes after the next step."""
+        return bool(self._announced)
 
     def begin(self, order: SendKv) -> Commands:
         """The first round."""
@@ -50,8 +57,41 @@ class Departures:
         full = sequence.num_computed // tables.block_size(sequence)
         unsent = full - stream.next_block
         if unsent <= FEW or unsent >= stream.num_before or stream.round == ROUNDS - 1:
-            return self._last_round(sequence, stream)
+            return self._announce_last(sequence, stream)
         return self._round(sequence, stream, full, last=False)
+
+    def _announce_last(self, sequence: Sequence, stream: Stream) -> Commands:
+        """What will be left after the next step; or it goes at once, if it could make none."""
+        tables, num_tokens = self._holdings.tables, sequence.num_tokens
+        if num_tokens - sequence.num_computed > 1 or not tables.grow(sequence, num_tokens):
+            return self._last_round(sequence, stream)
+        end = tables.needed(sequence, num_tokens)
+        [header, (_, blocks)] = self._round(sequence, stream, end, last=False)
+        self._announced.append((sequence, blocks))
+        return [header]
+
+    def stepped(self) -> Commands:
+        """A step is over: who was announced goes."""
+        commands: Commands = []
+        for sequence, blocks in self._announced:
+            stream = sequence.stream
+            if stream is not None and sequence.epoch in self._holdings.sequences:
+                sequence.phase = Phase.FROZEN
+                commands += self._round(sequence, stream, stream.next_block, last=True)
+            commands.append(self._send_announced(sequence, blocks))
+        self._announced.clear()
+        return commands
+
+    def settle(self) -> Commands:
+        """Who was announced and does not go: its blocks are awaited all the same."""
+        live = self._holdings.sequences
+        over = [a for a in self._announced if a[0].stream is None or a[0].epoch not in live]
+        self._announced = [a for a in self._announced if a not in over]
+        return [self._send_announced(*entry) for entry in over]
+
+    def _send_announced(self, sequence: Sequence, blocks: SendBlocks) -> tuple[Address, Any]:
+        sequence.closing.add(blocks.tag)
+        return DATA_PLANE, blocks
 
     def _last_round(self, sequence: Sequence, stream: Stream) -> Commands:
         sequence.phase = Phase.FROZEN

@@ -33,8 +33,8 @@ from mellmpi.transport.base import Arena, Transfer, Transport
 log = logging.getLogger(__name__)
 
 REPORT_EVERY_S = 0.02  # the scheduler hears of tokens at most so much later
-FEW_BLOCKS = 4  # to receive: their sequence may need nothing else to decode on
-FEW_S = 1e-3  # they are waited for that long: missing the next step would cost them a whole one
+FEW_BLOCKS = 4  # to receive: nothing else may be missing of a sequence that has stopped elsewhere
+PATIENCE = 0.25  # of a step they are waited for: missing the next one would cost a whole step
 IDLE_S = 1.0  # longest sleep with nothing to do; whatever comes ends it
 
 
@@ -58,15 +58,17 @@ class Worker:
 
     def __init__(self, transport: Transport, build: Callable[[], Engine], batch: BatchConfig,
                  cache: CacheConfig, clock: Callable[[], float] = time.perf_counter,
-                 few_s: float = FEW_S):  # fmt: skip
+                 patience: float = PATIENCE):  # fmt: skip
         self._transport, self._build = transport, build
-        self._clock, self._few_s = clock, few_s
+        self._clock, self._patience = clock, patience
         self._limits, self._cache = batch, cache
         self._transfers: list[tuple[Transfer, Callable[[Transfer], Any] | None]] = []
-        self._few: list[Transfer] = []  # small ones that have just begun
+        self._few: list[tuple[int, Transfer]] = []  # small ones, by epoch
+        self._stopped: set[int] = set()  # epochs whose last header has just come
         self._acked = 0
         self._steps, self._step_s, self._reported_s = 0, 0.0, 0.0
         self._stepped_s = 0.0  # when the last turn ended, if it had a step
+        self._last_step_s = 0.0  # what the last step took
         self._engine: Engine | None = None  # None: parked
         self.stopped = False
 
@@ -95,11 +97,12 @@ class Worker:
         for source, message in messages:
             self._message(source, message)
         moved = self._transport.progress()
-        self._await_few()
+        self._await_stopped()
         moved |= self._finish_transfers()
         stepped = self._engine is not None and self._step(self._engine)
         now = self._clock()
         # The whole turn: where workers share cores, much of the waiting is between the steps.
+        self._last_step_s = now - began_s if stepped else self._last_step_s
         self._step_s += now - began_s if stepped else 0.0
         self._stepped_s = now if stepped else 0.0
         if not stepped or now - self._reported_s >= REPORT_EVERY_S:
@@ -123,6 +126,8 @@ class Worker:
                 if worker == SCHEDULER:
                     raise SchedulerLost
             case _:
+                if isinstance(message, KvPayload) and message.last:
+                    self._stopped.add(message.epoch)
                 self._route(self._batch.handle(source, message))
 
     def _route(self, commands: list[tuple[Address, Any]]) -> None:
@@ -153,7 +158,7 @@ class Worker:
                 self._transfers.append((transfer, lambda _: BlocksSent(request_id, epoch, tag)))
             case ReceiveBlocks(request_id, epoch, src, tag, block_ids):
                 transfer = transport.receive_blocks(src, tag, block_ids)
-                self._few += [transfer] if len(block_ids) <= FEW_BLOCKS else []
+                self._few += [(epoch, transfer)] if len(block_ids) <= FEW_BLOCKS else []
                 self._transfers.append((
                     transfer,
                     lambda t: BlocksArrived(
@@ -163,13 +168,15 @@ class Worker:
             case DrainBlocks(src, tag, num_blocks):
                 self._transfers.append((transport.drain_blocks(src, tag, num_blocks), None))
 
-    def _await_few(self) -> None:
-        """Give small transfers a moment to come in before the next step begins."""
-        stop_s = self._clock() + self._few_s
-        while any(not t.done for t in self._few) and (left := stop_s - self._clock()) > 0:
+    def _await_stopped(self) -> None:
+        """Give what has stopped elsewhere a moment to come in before the next step begins."""
+        awaited = [transfer for epoch, transfer in self._few if epoch in self._stopped]
+        stop_s = self._clock() + self._patience * self._last_step_s
+        while any(not t.done for t in awaited) and (left := stop_s - self._clock()) > 0:
             self._transport.wait(left)
             self._transport.progress()
-        self._few.clear()
+        self._few = [entry for entry in self._few if not entry[1].done]
+        self._stopped.clear()
 
     def _finish_transfers(self) -> bool:
         done = [entry for entry in self._transfers if entry[0].done]

@@ -50,6 +50,8 @@ class FastBatch(BatchScheduler):
     def num_alike(self) -> int:
         """So many steps, the planned one included, are alike if nobody writes."""
         planned = self._planned
+        if self._departures.closing:
+            return 1
         computable = [s for s in self.sequences.values() if s.computable]
         left_out = len(computable) - len(planned)
         if self._has_preempted or (left_out and len(planned) < self._limits.max_num_seqs):

@@ -1,7 +1,5 @@
 """The batch scheduler of one worker, rule by rule. Blocks hold 4 positions."""
 
-from dataclasses import replace
-
 import pytest
 
 from mellmpi.config import BatchConfig, CacheConfig
@@ -49,6 +47,7 @@ class Bench:
         cache = CacheConfig(enable_prefix_caching=prefix)
         self.batch = BatchScheduler((HOSTED,), num_blocks, 0, limits, cache)
         self.next_token = 100
+        self.said = []  # with the last step
 
     def order(self, command):
         return self.batch.handle(SCHEDULER, command)
@@ -69,7 +68,7 @@ class Bench:
         n = sum(chunk.sampling is not None for chunk in plan.chunks)
         tokens = tuple(range(self.next_token, self.next_token + n))
         self.next_token += n
-        self.batch.commit(plan, StepResult(tokens, (logprob,) * n))
+        self.said = self.batch.commit(plan, StepResult(tokens, (logprob,) * n))
 
     def chunks(self):
         """(request id, start, number of tokens, sampled) of each chunk of one step."""
@@ -338,16 +337,19 @@ def test_logprobs_are_reported_once_with_their_run(bench):
 
 
 def sending(bench, num_prompt=5):
-    """Request 7 after one step, told to go to worker 3 under epoch 9."""
+    """Request 7 after one step, told to go to worker 3 under epoch 9, and gone after the next."""
     sequence = bench.assign(7, epoch=1, num_prompt=num_prompt)
     bench.step()
-    return sequence, bench.order(SendKv(7, 1, dst=3, dst_epoch=9, start=0))
+    announced = bench.order(SendKv(7, 1, dst=3, dst_epoch=9, start=0))
+    bench.step()
+    return sequence, announced + bench.said
 
 
-def test_the_source_sends_a_header_and_all_blocks_that_hold_something(bench):
+def test_the_source_announces_all_blocks_makes_a_step_and_sends_them(bench):
     sequence, commands = sending(bench)
     assert commands == [
-        (3, header(num_computed=5, outputs=(100,), epoch=9)),
+        (3, header(num_computed=5, outputs=(), epoch=9, last=False)),
+        (3, header(num_computed=6, outputs=(100, 101), epoch=9, first_block=2, num_blocks=0)),
         (DATA_PLANE, SendBlocks(7, 1, dst=3, tag=OUT, block_ids=tuple(sequence.block_table))),
     ]
 
@@ -372,8 +374,11 @@ def test_all_logprobs_of_this_owner_travel(bench):
     bench.step(LOGPROB)
     bench.batch.report(1, 0.1)
     bench.step(LOGPROB)
-    [(_, head), _] = bench.order(SendKv(7, 1, 3, 9, 0))
-    assert head.logprobs == ((0, LOGPROB), (1, LOGPROB))
+    [(_, head)] = bench.order(SendKv(7, 1, 3, 9, 0))
+    assert head.logprobs == ()
+    bench.step(LOGPROB)
+    [(_, head), _] = bench.said
+    assert head.logprobs == ((0, LOGPROB), (1, LOGPROB), (2, LOGPROB))
 
 
 def test_a_sending_sequence_stands_still_and_keeps_its_blocks(bench):
@@ -407,7 +412,7 @@ def test_unfrozen_it_decodes_on_once_nobody_reads_its_blocks(bench):
     bench.order(Unfreeze(7, 1))
     assert bench.batch.plan() is None
     bench.batch.handle(DATA_PLANE, BlocksSent(7, 1, OUT))
-    assert bench.chunks() == [(7, 5, 1, True)]
+    assert bench.chunks() == [(7, 6, 1, True)]
 
 
 def test_to_unfreeze_what_is_gone_changes_nothing(bench):
@@ -654,8 +659,11 @@ def test_a_worker_whose_blocks_are_still_read_parks_when_they_are_not(bench):
 
 def test_a_header_is_what_the_destination_expects(bench):
     """What a source sends is what another batch scheduler takes in."""
-    _, [(_, head), _] = sending(bench)
+    _, [(_, announced), (_, last), _] = sending(bench)
     other = Bench()
     other.receive(epoch=9, num_prompt=5)
-    [(_, order)] = other.batch.handle(1, replace(head))
+    [(_, order)] = other.batch.handle(1, announced)
     assert isinstance(order, ReceiveBlocks) and len(order.block_ids) == 2
+    assert other.batch.handle(1, last) == []
+    [(_, received)] = other.batch.handle(DATA_PLANE, BlocksArrived(7, 9, True, 0.1, OUT, ""))
+    assert isinstance(received, KvReceived) and other.chunks() == [(7, 6, 1, True)]

@@ -82,9 +82,11 @@ class BatchHistory(RuleBasedStateMachine):
         self.reserved = {}  # epoch -> [tokens logged, next block]; headers are still to come
         self.receives = []  # (order, kv)
         self.sends = []  # (order, blocks as they were)
+        self.headers = []  # that have gone out
         self.orders = self.round = 0
         self.offers = 10_000
         self.streams = {}  # epoch at the destination -> (epoch here, next block)
+        self.rounds = {}  # tag -> (index of the request, first block, their number): announced
 
     def fresh(self, which):
         self.epoch += 1
@@ -93,7 +95,7 @@ class BatchHistory(RuleBasedStateMachine):
 
     def order(self, command):
         self.orders += 1
-        return self.batch.handle(SCHEDULER, command)
+        return self.gone(self.batch.handle(SCHEDULER, command))
 
     def some_epoch(self, data):
         """Perhaps of a sequence that has ended, or was never here."""
@@ -145,33 +147,54 @@ class BatchHistory(RuleBasedStateMachine):
         self.offers += 1
         start = data.draw(st.integers(0, sequence.num_computed // SIZE)) if sequence else 0
         self.streams[self.offers] = (epoch, start)
-        commands = self.order(SendKv(0, epoch, 3, self.offers, start * SIZE))
-        if sequence is None:
-            assert commands == []
-            return
-        self.a_round_goes_out(sequence, commands)
+        headers = len(self.headers)
+        assert self.order(SendKv(0, epoch, 3, self.offers, start * SIZE)) == []
+        assert len(self.headers) == headers + (sequence is not None)
 
-    def a_round_goes_out(self, sequence, commands):
-        """All that is full and not yet sent, or all that is left."""
-        [(to, header), *blocks] = commands
+    def gone(self, commands):
+        """Check what a source sends; the other commands."""
+        rest, headed = [], len(self.headers)
+        for to, command in commands:
+            match command:
+                case KvPayload():
+                    self.a_header_goes_out(to, command)
+                case SendBlocks():
+                    assert to == DATA_PLANE
+                    self.blocks_go_out(command)
+                case _:
+                    rest.append((to, command))
+        awaited = [h for h in self.headers[headed:] if h.num_blocks and h.tag in self.rounds]
+        assert not any(h.last for h in awaited), "what has stopped goes at once"
+        return rest
+
+    def a_header_goes_out(self, to, header):
+        """All that is full and not yet sent, or that and the next block, or all that is left."""
         epoch, first = self.streams[header.epoch]
-        which = self.request_of[epoch]
+        sequence = self.batch.sequences[epoch]
         assert to == 3 and header.num_computed == sequence.num_computed
         assert header.first_block == first and header.tag // ROUNDS == header.epoch
         full, all_of_it = header.num_computed // SIZE, blocks_for(header.num_computed, SIZE)
-        assert header.num_blocks == max(0, (all_of_it if header.last else full) - first)
+        ends = (all_of_it,) if header.last else (full, full + 1)
+        assert header.num_blocks in [max(0, end - first) for end in ends]
         assert header.outputs == (tuple(sequence.outputs) if header.last else ())
-        assert (sequence.phase is Phase.FROZEN) == header.last and len(blocks) == bool(
-            header.num_blocks
-        )
+        assert (sequence.phase is Phase.FROZEN) == header.last
         self.streams[header.epoch] = (epoch, first + header.num_blocks)
-        for to, order in blocks:
-            assert to == DATA_PLANE and isinstance(order, SendBlocks)
-            as_sent = self.engine.arena[list(order.block_ids)]
-            self.sends.append((order, as_sent))
-            valid = header.num_computed - first * SIZE
-            right = kv_of(which, header.num_computed)[first:].reshape(-1)[:valid]
-            assert (as_sent.reshape(-1)[: len(right)] == right).all()
+        self.headers.append(header)
+        if header.num_blocks:
+            assert header.tag not in self.rounds
+            self.rounds[header.tag] = (self.request_of[epoch], first, header.num_blocks)
+
+    def blocks_go_out(self, order):
+        """Those of a header, valid as far as has been computed by now."""
+        which, first, num_blocks = self.rounds.pop(order.tag)
+        assert len(order.block_ids) == num_blocks
+        batch = self.batch
+        sequence = batch.sequences.get(order.epoch) or batch.lingering[order.epoch]
+        as_sent = self.engine.arena[list(order.block_ids)]
+        self.sends.append((order, as_sent))
+        right = kv_of(which, sequence.num_computed)[first:].reshape(-1)
+        valid = min(as_sent.size, sequence.num_computed - first * SIZE)
+        assert (as_sent.reshape(-1)[:valid] == right[:valid]).all()
 
     @precondition(lambda self: self.epoch)
     @rule(data=st.data())
@@ -191,9 +214,12 @@ class BatchHistory(RuleBasedStateMachine):
         outputs = data.draw(st.integers(logged, len(ANSWERS[which]) - 1))
         known = len(REQUESTS[which].prompt) + outputs
         computed = data.draw(st.integers(0, known - 1))
-        last = data.draw(st.booleans()) or computed // SIZE <= first
-        end = blocks_for(computed, SIZE) if last else computed // SIZE
+        ahead = data.draw(st.booleans(), label="ahead")  # what follows is still to be computed
+        last = data.draw(st.booleans()) or (not ahead and computed // SIZE <= first)
+        end = blocks_for(computed, SIZE) if last else computed // SIZE + ahead
         num_blocks = max(0, end - first)
+        if not last:
+            computed = end * SIZE
         self.reserved[epoch] = [outputs, first + num_blocks]
         if last:
             del self.reserved[epoch]
@@ -248,8 +274,7 @@ class BatchHistory(RuleBasedStateMachine):
         order, as_sent = self.sends.pop(data.draw(st.integers(0, len(self.sends) - 1)))
         assert (self.engine.arena[list(order.block_ids)] == as_sent).all(), "written while sent"
         sent = BlocksSent(order.request_id, order.epoch, order.tag)
-        if commands := self.batch.handle(DATA_PLANE, sent):
-            self.a_round_goes_out(self.batch.sequences[order.epoch], commands)
+        assert self.gone(self.batch.handle(DATA_PLANE, sent)) == []
 
     # --- steps and reports ----------------------------------------------------------------------
 
@@ -259,11 +284,13 @@ class BatchHistory(RuleBasedStateMachine):
         computed = {epoch: s.num_computed for epoch, s in before.items()}
         plan = batch.plan()
         self.the_youngest_go_first(before)
+        assert plan is not None or not self.rounds, "what was announced is given a step"
         if plan is not None:
             self.the_plan_is_lawful(plan, computed)
-            for _, received in batch.commit(plan, self.engine.execute(plan)):
+            for _, received in self.gone(batch.commit(plan, self.engine.execute(plan))):
                 assert isinstance(received, KvReceived)
                 self.arrived(received.epoch, received)
+            assert not self.rounds, "what was announced goes after the step"
         for sequence in before.values():
             answer = ANSWERS[self.request_of[sequence.epoch]]
             assert tuple(sequence.outputs) == answer[: len(sequence.outputs)], "wrong token"
@@ -339,6 +366,8 @@ class BatchHistory(RuleBasedStateMachine):
         assert all(s.in_flight for s in batch.lingering.values())
         touched = {b for order, _ in self.sends + self.receives for b in order.block_ids}
         assert touched <= held.keys(), "blocks in flight were given away"
+        announced = {self.streams[tag // ROUNDS][0] for tag in self.rounds}
+        assert announced <= batch.sequences.keys(), "what was announced and is over goes at once"
 
     @invariant()
     def computed_never_overtakes_known(self):

@@ -47,6 +47,12 @@ def sent(bench, which):
     return bench.batch.handle(DATA_PLANE, BlocksSent(7, 1, TAG + which))
 
 
+def go(bench):
+    """The last step here of what was announced, and what is sent with it."""
+    bench.step()
+    return bench.said
+
+
 # --- the source ----------------------------------------------------------------------------------
 
 
@@ -58,16 +64,83 @@ def test_full_blocks_go_first_and_the_sequence_decodes_on(bench):
     assert bench.chunks() == [(7, 17, 1, True)] and sequence.phase is Phase.RUNNING
 
 
-def test_with_little_left_it_stops_and_the_last_round_takes_it_all(bench):
+def test_with_little_left_what_will_be_left_is_announced_a_step_before_it_stops(bench):
     sequence, _ = begin(bench)
     for _ in range(5):
         bench.step()
-    [(_, head), (_, blocks)] = sent(bench, 0)
-    assert (head.first_block, head.num_blocks, head.last, head.tag) == (4, 2, True, TAG + 1)
-    assert head.num_computed == 22 and head.outputs == tuple(sequence.outputs)
-    assert blocks.block_ids == tuple(sequence.block_table[4:6])
+    [(_, head)] = sent(bench, 0)
+    assert (head.first_block, head.num_blocks, head.last, head.tag) == (4, 2, False, TAG + 1)
+    assert head.outputs == () and sequence.phase is Phase.RUNNING
+    [(_, head), (_, blocks)] = go(bench)
+    assert (head.first_block, head.num_blocks, head.last) == (6, 0, True)
+    assert head.num_computed == 23 and head.outputs == tuple(sequence.outputs)
+    assert blocks == SendBlocks(7, 1, 3, TAG + 1, tuple(sequence.block_table[4:6]))
     assert sequence.phase is Phase.FROZEN and bench.batch.plan() is None
     assert sent(bench, 1) == []
+
+
+@pytest.mark.parametrize(("computed", "num_blocks"), [(19, 1), (20, 2), (21, 2)])
+def test_the_step_before_it_stops_may_begin_a_block(bench, computed, num_blocks):
+    begin(bench)
+    for _ in range(computed - 17):
+        bench.step()
+    [(_, head)] = sent(bench, 0)
+    assert head.num_blocks == num_blocks
+    [(_, head), (_, blocks)] = go(bench)
+    assert head.num_computed == computed + 1 and len(blocks.block_ids) == num_blocks
+
+
+def test_what_was_announced_goes_though_others_take_the_step():
+    bench = Bench(num_blocks=20, max_num_seqs=1)
+    bench.assign(1, epoch=5, num_prompt=3)
+    bench.step()
+    bench.assign(7, epoch=1, num_prompt=3)
+    bench.batch.sequences[1].num_computed = 3
+    bench.batch.sequences[1].outputs.append(50)
+    assert len(bench.order(SendKv(7, 1, 3, 9, 0))) == 1
+    [(_, head), (_, blocks)] = go(bench)
+    assert head.last and head.num_computed == 3 and len(blocks.block_ids) == 1
+
+
+def test_what_prefills_goes_at_once():
+    bench = Bench(num_blocks=20, max_num_batched_tokens=8)
+    bench.assign(7, epoch=1, num_prompt=17)
+    bench.step()
+    [(_, head), (_, blocks)] = bench.order(SendKv(7, 1, 3, 9, 4))
+    assert (head.num_computed, head.num_blocks, head.last) == (8, 1, True)
+    assert len(blocks.block_ids) == 1
+
+
+@pytest.mark.parametrize("order", [Release(7, 1), Unfreeze(7, 1)])
+def test_what_was_announced_is_sent_though_nobody_wants_it_any_more(bench, order):
+    sequence, _ = begin(bench)
+    sent(bench, 0)
+    [(to, blocks)] = bench.order(order)
+    assert to == DATA_PLANE and blocks.block_ids == tuple(sequence.block_table[4:5])
+    assert bench.batch.plan() is None, "a half-full block is not written while it is sent"
+    assert sent(bench, 1) == []
+    stays = isinstance(order, Unfreeze)
+    assert bench.batch.free_bytes == (150 if stays else 200) and bool(bench.chunks()) == stays
+
+
+def test_what_was_announced_is_sent_when_it_finishes_with_that_step(bench):
+    sequence = bench.assign(7, epoch=1, num_prompt=5, max_tokens=2)
+    bench.step()
+    bench.order(SendKv(7, 1, 3, 9, 0))
+    assert go(bench) == [(DATA_PLANE, SendBlocks(7, 1, 3, TAG, tuple(sequence.block_table)))]
+    assert not bench.batch.sequences and bench.batch.free_bytes == 180
+    assert sent(bench, 0) == [] and bench.batch.free_bytes == 200
+
+
+def test_what_was_announced_is_not_preempted():
+    bench = Bench(num_blocks=3)
+    bench.assign(2, num_prompt=4)
+    bench.step()
+    bench.assign(7, epoch=1, num_prompt=1)
+    bench.step()
+    bench.order(SendKv(7, 1, 3, 9, 0))
+    assert [c[0] for c in bench.chunks()] == [2, 7]
+    assert bench.batch.report(1, 0.1).preempted == ()
 
 
 def test_what_has_become_full_meanwhile_goes_in_a_round_of_its_own(bench):
@@ -82,8 +155,10 @@ def test_rounds_that_do_not_shrink_are_the_last(bench):
     begin(bench)
     for _ in range(16):
         bench.step()
-    [(_, head), _] = sent(bench, 0)
-    assert (head.num_blocks, head.last) == (5, True)
+    [(_, head)] = sent(bench, 0)
+    assert (head.num_blocks, head.last) == (5, False)
+    [(_, head), _] = go(bench)
+    assert head.last
 
 
 def test_the_last_round_that_has_a_tag_is_the_last(bench):
@@ -91,8 +166,10 @@ def test_the_last_round_that_has_a_tag_is_the_last(bench):
     for _ in range(12):
         bench.step()
     sequence.stream.round = ROUNDS - 2
-    [(_, head), _] = sent(bench, ROUNDS - 2)
-    assert head.num_blocks == 4 and head.last
+    [(_, head)] = sent(bench, ROUNDS - 2)
+    assert head.num_blocks == 4 and head.tag == TAG + ROUNDS - 1
+    [(_, head), _] = go(bench)
+    assert head.last
 
 
 def test_blocks_that_need_not_come_are_not_sent(bench):
@@ -126,7 +203,8 @@ def test_a_round_of_a_move_that_has_failed_does_not_begin_one_of_the_next(bench)
     bench.order(Unfreeze(7, 1))
     bench.order(SendKv(7, 1, 3, 10, 0))
     assert sent(bench, 0) == []
-    [(_, head), _] = bench.batch.handle(DATA_PLANE, BlocksSent(7, 1, ROUNDS * 10))
+    bench.batch.handle(DATA_PLANE, BlocksSent(7, 1, ROUNDS * 10))
+    [(_, head), _] = go(bench)
     assert head.epoch == 10 and head.last
 
 
@@ -205,6 +283,24 @@ def test_rounds_may_arrive_in_any_order(bench):
     assert arrived(bench, 1) == [] and bench.batch.plan() is None
     [(_, received)] = arrived(bench, 0)
     assert isinstance(received, KvReceived)
+
+
+def test_it_decodes_once_all_is_there_that_was_announced_before_the_source_stopped(bench):
+    reserve(bench)
+    [(_, order)] = announce(bench, 0, 0, 5, 17)
+    assert order.block_ids == tuple(bench.batch.sequences[9].block_table)
+    assert announce(bench, 0, 5, 0, 18, (5, 6), last=True) == [] and bench.batch.plan() is None
+    [(_, received)] = arrived(bench, 0)
+    assert received == KvReceived(7, 9, 1, (6,), (), 50, 0.25)
+    assert bench.chunks() == [(7, 18, 1, True)]
+
+
+def test_likewise_if_it_is_there_before_the_source_has_stopped(bench):
+    reserve(bench)
+    announce(bench, 0, 0, 5, 17)
+    assert arrived(bench, 0) == [] and bench.batch.plan() is None
+    [(_, received)] = announce(bench, 0, 5, 0, 18, (5, 6), last=True)
+    assert isinstance(received, KvReceived) and bench.chunks() == [(7, 18, 1, True)]
 
 
 def test_its_table_grows_as_rounds_are_announced(bench):

@@ -106,7 +106,7 @@ class Cell:
         looks = itertools.count()
         clock = lambda: GLANCE_S * next(looks)  # noqa: E731
         self.workers = {
-            w: Worker(self.network.transports[w], build, batch, cache, clock, few_s=0.0)
+            w: Worker(self.network.transports[w], build, batch, cache, clock, patience=0.0)
             for w, build in enumerate(builds, start=1)
         }
         self.scheduler = ClusterScheduler(

@@ -233,5 +233,5 @@ def test_a_fast_worker_says_what_stepping_the_batch_scheduler_says_at_the_same_t
         for _, _, name, *_ in slow.answers:
             said[name] += 1
         said["preempted"] += len(slow.preempted)
-    assert said["preempted"] > 20 and said["Parked"] > 100
+    assert said["preempted"] > 20 and said["Parked"] > 90
     assert not moves or min(said[name] for name in ("KvReceived", "KvRefused")) > 20, said

@@ -272,7 +272,7 @@ def a_half_full_block_is_sent_as_full_in_an_early_round(monkeypatch):
     send_round = Departures._round
 
     def hasty(self, sequence, stream, end, last):
-        if not last:
+        if not last and end == sequence.num_computed // self._holdings.tables.block_size(sequence):
             end = self._holdings.tables.needed(sequence, sequence.num_computed)
         return send_round(self, sequence, stream, end, last)
 
@@ -290,6 +290,33 @@ def the_last_round_misses_the_half_full_block(monkeypatch):
         return send_round(self, sequence, stream, end, last)
 
     monkeypatch.setattr(Departures, "_round", forgetful)
+
+
+@fault
+def what_was_announced_is_not_sent_when_it_is_over(monkeypatch):
+    monkeypatch.setattr(Departures, "settle", lambda self: [])
+    stepped = Departures.stepped
+
+    def forgetful(self):
+        live = self._holdings.sequences
+        self._announced = [a for a in self._announced if a[0].epoch in live]
+        return stepped(self)
+
+    monkeypatch.setattr(Departures, "stepped", forgetful)
+
+
+@fault
+def who_was_announced_does_not_stop(monkeypatch):
+    stepped = Departures.stepped
+
+    def restless(self):
+        going = [sequence for sequence, _ in self._announced]
+        commands = stepped(self)
+        for sequence in going:
+            sequence.phase, sequence.closing = Phase.RUNNING, set()
+        return commands
+
+    monkeypatch.setattr(Departures, "stepped", restless)
 
 
 @fault
