@@ -43,12 +43,14 @@ LIMIT_S = 60.0  # for anything to happen
 
 
 def run(link: str, contexts: list[int], modes: list[str | None], repeats: int,
-        others: int = 0) -> list[dict[str, Any]]:  # fmt: skip
+        others: int = 0, rates: dict[int, str] | None = None) -> list[dict[str, Any]]:  # fmt: skip
     """One row a move, over this link; modes in turn, since the load of the host changes.
 
     others  requests that each worker decodes meanwhile
+    rates   of the link between the two hosts from this repeat on, such as "1gbit"
     """
-    job = {"contexts": contexts, "modes": modes, "repeats": repeats, "others": others}
+    job = {"contexts": contexts, "modes": modes, "repeats": repeats, "others": others,
+           "rates": rates or {}}  # fmt: skip
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         (directory / "config.json").write_text(json.dumps(SHAPE))
@@ -268,6 +270,8 @@ def lead(transport: Any, directory: Path, job: dict[str, Any]) -> None:
     rows = []
     for context in job["contexts"]:
         for turn in range(job["repeats"]):
+            if (rate := job["rates"].get(str(turn))) is not None:
+                subprocess.run([str(HERE / "two_hosts.sh"), "rate", rate], check=True)
             others = [mover.kept_small(r, 1 + i % 2) for i, r in enumerate(others)]
             # Another one begins: each way goes in both directions.
             first = turn % len(job["modes"])

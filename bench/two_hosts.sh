@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Two hosts on one machine, for benchmarks: network namespaces mell1 and mell2 with a link between.
 #   two_hosts.sh up [RATE]           RATE such as 10gbit or 1gbit: a token bucket each way (tc)
+#   two_hosts.sh rate RATE           from now on, also while a job runs
 #   two_hosts.sh mpirun …            from mell1; the hosts are 10.78.0.1 and 10.78.0.2
 #   two_hosts.sh down
 # Needs root and iproute2. Each host has its own name, so that MPI takes them for two.
@@ -24,12 +25,16 @@ case "${1:-}" in
       ip -n mell$i addr add 10.78.0.$i/24 dev mell${i}v
       ip -n mell$i link set mell${i}v up
       ip -n mell$i link set lo up
-      # The bucket holds some 3 ms of the rate: less could not be filled in time.
-      case "${2:-}" in
-        "") ;;
-        1gbit) tc -n mell$i qdisc add dev mell${i}v root tbf rate 1gbit burst 256kb latency 50ms ;;
-        *) tc -n mell$i qdisc add dev mell${i}v root tbf rate "$2" burst 4mb latency 50ms ;;
-      esac
+    done
+    [[ -z "${2:-}" ]] || "$self" rate "$2" ;;
+  rate)
+    # The bucket holds some 3 ms of the rate: less could not be filled in time.
+    case "$2" in
+      1gbit) bucket="256kb" ;;
+      *) bucket="4mb" ;;
+    esac
+    for i in 1 2; do
+      tc -n mell$i qdisc replace dev mell${i}v root tbf rate "$2" burst "$bucket" latency 50ms
     done ;;
   down)
     for i in 1 2; do ip netns del mell$i 2>/dev/null || true; done ;;
@@ -49,6 +54,6 @@ case "${1:-}" in
     on_first=(nsenter --net=/run/netns/mell1 unshare --uts bash -c 'hostname mell1; exec "$@"' mell1)
     "${on_first[@]}" mpirun --prtemca plm_ssh_agent "$agent" --bind-to none "$@" ;;
   *)
-    sed -n 2,6p "$self"
+    sed -n 2,7p "$self"
     exit 2 ;;
 esac
