@@ -30,13 +30,6 @@ def room_after(view: View, row: int, model: str) -> np.ndarray:
     return np.where(fits, workers.budget - view.requests.need(row), -1)
 
 
-def more_workers(view: View, model: str) -> bool:
-    """Can waiting bring a worker for this model that is not active now?"""
-    workers = view.workers
-    coming = (workers.state > WorkerState.ACTIVE) & (workers.state < WorkerState.LOST)
-    return bool((workers.able(model) & coming).any())
-
-
 def by_worker(view: View, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(rows in the order of their workers, first): rows[first[w] : first[w + 1]] are on worker w.
 

@@ -76,7 +76,7 @@ def place_on(free, ordered, number, most, token_bytes, block_bytes, state, able,
     grows, leaves  what the request adds to growth and leaving; keep_s: time to overflow to be left
     answer         tokens a request that are to stay free, if no worker more can come
     """
-    if _more_can_come(state, able):
+    if more_can_come(state, able):
         answer = 0.0
     urgency, urgent, idle = par
     best, least, least_s = 0, math.inf, math.inf
@@ -101,8 +101,8 @@ def place_on(free, ordered, number, most, token_bytes, block_bytes, state, able,
 
 
 @numba.njit(cache=True)
-def _more_can_come(state, able):  # type: ignore[no-untyped-def]
-    """As `base.more_workers`."""
+def more_can_come(state, able):  # type: ignore[no-untyped-def]
+    """Can waiting bring a worker of this model that is not active now?"""
     return np.any(able & (state > ACTIVE) & (state < LOST))
 
 

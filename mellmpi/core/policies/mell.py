@@ -9,7 +9,7 @@ import numpy as np
 
 from mellmpi.core.census import Census
 from mellmpi.core.ledger import WorkerState
-from mellmpi.core.policies.base import idle_workers, more_workers
+from mellmpi.core.policies.base import idle_workers
 from mellmpi.core.policies.mell_epoch import doable, epoch
 from mellmpi.core.policies.mell_kernels import LAST, OPENED, REASONS, Bins, Items, L, allocate
 from mellmpi.core.view import Move, Proposal, View, WakeWorker
@@ -30,18 +30,12 @@ def place(view: View, row: int, model: str) -> int | None:
     lead_s = LEAD_TICKS * view.period_s + view.cost.transfer_s(need)
     tokens = max(1.0, view.token_rate * lead_s)
     grown = need + tokens * float(view.requests.token_bytes[row])
-
-    def found(last: int) -> int:
-        return int(allocate(
-            workers.capacity, workers.free, workers.ordered, workers.num_requests,
-            workers.max_requests, tokens * workers.token_bytes, view.hosting(model),
-            workers.activated, census.num, need, grown, last,
-        ))  # fmt: skip
-
-    worker = found(OPENED)
-    if worker < 0 and not more_workers(view, model):
-        worker = found(LAST)
-    return worker if worker >= 0 else None
+    worker = allocate(
+        workers.capacity, workers.free, workers.ordered, workers.num_requests,
+        workers.max_requests, workers.token_bytes, workers.state, workers.able(model),
+        view.hosting(model), workers.activated, census.num, need, grown, tokens,
+    )  # fmt: skip
+    return int(worker) if worker >= 0 else None
 
 
 def rebalance(view: View) -> list[Proposal]:
@@ -178,5 +172,6 @@ def warm_up() -> None:
     items = items_of(np.full(2, 0.1), rows, np.zeros(2, np.bool_), 2)
     epoch(items, bins, LAST, 1)
     doable(items, rows.copy(), floats.copy())
-    allocate(rows, rows, rows, rows, rows, floats, np.ones(2, np.bool_), rows,
-             np.zeros((L + 1, 2), np.int64), 1, 1.0, LAST)  # fmt: skip
+    some = np.ones(2, np.bool_)
+    allocate(rows, rows, rows, rows, rows, floats, np.zeros(2, np.int8), some, some, rows,
+             np.zeros((L + 1, 2), np.int64), 1, 1.0, 1.0)  # fmt: skip

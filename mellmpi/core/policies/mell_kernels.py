@@ -10,6 +10,8 @@ from typing import NamedTuple
 import numba
 import numpy as np
 
+from mellmpi.core.policies.kernels import more_can_come
+
 EMPTY, T, S, M, L = 0, 1, 2, 3, 4
 FULL_ENOUGH = 0.75
 SMALL = 1 / 8
@@ -213,27 +215,30 @@ def pieces(items, bins, b):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True)
-def allocate(capacity, free, ordered, num_requests, max_requests, growth, hosting, age,  # type: ignore[no-untyped-def]
-             num, need, grown, last):  # fmt: skip
-    """Where Allocate puts `need` bytes that will be `grown`: a worker, or -1.
+def allocate(capacity, free, ordered, num_requests, max_requests, token_bytes, state, able,  # type: ignore[no-untyped-def]
+             hosting, age, num, need, grown, tokens):  # fmt: skip
+    """Where Allocate puts `need` bytes that will be `grown`; a worker, or -1.
 
-    Columns of the ledger, and:
-    growth  float64 [workers + 1]: bytes by which each request of the worker will have grown
-    num     int64 [classes, workers + 1]: its requests by class
+    If there is no worker to open, nor one to come, anywhere they fit. Columns of the ledger, `able`
+    and `hosting` those of the model, and:
+    num     int64 [classes, workers + 1]: requests by class
+    tokens  by so many each request of a worker will have grown
     """
     found, best, best_key = -1, NOWHERE, 0.0
+    last = OPENED if more_can_come(state, able) else LAST
     for w in range(len(capacity)):
-        if not hosting[w] or free[w] - ordered[w] < need or num_requests[w] >= max_requests[w]:
+        left = free[w] - ordered[w]
+        if not hosting[w] or left < need or num_requests[w] >= max_requests[w]:
             continue
-        used = capacity[w] - free[w] + ordered[w] + growth[w] * num_requests[w]
-        size = min(grown / capacity[w], 1.0)
-        load = used / capacity[w]
-        if load + size > 1 + EPSILON:
+        size, growth = min(grown, capacity[w]), tokens * token_bytes[w] * num_requests[w]
+        if left - growth < size - EPSILON * capacity[w]:
             continue
-        rank = tier(num, num_requests[w] > 0, w, kind_of(size))
+        load, share = 1 - (left - growth) / capacity[w], size / capacity[w]
+        rank = tier(num, num_requests[w] > 0, w, kind_of(share))
         if rank > last or rank > best:
             continue
-        key = -float(age[w]) if rank == OWN and kind_of(size) > T else _tightness(load, size)
+        own = rank == OWN and kind_of(share) > T
+        key = -float(age[w]) if own else _tightness(load, share)
         if rank < best or key < best_key:
             found, best, best_key = w, rank, key
     return found
