@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mellmpi.core.ledger import WorkerState
 from mellmpi.core.view import ParkWorker, Proposal, View
 
 
