@@ -103,7 +103,7 @@ class Bench:
 
     def together(self, kernel: Callable[..., None], phases: int, *arguments: Any) -> None:
         """The kernel by all threads."""
-        shared = team(phases, self.threads)
+        shared, _counters = team(phases, self.threads)
         running = [self._pool.submit(kernel, shared, *arguments) for _ in range(self.threads)]
         for future in running:
             future.result()

@@ -91,7 +91,7 @@ class CpuModel:
 
     def _run(self, *arguments) -> None:
         """One step by all threads; whoever comes late finds nothing left to do."""
-        shared = team(num_phases(self._sizes.layers), self.num_threads)
+        shared, counters = team(num_phases(self._sizes.layers), self.num_threads)
         helping: list[Future[None]] = []
         if self._helpers is not None:
             helping = [
@@ -101,6 +101,7 @@ class CpuModel:
         for future in helping:
             if not future.cancel():
                 future.result()
+        del counters  # held until here: the kernels have its address
 
     def _heads(self, arena: KvArena) -> Heads:
         arch, block_size = self.arch, arena.block_size

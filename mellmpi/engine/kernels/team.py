@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from mellmpi.engine.kernels.vectors import I32, I64, element_pointer, external
+from mellmpi.engine.kernels.vectors import I32, I64, external
 
 CLAIMED, DONE, PHASE_STRIDE = 0, 8, 16  # int64 indexes: a cache line for each counter
 SPINS = 2000  # pauses, some 30 us, before the core is offered to others
@@ -22,36 +22,44 @@ KERNEL = {"nogil": True, "error_model": "numpy"}
 
 
 class Team(NamedTuple):
-    """What the threads of one step share; fresh for every step."""
+    """What the threads of one step share; fresh for every step.
 
-    counters: np.ndarray  # int64 [phases * PHASE_STRIDE], zero at the start
+    An address and no array: numba 0.68 keeps a reference for ever to what a generator (`shares`)
+    was given, and so leaked the counters of every step.
+    """
+
+    counters: int  # address of int64 [phases * PHASE_STRIDE], zero at the start
     size: int  # threads
 
 
-def team(phases: int, size: int) -> Team:
-    return Team(np.zeros(phases * PHASE_STRIDE, np.int64), size)
+def team(phases: int, size: int) -> tuple[Team, np.ndarray]:
+    """And the counters themselves: to be held until the step is over."""
+    counters = np.zeros(phases * PHASE_STRIDE, np.int64)
+    return Team(counters.ctypes.data, size), counters
+
+
+def _counter(b, address, at):
+    return b.gep(b.inttoptr(address, I64.as_pointer()), [at])
 
 
 @intrinsic
-def fetch_add(typing, array, at, amount):
-    """Add to array[at] for all threads to see; what it was before."""
+def fetch_add(typing, address, at, amount):
+    """Add to number `at` of the int64 at an address, for all threads to see; what it was before."""
 
     def emit(context, b, sig, args):
-        pointer = b.bitcast(element_pointer(context, b, array, *args[:2]), I64.as_pointer())
-        return b.atomic_rmw("add", pointer, args[2], "acq_rel")
+        return b.atomic_rmw("add", _counter(b, *args[:2]), args[2], "acq_rel")
 
-    return types.int64(array, types.int64, types.int64), emit
+    return types.int64(types.int64, types.int64, types.int64), emit
 
 
 @intrinsic
-def read_shared(typing, array, at):
-    """array[at], and with it all that was written before it was added to."""
+def read_shared(typing, address, at):
+    """What number `at` is, and with it all that was written before it was added to."""
 
     def emit(context, b, sig, args):
-        pointer = b.bitcast(element_pointer(context, b, array, *args), I64.as_pointer())
-        return b.load_atomic(pointer, "acquire", 8)
+        return b.load_atomic(_counter(b, *args), "acquire", 8)
 
-    return types.int64(array, types.int64), emit
+    return types.int64(types.int64, types.int64), emit
 
 
 @intrinsic

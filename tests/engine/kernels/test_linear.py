@@ -43,8 +43,9 @@ class Layer:
     def run(self, rows, threads=1):
         out = np.zeros((rows, WIDTH), np.float32)
         inner = torch.zeros(rows, WIDTH // 2, dtype=self.dtype)
+        shared, _counters = team(3, threads)
         arguments = (
-            team(3, threads), storage(pad_to(self.x[:rows], rows, STRIDE)).ravel(), rows,
+            shared, storage(pad_to(self.x[:rows], rows, STRIDE)).ravel(), rows,
             self.w, self.begins, self.bias.numpy(), out.ravel(), storage(inner).ravel(),
         )  # fmt: skip
         with ThreadPoolExecutor(threads) as pool:

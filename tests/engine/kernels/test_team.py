@@ -17,11 +17,11 @@ def count(team, phases, items, done, order_kept):
             for item in range(first, last):
                 if phase > 0 and done[phase - 1].sum() != items:
                     order_kept[0] = False
-                fetch_add(done[phase], item, 1)
+                fetch_add(done[phase].ctypes.data, item, 1)
 
 
 def run(threads, come, phases=6, items=50):
-    shared, done = team(phases, threads), np.zeros((phases, items), np.int64)
+    (shared, _counters), done = team(phases, threads), np.zeros((phases, items), np.int64)
     order_kept = np.ones(1, np.bool_)
     with ThreadPoolExecutor(come) as pool:
         for future in [
