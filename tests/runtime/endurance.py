@@ -106,11 +106,15 @@ def endure(num_moves: int, seed: int = 0) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def left(worker: Any) -> int:
-    """Sequences and blocks that a worker without requests still holds."""
+def left(worker: Any) -> dict[str, int]:
+    """What a worker without requests still holds; {}: nothing."""
     batch = worker._batch  # a parked one had to give everything back before
-    held = len(batch.sequences) + len(batch.lingering) + len(worker._transfers)
-    return held + batch.pool.num_blocks - batch.pool.num_free
+    held = {
+        "sequences": len(batch.sequences), "lingering": len(batch.lingering),
+        "transfers": len(worker._transfers),
+        "blocks": batch.pool.num_blocks - batch.pool.num_free,
+    }  # fmt: skip
+    return {name: count for name, count in held.items() if count}
 
 
 def endure_under_mpirun(num_moves: int, num_ranks: int = 4, limit_s: float = 900) -> dict[str, Any]:
