@@ -69,6 +69,13 @@ def test_the_newest_of_its_class_comes_first():
     assert place(view([3], [3], [4]), blocks=3) == 3
 
 
+def test_after_a_round_the_class_of_every_request_is_known_to_placement():
+    v = view([12, 5], [7, 2])
+    mell.rebalance(v)
+    of_worker = v.census.num[1:, 1:].T.tolist()  # T's, S's, M's, L's
+    assert of_worker == [[0, 1, 0, 1], [1, 0, 1, 0]]
+
+
 def test_with_no_worker_to_open_it_goes_wherever_it_fits():
     assert place(view([3], [8], states={1: ACTIVE}), blocks=11) == 1
     assert place(view([3], [8], [], states={3: PARKED}), blocks=11) is None  # one can be opened

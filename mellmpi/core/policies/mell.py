@@ -50,11 +50,11 @@ def rebalance(view: View) -> list[Proposal]:
         inside = np.flatnonzero(local[on] >= 0)
         where = local[on[inside]]
         items, bins = _packing(view, group, rows[inside], where)
-        kinds[inside] = items.kind
         asleep = _asleep(view, group)
         waits = len(asleep) > 0 and view.cost.wake_s <= _lead_s(view)
         load = bins.load + np.bincount(where, items.size, len(group))
         epoch(items, bins, OPENED if waits else LAST, _census(view).operations)
+        kinds[inside] = items.kind
         proposals += _moves(view, group, rows[inside], where, items, load)
         wanted = int(np.ceil(items.homeless[0]))
         proposals += [WakeWorker(w) for w in asleep[:wanted].tolist()]
