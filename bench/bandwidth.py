@@ -2,10 +2,11 @@
 
     mpirun -n 2 python bench/bandwidth.py [-m MIN:MAX] [-i ITERATIONS] [-x WARM-UP] [-d cpu|cuda]
 
-The code that measures links at the start of a job, and that migrations use: contiguous is one
-message, scattered is one message a block, in place. Times include header and answer. MB = 10^6
-bytes. With `-d cuda` the blocks are in device memory and travel through pinned host memory; where
-this MPI proves that it takes device memory, a second table shows that. Without a GPU it says so.
+The code that measures links at the start of a job, and that migrations use: within a host the
+receiver reads blocks out of the sender's memory, between hosts there is one message a block, in
+place. Contiguous is one block. Times include header and answer. MB = 10^6 bytes. With `-d cuda` the
+blocks are in device memory and travel through pinned host memory; where this MPI proves that it
+takes device memory, a second table shows that. Without a GPU it says so.
 """
 
 import argparse

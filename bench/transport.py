@@ -8,9 +8,11 @@ Transfers are timed at the sender, from the first call to the receiver's answer.
 alternate in the same job:
 
 one_message  one MPI_Send of as many bytes, in one piece
-carried      as in the runtime: one message a block, moved by a thread of its own
+carried      as in the runtime, moved by a thread of its own: within a host the receiver reads the
+             blocks out of the sender's memory, else there is one message a block
 checked      the same, with a checksum a block
 steps        without the thread: moved between decode steps
+messages     only on shm: one message a block there, too
 """
 
 import argparse
@@ -40,6 +42,7 @@ LINKS = {  # flags of mpirun
     "10gbit": ["--mca", "btl", "tcp,self", "-host", "10.78.0.1:2,10.78.0.2:2"],
 }
 KINDS = ("carried", "checked", "steps")
+READING = "shm"  # `tcp` stands for the network between hosts, and sends
 SHAPES = ((64, 1 << 20), (63, 737_280))  # the second: 1,000 tokens of the demo model in fp32
 REQUESTS, CONTEXT = 8, 500  # decoded by the destination meanwhile
 DECODE_BLOCKS = 200  # moved then: 73 MB, 3,200 tokens of the demo model in bf16
@@ -266,7 +269,7 @@ def idle_cpu(transport: Transport) -> float:
 # --- a job ---------------------------------------------------------------------------------------
 
 
-def inside(repeats: int, output: Path) -> None:
+def inside(link: str, repeats: int, output: Path) -> None:
     """One rank of a job; worker 1 writes what was found."""
     from mpi4py import MPI
 
@@ -275,10 +278,11 @@ def inside(repeats: int, output: Path) -> None:
     job, comm = Job(), MPI.COMM_WORLD
     ends = {
         kind: job.connect(
-            0.005, checksums="always" if kind == "checked" else "never", carried=kind != "steps"
+            0.005, checksums="always" if kind == "checked" else "never", carried=kind != "steps",
+            reading=link == READING and kind != "messages",
         )
-        for kind in KINDS
-    }
+        for kind in (*KINDS, *(["messages"] if link == READING else []))
+    }  # fmt: skip
     end, results = ends["carried"], {}
     if end.worker in (1, 2):
         results = {
@@ -310,7 +314,8 @@ def run(link: str, repeats: int) -> dict[str, Any]:
         subprocess.run([HERE / "two_hosts.sh", "up", link], check=True)
         launcher = [str(HERE / "two_hosts.sh"), "mpirun"]
     with tempfile.NamedTemporaryFile(suffix=".json") as output:
-        program = [sys.executable, __file__, "--repeats", str(repeats), "--inside", output.name]
+        program = [sys.executable, __file__, "--links", link, "--repeats", str(repeats)]
+        program += ["--inside", output.name]
         try:
             subprocess.run(
                 [*launcher, *OB1, *LINKS[link], "-n", "4", *program], check=True, timeout=300,
@@ -330,7 +335,7 @@ def main() -> None:
     add_json_option(parser)
     args = parser.parse_args()
     if args.inside:
-        return inside(args.repeats, args.inside)
+        return inside(args.links[0], args.repeats, args.inside)
     results = {link: run(link, args.repeats) for link in args.links}
     config = {"repeats": args.repeats, "load_average": round(os.getloadavg()[0], 2)}
     finish(config, results, args.json)

@@ -1,4 +1,4 @@
-"""Moves KV blocks over a channel of non-blocking messages, one message a block."""
+"""Moves KV blocks over a channel of non-blocking messages, or lets the receiver read them."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -6,7 +6,10 @@ from collections.abc import Callable, Sequence
 from mellmpi.transport.base import Transfer
 from mellmpi.transport.channel import Channel
 from mellmpi.transport.lanes import Lane
-from mellmpi.transport.moves import Draining, Move, Receiving, Route, Sending
+from mellmpi.transport.moves import Move, Route
+from mellmpi.transport.reading import SHORT_PIECE_BYTES, Reads
+from mellmpi.transport.receiving import Draining, Receiving
+from mellmpi.transport.sending import Offering, Sending
 
 BURST_S = 2e-3  # of one progress(): a decode step that is due waits for no more, see `lanes`
 
@@ -15,10 +18,13 @@ class BlockMover:
     """All transfers of one worker, carried on in turn.
 
     checked  whether blocks to or from this peer have checksums; the same at both ends
+    read_by  whether this peer can read our memory, and does
     """
 
-    def __init__(self, channel: Channel, checked: Callable[[int], bool] = lambda _: False):
-        self._channel, self._checked = channel, checked
+    def __init__(self, channel: Channel, checked: Callable[[int], bool] = lambda _: False,
+                 read_by: Callable[[int], bool] = lambda _: False):  # fmt: skip
+        self._channel, self._checked, self._read_by = channel, checked, read_by
+        self._reads = Reads()
         self._lane: Lane | None = None
         self._moves: list[Move] = []  # oldest first
 
@@ -30,13 +36,14 @@ class BlockMover:
         """Whoever calls `progress` will do so soon and often, or no more."""
 
     def attach(self, lane: Lane | None) -> None:
-        users = [m for m in self._moves if not isinstance(m, Draining)]
+        users = [m for m in self._moves if m.uses_arena]
         assert not users, "blocks are under way; the arena cannot go"
         self._lane = lane
 
     def send(self, dst: int, tag: int, block_ids: Sequence[int]) -> Transfer:
         assert self._lane is not None, "no arena attached"
-        return self._begin(Sending(self._lane, self._route(dst, tag), block_ids))
+        kind = Offering if self._lane.can_be_read and self._read_by(dst) else Sending
+        return self._begin(kind(self._lane, self._route(dst, tag), block_ids))
 
     def receive(self, src: int, tag: int, block_ids: Sequence[int]) -> Transfer:
         assert self._lane is not None, "no arena attached"
@@ -47,15 +54,17 @@ class BlockMover:
 
     def _route(self, peer: int, tag: int) -> Route:
         # Tags that become one keep apart by their order, which is the same at both ends.
-        return Route(self._channel, peer, tag % self._channel.num_tags, self._checked(peer))
+        half = self._channel.num_tags // 2
+        tag %= half
+        return Route(self._channel, peer, tag, tag + half, self._checked(peer), self._reads)
 
     def _begin(self, move: Move) -> Transfer:
         if not move.posting:
             move.transfer.end()
             return move.transfer
         self._moves.append(move)
-        if isinstance(move, Sending):
-            self._round([m for m in self._moves if isinstance(m, Sending)])
+        if not move.comes:
+            self._round([m for m in self._moves if not m.comes])
         return move.transfer
 
     def progress(self) -> list[int]:
@@ -64,7 +73,7 @@ class BlockMover:
             return []
         moved = peers = self._round(self._moves)
         stop_s = time.perf_counter() + BURST_S
-        while moved and self._moves and time.perf_counter() < stop_s:
+        while (self._reads.carry_out(SHORT_PIECE_BYTES) or moved) and time.perf_counter() < stop_s:
             moved = self._round(self._moves)
             peers = peers | moved
         return sorted(peers)
@@ -73,7 +82,7 @@ class BlockMover:
         """Drive each of these moves once; the peers of those that moved."""
         peers, holding = set(), set()
         for move in moves:
-            key = (isinstance(move, Sending), move.route.peer, move.route.tag)
+            key = (move.comes, move.route.peer, move.route.tag)
             if move.drive(may_post=key not in holding):
                 peers.add(move.peer)
             if move.posting:

@@ -16,7 +16,8 @@ from mellmpi.transport.base import Transfer
 from mellmpi.transport.blocks import BlockMover
 from mellmpi.transport.channel import Channel
 from mellmpi.transport.lanes import Lane
-from mellmpi.transport.moves import Draining, Move
+from mellmpi.transport.moves import Move
+from mellmpi.transport.reading import PIECE_BYTES, SHORT_PIECE_BYTES
 
 AWAY_S = 300e-6  # a main thread that has not looked for so long is computing
 SPIN_S = 200e-6  # without anything done, then sleep
@@ -29,12 +30,12 @@ LONGEST_SLEEP_S = 1e-3
 class Carrier(BlockMover):
     """A mover that needs no `progress`; a main thread that waits anyway may help, and is quicker.
 
-    ended  called in the thread when it has brought a transfer to its end
+    ended  called in the thread when it has brought a transfer to its end, or read for the other
     """
 
-    def __init__(self, channel: Channel, checked: Callable[[int], bool],
-                 ended: Callable[[], None]):  # fmt: skip
-        super().__init__(channel, checked)
+    def __init__(self, channel: Channel, checked: Callable[[int], bool], ended: Callable[[], None],
+                 read_by: Callable[[int], bool] = lambda _: False):  # fmt: skip
+        super().__init__(channel, checked, read_by)
         self._ended = ended
         self._begun: list[Move] = []  # seen from outside
         self._driving = threading.Lock()  # held by whoever touches the moves
@@ -58,7 +59,7 @@ class Carrier(BlockMover):
 
     def attach(self, lane: Lane | None) -> None:
         self._begun = [move for move in self._begun if not move.transfer.done]
-        users = [move for move in self._begun if not isinstance(move, Draining)]
+        users = [move for move in self._begun if move.uses_arena]
         assert not users, "blocks are under way; the arena cannot go"
         self._lane = lane
 
@@ -84,11 +85,17 @@ class Carrier(BlockMover):
         self._looked_s = time.perf_counter()
         if not self.busy or not self._driving.acquire(blocking=False):
             return []
+        reading = bool(self._reads)
         try:
             self._obey()
-            return sorted(self._round(self._moves))
+            peers = self._round(self._moves)
         finally:
             self._driving.release()
+        if self._reads and (self._attended or not reading):
+            # Two read faster than one; and the other is awake when this one goes on to compute.
+            self._asked.set()
+            self._reads.carry_out(SHORT_PIECE_BYTES)
+        return sorted(peers)
 
     def close(self) -> None:
         self._closing = True
@@ -122,8 +129,15 @@ class Carrier(BlockMover):
         """Until nothing is left to carry."""
         moved_s, sleep_s = time.perf_counter(), FIRST_SLEEP_S
         while self.busy and not self._closing:
+            if self._reads.carry_out(SHORT_PIECE_BYTES if self._attended else PIECE_BYTES):
+                moved_s, sleep_s = time.perf_counter(), FIRST_SLEEP_S
+                if self._attended:
+                    self._ended()  # who waits takes in what has been read
+                if self._attended or (self._reads and len(self._moves) == 1):
+                    continue
             if self._attended or time.perf_counter() - self._looked_s < AWAY_S:
-                time.sleep(AWAY_S)
+                self._asked.wait(AWAY_S)
+                self._asked.clear()
                 continue
             if self._drive():
                 moved_s, sleep_s = time.perf_counter(), FIRST_SLEEP_S

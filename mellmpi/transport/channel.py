@@ -10,20 +10,25 @@ class LinkError(Exception):
 class Channel(Protocol):
     """Non-blocking messages of bytes in memory. Peers are workers. Raises LinkError.
 
-    A message is received once it has come and its size is known: Open MPI 5 writes what is too
-    long for a posted buffer behind it, and only then reports it.
+    Post no receive whose message may be longer, see `framing`: Open MPI 5 writes what is too long
+    for a posted buffer behind it, and only then reports it.
     """
 
     num_tags: int  # tags are told apart modulo this
 
     def send(self, address: int, num_bytes: int, dst: int, tag: int) -> Any: ...
+    def receive(self, address: int, num_bytes: int, src: int, tag: int) -> Any: ...
     def match(self, src: int, tag: int) -> tuple[Any, int] | None:
         """The next message and its bytes, to be received; None if none has come."""
         ...
 
-    def receive(self, message: Any, address: int, num_bytes: int) -> Any: ...
-    def test(self, request: Any) -> bool:
-        """It is done; then the request is used up."""
+    def receive_matched(self, message: Any, address: int, num_bytes: int) -> Any: ...
+    def finished(self, request: Any) -> int | None:
+        """Once it is done, the bytes that were received; then the request is used up."""
+        ...
+
+    def cancel(self, request: Any) -> None:
+        """Give a receive up, if nothing has come for it; `finished` tells as before."""
         ...
 
 

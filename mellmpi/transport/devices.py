@@ -42,6 +42,7 @@ class Staged:
     """
 
     in_host_memory = True
+    can_be_read = False  # slots come and go
 
     def __init__(self, block_bytes: int, copies: Copies):
         self.block_bytes = block_bytes

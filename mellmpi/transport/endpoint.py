@@ -54,6 +54,7 @@ class Endpoint:
         device_buffers: bool,
         checked: frozenset[int] = frozenset(),  # peers to whom blocks go with checksums
         carried: bool = False,  # blocks move in a thread of their own
+        read_by: frozenset[int] = frozenset(),  # peers that read blocks out of our memory
     ):
         self.worker, self.num_workers = worker, num_workers
         self.lost: set[int] = set()
@@ -61,9 +62,9 @@ class Endpoint:
         self._mailbox = Mailbox(channels[0])
         is_checked = checked.__contains__
         self._mover = (
-            Carrier(channels[1], is_checked, ended=bell.wake)
+            Carrier(channels[1], is_checked, bell.wake, read_by.__contains__)
             if carried
-            else BlockMover(channels[1], is_checked)
+            else BlockMover(channels[1], is_checked, read_by.__contains__)
         )
         self._bell, self._wakes, self._device_buffers = bell, wakes, device_buffers
         self._ready: list[tuple[int, Any]] = []

@@ -22,6 +22,11 @@ class Lane(Protocol):
         ...
 
     @property
+    def can_be_read(self) -> bool:
+        """What is outgoing lies still at once, where processes of this host can read it."""
+        ...
+
+    @property
     def send_window(self) -> int | None:
         """Blocks of one transfer that may be posted and not yet sent; None: all of them."""
         ...
@@ -56,6 +61,7 @@ class InPlace:
     def __init__(self, arena: Arena):
         self.block_bytes = arena.block_bytes
         self.in_host_memory = str(arena.device) == "cpu"  # torch gives a device, not its name
+        self.can_be_read = self.in_host_memory
         self._arena, self._address = arena, arena.address  # the first keeps the memory alive
 
     def outgoing(self, block_id: int) -> int:

@@ -1,14 +1,14 @@
-"""One transfer of blocks over a channel: a window at a time, one message a block."""
+"""One transfer of blocks over a channel: what is to be posted, and what is in flight."""
 
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mellmpi.transport import trailer
 from mellmpi.transport.base import Transfer
 from mellmpi.transport.channel import Channel, LinkError
-from mellmpi.transport.lanes import Lane, address_of, bytes_at, window
+from mellmpi.transport.lanes import address_of
+from mellmpi.transport.reading import Read, Reads
 
 
 @dataclass(frozen=True)
@@ -18,22 +18,32 @@ class Route:
     channel: Channel
     peer: int
     tag: int
+    answer_tag: int  # of what goes the other way
     checked: bool  # every block has a checksum
+    reads: Reads
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Message:
-    """One message in flight."""
+    """One message in flight, or blocks that are being read instead."""
 
-    request: Any
     num_bytes: int
     address: int = 0
-    block_id: int | None = None  # None: no block of the arena
+    request: Any = None
+    num_blocks: int = 0
+    places: tuple[tuple[int, int], ...] = ()  # (block, address) of those that go to an arena
     data: bytearray = field(default_factory=bytearray)  # in place of an arena's memory
+
+
+def message_of(data: bytearray) -> Message:
+    return Message(len(data), address_of(data), data=data)
 
 
 class Move:
     """A transfer: blocks still to come, then messages in flight, oldest first."""
+
+    comes = False  # from the peer
+    uses_arena = True
 
     def __init__(self, route: Route, block_ids: Sequence[int]):
         self.transfer = Transfer()
@@ -47,10 +57,11 @@ class Move:
         return self.route.peer
 
     def drive(self, may_post: bool) -> bool:
-        """Take in what is done, post what fits; True if a message was done."""
+        """Take in what is done, post what fits; True if there was anything."""
         moved = self._reap()
         if may_post and self._post_all():
-            moved |= self._reap()  # a block that had come already was copied by posting
+            moved = True
+            self._reap()  # a block that had come already was copied by posting
         if not self.posting and not self._flying and self._settled() and not self.transfer.done:
             self.transfer.end()
         return moved
@@ -71,165 +82,42 @@ class Move:
     def _reap(self) -> bool:
         moved = False
         while self._flying:
+            message = self._flying[0]
             try:
-                if not self.route.channel.test(self._flying[0].request):
+                num_bytes = self._finished(message.request)
+                if num_bytes is None:
                     break
-                self._finish(self._flying.popleft())
+                self._flying.popleft()
+                self._finish(message, num_bytes)
             except LinkError:
                 self._flying.popleft()
                 self.transfer.fail("peer lost")
             moved = True
         return moved
 
+    def _finished(self, request: Any) -> int | None:
+        if isinstance(request, Read):
+            return request.finished()
+        return self.route.channel.finished(request)
+
     def give_up(self) -> None:
         """The peer is lost: post no more. What is in flight still ends by itself."""
         self.transfer.fail("peer lost")
         self.posting = False
 
-    def _post(self) -> bool:
-        raise NotImplementedError
-
-    def _finish(self, message: Message) -> None:
-        raise NotImplementedError
-
-
-class Sending(Move):
-    """Blocks of an arena, then the trailer."""
-
-    def __init__(self, lane: Lane, route: Route, block_ids: Sequence[int]):
-        super().__init__(route, block_ids)
-        self._lane, self._num_blocks = lane, len(block_ids)
-        self._checked = route.checked and lane.in_host_memory
-        self._checksums: list[int] = []
-        self._staged: deque[Message] = deque()  # being copied to where they are sent from
-        # Checksums take time: a window of them before somebody else has a turn.
-        self._window = window(lane.block_bytes) if self._checked else lane.send_window
-
-    def _post(self) -> bool:
-        self._stage()
-        if not self._staged and self._todo:
-            return False  # the window is full
-        if self._staged and not self._lane.still(self._staged[0].address):
-            return False
-        message = self._staged[0] if self._staged else self._trailer()
-        if self._checked and message.block_id is not None:
-            data = bytes_at(message.address, message.num_bytes)
-            self._checksums.append(trailer.checksum(data))
+    def _send(self, message: Message, tag: int) -> None:
         route, size = self.route, message.num_bytes
-        message.request = route.channel.send(message.address, size, route.peer, route.tag)
+        message.request = route.channel.send(message.address, size, route.peer, tag)
         self._flying.append(message)
-        if self._staged:
-            self._staged.popleft()
-        else:
-            self.posting = False
-        return True
 
-    def _stage(self) -> None:
-        room = 1 if self._window is None else self._window - len(self._flying)
-        while self._todo and len(self._staged) < room:
-            block_id = self._todo.popleft()
-            address = self._lane.outgoing(block_id)
-            self._staged.append(Message(None, self._lane.block_bytes, address, block_id))
-
-    def _settled(self) -> bool:
-        """Given up, it waits for copies under way: their slots are others' afterwards."""
-        while self._staged and self._lane.still(self._staged[0].address):
-            self._lane.free(self._staged.popleft().address)
-        return not self._staged
-
-    def _trailer(self) -> Message:
-        data = trailer.pack(self._num_blocks, self._checksums, self._lane.block_bytes)
-        return Message(None, len(data), address_of(data), data=data)
-
-    def _finish(self, message: Message) -> None:
-        if message.block_id is not None:
-            self._lane.free(message.address)
-            self.transfer.num_bytes += message.num_bytes
-
-
-class _Incoming(Move):
-    """Messages of whatever size, up to the trailer."""
+    def _receive(self, message: Message, tag: int) -> None:
+        route, size = self.route, message.num_bytes
+        message.request = route.channel.receive(message.address, size, route.peer, tag)
+        self._flying.append(message)
 
     def _post(self) -> bool:
-        route, flying = self.route, self._flying
-        # What is no block may be the trailer: what follows would be another transfer's.
-        if self._is_full() or (flying and flying[-1].block_id is None):
-            return False
-        if (came := route.channel.match(route.peer, route.tag)) is None:
-            return False
-        matched, num_bytes = came
-        message = self._place(num_bytes)
-        message.request = route.channel.receive(matched, message.address, num_bytes)
-        self._flying.append(message)
-        return True
+        raise NotImplementedError
 
-    def _is_full(self) -> bool:
-        return bool(self._flying)  # one at a time: any may be the last
-
-    def _place(self, num_bytes: int) -> Message:
-        data = bytearray(num_bytes)
-        return Message(None, num_bytes, address_of(data), data=data)
-
-    def _finish(self, message: Message) -> None:
-        told = trailer.unpack(message.data)
-        if told is None:
-            self._unwanted(message)
-        else:
-            self.posting = False
-            self._conclude(*told)
-
-    def _unwanted(self, message: Message) -> None:
-        self.transfer.num_bytes += message.num_bytes
-
-    def _conclude(self, num_blocks: int, checksums: tuple[int, ...]) -> None:
-        pass
-
-
-class Draining(_Incoming):
-    """To be thrown away."""
-
-
-class Receiving(_Incoming):
-    """Blocks into an arena, up to the trailer."""
-
-    def __init__(self, lane: Lane, route: Route, block_ids: Sequence[int]):
-        super().__init__(route, block_ids)
-        self._lane = lane
-        self._window = window(lane.block_bytes)
-        self._landing: deque[int] = deque()  # addresses from where blocks go to their place
-        self._checksums: list[int] | None = [] if route.checked and lane.in_host_memory else None
-
-    def _is_full(self) -> bool:
-        self._settled()
-        return len(self._flying) + len(self._landing) >= self._window
-
-    def _place(self, num_bytes: int) -> Message:
-        if num_bytes != self._lane.block_bytes or not self._todo:
-            return super()._place(num_bytes)
-        block_id = self._todo.popleft()
-        return Message(None, num_bytes, self._lane.incoming(block_id), block_id)
-
-    def _finish(self, message: Message) -> None:
-        if message.block_id is None:
-            return super()._finish(message)
-        if self._checksums is not None:
-            data = bytes_at(message.address, message.num_bytes)
-            self._checksums.append(trailer.checksum(data))
-        self._lane.arrived(message.address, message.block_id)
-        self._landing.append(message.address)
-        self.transfer.num_bytes += message.num_bytes
-
-    def _settled(self) -> bool:
-        while self._landing and self._lane.still(self._landing[0]):
-            self._lane.free(self._landing.popleft())
-        return not self._landing
-
-    def _unwanted(self, message: Message) -> None:
-        super()._unwanted(message)
-        self.transfer.fail("size")  # of the block, or of the whole
-
-    def _conclude(self, num_blocks: int, checksums: tuple[int, ...]) -> None:
-        if self._todo:
-            self.transfer.fail("truncated")
-        elif self._checksums is not None and list(checksums) != self._checksums:
-            self.transfer.fail("checksum")
+    def _finish(self, message: Message, num_bytes: int) -> None:
+        """num_bytes: that came, of a message that was received."""
+        raise NotImplementedError

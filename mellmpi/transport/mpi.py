@@ -27,6 +27,7 @@ from mellmpi.protocol import FINGERPRINT  # noqa: E402
 from mellmpi.transport.channel import LinkError  # noqa: E402
 from mellmpi.transport.doorbell import Doorbell  # noqa: E402
 from mellmpi.transport.endpoint import Endpoint, Wakes  # noqa: E402
+from mellmpi.transport.reading import Proof  # noqa: E402
 
 SPIN_S = 200e-6  # look this long before sleeping, while something is going on
 LOCAL_POLL_S = 0.020  # longest sleep where every peer can ring: only failures come unannounced
@@ -85,12 +86,24 @@ class MpiChannel:
         buffer = MPI.buffer.fromaddress(address, num_bytes)
         return self._try(self._comm.Isend, buffer, rank_of(dst), tag)
 
+    def receive(self, address: int, num_bytes: int, src: int, tag: int) -> Any:
+        buffer = MPI.buffer.fromaddress(address, num_bytes)
+        return self._try(self._comm.Irecv, buffer, rank_of(src), tag)
+
     def match(self, src: int, tag: int) -> tuple[MPI.Message, int] | None:
         message = self._try(self._comm.Improbe, rank_of(src), tag, self._status)
         return None if message is None else (message, self._status.Get_count(MPI.BYTE))
 
-    def receive(self, message: MPI.Message, address: int, num_bytes: int) -> Any:
+    def receive_matched(self, message: MPI.Message, address: int, num_bytes: int) -> Any:
         return self._try(message.Irecv, MPI.buffer.fromaddress(address, num_bytes))
+
+    def finished(self, request: MPI.Request) -> int | None:
+        if not self._try(request.Test, self._status):
+            return None
+        return self._status.Get_count(MPI.BYTE)
+
+    def cancel(self, request: MPI.Request) -> None:
+        self._try(request.Cancel)
 
     def send_bytes(self, data: bytes, dst: int) -> Any:
         return self._try(self._comm.Isend, data, rank_of(dst), 0)
@@ -177,13 +190,15 @@ class Job:
         return msgpack.unpackb(self._bcast(packed.ljust(size)[:size]))
 
     def connect(self, idle_poll_s: float, device_buffers: bool = False,
-                checksums: str = "auto", carried: bool = True) -> Endpoint:  # fmt: skip
+                checksums: str = "auto", carried: bool = True,
+                reading: bool = True) -> Endpoint:  # fmt: skip
         """The transport of this rank; one a process.
 
         idle_poll_s     longest sleep between looks while some peer cannot ring our bell
         device_buffers  this MPI takes device memory (`devices.device_buffers_work`)
         checksums       of every block: "auto" between hosts, "always" or "never"
         carried         blocks move in a thread of their own, where MPI allows several
+        reading         blocks are read out of the memory of others, where the system allows it
         """
         bell = Doorbell(self.share(secrets.token_hex(8)), worker_of(self.rank))
         self._comm.Barrier()  # every bell is hung up
@@ -201,6 +216,7 @@ class Job:
         self._transport = Endpoint(
             worker_of(self.rank), self.size - 1, channels, bell, wakes, device_buffers,
             self._checked(checksums), carried and MPI.Query_thread() >= MPI.THREAD_SERIALIZED,
+            self._read_by(reading and not device_buffers),
         )  # fmt: skip
         return self._transport
 
@@ -211,6 +227,15 @@ class Job:
         near = set(self.neighbours) if checksums == "auto" else set()
         ranks = range(self.size) if checksums != "never" else ()
         return frozenset(worker_of(rank) for rank in ranks if rank not in near)
+
+    def _read_by(self, reading: bool) -> frozenset[int]:
+        """Workers that can read our memory, and shall."""
+        proof = Proof()
+        proofs = self.gather(proof.packed)
+        others = set(self.neighbours) - {self.rank} if reading else set()
+        can = bytes(rank in others and Proof.holds(proofs[rank]) for rank in range(self.size))
+        rows = self.gather(can)
+        return frozenset(worker_of(rank) for rank in others if rows[rank][self.rank])
 
     def finish(self) -> None:
         """All is done: shut MPI down, together. The process can then end as it likes."""

@@ -15,11 +15,19 @@ from tests.mpi.harness import leave_verdict, or_abort
 from tests.transport.conformance import SCENARIOS, HostArena, Post
 
 
+def connect(job: Job) -> Transport:
+    """With "steps" no thread carries blocks; with "messages" none are read out of memory."""
+    return job.connect(
+        idle_poll_s=0.005, checksums="always", carried="steps" not in sys.argv,
+        reading="messages" not in sys.argv,
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def post():
     job = Job()
     atexit.register(job.finish)  # pytest-mpi still talks at the end
-    return Post(job.connect(idle_poll_s=0.005, checksums="always", carried="steps" not in sys.argv))
+    return Post(connect(job))
 
 
 @pytest.mark.mpi(min_size=4)
@@ -43,9 +51,7 @@ def main() -> None:
     passed: list[str] = []
 
     def program() -> None:
-        transport = job.connect(
-            idle_poll_s=0.005, checksums="always", carried="steps" not in sys.argv
-        )
+        transport = connect(job)
         post = Post(transport)
         for scenario in SCENARIOS:
             scenario(post)

@@ -1,6 +1,7 @@
 """Links of 4 workers on 3 pretended hosts: `python -m tests.mpi.links DIRECTORY`, on 5 ranks.
 
-With the argument `lose`, worker 2 is killed before it measures anything.
+With the argument `lose`, worker 2 is killed before it measures anything; with `messages`, blocks
+are not read out of memory.
 """
 
 import os
@@ -19,7 +20,7 @@ def main() -> None:
     job = Job()
 
     def program() -> None:
-        transport = job.connect(idle_poll_s=0.005)
+        transport = job.connect(idle_poll_s=0.005, reading="messages" not in sys.argv)
         if "lose" in sys.argv and transport.worker == 2:
             os.kill(os.getpid(), signal.SIGKILL)
         started_s = time.monotonic()

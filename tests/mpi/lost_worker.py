@@ -1,10 +1,11 @@
 """What is left when worker 3 of 4 is killed in the middle of everything.
 
-`python -m tests.mpi.lost_worker DIRECTORY`, on 5 ranks under ULFM.
+`python -m tests.mpi.lost_worker DIRECTORY [messages]`, on 5 ranks under ULFM.
 """
 
 import os
 import signal
+import sys
 import time
 from collections import Counter
 from typing import Any
@@ -124,7 +125,7 @@ def main() -> None:
     job = Job()
 
     def program() -> None:
-        transport = job.connect(idle_poll_s=0.005)
+        transport = job.connect(idle_poll_s=0.005, reading="messages" not in sys.argv)
         if transport.worker == VICTIM:
             die(transport)
         verdict = survive(transport)

@@ -16,6 +16,7 @@ class FakeRequest:
     address: int = 0
     num_bytes: int = 0
     done: bool = False
+    came: int | None = None  # bytes that a receive was filled with
     used_up: bool = False
 
 
@@ -49,18 +50,40 @@ class FakeChannel:
     def match(self, src: int, tag: int) -> tuple[Any, int] | None:
         if src in self.lost:
             raise LinkError("lost")
+        self._deliver()
         if not self.waiting[src, tag]:
             return None
         data = self.waiting[src, tag].popleft()
         return (src, tag, data), len(data)
 
-    def receive(self, message: Any, address: int, num_bytes: int) -> FakeRequest:
+    def receive_matched(self, message: Any, address: int, num_bytes: int) -> FakeRequest:
         src, tag, data = message
         request = self._post("receive", src, tag, address, num_bytes)
         assert num_bytes == len(data)
-        ctypes.memmove(address, data, num_bytes)
-        request.done = not self.slow
+        self._fill(request, data)
         return request
+
+    def receive(self, address: int, num_bytes: int, src: int, tag: int) -> FakeRequest:
+        return self._post("receive", src, tag, address, num_bytes)
+
+    def _deliver(self) -> None:
+        """What has come goes to the oldest receive of its tag."""
+        for request in self.requests:
+            data = self.waiting[request.peer, request.tag]
+            if request.kind == "receive" and request.came is None and not request.done and data:
+                self._fill(request, data.popleft())
+
+    def _fill(self, request: FakeRequest, data: bytes) -> None:
+        assert len(data) <= request.num_bytes, "Open MPI would write on behind the buffer"
+        ctypes.memmove(request.address, data, len(data))
+        request.came, request.done = len(data), not self.slow
+
+    def finished(self, request: FakeRequest) -> int | None:
+        self._deliver()
+        return (request.came or 0) if self.test(request) else None
+
+    def cancel(self, request: FakeRequest) -> None:
+        request.done = request.done or request.came is None
 
     def test(self, request: FakeRequest) -> bool:
         assert not request.used_up, "tested after it was done"

@@ -5,8 +5,8 @@ import pytest
 
 from mellmpi.transport.blocks import BlockMover
 from mellmpi.transport.devices import Staged
+from mellmpi.transport.framing import Opening, checksum, pack_numbers, unpack_opening
 from mellmpi.transport.lanes import WINDOW_BYTES, InPlace
-from mellmpi.transport.trailer import checksum, pack, unpack
 from tests.transport.conformance import HostArena
 from tests.transport.fakes import FakeChannel
 
@@ -71,27 +71,38 @@ def carry(mover, *transfers):
     raise AssertionError("a transfer does not end")
 
 
-def arrive(channel, src, tag, num_blocks, first=0, trailer=True):
+def opening(num_blocks, block_bytes=BLOCK_BYTES, checked=False):
+    return bytes(Opening(num_blocks, block_bytes, checked).pack())
+
+
+def arrive(channel, src, tag, num_blocks, first=0, sums=None):
+    """A whole transfer, with these checksums if any."""
+    channel.waiting[src, tag].append(opening(num_blocks, checked=sums is not None))
     for i in range(first, first + num_blocks):
         channel.waiting[src, tag].append(bytes([i + 1]) * BLOCK_BYTES)
-    if trailer:
-        channel.waiting[src, tag].append(bytes(pack(num_blocks, (), BLOCK_BYTES)))
+    if sums is not None:
+        channel.waiting[src, tag].append(bytes(pack_numbers(sums)))
 
 
 def test_receives_are_begun_a_window_at_a_time(channel, mover, arena):
-    channel.slow = True
     arrive(channel, 1, 5, 16)
     transfer = mover.receive(1, 5, range(16))
     assert not channel.requests  # to begin one may copy: only progress does it
-    assert mover.progress() == [] and len(channel.pending("receive")) == WINDOW
-    channel.pending("receive")[0].done = True
+    blocks = [channel.waiting[1, 5].pop() for _ in range(16)]
     assert mover.progress() == [1] and len(channel.pending("receive")) == WINDOW
-    channel.slow = False
-    for request in channel.pending("receive"):
-        request.done = True
+    channel.waiting[1, 5].append(blocks.pop())
+    assert mover.progress() == [1] and len(channel.pending("receive")) == WINDOW
+    channel.waiting[1, 5].extend(reversed(blocks))
     while not transfer.done:
         assert mover.progress() == [1]
     assert (arena.blocks[:, 0] == np.arange(1, 17)).all() and not transfer.failed
+
+
+def test_no_receive_is_posted_before_the_opening_has_said_what_comes(channel, mover):
+    mover.receive(1, 5, range(16))
+    mover.drain(1, 6, 16)
+    mover.progress()
+    assert not channel.requests
 
 
 def test_sends_from_the_arena_are_posted_at_once(channel, mover):
@@ -106,17 +117,14 @@ def test_sends_from_the_arena_are_posted_at_once(channel, mover):
 def test_a_later_receive_of_a_tag_waits_until_the_earlier_one_has_begun_all(channel, mover, arena):
     first, second = mover.receive(1, 5, range(WINDOW + 1)), mover.receive(1, 5, [15])
     other = mover.receive(1, 6, [14])
-    channel.slow = True
-    arrive(channel, 1, 5, WINDOW + 1)
-    arrive(channel, 1, 5, 1, first=WINDOW + 1)
+    channel.waiting[1, 5].append(opening(WINDOW + 1))
     arrive(channel, 1, 6, 1, first=40)
-    mover.progress()
-    assert [r.tag for r in channel.pending("receive")] == [5] * WINDOW + [6] * 2
-    channel.slow = False
-    for request in channel.pending("receive"):
-        request.done = True
-    while not (first.done and second.done and other.done):
-        mover.progress()
+    carry(mover, other)
+    assert [r.tag for r in channel.pending("receive")] == [5] * WINDOW
+    arrive(channel, 1, 5, WINDOW + 1)
+    channel.waiting[1, 5].popleft()  # the opening has been taken in
+    arrive(channel, 1, 5, 1, first=WINDOW + 1)
+    carry(mover, first, second)
     expected = [*range(1, WINDOW + 2), WINDOW + 2]
     assert arena.blocks[[*range(WINDOW + 1), 15], 0].tolist() == expected
     assert arena.blocks[14, 0] == 41
@@ -152,16 +160,32 @@ def test_a_transfer_begun_with_a_lost_peer_fails(channel, mover):
 
 
 @pytest.mark.parametrize("num_bytes", [0, 5, BLOCK_BYTES + 1])
-def test_a_block_of_another_size_fails_the_transfer_but_all_are_taken_in(
+def test_blocks_of_another_size_never_reach_the_arena_but_all_are_taken_in(
     channel, mover, arena, num_bytes
 ):
     transfer = mover.receive(1, 5, range(3))
-    wrong, trailer = bytes([9]) * num_bytes, bytes(pack(3, (), BLOCK_BYTES))
-    channel.waiting[1, 5] += [wrong, bytes([7]) * BLOCK_BYTES, wrong, trailer]
+    channel.waiting[1, 5] += [opening(3, num_bytes), *[bytes([9]) * num_bytes] * 3]
     carry(mover, transfer)
-    assert transfer.failed and not channel.waiting[1, 5]
-    assert transfer.num_bytes == BLOCK_BYTES + 2 * num_bytes
-    assert not (arena.blocks == 9).any()  # least of all behind the block
+    assert transfer.reason == "size" and not channel.waiting[1, 5]
+    assert transfer.num_bytes == 3 * num_bytes and not arena.blocks.any()
+
+
+@pytest.mark.parametrize("num_bytes", [0, 5, BLOCK_BYTES - 1])
+def test_a_block_shorter_than_its_opening_says_fails_the_transfer(channel, mover, num_bytes):
+    transfer = mover.receive(1, 5, range(3))
+    blocks = [bytes(BLOCK_BYTES), bytes(num_bytes), bytes(BLOCK_BYTES)]
+    channel.waiting[1, 5] += [opening(3), *blocks]
+    carry(mover, transfer)
+    assert transfer.reason == "size" and not channel.waiting[1, 5]
+
+
+@pytest.mark.parametrize("data", [b"", bytes(BLOCK_BYTES), opening(3)[:-1], b"x" + opening(3)[1:]])
+def test_blocks_without_an_opening_are_our_bug(channel, data):
+    mover = BlockMover(channel)
+    mover.drain(1, 5, 3)
+    channel.waiting[1, 5].append(data)
+    with pytest.raises(AssertionError, match="without an opening"):
+        mover.progress()
 
 
 def test_the_arena_stays_while_blocks_are_under_way(channel, mover):
@@ -171,7 +195,7 @@ def test_the_arena_stays_while_blocks_are_under_way(channel, mover):
     mover.receive(1, 5, [0])
     with pytest.raises(AssertionError, match="under way"):
         mover.attach(None)
-    channel.waiting[1, 6] += [b"xyz", bytes(pack(1, (), BLOCK_BYTES))]
+    channel.waiting[1, 6] += [opening(1, 3), b"xyz"]
     mover.progress()
 
 
@@ -186,7 +210,7 @@ def test_closing_gives_up_every_receive(channel, mover):
     assert transfer.done and transfer.failed and not mover.busy
 
 
-# --- checksums and trailers ----------------------------------------------------------------------
+# --- checksums and openings ----------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -196,15 +220,16 @@ def checking(channel, arena):
     return mover
 
 
-def test_the_trailer_tells_the_checksum_of_every_block_as_it_was_when_it_was_sent(
+def test_the_last_message_tells_the_checksum_of_every_block_as_it_was_when_it_was_sent(
     channel, checking, arena
 ):
     arena.fill(3)
     expected = tuple(checksum(memoryview(arena.blocks[i])) for i in (5, 2, 9))
     transfer = checking.send(1, 5, [5, 2, 9])
     arena.blocks[:] = 0
-    *_, last = channel.pending("send")
-    assert unpack(ctypes.string_at(last.address, last.num_bytes)) == (3, expected)
+    first, *_, last = [ctypes.string_at(r.address, r.num_bytes) for r in channel.pending("send")]
+    assert unpack_opening(first) == Opening(3, BLOCK_BYTES, True)
+    assert last == pack_numbers(expected)
     for request in channel.pending("send"):
         request.done = True
     checking.progress()
@@ -215,32 +240,30 @@ def test_checked_sends_are_posted_a_window_at_a_time(channel, checking):
     checking.send(1, 5, range(16))
     checking.send(2, 5, range(16))
     posted = [request.peer for request in channel.pending("send")]
-    assert posted.count(1) == WINDOW and posted.count(2) == 16 + 1
+    assert posted.count(1) == 1 + WINDOW and posted.count(2) == 1 + 16
 
 
 @pytest.mark.parametrize("wrong", [0, 1, 2, "none"])
 def test_a_wrong_or_missing_checksum_fails_the_transfer(channel, checking, wrong):
     sums = [checksum(memoryview(bytes([i + 1]) * BLOCK_BYTES)) for i in range(3)]
     if wrong == "none":
-        sums = []
+        sums = None
     else:
         sums[wrong] ^= 1
     transfer = checking.receive(1, 5, range(3))
-    arrive(channel, 1, 5, 3, trailer=False)
-    channel.waiting[1, 5].append(bytes(pack(3, sums, BLOCK_BYTES)))
+    arrive(channel, 1, 5, 3, sums=sums)
     carry(checking, transfer)
     assert transfer.reason == "checksum"
 
 
 def test_who_does_not_check_takes_checksums_all_the_same(channel, mover):
     transfer = mover.receive(1, 5, range(3))
-    arrive(channel, 1, 5, 3, trailer=False)
-    channel.waiting[1, 5].append(bytes(pack(3, [0, 0, 0], BLOCK_BYTES)))
+    arrive(channel, 1, 5, 3, sums=[0, 0, 0])
     carry(mover, transfer)
-    assert not transfer.failed
+    assert not transfer.failed and not channel.waiting[1, 5]
 
 
-@pytest.mark.parametrize("num_blocks", [0, 1, 2, WINDOW + 2])
+@pytest.mark.parametrize("num_blocks", [1, 2, WINDOW + 2])
 def test_a_stream_that_ends_early_is_truncated_and_nothing_stays_posted(channel, mover, num_blocks):
     transfer = mover.receive(1, 5, range(WINDOW + 3))
     arrive(channel, 1, 5, num_blocks)
@@ -260,8 +283,10 @@ def test_a_stream_that_goes_on_is_taken_in_to_its_end(channel, mover, arena):
 
 def test_a_peer_lost_while_a_stream_goes_on_ends_it(channel, mover):
     transfer = mover.receive(1, 5, range(3))
-    arrive(channel, 1, 5, 7, trailer=False)
-    mover.progress()
+    arrive(channel, 1, 5, 7)
+    channel.waiting[1, 5].pop()
+    for _ in range(20):
+        mover.progress()
     assert not transfer.done
     channel.lost.add(1)
     mover.forget(1)
@@ -278,13 +303,9 @@ def test_tags_that_the_channel_cannot_tell_apart_keep_their_order(channel, mover
     assert arena.blocks[15, 0] == 31 and not first.failed and not second.failed
 
 
-def test_a_trailer_is_never_mistaken_for_a_block():
-    whole = bytes(pack(3, (1, 2, 3), 0))
-    for data in (b"", bytes(32), whole[:-1], b"x" + whole[1:], whole + bytes(8)):
-        assert unpack(data) is None
-    assert unpack(pack(2, (7, 2**64 - 1), 0)) == (2, (7, 2**64 - 1))
-    assert len(pack(3, (1, 2, 3), len(whole))) != len(whole)
-    assert unpack(pack(3, (1, 2, 3), len(whole))) == unpack(whole)
+def test_an_opening_comes_back_as_it_was_packed():
+    for opening in (Opening(3, 10, False), Opening(2, 10, True, 7, (2**64 - 1, 5))):
+        assert unpack_opening(opening.pack()) == opening
 
 
 # --- staging -------------------------------------------------------------------------------------
@@ -316,13 +337,13 @@ def test_staged_sends_keep_to_a_window_and_carry_the_right_bytes(channel, staged
     arena.fill(7)
     sent, transfer = [], staged.send(1, 5, range(15, -1, -1))
     while not transfer.done:
-        assert 0 < len(channel.pending("send")) <= WINDOW + 1  # the trailer needs no slot
+        assert 0 < len(channel.pending("send")) <= WINDOW + 1  # the opening needs no slot
         for request in channel.pending("send"):
             sent.append(ctypes.string_at(request.address, request.num_bytes))
             request.done = True
         staged.progress()
-    assert sent[:-1] == [arena.blocks[i].tobytes() for i in range(15, -1, -1)]
-    assert unpack(sent[-1]) == (16, ())
+    assert unpack_opening(sent[0]) == Opening(16, BLOCK_BYTES, False)
+    assert sent[1:] == [arena.blocks[i].tobytes() for i in range(15, -1, -1)]
     assert len(copies.slots) <= 2 * WINDOW
 
 
@@ -340,7 +361,8 @@ def test_a_block_is_sent_once_its_copy_is_done_and_others_are_copied_meanwhile(
 ):
     copies.slow = True
     transfer = staged.send(1, 5, range(16))
-    assert len(copies.copying) == WINDOW and not channel.pending("send")
+    assert len(copies.copying) == WINDOW and len(channel.pending("send")) == 1  # the opening
+    channel.pending("send")[0].done = True
     first = copies.copying.pop(0)
     staged.progress()
     assert [request.address for request in channel.pending("send")] == [first]

@@ -1,11 +1,12 @@
+import os
 import threading
 import time
 
 import pytest
 
 from mellmpi.transport.carrier import Carrier
+from mellmpi.transport.framing import Opening
 from mellmpi.transport.lanes import InPlace
-from mellmpi.transport.trailer import pack
 from tests.transport.conformance import LIMIT_S, HostArena
 from tests.transport.fakes import FakeChannel
 
@@ -43,7 +44,7 @@ def carrier(channel, endings):
 
 def arrive(channel, num_blocks):
     data = [bytes([i + 1]) * BLOCK_BYTES for i in range(num_blocks)]
-    channel.waiting[1, 5] += [*data, bytes(pack(num_blocks, (), BLOCK_BYTES))]
+    channel.waiting[1, 5] += [bytes(Opening(num_blocks, BLOCK_BYTES, False).pack()), *data]
 
 
 def test_blocks_arrive_though_the_main_thread_only_waits(carrier, channel, endings):
@@ -70,6 +71,20 @@ def test_a_thread_leaves_blocks_to_a_main_thread_that_attends(carrier, channel, 
     carrier.attend(False)
     endings.wait()
     assert transfer.done
+
+
+def test_the_thread_reads_while_the_main_one_attends_and_tells_it(carrier, channel, endings):
+    there = HostArena(8, BLOCK_BYTES)
+    addresses = tuple(there.address + i * BLOCK_BYTES for i in range(8))
+    carrier.attend(True)
+    carrier.receive(1, 5, range(8))
+    opening = Opening(8, BLOCK_BYTES, False, os.getpid(), addresses)
+    channel.waiting[1, 5].append(bytes(opening.pack()))
+    with carrier._driving:  # as if the main thread were busy with one piece
+        carrier._round(carrier._moves)
+        carrier._asked.set()
+        endings.wait()
+    assert not carrier._reads
 
 
 def test_the_arena_may_go_once_all_has_ended_and_not_before(carrier, channel, endings):

@@ -62,7 +62,10 @@ def test_in_a_round_no_host_talks_to_two_others_and_all_pairs_meet_once(num_host
 
 @pytest.mark.parametrize("flags", ["FLAGS", "OVER_TCP", "WITHOUT_CMA"])
 def test_mpi_ranks_measure_all_pairs_of_hosts(flags, tmp_path):
-    outcome = run_job(5, "tests.mpi.links", directory=tmp_path, flags=getattr(harness, flags))
+    args = [] if flags == "FLAGS" else ["messages"]
+    outcome = run_job(
+        5, "tests.mpi.links", *args, directory=tmp_path, flags=getattr(harness, flags)
+    )
     assert outcome.returncode == 0, outcome.output
     expected = [[0, 1], [0, 2], [1, 0], [1, 2], [2, 0], [2, 1], [2, 2]]
     assert outcome.verdicts[0]["pairs"] == expected, outcome.output

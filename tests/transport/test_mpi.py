@@ -5,9 +5,11 @@ from tests.mpi.harness import run_job
 from tests.transport.conformance import SCENARIOS
 
 
-@pytest.fixture(scope="module", params=["FLAGS", "OVER_TCP", "WITHOUT_CMA", "FLAGS steps"])
+@pytest.fixture(scope="module", params=[
+    "FLAGS", "FLAGS steps", "FLAGS messages", "OVER_TCP messages", "WITHOUT_CMA messages steps",
+])  # fmt: skip
 def conformance(request, tmp_path_factory):
-    """With "steps", blocks move in the main thread alone."""
+    """With "steps", blocks move in the main thread alone; else with "messages", by messages."""
     flags, *args = request.param.split()
     directory = tmp_path_factory.mktemp("conformance")
     return run_job(
@@ -27,12 +29,13 @@ def test_the_job_ends_by_itself_though_transfers_were_left_open(conformance):
     assert [verdict["ended"] for verdict in conformance.verdicts] == [[True, True]] * 4
 
 
-@pytest.fixture(scope="module", params=["FLAGS", "OVER_TCP"])
+@pytest.fixture(scope="module", params=["FLAGS", "FLAGS messages", "OVER_TCP messages"])
 def loss(request, tmp_path_factory):
-    flags = getattr(harness, request.param)
+    name, *args = request.param.split()
+    flags = getattr(harness, name)
     for _ in range(3):
         directory = tmp_path_factory.mktemp("loss")
-        outcome = run_job(5, "tests.mpi.lost_worker", directory=directory, flags=flags)
+        outcome = run_job(5, "tests.mpi.lost_worker", *args, directory=directory, flags=flags)
         # Open MPI 5.0.11 over TCP crashes in an MPI_Isend that comes just when it takes down the
         # connection to the dead: once in a dozen runs, under load, and it shows by these names.
         if not ("Segmentation fault" in outcome.output and "mca_pml_ob1_isend" in outcome.output):
