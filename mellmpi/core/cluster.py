@@ -54,13 +54,14 @@ class ClusterScheduler:
         self.ring = Ring(self.fleet)
         self._lost: set[int] = set()
         self._next_tick_s = 0.0
+        self._stirred_s = 0.0  # the last event, or command of a tick
         self._ticked = False  # since somebody who waits was tried last
 
     def handle(self, source: Address, event: Any, now: float) -> Commands:
         """Apply one event; return what must be sent because of it."""
         if source in self._lost:
             return []  # whatever it did has been given to others
-        self.fleet.view.now = now
+        self.fleet.view.now = self._stirred_s = now
         match event:
             case StepReport():
                 return self._reported(int(source), event)
@@ -97,14 +98,26 @@ class ClusterScheduler:
         return self.fleet.take()
 
     def tick(self, now: float) -> Commands:
-        """Let the policy act, at most once in `rebalance_every_s`."""
-        if now < self._next_tick_s:
+        """Let the policy act, at most once in `rebalance_every_s`, as long as it may want to."""
+        if now < self._next_tick_s or self.at_rest(now):
             return []
         self._next_tick_s = now + self.config.rebalance_every_s
         self._ticked = True
-        view = self.fleet.view
-        view.now, view.waiting_bytes = now, self.queue.kv_bytes
+        self.fleet.view.now = now
         self.fleet.tick(now)
+        self._round()
+        if self.fleet.out:
+            self._stirred_s = now
+        return self.fleet.take()
+
+    def at_rest(self, now: float) -> bool:
+        """There are no requests, and who was to be parked has been: only an event ends it."""
+        parked_s = self.config.park_after_s + 2 * self.config.rebalance_every_s
+        return not self.records and now - self._stirred_s > parked_s
+
+    def _round(self) -> None:
+        view = self.fleet.view
+        view.waiting_bytes = self.queue.kv_bytes
         self._enact(self.policy.rebalance(view))
         for worker in self.fleet.ledger.workers(WorkerState.DRAINING):
             self.fleet.park(worker)
@@ -114,7 +127,6 @@ class ClusterScheduler:
         if view.cost.wake_s:  # who was made to wait for room may have waited long enough
             for record in self.queue.heads():
                 self._wake_for(record.request.model)
-        return self.fleet.take()
 
     # --- a request comes and goes ---------------------------------------------------------------
 

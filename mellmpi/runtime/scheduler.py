@@ -10,6 +10,9 @@ from mellmpi.protocol import FRONT, OBSERVER, Address, Stop
 from mellmpi.transport.base import Transport
 
 
+AT_REST_S = 1.0  # longest sleep where the policy has nothing to look at
+
+
 class Front(Protocol):
     """Where requests come from and answers go."""
 
@@ -64,7 +67,8 @@ class SchedulerLoop:
 
     def wait(self, front: Front | None) -> None:
         """Sleep until something may have come, or the next look of the policy is due."""
-        longest_s = self._scheduler.config.rebalance_every_s
+        at_rest = self._scheduler.at_rest(self._clock())
+        longest_s = AT_REST_S if at_rest else self._scheduler.config.rebalance_every_s
         if front is not None:
             longest_s = min(longest_s, front.due_s(self._clock()))
         self._transport.wait(longest_s)

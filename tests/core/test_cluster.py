@@ -516,6 +516,7 @@ def test_epochs_are_never_used_again(stage):
 
 
 def test_the_policy_is_asked_at_most_once_in_rebalance_every_s(stage):
+    stage.running()
     stage.scheduler.tick(10.0)
     stage.proposals = [ParkWorker(3)]
     assert stage.scheduler.tick(10.9) == []
