@@ -9,7 +9,6 @@ from mellmpi.metrics import Metrics
 from mellmpi.protocol import FRONT, OBSERVER, Address, Stop
 from mellmpi.transport.base import Transport
 
-
 AT_REST_S = 1.0  # longest sleep where the policy has nothing to look at
 
 
