@@ -1,9 +1,12 @@
-"""How long does a request that moves live stand still, and does that depend on its context?
+"""How long does a request that moves live stand still, and how much slower are the others?
 
-    python bench/migration.py [--contexts 256 8000] [--moves 40] [--others 4] [--json FILE]
+    python bench/migration.py [--contexts 256 8000] [--moves 40] [--others 4] [--crowded 1]
+                              [--link 10gbit] [--json FILE]
 
 Pause: last token of the source to first token of the destination, less one normal step of that
-request, in steps. Both workers decode other requests meanwhile. Bars: median 1, 99 % 3.
+request, in steps. Bars: median 1, 99 % 3. Others: what their tokens take during a move, beyond
+what they took just before it. Bar: a tenth, where a core is free: with `--crowded 1` only worker 1
+decodes others, and worker 2 leaves most of its core.
 """
 
 import argparse
@@ -28,21 +31,30 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "pause_ms": round(1e3 * float(np.median([row["pause_s"] for row in moved])), 2),
         "took_ms": round(1e3 * float(np.median([row["took_s"] for row in moved])), 2),
         "downtime_steps": found,
+        "others_slower": {"source": slower(moved, "src"), "destination": slower(moved, "dst")},
         "holds": all(found[name] <= bar for name, bar in BARS.items()),
     }  # fmt: skip
+
+
+def slower(rows: list[dict[str, Any]], end: str) -> float | None:
+    """How much longer a token of the others takes during a move: median of the moves."""
+    pairs = [row[f"others_{end}"] for row in rows if row[f"others_{end}"]]
+    return round(float(np.median([b / a - 1 for a, b in pairs])), 3) if pairs else None
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--contexts", type=int, nargs="+", default=[256, 8000])
     parser.add_argument("--moves", type=int, default=40, help="of each context")
-    parser.add_argument("--others", type=int, default=4, help="requests decoded by each worker")
+    parser.add_argument("--others", type=int, default=4, help="requests decoded meanwhile")
+    parser.add_argument("--crowded", type=int, nargs="+", default=[1, 2], help="workers of others")
     parser.add_argument("--link", choices=LINKS, default="shm")
     parser.add_argument("--mode", choices=("transfer", "split"), default="transfer")
     add_json_option(parser)
     args = parser.parse_args()
     rounds = max(1, args.moves // ROUND)
-    rows = run(args.link, args.contexts, [args.mode] * ROUND, rounds, args.others)
+    rows = run(args.link, args.contexts, [args.mode] * ROUND, rounds, args.others,
+               crowded=tuple(args.crowded))  # fmt: skip
     results = {
         str(context): summary([row for row in rows if row["context"] == context])
         for context in args.contexts

@@ -36,21 +36,22 @@ TOKEN_BYTES = 2 * 4 * 16 * 64 * 4  # of KV, in float32
 ARENA_TOKENS = 20_000
 LONG = 1024  # tokens: a request that hardly grows while it is measured
 OTHERS_TOKENS = 800  # at the most, of a request that is only decoded meanwhile
-SETTLE_TOKENS = 3  # before each move
+SETTLE_TOKENS = 12  # before each move: they say what a step takes
 LIMIT_S = 60.0  # for anything to happen
 
 # --- in the benchmark's own process --------------------------------------------------------------
 
 
 def run(link: str, contexts: list[int], modes: list[str | None], repeats: int,
-        others: int = 0, rates: dict[int, str] | None = None) -> list[dict[str, Any]]:  # fmt: skip
+        others: int = 0, rates: dict[int, str] | None = None,
+        crowded: tuple[int, ...] = (1, 2)) -> list[dict[str, Any]]:  # fmt: skip
     """One row a move, over this link; modes in turn, since the load of the host changes.
 
-    others  requests that each worker decodes meanwhile
-    rates   of the link between the two hosts from this repeat on, such as "1gbit"
+    others   requests that each crowded worker decodes meanwhile
+    rates    of the link between the two hosts from this repeat on, such as "1gbit"
     """
     job = {"contexts": contexts, "modes": modes, "repeats": repeats, "others": others,
-           "rates": rates or {}}  # fmt: skip
+           "crowded": crowded, "rates": rates or {}}  # fmt: skip
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         (directory / "config.json").write_text(json.dumps(SHAPE))
@@ -74,6 +75,7 @@ def run(link: str, contexts: list[int], modes: list[str | None], repeats: int,
         stamps = {w: json.loads((directory / f"tokens{w}.json").read_text()) for w in (1, 2)}
     for row in rows:
         row |= _pause(row, stamps)
+        row |= {f"others_{end}": _others(row, stamps, row[end]) for end in ("src", "dst")}
     return rows
 
 
@@ -88,6 +90,20 @@ def _pause(row: dict[str, Any], stamps: dict[int, list[Any]]) -> dict[str, float
     steps = [b - a for a, b in pairwise(before)]
     step_s = statistics.median(steps[-20:]) if steps else 0.0
     return {"pause_s": first - before[-1], "step_s": step_s}
+
+
+def _others(row: dict[str, Any], stamps: dict[int, list[Any]], worker: int) -> list[float]:
+    """Seconds a token of all others there: before the move, and during it; empty: no others.
+
+    Before: since the request that moves had its first token, prefill being over.
+    """
+    ready_s = min(at for request, at in stamps[row["src"]] if request == row["request"])
+    times = sorted({at for request, at in stamps[worker] if request != row["request"]})
+    steps = [(a, b - a) for a, b in pairwise(times)]
+    began_s, ended_s = row["began_s"], row["began_s"] + row["took_s"]
+    before = [step_s for at, step_s in steps if ready_s <= at < began_s][-SETTLE_TOKENS:]
+    during = [step_s for at, step_s in steps if began_s <= at < ended_s]
+    return [statistics.mean(before), statistics.mean(during)] if before and during else []
 
 
 # --- on the ranks --------------------------------------------------------------------------------
@@ -264,7 +280,7 @@ def lead(transport: Any, directory: Path, job: dict[str, Any]) -> None:
     mover = Mover(transport)
     ledger = mover.scheduler.fleet.ledger
     mover.until(lambda: len(ledger.workers(WorkerState.ACTIVE)) == 2)
-    others = [mover.decoded(1 + i % 2) for i in range(2 * job["others"])]
+    others = [(mover.decoded(w), w) for w in job["crowded"] for _ in range(job["others"])]
     for context in (512, 2048) * 2:
         mover.round(context, ["transfer", "recompute", "split"])
     rows = []
@@ -272,7 +288,7 @@ def lead(transport: Any, directory: Path, job: dict[str, Any]) -> None:
         for turn in range(job["repeats"]):
             if (rate := job["rates"].get(str(turn))) is not None:
                 subprocess.run([str(HERE / "two_hosts.sh"), "rate", rate], check=True)
-            others = [mover.kept_small(r, 1 + i % 2) for i, r in enumerate(others)]
+            others = [(mover.kept_small(r, w), w) for r, w in others]
             # Another one begins: each way goes in both directions.
             first = turn % len(job["modes"])
             rows += mover.round(context, job["modes"][first:] + job["modes"][:first])
