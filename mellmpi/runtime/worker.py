@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 REPORT_EVERY_S = 0.02  # the scheduler hears of tokens at most so much later
 FEW_BLOCKS = 4  # to receive: nothing else may be missing of a sequence that has stopped elsewhere
 PATIENCE = 0.25  # of a step they are waited for: missing the next one would cost a whole step
+PATIENCE_S = 0.02  # at most, after a step that prefilled
 IDLE_S = 1.0  # longest sleep with nothing to do; whatever comes ends it
 
 
@@ -171,7 +172,7 @@ class Worker:
     def _await_stopped(self) -> None:
         """Give what has stopped elsewhere a moment to come in before the next step begins."""
         awaited = [transfer for epoch, transfer in self._few if epoch in self._stopped]
-        stop_s = self._clock() + self._patience * self._last_step_s
+        stop_s = self._clock() + min(self._patience * self._last_step_s, PATIENCE_S)
         while any(not t.done for t in awaited) and (left := stop_s - self._clock()) > 0:
             self._transport.wait(left)
             self._transport.progress()
