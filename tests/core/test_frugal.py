@@ -7,7 +7,8 @@ import pytest
 
 from mellmpi.core.ledger import WorkerState
 from mellmpi.core.policies import POLICIES
-from mellmpi.core.policies.frugal_fleet import growth_Bps, leaves
+from mellmpi.core.policies.frugal_drain import FLEET_S, LOOKS
+from mellmpi.core.policies.frugal_fleet import PAID_S, PRICE, growth_Bps, leaves, price
 from mellmpi.core.view import Drain, Move
 from tests.core.views import view
 
@@ -124,10 +125,42 @@ def test_what_has_just_given_something_away_is_neither_filled_nor_emptied_in_the
 
 def test_the_fleet_keeps_its_time_through_all_that_is_emptied_in_a_round():
     v = view(*[[3]] * 7, growth=10.0)
-    v.thrift = 0.75
+    v.thrift = 1.0
     drained = [p.worker for p in FRUGAL.rebalance(v) if isinstance(p, Drain)]
     spare = 200 * (7 - len(drained)) - 7 * (30 + 5)
-    assert spare >= 70 * (1.0 + 2 * v.cost.wake_s) > spare - 200  # 70 B/s; FLEET_S is 1 s now
+    assert spare >= 70 * (FLEET_S / 4 + 2 * v.cost.wake_s) > spare - 200  # 70 B/s
+
+
+def test_only_with_room_to_spare_is_the_next_one_looked_at_where_one_cannot_be_emptied():
+    def emptied(others, thrift=0.5):
+        v = view([9], [5, 5], others, others)  # the first one's request fits nowhere
+        v.cost, v.thrift = replace(v.cost, wake_s=0.0), thrift
+        return [p.worker for p in FRUGAL.rebalance(v) if isinstance(p, Drain)]
+
+    assert (
+        emptied([6, 6]) == [2] and emptied([7, 6]) == []
+    )  # 335 and 315 bytes; 1.6 · 200 are asked
+    assert emptied([7, 6], thrift=0.6) == [2] and emptied([6, 6], thrift=0.4) == []
+
+
+def test_no_more_than_a_few_that_cannot_be_emptied_are_looked_at():
+    def emptied(stuck):
+        v = view(*[[1]] * stuck, [5, 5], *[[6, 6]] * 4)
+        v.cost, v.thrift = replace(v.cost, wake_s=0.0), 1.0
+        v.requests.movable[v.requests.worker <= stuck] = False
+        return [p.worker for p in FRUGAL.rebalance(v) if isinstance(p, Drain)]
+
+    assert emptied(LOOKS - 1) and not emptied(LOOKS)
+
+
+def test_what_ends_soon_is_hardly_worth_moving():
+    v = view([1], answer_tokens=100.0)
+    v.token_rate = 1e-9
+    long = price(v, 1)
+    v.token_rate = 100.0 / PAID_S
+    assert price(v, 1) == pytest.approx(2 * long) and long == pytest.approx(PRICE / 200)
+    v.token_rate = 0.0
+    assert price(v, 1) == pytest.approx(long)
 
 
 def test_growth_is_that_of_what_is_there_now_as_soon_as_the_rate_is_known():

@@ -3,12 +3,21 @@
 import numpy as np
 
 from mellmpi.core.ledger import WorkerState
-from mellmpi.core.policies.frugal_fleet import PRICE, Fleet, least_s, scale, sizes, strain_of
+from mellmpi.core.policies.frugal_fleet import (
+    Fleet,
+    least_s,
+    price,
+    scale,
+    sizes,
+    strain_of,
+)
 from mellmpi.core.policies.kernels import emptied, relief
 from mellmpi.core.view import Drain, Move, Proposal, View
 
-FLEET_S = 2.0  # no worker is emptied unless the others keep so much time to overflow, together
+FLEET_S = 1.75  # no worker is emptied unless the others keep so much time to overflow, together
 WAKES = 2  # both there and on each of them, time for so many wakes is kept besides
+FURTHER = 0.6  # with so many workers' room more, one more is looked at where one cannot be emptied
+LOOKS = 4  # but no more than these
 
 
 def go_on_draining(view: View, fleet: Fleet) -> list[Proposal]:
@@ -45,9 +54,10 @@ def drain(view: View, fleet: Fleet) -> list[Proposal]:
     keep_s = scale(view) * FLEET_S + WAKES * view.cost.wake_s
     spare, keep = fleet.room[busy].sum(), keep_s * fleet.growth[busy].sum()
     proposals: list[Proposal] = []
-    failed, tries = 0, max(1, round(1 / scale(view)))  # thrift looks further, too
+    failed = 0
     for victim in np.argsort(held, kind="stable")[: int(busy.sum())].tolist():
-        if failed == tries or spare - workers.capacity[victim] < keep:
+        further = 1 + failed * FURTHER * scale(view)
+        if failed == LOOKS or spare - further * workers.capacity[victim] < keep:
             break
         took = fleet.seats[victim] != workers.max_requests[victim] - workers.num_requests[victim]
         rows = None if fleet.gave[victim] or took else fleet.settled(view, victim)
@@ -65,11 +75,10 @@ def _empty(view: View, fleet: Fleet, victim: int, rows: np.ndarray) -> list[Prop
     order = np.argsort(-size, kind="stable")
     dst = np.zeros(len(rows), np.int64)
     keep_s = least_s(view) + WAKES * view.cost.wake_s
-    price = PRICE / float(view.workers.capacity[victim])
     fleet.takes[victim] = False
     if not emptied(size[order], grow[order], model[order], view.workers.runs, fleet.room,
                    fleet.growth, fleet.leaving, fleet.seats, fleet.takes, victim, fleet.leaves,
-                   price, keep_s, strain_of(view), dst):  # fmt: skip
+                   price(view, victim), keep_s, strain_of(view), dst):  # fmt: skip
         fleet.takes[victim] = True
         return []
     ids = view.requests.request_id[rows[order]]

@@ -12,10 +12,11 @@ SPREAD = 4.0  # thrift 0 keeps so many times as much time, thrift 1 so many time
 URGENCY = 2.0  # of one that overflows now, against 1 for one that is almost empty
 URGENT_S = 5.5  # an overflow so far away counts 1/e of that
 IDLE_S = 8.5  # room for so many seconds of growth counts 1 - 1/e
-LEAVING = 2.7  # an end of a request is worth so many times its mean rate
-PRICE = 1.7  # strain, for moving as much as a worker can hold
+LEAVING = 2.0  # an end of a request is worth so many times its mean rate
+PRICE = 1.7  # strain, for moving as much as a worker can hold, of answers that last long;
+PAID_S = 1.0  # of those that last so many seconds, twice as much
 LEAST_S = 0.5  # nothing is put where it leaves less time to overflow
-LEAD_TICKS = 1.2  # relief comes so many rounds before the overflow, and what a transfer takes
+LEAD_TICKS = 1.05  # relief comes so many rounds before the overflow, and what a transfer takes
 
 
 def strain_of(view: View) -> tuple[float, float, float]:
@@ -35,7 +36,18 @@ def least_s(view: View) -> float:
 
 def leaves(view: View) -> float:
     """Ends a second that a request adds to its worker, by the mean of those that ended lately."""
-    return LEAVING * view.token_rate / max(view.lengths.mean_output(view.answer_tokens), 1.0)
+    return LEAVING / answer_s(view)
+
+
+def answer_s(view: View) -> float:
+    """Seconds that an answer takes, by the mean of those that ended lately; inf: not known yet."""
+    tokens = max(view.lengths.mean_output(view.answer_tokens), 1.0)
+    return tokens / view.token_rate if view.token_rate > 0 else np.inf
+
+
+def price(view: View, worker: int) -> float:
+    """Strain a byte that leaves this worker: what ends soon is hardly worth moving."""
+    return PRICE * (1 + PAID_S / answer_s(view)) / float(view.workers.capacity[worker])
 
 
 def growth_Bps(view: View) -> np.ndarray:

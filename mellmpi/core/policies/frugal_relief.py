@@ -6,9 +6,9 @@ from mellmpi.core.ledger import WorkerState
 from mellmpi.core.policies.frugal_fleet import (
     LEAD_TICKS,
     LEAVING,
-    PRICE,
     Fleet,
     least_s,
+    price,
     sizes,
     strain_of,
 )
@@ -86,10 +86,9 @@ def _best(view: View, fleet: Fleet, worker: int, rows: np.ndarray, keep_s: float
     """(row, destination) that leaves least strain and the destination so much time."""
     may = fleet.accepting(view) if may is None else may
     may[worker] = False
-    price = PRICE / float(view.workers.capacity[worker])
     i, dst = relief(*sizes(view, rows), view.workers.runs, fleet.room, fleet.growth,
-                    fleet.leaving, may, worker, fleet.leaves, price, keep_s,
-                    strain_of(view))  # fmt: skip
+                    fleet.leaving, may, worker, fleet.leaves, price(view, worker),
+                    keep_s, strain_of(view))  # fmt: skip
     return (int(rows[i]), int(dst)) if dst else None
 
 
