@@ -180,9 +180,11 @@ class Worker:
         self._stopped.clear()
 
     def _finish_transfers(self) -> bool:
-        done = [entry for entry in self._transfers if entry[0].done]
-        if done:
-            self._transfers = [entry for entry in self._transfers if not entry[0].done]
+        # Looked at once: a transfer may end at any moment, and must be in one of the two.
+        under_way, done = [], []
+        for entry in self._transfers:
+            (done if entry[0].done else under_way).append(entry)
+        self._transfers = under_way
         for transfer, event in done:
             if event is not None:
                 self._route(self._batch.handle(DATA_PLANE, event(transfer)))

@@ -1,10 +1,13 @@
 """The real loops and the real local transport, with an engine whose tokens prove the KV right."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from mellmpi.protocol import ROUNDS, Assign, KvPayload, ReceiveKv, SendKv, StepReport
 from mellmpi.runtime import worker as worker_module
 from mellmpi.sim.executor import expected_outputs
+from mellmpi.transport.base import Transfer
 from tests.runtime.cell import ListFront, hashing, request
 
 REQUESTS = [request(i, num_prompt=3 + i % 7, max_tokens=10 + 5 * (i % 9)) for i in range(40)]
@@ -94,6 +97,33 @@ def test_what_a_source_had_produced_when_it_stopped_is_reported_at_once(silent):
     worker.turn()
     [report] = told(rank0, StepReport)
     assert 1 in report.request_ids
+
+
+class EndsWhenLookedAtTwice(Transfer):
+    """As it may with a thread that carries blocks: between any two looks of the main thread."""
+
+    looks = 0
+
+    @property
+    def done(self):
+        self.looks += 1
+        return self.looks > 1
+
+    @done.setter
+    def done(self, value):
+        pass
+
+
+def test_a_transfer_that_ends_while_others_are_finished_is_not_forgotten(silent):
+    worker, _, _ = silent
+    ended, ends = Transfer(), EndsWhenLookedAtTwice()
+    ended.end()
+    heard = []
+    worker._batch = SimpleNamespace(handle=lambda source, event: heard.append(event) or [])
+    worker._transfers = [(ended, lambda _: "first"), (ends, lambda _: "second")]
+    worker._finish_transfers()
+    worker._finish_transfers()
+    assert heard == ["first", "second"] and worker._transfers == []
 
 
 def test_the_first_token_of_what_has_arrived_is_reported_at_once(silent):
