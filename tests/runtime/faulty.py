@@ -1,7 +1,8 @@
-"""mellmpi on a bad wire: `python -m tests.runtime.faulty ARGS…`, as `python -m mellmpi ARGS…`.
+"""mellmpi on a bad wire: `python -m tests.runtime.faulty WIRE ARGS…`, as `python -m mellmpi ARGS…`.
 
 Of the blocks, streams and headers on their way between workers every seventh is hit, the first one
-among them: a bit flips, a stream ends too early, a header claims another layout.
+among them: a bit flips, a stream ends too early, a header claims another layout. WIRE is "memory",
+as it is within a host, or "messages".
 """
 
 import itertools
@@ -12,9 +13,9 @@ from typing import Any
 
 from mellmpi.cli import main
 from mellmpi.protocol import KvPayload
+from mellmpi.transport import reading, receiving
 from mellmpi.transport.endpoint import Endpoint
-from mellmpi.transport.lanes import bytes_at
-from mellmpi.transport.moves import Message, Receiving
+from mellmpi.transport.framing import checksum
 
 EVERY = 7
 
@@ -27,14 +28,13 @@ def every() -> Callable[[], bool]:
 
 def bit_flip(is_hit: Callable[[], bool]) -> None:
     """A bit of a block that has come is not as it was sent."""
-    finish = Receiving._finish
 
-    def flipping(self: Receiving, message: Message) -> None:
-        if message.block_id is not None and is_hit():
-            bytes_at(message.address, message.num_bytes)[3] ^= 1
-        finish(self, message)
+    def flipped(data: memoryview) -> int:
+        if is_hit():
+            data[3] ^= 1
+        return checksum(data)
 
-    Receiving._finish = flipping  # type: ignore[method-assign]
+    receiving.checksum = reading.checksum = flipped
 
 
 def truncation(is_hit: Callable[[], bool]) -> None:
@@ -61,6 +61,8 @@ def fingerprint(is_hit: Callable[[], bool]) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv.pop(1) == "messages":
+        reading.Proof.holds = lambda packed: False  # type: ignore[method-assign]
     for plant in (bit_flip, truncation, fingerprint):
         plant(every())
     sys.exit(main())

@@ -113,23 +113,32 @@ class OtherLayout(HashEngine):
 # --- under mpirun, as a user starts it -----------------------------------------------------------
 
 
-def run(num_ranks, module, directory, *args):
-    """(answers, report) of the requests in directory/in.jsonl"""
-    out, report = directory / f"{module}.jsonl", directory / f"{module}.json"
+def run(num_ranks, directory, requests, *args, module="mellmpi", wire=()):
+    """(answers, report)"""
+    out, report = directory / "out.jsonl", directory / "report.json"
     done = Run(
-        num_ranks, "run-batch", "-i", str(directory / "in.jsonl"), "-o", str(out), "--report",
-        str(report), *TINY, *args, directory=directory, module=module,
+        num_ranks, *wire, "run-batch", "-i", str(requests), "-o", str(out), "--report", str(report),
+        *TINY, "--dtype", "bfloat16", *args, directory=directory, module=module,
     ).wait()  # fmt: skip
     assert done.code == 0, done.err
     return answers(out), json.loads(report.read_text())
 
 
-def test_between_processes_all_of_it_is_noticed_and_changes_no_token(tmp_path):
-    write_requests(tmp_path / "in.jsonl", 48, longest=160)
-    expected, _ = run(1, "mellmpi", tmp_path)
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Requests, and what one process that moves nothing answers."""
+    directory = tmp_path_factory.mktemp("undisturbed")
+    write_requests(directory / "in.jsonl", 48, longest=160)
+    return directory / "in.jsonl", run(1, directory, directory / "in.jsonl")[0]
+
+
+@pytest.mark.parametrize("wire", ["memory", "messages"])
+def test_between_processes_all_of_it_is_noticed_and_changes_no_token(wire, undisturbed, tmp_path):
+    requests, expected = undisturbed
     # Links are measured by transfers, too: not over a wire like this.
     checked = ("--checksums", "always", "--no-measure-links")
-    found, report = run(4, "tests.runtime.faulty", tmp_path, *STRESS, *checked)
+    found, report = run(4, tmp_path, requests, *STRESS, *checked,
+                        module="tests.runtime.faulty", wire=[wire])  # fmt: skip
     assert found == expected and len(found) == 48
     for outcome in ("failed: checksum", "failed: truncated", "failed: KV layout", "moved"):
         assert report["migration_outcomes"][outcome] > 0, outcome
