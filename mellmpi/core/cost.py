@@ -45,10 +45,6 @@ class CostModel:
         """KV of so many bytes, from one worker to another."""
         return self.link_latency_s + num_bytes / self.link_Bps
 
-    def recompute_s(self, num_tokens: int) -> float:
-        """KV of so many positions, from their tokens."""
-        return num_tokens * self.prefill_token_s
-
     def forward_s(self, prefill_tokens: int, decode_tokens: int) -> float:
         """One pass over so many positions."""
         return (

@@ -12,7 +12,6 @@ COST = CostModel(
 
 def test_estimates_are_sums_of_their_parts():
     assert COST.transfer_s(200) == 5.0
-    assert COST.recompute_s(10) == 5.0
     assert COST.forward_s(prefill_tokens=4, decode_tokens=8) == 6.0
 
 
