@@ -209,10 +209,23 @@ def test_the_peak_forgets_what_was_before_the_first_request():
 # --- migrations ---
 
 
-def test_downtime_runs_from_the_sources_last_report_to_the_destinations_first_token():
+def decoding():
+    """Request 1 came at 0 s; worker 1 reported its first token at 1 s."""
     m = Metrics()
     submit(m, 0.0)
     tokens(m, 1.0, worker=1)
+    return m
+
+
+def transferred(m, start_s, end_s, src, dst):
+    """Request 1 moves, and the destination has all its tokens already."""
+    started(m, start_s, "transfer", src, dst)
+    arrived(m, end_s, worker=dst, n=0)
+    ended(m, end_s, "transfer", src, dst)
+
+
+def test_downtime_runs_from_the_sources_last_report_to_the_destinations_first_token():
+    m = decoding()
     started(m, 1.1, "transfer", 1, 2)
     tokens(m, 1.2, worker=1)
     arrived(m, 1.3, worker=2, n=1)
@@ -227,9 +240,7 @@ def test_downtime_runs_from_the_sources_last_report_to_the_destinations_first_to
 
 @pytest.mark.parametrize("ended_before_first_token", [True, False])
 def test_a_recompute_has_a_downtime_whenever_it_is_announced_as_ended(ended_before_first_token):
-    m = Metrics()
-    submit(m, 0.0)
-    tokens(m, 1.0, worker=1)
+    m = decoding()
     started(m, 1.1, "recompute", 1, 2)
     if ended_before_first_token:
         ended(m, 1.1, "recompute", 1, 2, num_bytes=0)
@@ -241,13 +252,9 @@ def test_a_recompute_has_a_downtime_whenever_it_is_announced_as_ended(ended_befo
 
 
 def test_there_and_back_again_without_a_token_is_one_downtime():
-    m = Metrics()
-    submit(m, 0.0)
-    tokens(m, 1.0, worker=1)
+    m = decoding()
     for src, dst in ((1, 2), (2, 1)):
-        started(m, 1.1, "transfer", src, dst)
-        arrived(m, 1.2, worker=dst, n=0)
-        ended(m, 1.2, "transfer", src, dst)
+        transferred(m, 1.1, 1.2, src, dst)
     tokens(m, 1.7, worker=1)
     tokens(m, 2.7, worker=1)
     assert m.report(3.0)["downtime_ms"] == {"p50": 700.0, "p99": 700.0}
@@ -256,17 +263,13 @@ def test_there_and_back_again_without_a_token_is_one_downtime():
 def test_a_move_before_the_first_token_has_no_downtime():
     m = Metrics()
     submit(m, 0.0)
-    started(m, 1.0, "transfer", 1, 2)
-    arrived(m, 1.2, worker=2, n=0)
-    ended(m, 1.2, "transfer", 1, 2)
+    transferred(m, 1.0, 1.2, 1, 2)
     tokens(m, 1.5, worker=2)
     assert m.report(2.0)["downtime_ms"]["p50"] is None
 
 
 def test_a_move_that_comes_to_nothing_is_failed_and_has_no_downtime():
-    m = Metrics()
-    submit(m, 0.0)
-    tokens(m, 1.0, worker=1)
+    m = decoding()
     started(m, 1.1, "transfer", 1, 2)
     ended(m, 1.2, "transfer", 1, 2, outcome="refused", num_bytes=0)
     tokens(m, 1.3, worker=1)
@@ -277,12 +280,8 @@ def test_a_move_that_comes_to_nothing_is_failed_and_has_no_downtime():
 
 
 def test_a_refused_second_move_does_not_hide_the_first_ones_downtime():
-    m = Metrics()
-    submit(m, 0.0)
-    tokens(m, 1.0, worker=1)
-    started(m, 1.1, "transfer", 1, 2)
-    arrived(m, 1.2, worker=2, n=0)
-    ended(m, 1.2, "transfer", 1, 2)
+    m = decoding()
+    transferred(m, 1.1, 1.2, 1, 2)
     started(m, 1.3, "transfer", 2, 3)
     ended(m, 1.3, "transfer", 2, 3, outcome="refused", num_bytes=0)
     tokens(m, 1.6, worker=2)
@@ -290,12 +289,8 @@ def test_a_refused_second_move_does_not_hide_the_first_ones_downtime():
 
 
 def test_a_preempted_request_waits_and_that_is_not_downtime():
-    m = Metrics()
-    submit(m, 0.0)
-    tokens(m, 1.0, worker=1)
-    started(m, 1.1, "transfer", 1, 2)
-    arrived(m, 1.2, worker=2, n=0)
-    ended(m, 1.2, "transfer", 1, 2)
+    m = decoding()
+    transferred(m, 1.1, 1.2, 1, 2)
     m.command(1.3, p.OBSERVER, p.Preempted(1, 2))
     tokens(m, 9.0, worker=1)
     r = m.report(10.0)
@@ -303,12 +298,8 @@ def test_a_preempted_request_waits_and_that_is_not_downtime():
 
 
 def test_a_destination_lost_before_its_first_token_is_a_recovery_and_no_downtime():
-    m = Metrics()
-    submit(m, 0.0)
-    tokens(m, 1.0, worker=1)
-    started(m, 1.1, "transfer", 1, 2)
-    arrived(m, 1.2, worker=2, n=0)
-    ended(m, 1.2, "transfer", 1, 2)
+    m = decoding()
+    transferred(m, 1.1, 1.2, 1, 2)
     m.observe(1.3, p.SCHEDULER, p.WorkerLost(2))
     tokens(m, 9.0, worker=1)
     assert m.report(10.0)["downtime_ms"]["p50"] is None
