@@ -59,7 +59,8 @@ def cell(rows: list[dict[str, Any]]) -> dict[str, Any]:
     worse = max(s for way, s in known.items() if way != "split")
     return {
         "forced_s": forced, "chosen": mode, "chosen_all": chosen,
-        "chosen_s": median_s(rows, "chosen"), "chosen_over_best": known[mode] / min(known.values()),
+        "chosen_s": median_s(rows, "chosen"),
+        "chosen_over_best": statistics.median(known[m] for m in chosen) / min(known.values()),
         "prediction_error": statistics.median(errors),
         "split_over_better": known["split"] / better if "split" in known else None,
         "near_each_other": worse <= 1.5 * better, "moves": len(rows),
