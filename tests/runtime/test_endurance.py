@@ -1,10 +1,17 @@
-"""A short run of what `python -m tests.runtime.endurance 10000` does at length."""
+"""Short runs of what `python -m tests.runtime.endurance 10000 [--mpi]` does at length."""
 
-from tests.runtime.endurance import endure
+from tests.runtime.endurance import endure, endure_under_mpirun
+
+
+def check(found):
+    assert found["wrong"] == [] and found["checked"] > 50
+    assert not any(found["left"]) and found["in_flight"] == 0, found["left"]
+    assert all(found["moves"][mode] for mode in ("transfer", "recompute", "split"))
 
 
 def test_hundreds_of_moves_in_every_way_with_cancels_change_no_token_and_leak_nothing():
-    found = endure(num_moves=600)
-    assert found["wrong"] == [] and found["checked"] > 50
-    assert not any(found["left"]) and found["in_flight"] == 0
-    assert all(found["moves"][mode] for mode in ("transfer", "recompute", "split"))
+    check(endure(num_moves=600))
+
+
+def test_between_processes_streams_splits_and_cancels_change_no_token_and_leak_nothing():
+    check(endure_under_mpirun(num_moves=300, limit_s=300))
