@@ -133,14 +133,14 @@ def test_the_fleet_keeps_its_time_through_all_that_is_emptied_in_a_round():
 
 def test_only_with_room_to_spare_is_the_next_one_looked_at_where_one_cannot_be_emptied():
     def emptied(others, thrift=0.5):
-        v = view([9], [5, 5], others, others)  # the first one's request fits nowhere
+        v = view([9], [5, 5], *[[6, 6]] * others)  # the first one's request fits nowhere
         v.cost, v.thrift = replace(v.cost, wake_s=0.0), thrift
         return [p.worker for p in FRUGAL.rebalance(v) if isinstance(p, Drain)]
 
     assert (
-        emptied([6, 6]) == [2] and emptied([7, 6]) == []
-    )  # 335 and 315 bytes; 1.6 · 200 are asked
-    assert emptied([7, 6], thrift=0.6) == [2] and emptied([6, 6], thrift=0.4) == []
+        emptied(3) == [2] and emptied(2) == []
+    )  # 405 and 335 bytes; 200 + FURTHER · 200 are asked
+    assert emptied(3, thrift=0.3) == [] and emptied(2, thrift=0.6) == [2]
 
 
 def test_no_more_than_a_few_that_cannot_be_emptied_are_looked_at():
