@@ -323,6 +323,15 @@ def test_without_room_in_a_later_round_that_round_is_drained_and_all_is_given_ba
     assert announce(bench, 2, 7, 1, 30, last=True) == [(DATA_PLANE, DrainBlocks(2, TAG + 2, 1))]
 
 
+def test_without_room_for_its_next_token_it_fails_though_all_blocks_would_fit():
+    """It would be preempted at once; at the source it still has its blocks."""
+    bench = Bench(num_blocks=5)
+    reserve(bench)
+    announce(bench, 0, 0, 4, 17)
+    _, (_, failed) = announce(bench, 1, 4, 1, 20, (5, 6, 7, 8), last=True)
+    assert failed == KvFailed(7, 9, "no room for what it has grown by")
+
+
 def test_a_round_that_arrives_wrong_fails_the_move_and_the_others_are_awaited(bench):
     reserve(bench)
     announce(bench, 0, 0, 4, 17)

@@ -403,3 +403,12 @@ def test_copies_under_way_outlast_a_lost_peer_and_their_slots_are_used_again(
     assert transfer.done and transfer.reason == "peer lost"
     staged.send(2, 5, range(16))
     assert len(copies.slots) == WINDOW
+
+
+def test_closing_gives_up_blocks_that_were_announced_and_do_not_come(channel, mover):
+    transfer = mover.receive(1, 5, range(3))
+    channel.waiting[1, 5].append(opening(3))
+    mover.progress()
+    assert channel.pending("receive") and not transfer.done
+    mover.close()
+    assert transfer.done and transfer.failed

@@ -297,3 +297,13 @@ def test_slots_of_a_device_are_sent_and_not_offered(channel, here):
     mover.attach(Staged(BLOCK_BYTES, Standing(here)))
     mover.send(2, 5, range(3))
     assert unpack_opening(sent(channel)[0][1]).pid is None and len(sent(channel)) == 4
+
+
+def test_closing_gives_up_an_offer_that_nobody_answers(channel, mover):
+    transfer = mover.send(2, 5, range(3))
+    mover.progress()
+    leave(channel)
+    mover.progress()
+    assert not transfer.done
+    mover.close()
+    assert transfer.done and transfer.failed
