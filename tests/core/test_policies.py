@@ -226,9 +226,9 @@ def test_frugal_empties_the_worker_that_holds_least_when_its_requests_fit_elsewh
 
 
 def test_frugal_empties_no_worker_without_room_to_grow_until_another_could_be_woken():
-    # Both grow by 10 B/s, for 2 s and twice the 2 s of waking: 120 bytes are to stay free.
-    assert rebalance(view([5], [2], growth=10.0)) != []
-    assert rebalance(view([6], [2], growth=10.0)) == []
+    # Both grow by 10 B/s, for 1.5 s and twice the 2 s of waking: 110 bytes are to stay free.
+    assert rebalance(view([6], [2], growth=10.0)) != []
+    assert rebalance(view([7], [2], growth=10.0)) == []
 
 
 def test_thrift_keeps_less_room_and_empties_more():
