@@ -12,7 +12,7 @@ from mellmpi.core.cost import least_squares
 FIXED_S = 5e-3  # before anything was measured
 FORGET = 0.85  # weight of the past, a move
 INERTIA = np.array([0.02, 0.2])  # moves that the prior counts as: what is fixed is but a guess
-OUTLIER = 3.0  # times the prediction: more is something else
+OUTLIER = 3.0  # times less than predicted: most of it was already there
 
 
 class Beyond:
@@ -37,7 +37,7 @@ class Beyond:
     def add(self, work_s: float, took_s: float) -> None:
         """A move is over."""
         expected_s = self.took_s(work_s)
-        took_s = min(max(took_s, expected_s / OUTLIER, 1e-6), expected_s * OUTLIER)
+        took_s = max(took_s, expected_s / OUTLIER, 1e-6)
         # Relative to between the two: to what was expected, a slow one would count too much, and
         # to what it took, a change for the worse too little.
         size_s = (expected_s * took_s) ** 0.5

@@ -6,6 +6,7 @@ import pytest
 
 from mellmpi.core.cost import CostModel
 from mellmpi.core.ledger import WorkerState
+from mellmpi.core.links import LOOK_AGAIN_S
 from mellmpi.core.requests import State
 from mellmpi.core.view import Drain, Move, ParkWorker, WakeWorker
 from mellmpi.protocol import (
@@ -614,6 +615,29 @@ def test_a_move_that_succeeded_teaches_what_goes_on_around_it_and_one_that_faile
     stage.now += 3.0
     stage.tell(2, received(record))
     assert estimates.move_s("transfer", (0, 0), 0.0) > 2 * before
+
+
+def test_what_a_move_took_teaches_against_its_work_not_against_what_was_predicted(
+    stage, monkeypatch
+):
+    taught = []
+    monkeypatch.setattr(stage.scheduler.fleet.estimates, "took", lambda *args: taught.append(args))
+    record = stage.sending()
+    plan, began_s = record.plan, record.planned_s
+    stage.tell(2, received(record))
+    took_s = pytest.approx(stage.now - began_s)
+    assert plan.work_s < plan.seconds and taught == [("transfer", (0, 0), plan.work_s, took_s)]
+
+
+def test_every_look_of_the_policy_lets_old_experience_age(stage):
+    estimates = stage.scheduler.fleet.estimates
+    stage.running()  # or it would look no more
+    for _ in range(20):
+        estimates.took("split", (0, 0), 1.0, 3.0)
+    for _ in range(12):
+        stage.now += LOOK_AGAIN_S
+        stage.tick()
+    assert estimates.move_s("split", (0, 0), 1.0) < 1.3
 
 
 def test_bytes_of_others_on_the_link_count_when_a_transfer_is_slow(stage):
