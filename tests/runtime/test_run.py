@@ -160,14 +160,14 @@ def test_without_anything_it_shows_the_demo_and_says_how_to_go_on(tmp_path):
     ],
 )
 def test_wrong_use_ends_with_one_message_and_code_2(num_ranks, args, hint, tmp_path):
-    done = Run(num_ranks, *args, directory=tmp_path).wait(30)
+    done = Run(num_ranks, *args, directory=tmp_path).wait()
     assert done.code == 2, done.err
     assert done.err.count("mellmpi:") == 1 and hint in done.err
 
 
 def test_a_world_that_srun_split_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
-    done = Run(1, directory=tmp_path).wait(30)
+    done = Run(1, directory=tmp_path).wait()
     assert done.code == 2 and "srun --mpi=pmix" in done.err
 
 
