@@ -2,7 +2,7 @@
 
 Open MPI does the same for a large message within a host (CMA). Here one call copies many scattered
 blocks, holds neither Python's lock nor the turn at MPI, and two threads can copy at once: measured
-1.4 times the bandwidth of one large message, and as much as one of them while a step computes.
+up to 1.4 times the bandwidth of one large message, and 0.8 to 0.9 of it while a step computes.
 """
 
 import ctypes

@@ -7,6 +7,7 @@ import pytest
 from mellmpi.transport.carrier import Carrier
 from mellmpi.transport.framing import Opening
 from mellmpi.transport.lanes import InPlace
+from mellmpi.transport.reading import SHORT_PIECE_BYTES
 from tests.transport.conformance import LIMIT_S, HostArena
 from tests.transport.fakes import FakeChannel
 
@@ -73,13 +74,35 @@ def test_a_thread_leaves_blocks_to_a_main_thread_that_attends(carrier, channel, 
     assert transfer.done
 
 
-def test_the_thread_reads_while_the_main_one_attends_and_tells_it(carrier, channel, endings):
-    there = HostArena(8, BLOCK_BYTES)
-    addresses = tuple(there.address + i * BLOCK_BYTES for i in range(8))
+def offer(channel, arena):
+    """All blocks of this arena, to be read."""
+    ids = range(arena.num_blocks)
+    addresses = tuple(arena.address + i * BLOCK_BYTES for i in ids)
+    opening = Opening(len(ids), BLOCK_BYTES, False, os.getpid(), addresses)
+    channel.waiting[1, 5].append(bytes(opening.pack()))
+
+
+def test_a_main_thread_that_attends_reads_in_short_pieces(carrier, channel, monkeypatch):
+    there, called = HostArena(8, BLOCK_BYTES), []
+    carry_out = carrier._reads.carry_out
+
+    def noted(most_bytes):
+        called.append((threading.current_thread() is threading.main_thread(), most_bytes))
+        return carry_out(most_bytes)
+
+    monkeypatch.setattr(carrier._reads, "carry_out", noted)
     carrier.attend(True)
     carrier.receive(1, 5, range(8))
-    opening = Opening(8, BLOCK_BYTES, False, os.getpid(), addresses)
-    channel.waiting[1, 5].append(bytes(opening.pack()))
+    offer(channel, there)
+    carrier.progress()
+    assert (True, SHORT_PIECE_BYTES) in called
+
+
+def test_the_thread_reads_while_the_main_one_attends_and_tells_it(carrier, channel, endings):
+    there = HostArena(8, BLOCK_BYTES)
+    carrier.attend(True)
+    carrier.receive(1, 5, range(8))
+    offer(channel, there)
     with carrier._driving:  # as if the main thread were busy with one piece
         carrier._round(carrier._moves)
         carrier._asked.set()
