@@ -179,7 +179,8 @@ class ClusterScheduler:
             record = records.get(request_id)
             if record is not None and record.epoch == epoch:
                 rows.append(record.slot)
-                added.append(self._tokens(record, first, tokens[start:end], logprobs.get(i, ())))
+                of_run = logprobs.get(i, ()) if logprobs else ()
+                added.append(self._tokens(record, first, tokens[start:end], of_run))
         if rows:
             self._count(rows, added)
         # Only now: what it had produced by then is in the log.
@@ -191,7 +192,7 @@ class ClusterScheduler:
 
     def _count(self, rows: list[int], added: list[int]) -> None:
         """So many output tokens more in these rows of the view; no row comes twice."""
-        self.fleet.view.requests.num_tokens[rows] += np.array(added)
+        self.fleet.view.requests.num_tokens[np.array(rows)] += np.array(added)
 
     def _tokens(self, record: Record, first: int, run: tuple[int, ...],
                 logprobs: tuple[TokenLogprob, ...]) -> int:  # fmt: skip
