@@ -58,10 +58,25 @@ def test_a_parked_worker_gives_its_engine_back_and_wakes_for_new_load():
     idle.inbox(0.0)
     parked = lambda: sum(w._engine is None for w in cell.workers.values()) == 1  # noqa: E731
     cell.run(idle, until=parked)
+    for worker, transport in zip(cell.workers.values(), cell.network.transports[1:], strict=True):
+        assert (worker._engine is None) == (transport._arena is None)
     many = ListFront([request(10 + i, 8, 24) for i in range(8)])
     cell.run(many, until=lambda: all(w._engine is not None for w in cell.workers.values()))
     cell.run(many)
     assert all(many.outputs[i] == expected_outputs(request(i, 8, 24)) for i in many.outputs)
+
+
+def test_orders_from_before_a_nap_are_not_taken_for_unread_afterwards():
+    """Rank 0 would believe for ever that they will take room."""
+    cell = hashing(2, num_blocks=20, policy="frugal")
+    for start in (0, 100):
+        cell.run(ListFront([request(start + i, 8, 24) for i in range(8)]))
+        idle = ListFront([request(start + 50, 4, 8)])
+        idle.inbox(0.0)
+        cell.run(idle, until=lambda: sum(w._engine is None for w in cell.workers.values()) == 1)
+    awake = [w for w, worker in cell.workers.items() if worker._engine is not None]
+    assert cell.metrics.report(1.0)["wakes"]
+    assert not cell.scheduler.fleet.ledger.ordered[awake].any()
 
 
 def test_a_stop_ends_the_worker():
