@@ -83,8 +83,6 @@ class ClusterScheduler:
                 raise TypeError(event)
         self._resume(source)
         self._place_waiting()
-        if isinstance(event, WorkerReady) and self.records:
-            self._round()  # whom it was woken for needs it now
         return self.fleet.take()
 
     def _reported(self, worker: int, report: StepReport) -> Commands:

@@ -1,10 +1,9 @@
-"""When the policy is asked at once, and when not at all."""
+"""When the policy is not asked at all."""
 
 import pytest
 
-from mellmpi.core.view import Move, ParkWorker
-from mellmpi.protocol import FRONT, MigrationStarted, Park, Parked, Submit, Wake, WorkerReady
-from tests.core.stage import KV, Stage, report, request, told
+from mellmpi.core.view import ParkWorker
+from tests.core.stage import Stage, report
 
 PARKED_S = 1.0 + 2 * 1.0  # `park_after_s` and two rounds
 
@@ -50,37 +49,3 @@ def test_any_event_ends_the_rest(stage):
 def test_as_long_as_there_is_a_request_there_is_no_rest(stage):
     stage.running()
     assert not stage.scheduler.at_rest(1e4) and asked(stage, 1e4)
-
-
-def woken(stage):
-    """Worker 3 was parked, and is waking."""
-    stage.tick(ParkWorker(3))
-    stage.tell(3, Parked(acked=1))
-    stage.place_at = None
-    [wake] = told(stage.tell(FRONT, Submit(request(8))), Wake)
-    stage.place_at = 1
-    return wake
-
-
-def test_a_worker_that_has_woken_is_given_what_it_was_woken_for_at_once(stage):
-    record = stage.running()
-    woken(stage)
-    stage.proposals = [Move(record.request.id, 3, "overflow", "transfer")]
-    commands = stage.ready(3, acked=2)
-    assert [m.dst for m in told(commands, MigrationStarted)] == [3]
-
-
-def test_that_is_no_round_of_its_own(stage):
-    stage.running()
-    woken(stage)
-    view = stage.scheduler.fleet.view
-    before = view.tick, view.token_rate
-    stage.ready(3, acked=2)
-    assert (view.tick, view.token_rate) == before
-
-
-def test_workers_that_start_with_nothing_to_do_ask_no_policy():
-    stage = Stage()
-    stage.proposals = [ParkWorker(3)]
-    commands = stage.tell(2, WorkerReady((KV,), 200, 8, 0, 0.5, 64))
-    assert told(commands, Park) == [] and stage.proposals
