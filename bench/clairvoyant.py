@@ -52,9 +52,9 @@ CASES = {
     "frequent-dear": Case(
         "mell_x10_frequent_dev.csv.gz", 1, "llama-2-7b", 8, 600, 1400, 12, 30, 1.5
     ),
-    "conv": Case("azure23_conv_dev.csv.gz", 16, "llama-2-13b", 16, 30, 100, 8, 6, 15),
+    "conv": Case("azure23_conv_dev.csv.gz", 16, "llama-2-13b", 16, 30, 100, 6, 6, 15),
     "sharegpt": Case("sharegpt_gamma_cv3_dev.csv.gz", 4, "llama-2-13b", 16, 100, 250, 8, 10, 10),
-    "servegen": Case("servegen_r1_dev.csv.gz", 4, "llama-2-13b", 16, 200, 400, 8, 15, 15),
+    "servegen": Case("servegen_r1_dev.csv.gz", 4, "llama-2-13b", 16, 200, 400, 6, 15, 15),
 }
 GENERATED = Case("", 1, "llama-2-13b", 16, 60, 120, 8, 10, 10)
 
@@ -126,7 +126,8 @@ def by_search(case: Case, load: Load, choices: int) -> dict[str, Any]:
     search = Search(int(first - LEAD_IN_S * load.rate), choices, int(case.horizon_s * load.rate),
                     case.gpu_moves)  # fmt: skip
     requests = Requests(load.arrivals, load.prompts, load.arrivals + load.outputs)
-    rule, num_workers = rule_of(load, mean_answer(load, first)), num_workers_of(load)
+    rule = rule_of(load, mean_answer(load, first))
+    num_workers = int(1.25 * load.bound.max()) + 8
     cells = [empty_cell(num_workers, rule.capacity) for _ in range(2)]
     samples = load.samples[load.samples <= last]
     began_s = time.perf_counter()
@@ -146,7 +147,7 @@ def by_package(case: Case, load: Load) -> dict[str, Any]:
     shorter = replace(
         load, arrivals=load.arrivals[begun], samples=load.samples[load.samples <= last]
     )
-    hosts = [(ModelKv("", 1, load.token_bytes[""]),)] * num_workers_of(load)
+    hosts = [(ModelKv("", 1, load.token_bytes[""]),)] * (2 * int(load.bound.max()) + 16)
     settings = Settings(THRIFT, TICK_S, 0, time.perf_counter)
     began_s = time.perf_counter()
     tally = IdealReplay(shorter, "frugal", hosts, settings).run(lambda arrived: None)
@@ -157,10 +158,6 @@ def by_package(case: Case, load: Load) -> dict[str, Any]:
         "moved_tokens_per_request": sum(moved) / load.token_bytes[""] / arrivals,
         "seconds": time.perf_counter() - began_s,
     }  # fmt: skip
-
-
-def num_workers_of(load: Load) -> int:
-    return 2 * int(load.bound.max()) + 16
 
 
 def table(results: dict[str, Any]) -> Table:
