@@ -16,7 +16,7 @@ from mellmpi.core.view import Drain, Move, Proposal, View
 
 FLEET_S = 1.5  # no worker is emptied unless the others keep so much time to overflow, together
 WAKES = 2  # both there and on each of them, time for so many wakes is kept besides
-FURTHER = 0.75  # with so many workers' room more, one more is looked at where one cannot be emptied
+FURTHER = 1.0  # with so many workers' room more, one more is looked at where one cannot be emptied
 LOOKS = 4  # but no more than these
 
 
