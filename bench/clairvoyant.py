@@ -164,7 +164,7 @@ def table(results: dict[str, Any]) -> Table:
     """Mean GPUs over bound @ moves a request."""
     shown = Table(title="mean GPUs over bound @ moves a request", title_justify="left")
     for heading in ("part of", "package", "the rule, compiled", "tried", "reached"):
-        shown.add_column(heading)
+        shown.add_column(heading, no_wrap=True)
     for name, found in results.items():
         case = found["case"]
         shown.add_row(
