@@ -5,13 +5,9 @@ fixed; a processor that receives and computes at once stretches the work. Errors
 what it took: short moves say what is fixed, long ones what is stretched.
 """
 
-import numpy as np
-
-from mellmpi.core.cost import least_squares
-
 FIXED_S = 5e-3  # before anything was measured
 FORGET = 0.85  # weight of the past, a move
-INERTIA = np.array([0.02, 0.2])  # moves that the prior counts as: what is fixed is but a guess
+INERTIA = (0.02, 0.2)  # moves that the prior counts as: what is fixed is but a guess
 OUTLIER = 3.0  # times less than predicted: most of it was already there
 
 
@@ -20,19 +16,33 @@ class Beyond:
 
     def __init__(self, like: "Beyond | None" = None):
         self._like = like
-        self._xx, self._xy = np.zeros((2, 2)), np.zeros(2)
+        self._sums = [0.0] * 5  # of 1, work, work², took, work · took, each relative to size²
+        self._fit, self._fit_of = (0.0, 0.0), (0.0, 0.0)  # and the prior that it is of
         self._fresh = False  # since `age`
 
-    def _found(self) -> np.ndarray:
-        """float64 [2]: seconds that are fixed, and the stretch."""
-        prior = np.array([FIXED_S, 1.0]) if self._like is None else self._like._found()
-        weight = INERTIA / np.maximum(prior, [1e-6, 1e-3]) ** 2
-        return least_squares(self._xx + np.diag(weight), self._xy + weight * prior)
+    def _found(self) -> tuple[float, float]:
+        """Seconds that are fixed, and the stretch."""
+        prior = (FIXED_S, 1.0) if self._like is None else self._like._found()
+        if prior != self._fit_of:
+            self._fit, self._fit_of = self._fitted(*prior), prior
+        return self._fit
+
+    def _fitted(self, fixed_s: float, stretch: float) -> tuple[float, float]:
+        """Least squares, in closed form since every plan asks; nothing is below zero."""
+        ones, work, squares, took, both = self._sums
+        weights = INERTIA[0] / max(fixed_s, 1e-6) ** 2, INERTIA[1] / max(stretch, 1e-3) ** 2
+        ones, took = ones + weights[0], took + weights[0] * fixed_s
+        squares, both = squares + weights[1], both + weights[1] * stretch
+        volume = ones * squares - work * work
+        found = (took * squares - work * both) / volume, (ones * both - work * took) / volume
+        if min(found) >= 0:
+            return found
+        return (0.0, both / squares) if found[0] < found[1] else (took / ones, 0.0)
 
     def took_s(self, work_s: float) -> float:
         """What a move with so much work is expected to take."""
-        fixed_s, stretch = self._found().tolist()
-        return float(fixed_s + stretch * work_s)
+        fixed_s, stretch = self._found()
+        return fixed_s + stretch * work_s
 
     def add(self, work_s: float, took_s: float) -> None:
         """A move is over."""
@@ -40,14 +50,16 @@ class Beyond:
         took_s = max(took_s, expected_s / OUTLIER, 1e-6)
         # Relative to between the two: to what was expected, a slow one would count too much, and
         # to what it took, a change for the worse too little.
-        size_s = (expected_s * took_s) ** 0.5
-        z = np.array([1.0, work_s]) / size_s
-        self._xx = FORGET * self._xx + np.outer(z, z)
-        self._xy = FORGET * self._xy + z * (took_s / size_s)
+        size2 = expected_s * took_s
+        seen = 1.0, work_s, work_s * work_s, took_s, work_s * took_s
+        self._now([FORGET * s + v / size2 for s, v in zip(self._sums, seen, strict=True)])
         self._fresh = True
 
     def age(self) -> None:
         """Time has passed: where no move was seen in it, half is as good as unknown."""
         if not self._fresh:
-            self._xx, self._xy = self._xx / 2, self._xy / 2
+            self._now([s / 2 for s in self._sums])
         self._fresh = False
+
+    def _now(self, sums: list[float]) -> None:
+        self._sums, self._fit_of = sums, (0.0, 0.0)
