@@ -84,6 +84,16 @@ def _ranks(rows: list[dict[str, Any]]) -> list[str]:
     return text
 
 
+def _nearby(job: Any, transport: Any) -> list[str]:
+    """How blocks go between workers of rank 0's host; nothing, if there are none."""
+    if len(job.neighbours) < 2:
+        return []
+    if transport.read_by:
+        return ["nearby      within a host blocks are read out of the sender's memory"]
+    return ["nearby      blocks are messages within a host, too: its processes may not read each "
+            "other's memory (kernel.yama.ptrace_scope is above 0?) or KV is on a GPU"]  # fmt: skip
+
+
 def _links(config: Config, job: Any) -> list[str]:
     device_buffers = device_buffers_proven(job, config)
     transport = job.connect(
@@ -94,7 +104,7 @@ def _links(config: Config, job: Any) -> list[str]:
         " ms"
     )  # fmt: skip
     text = [f"wake-ups    {rings}", f"blocks      {path(config, device_buffers)}; checksums: "
-            f"{config.transport.checksums}"]  # fmt: skip
+            f"{config.transport.checksums}", *_nearby(job, transport)]  # fmt: skip
     if transport.num_workers < 2:
         return [*text, "links       none: there is but one worker"]
     links = measure_links(transport, job.hosts)

@@ -58,6 +58,7 @@ class Endpoint:
     ):
         self.worker, self.num_workers = worker, num_workers
         self.lost: set[int] = set()
+        self.read_by = read_by
         self._channels = channels
         self._mailbox = Mailbox(channels[0])
         is_checked = checked.__contains__

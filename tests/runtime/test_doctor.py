@@ -15,6 +15,7 @@ def test_the_doctor_says_what_ranks_mpi_and_links_are_like_once():
     assert code == 0 and out.count("mellmpi     ") == 1
     assert "3 rank(s) (0 … 2)" in out and "goes on when a worker dies" in out
     assert "host 0 to host 0" in out and "MB/s" in out and "in place" in out
+    assert out.count("nearby      ") == 1 and "memory" in out
 
 
 def test_the_doctor_says_what_to_type_where_a_dead_worker_would_end_the_job():
