@@ -3,6 +3,7 @@
 import itertools
 import json
 from dataclasses import replace
+from collections import Counter
 from functools import partial
 
 import pytest
@@ -132,13 +133,22 @@ def undisturbed(tmp_path_factory):
     return directory / "in.jsonl", run(1, directory, directory / "in.jsonl")[0]
 
 
+EVERY = ("failed: checksum", "failed: truncated", "failed: KV layout", "moved")
+
+
 @pytest.mark.parametrize("wire", ["memory", "messages"])
 def test_between_processes_all_of_it_is_noticed_and_changes_no_token(wire, undisturbed, tmp_path):
     requests, expected = undisturbed
     # Links are measured by transfers, too: not over a wire like this.
     checked = ("--checksums", "always", "--no-measure-links")
-    found, report = run(4, tmp_path, requests, *STRESS, *checked,
-                        module="tests.runtime.faulty", wire=[wire])  # fmt: skip
-    assert found == expected and len(found) == 48
-    for outcome in ("failed: checksum", "failed: truncated", "failed: KV layout", "moved"):
-        assert report["migration_outcomes"][outcome] > 0, outcome
+    outcomes: Counter[str] = Counter()
+    for i in range(6):  # how many a run has of each depends on the machine
+        directory = tmp_path / str(i)
+        directory.mkdir()
+        found, report = run(4, directory, requests, *STRESS, *checked,
+                            module="tests.runtime.faulty", wire=[wire])  # fmt: skip
+        assert found == expected and len(found) == 48
+        outcomes.update(report["migration_outcomes"])
+        if all(outcomes[o] > 1 for o in EVERY):
+            return
+    raise AssertionError(f"not every fault was met: {outcomes}")
