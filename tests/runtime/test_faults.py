@@ -2,8 +2,8 @@
 
 import itertools
 import json
-from dataclasses import replace
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 
 import pytest
