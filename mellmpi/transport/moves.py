@@ -1,7 +1,7 @@
 """One transfer of blocks over a channel: what is to be posted, and what is in flight."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,6 +51,7 @@ class Move:
         self.posting = bool(block_ids)  # later moves of this peer and tag must hold back
         self._todo = deque(block_ids)
         self._flying: deque[Message] = deque()
+        self._steps: deque[Callable[[], bool]] = deque()  # beside the blocks; False: not yet
 
     @property
     def peer(self) -> int:
@@ -78,6 +79,14 @@ class Move:
         except LinkError:
             self.give_up()
         return posted
+
+    def _take_step(self) -> bool:
+        """The next of the steps; after the last of them there is no more to post."""
+        if not self._steps[0]():
+            return False
+        self._steps.popleft()
+        self.posting = bool(self._steps)
+        return True
 
     def _reap(self) -> bool:
         moved = False

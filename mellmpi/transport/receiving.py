@@ -1,7 +1,7 @@
 """Transfers that come: posted ahead of the messages, or read out of the sender's memory."""
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from mellmpi.transport.framing import Opening, checksum, pack_numbers, unpack_opening
 from mellmpi.transport.lanes import Lane, bytes_at, window
@@ -18,7 +18,6 @@ class Draining(Move):
         super().__init__(route, block_ids)
         self._opening: Opening | None = None
         self._num_left = 0  # blocks that nothing was posted for
-        self._last: deque[Callable[[], bool]] = deque()  # steps after them
         self._sums: Message | None = None
 
     def _post(self) -> bool:
@@ -26,11 +25,7 @@ class Draining(Move):
             return self._open()
         if self._num_left:
             return self._begin(self._opening)
-        if not self._last[0]():
-            return False
-        self._last.popleft()
-        self.posting = bool(self._last)
-        return True
+        return self._take_step()
 
     def _open(self) -> bool:
         """Take the opening in, if it has come."""
@@ -45,8 +40,8 @@ class Draining(Move):
 
     def _opened(self, opening: Opening) -> None:
         self._opening, self._num_left = opening, opening.num_blocks
-        self._last.extend([self._receive_sums] if opening.checked else [])
-        self._last.extend([self._answer] if opening.pid is not None else [])
+        self._steps.extend([self._receive_sums] if opening.checked else [])
+        self._steps.extend([self._answer] if opening.pid is not None else [])
 
     def _begin(self, opening: Opening) -> bool:
         """Post the next block; False if too many are under way."""
@@ -64,7 +59,7 @@ class Draining(Move):
     def _receive_block(self, block: Message) -> None:
         self._receive(block, self.route.tag)
         self._num_left -= 1
-        self.posting = bool(self._num_left or self._last)
+        self.posting = bool(self._num_left or self._steps)
 
     def _receive_sums(self) -> bool:
         assert self._opening is not None

@@ -2,7 +2,7 @@
 
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from mellmpi.transport.framing import Opening, checksum, pack_numbers
 from mellmpi.transport.lanes import Lane, bytes_at, window
@@ -86,18 +86,14 @@ class Offering(Move):
         self._checksums: list[int] = []
         self._window = window(lane.block_bytes)
         sums = [self._sum_some, self._send_sums] if route.checked else []
-        self._steps: deque[Callable[[], bool]] = deque([self._open, *sums, self._await_answer])
+        self._steps.extend([self._open, *sums, self._await_answer])
 
     def drive(self, may_post: bool) -> bool:
         num_sums = len(self._checksums)
         return super().drive(may_post) or len(self._checksums) > num_sums
 
     def _post(self) -> bool:
-        if not self._steps[0]():
-            return False
-        self._steps.popleft()
-        self.posting = bool(self._steps)
-        return True
+        return self._take_step()
 
     def _open(self) -> bool:
         self._send(message_of(self._opening.pack()), self.route.tag)
