@@ -29,6 +29,12 @@ def copy_ints(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.
     return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
 
 
+def finish(device: torch.device) -> None:
+    """Wait until the steps begun on `device` are done; copies on other streams go on."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
 def kv_budget_bytes(cache: CacheConfig, device: torch.device) -> int:
     """Bytes for the KV arena once the weights are loaded.
 

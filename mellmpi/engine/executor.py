@@ -12,7 +12,7 @@ from mellmpi.config import CacheConfig, ModelConfig
 from mellmpi.engine import weights
 from mellmpi.engine.architecture import Architecture
 from mellmpi.engine.cpu_model import CpuModel, unsupported
-from mellmpi.engine.device import choose_device, kv_budget_bytes
+from mellmpi.engine.device import choose_device, finish, kv_budget_bytes
 from mellmpi.engine.kv_cache import KvArena, KvGeometry
 from mellmpi.engine.model import TorchModel
 from mellmpi.engine.packing import PackedBatch, pack
@@ -55,12 +55,19 @@ class Executor:
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
-        """One forward pass; the next token of each sampled chunk, in plan order."""
+        """One forward pass; the next token of each sampled chunk, in plan order.
+
+        Once it returns, all KV is written: blocks may be sent, received into and given to others
+        on other streams. Tokens say so by being there; a step without any has to be waited for.
+        """
         self.arena.copy_blocks(plan.copies)
         if not plan.chunks:
+            finish(self.arena.device)
             return StepResult((), ())
         batch = pack(plan, self.arena.block_size)
         logits = self.model.forward(batch, self.arena)
+        if not batch.num_sampled:
+            finish(self.arena.device)
         return sample(logits, plan.chunks[: batch.num_sampled])
 
     def release(self) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from mellmpi.engine.device import finish
 from mellmpi.protocol import ModelKv
 
 LAYOUT_VERSION = 1  # of the order of axes inside a block
@@ -89,6 +90,7 @@ class KvArena:
             if device.type == "cpu"
             else torch.zeros(num_bytes, dtype=torch.uint8, device=device)
         )
+        finish(device)  # the zeros are there before what other streams receive
         self._lay_out(geometry, memory)
 
     def _lay_out(self, geometry: KvGeometry, memory: torch.Tensor) -> None:

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from mellmpi.config import CacheConfig
-from mellmpi.engine.device import choose_device, copy_ints, kv_budget_bytes
+from mellmpi.engine.device import choose_device, copy_ints, finish, kv_budget_bytes
 
 GIB = 1 << 30
 CUDA = torch.device("cuda", 1)
@@ -54,3 +54,17 @@ def test_a_second_worker_on_a_gpu_still_gets_its_share(gpu):
 def test_a_worker_never_counts_on_what_others_hold(gpu):
     gpu(ours=10, others=60)
     assert kv_budget_bytes(CacheConfig(gpu_memory_utilization=0.9), CUDA) == 10 * GIB - GIB // 2
+
+
+def test_steps_are_waited_for_on_their_own_stream_alone(monkeypatch):
+    waited = []
+
+    class Stream:
+        def __init__(self, device):
+            self.synchronize = lambda: waited.append(device)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    finish(torch.device("cpu"))
+    assert waited == []
+    finish(CUDA)
+    assert waited == [CUDA]

@@ -191,6 +191,18 @@ def test_a_plan_of_copies_alone_is_done_and_samples_nothing(executor):
 # --- size and life -------------------------------------------------------------------------------
 
 
+def test_a_step_without_tokens_ends_when_its_kv_is_written(executor, greedy, monkeypatch):
+    waited = []
+    monkeypatch.setattr("mellmpi.engine.executor.finish", waited.append)
+    execute = executor.execute
+    last = Chunk(1, 2, (5, 9), [3], greedy, ((3, 1, 5, 9), []))
+    execute(StepPlan("m", (last,), ()))
+    assert waited == []  # its token on the host says so
+    execute(StepPlan("m", (replace(last, sampling=None),), ()))
+    execute(StepPlan("m", (), ((3, 7),)))
+    assert waited == [executor.arena.device] * 2
+
+
 def test_the_arena_takes_what_the_configuration_gives_it(executor):
     assert executor.model_kv == ModelKv("tiny", 16, 3 * 2 * 2 * 16 * 16 * 4)
     assert executor.arena.num_blocks == (4 << 20) // executor.model_kv.block_bytes

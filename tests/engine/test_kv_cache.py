@@ -39,6 +39,12 @@ def test_an_arena_begins_zeroed_and_on_a_page(arena):
     assert not arena.tensor.any() and arena.address % 4096 == 0
 
 
+def test_an_arena_is_zeroed_before_anybody_can_receive_into_it(monkeypatch):
+    waited = []
+    monkeypatch.setattr("mellmpi.engine.kv_cache.finish", waited.append)
+    assert waited == [KvArena(GEOMETRY, 7).device]
+
+
 def test_copies_move_whole_blocks_and_nothing_else(arena):
     arena.tensor.copy_(torch.randn(arena.tensor.shape))
     before = arena.tensor.clone()
