@@ -21,8 +21,9 @@ class Arena(Protocol):
 
 
 class Transfer:
-    """Blocks on their way, one message each. Once `done`, the blocks are the caller's again.
+    """Blocks on their way. Once `done`, the blocks are the caller's again.
 
+    At the sender, too, it ends when the receiver (or its drain) has taken in all that was sent.
     A transfer always ends. Where it failed, `reason` says why ("peer lost", "size": of a block,
     "truncated", "checksum"), and blocks to receive hold anything.
     """

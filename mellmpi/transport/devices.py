@@ -68,6 +68,18 @@ class Staged:
         self._free.append(address)
 
 
+class DeviceArena:
+    """Blocks in the memory of a GPU, for probes; `device` in torch's words."""
+
+    def __init__(self, num_blocks: int, block_bytes: int, device: str):
+        import torch
+
+        self.blocks = torch.ones((num_blocks, block_bytes), dtype=torch.uint8, device=device)
+        torch.cuda.synchronize(device)
+        self.num_blocks, self.block_bytes, self.device = num_blocks, block_bytes, device
+        self.address = int(self.blocks.data_ptr())
+
+
 class _Blocks:
     """An arena as torch sees it: [num_blocks, block_bytes] bytes, not copied."""
 
@@ -127,10 +139,11 @@ def lane_for(arena: Arena, device_buffers: bool) -> Lane:
 def device_buffers_work(
     device: str, mpirun: Sequence[str] | None = None, limit_s: float = 60
 ) -> bool:
-    """Does MPI move a small message between buffers of this device, and get it right?
+    """Does MPI move messages between buffers of this device, or of it and the next, correctly?
 
     Tried in a throwaway pair of processes, started by this `mpirun` command line: where it does
-    not work it crashes or hangs. No build flag tells.
+    not work it crashes or hangs. No build flag tells. The pair has our environment, and with it the
+    messaging layer that this job was told to use.
     """
     command = mpirun or _mpirun()
     if not command:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import xxhash
 
 # Two ends that do not agree on what comes next find out here.
-MAGIC = bytes.fromhex("7d1f6bd2c3a94e58b0e6f41a9c85d327")
+MAGIC = bytes.fromhex("284b639878543b717f80ecf4dd8e7404")
 _HEAD = struct.Struct("<16sQQ?q")
 
 

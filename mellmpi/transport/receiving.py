@@ -41,7 +41,7 @@ class Draining(Move):
     def _opened(self, opening: Opening) -> None:
         self._opening, self._num_left = opening, opening.num_blocks
         self._steps.extend([self._receive_sums] if opening.checked else [])
-        self._steps.extend([self._answer] if opening.pid is not None else [])
+        self._steps.append(self._answer)
 
     def _begin(self, opening: Opening) -> bool:
         """Post the next block; False if too many are under way."""
@@ -59,7 +59,6 @@ class Draining(Move):
     def _receive_block(self, block: Message) -> None:
         self._receive(block, self.route.tag)
         self._num_left -= 1
-        self.posting = bool(self._num_left or self._steps)
 
     def _receive_sums(self) -> bool:
         assert self._opening is not None
@@ -68,8 +67,8 @@ class Draining(Move):
         return True
 
     def _answer(self) -> bool:
-        """The sender may have its blocks back, once none is being read."""
-        if any(isinstance(message.request, Read) for message in self._flying):
+        """Tell the sender that all is here; it may have its blocks back."""
+        if self._flying:
             return False
         self._send(message_of(bytearray(1)), self.route.answer_tag)
         return True

@@ -9,34 +9,59 @@ from mellmpi.transport.lanes import Lane, bytes_at, window
 from mellmpi.transport.moves import Message, Move, Route, message_of
 
 
-class Sending(Move):
-    """An opening, one message a block, and the checksums if they are checked."""
+class Leaving(Move):
+    """An opening, what belongs to it, and one byte that comes back: the receiver has it all."""
+
+    _opening: Opening
 
     def __init__(self, lane: Lane, route: Route, block_ids: Sequence[int]):
         super().__init__(route, block_ids)
         self._lane = lane
-        self._opening = Opening(
-            len(block_ids), lane.block_bytes, route.checked and lane.in_host_memory
-        )
-        self._opened = False
         self._checksums: list[int] = []
+        self._answer = message_of(bytearray(1))
+
+    def _open(self) -> bool:
+        self._send(message_of(self._opening.pack()), self.route.tag)
+        return True
+
+    def _send_sums(self) -> bool:
+        self._send(message_of(pack_numbers(self._checksums)), self.route.tag)
+        return True
+
+    def _await_answer(self) -> bool:
+        self._receive(self._answer, self.route.answer_tag)
+        return True
+
+    def give_up(self) -> None:
+        super().give_up()
+        if self._answer in self._flying:
+            self.route.channel.cancel(self._answer.request)
+
+
+class Sending(Leaving):
+    """An opening, one message a block, and the checksums if they are checked."""
+
+    def __init__(self, lane: Lane, route: Route, block_ids: Sequence[int]):
+        super().__init__(lane, route, block_ids)
+        checked = route.checked and lane.in_host_memory
+        self._opening = Opening(len(block_ids), lane.block_bytes, checked)
         self._num_flying = 0  # blocks
         self._staged: deque[Message] = deque()  # being copied to where they are sent from
         # Checksums take time: a window of them before somebody else has a turn.
-        self._window = window(lane.block_bytes) if self._opening.checked else lane.send_window
+        self._window = window(lane.block_bytes) if checked else lane.send_window
+        self._steps.extend([self._send_sums] if checked else [])
+        self._steps.append(self._await_answer)
+        self._opened = False
 
     def _post(self) -> bool:
         if not self._opened:
-            self._send(message_of(self._opening.pack()), self.route.tag)
-            self._opened = True
+            self._opened = self._open()
             return True
         self._stage()
-        if not self._staged and self._todo:
-            return False  # the window is full
+        if not self._staged and not self._todo:
+            return self._take_step()
         if not self._staged:
-            self._send(message_of(pack_numbers(self._checksums)), self.route.tag)
-            self.posting = False
-            return True
+            return False  # the window is full
         if not self._lane.still(self._staged[0].address):
             return False
         self._send_block(self._staged[0])
@@ -48,7 +73,6 @@ class Sending(Move):
         self._send(message, self.route.tag)
         self._num_flying += 1
         self._staged.popleft()
-        self.posting = bool(self._staged or self._todo or self._opening.checked)
 
     def _stage(self) -> None:
         room = 1 if self._window is None else self._window - self._num_flying
@@ -70,20 +94,15 @@ class Sending(Move):
             self.transfer.num_bytes += message.num_bytes
 
 
-class Offering(Move):
-    """An opening that says where the blocks are, and the checksums if they are checked.
-
-    The receiver answers with one byte: it has read all it wanted.
-    """
+class Offering(Leaving):
+    """An opening that says where the blocks are, and the checksums if they are checked."""
 
     def __init__(self, lane: Lane, route: Route, block_ids: Sequence[int]):
-        super().__init__(route, block_ids)
+        super().__init__(lane, route, block_ids)
         addresses = tuple(lane.outgoing(block_id) for block_id in block_ids)
         self._opening = Opening(
             len(block_ids), lane.block_bytes, route.checked, os.getpid(), addresses
         )
-        self._answer = message_of(bytearray(1))
-        self._checksums: list[int] = []
         self._window = window(lane.block_bytes)
         sums = [self._sum_some, self._send_sums] if route.checked else []
         self._steps.extend([self._open, *sums, self._await_answer])
@@ -95,10 +114,6 @@ class Offering(Move):
     def _post(self) -> bool:
         return self._take_step()
 
-    def _open(self) -> bool:
-        self._send(message_of(self._opening.pack()), self.route.tag)
-        return True
-
     def _sum_some(self) -> bool:
         """Checksums take time: a window of them before somebody else has a turn."""
         first, size = len(self._checksums), self._opening.block_bytes
@@ -106,19 +121,6 @@ class Offering(Move):
             self._checksums.append(checksum(bytes_at(address, size)))
         return len(self._checksums) == self._opening.num_blocks
 
-    def _send_sums(self) -> bool:
-        self._send(message_of(pack_numbers(self._checksums)), self.route.tag)
-        return True
-
-    def _await_answer(self) -> bool:
-        self._receive(self._answer, self.route.answer_tag)
-        return True
-
     def _finish(self, message: Message, num_bytes: int) -> None:
         if message is self._answer and not self.transfer.failed:
             self.transfer.num_bytes = self._opening.num_bytes
-
-    def give_up(self) -> None:
-        super().give_up()
-        if self._answer in self._flying:
-            self.route.channel.cancel(self._answer.request)

@@ -29,6 +29,7 @@ class FakeChannel:
     requests: list[FakeRequest] = field(default_factory=list)
     lost: set[int] = field(default_factory=set)
     waiting: dict[tuple[int, int], deque[bytes]] = field(default_factory=lambda: defaultdict(deque))
+    eager: int = 0  # bytes: shorter messages and those leave by themselves
     slow: bool = False  # what is being received is not done by itself
     inbox: deque[tuple[int, bytes]] = field(default_factory=deque)
     last_words: list[tuple[int, bytes]] = field(default_factory=list)  # come with the failures
@@ -45,7 +46,9 @@ class FakeChannel:
         return request
 
     def send(self, address: int, num_bytes: int, dst: int, tag: int) -> FakeRequest:
-        return self._post("send", dst, tag, address, num_bytes)
+        request = self._post("send", dst, tag, address, num_bytes)
+        request.done = 0 < num_bytes <= self.eager
+        return request
 
     def match(self, src: int, tag: int) -> tuple[Any, int] | None:
         if src in self.lost:

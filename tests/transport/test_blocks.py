@@ -44,7 +44,7 @@ class Standing:
 
 @pytest.fixture
 def channel():
-    return FakeChannel()
+    return FakeChannel(eager=1)  # answers leave at once
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def mover(channel, arena):
     yield mover
     mover.close()
     assert not mover.busy or channel.pending("send")
-    assert not channel.pending("receive")
+    assert all(request.done for request in channel.pending("receive"))  # given up
 
 
 def carry(mover, *transfers):
@@ -69,6 +69,19 @@ def carry(mover, *transfers):
             return
         mover.progress()
     raise AssertionError("a transfer does not end")
+
+
+HALF = FakeChannel.num_tags // 2  # answers have the upper half of the tags
+
+
+def leave(channel):
+    """All that was sent has left."""
+    for request in channel.pending("send"):
+        request.done = True
+
+
+def answer(channel, peer, tag):
+    channel.waiting[peer, tag + HALF].append(b"x")
 
 
 def opening(num_blocks, block_bytes=BLOCK_BYTES, checked=False):
@@ -108,10 +121,42 @@ def test_no_receive_is_posted_before_the_opening_has_said_what_comes(channel, mo
 def test_sends_from_the_arena_are_posted_at_once(channel, mover):
     transfer = mover.send(1, 5, range(16))
     assert len(channel.pending("send")) == 16 + 1 and not transfer.done
-    for request in channel.pending("send"):
-        request.done = True
+
+
+def test_a_send_ends_when_the_receiver_says_that_all_has_come(channel, mover):
+    transfer = mover.send(1, 5, range(16))
+    leave(channel)
     mover.progress()
-    assert transfer.done and transfer.num_bytes == 16 * BLOCK_BYTES
+    assert transfer.num_bytes == 16 * BLOCK_BYTES and not transfer.done
+    answer(channel, 1, 5)
+    mover.progress()
+    assert transfer.done and not transfer.failed
+
+
+def test_a_receiver_answers_once_all_has_come_and_a_drain_too(channel, mover):
+    channel.eager = 0
+    mover.receive(1, 5, range(3))
+    mover.drain(1, 6, 3)
+    for tag in (5, 6):
+        arrive(channel, 1, tag, 3)
+    last = [channel.waiting[1, tag].pop() for tag in (5, 6)]
+    for _ in range(9):
+        mover.progress()
+    assert not channel.pending("send")
+    for tag, block in zip((5, 6), last, strict=True):
+        channel.waiting[1, tag].append(block)
+    for _ in range(9):
+        mover.progress()
+    assert [(r.tag, r.num_bytes) for r in channel.pending("send")] == [(5 + HALF, 1), (6 + HALF, 1)]
+    leave(channel)
+    mover.progress()
+
+
+def test_closing_waits_for_no_answer_to_what_was_sent(channel, mover):
+    transfer = mover.send(1, 5, range(3))
+    leave(channel)
+    mover.close()
+    assert transfer.done and transfer.reason == "peer lost" and not mover.busy
 
 
 def test_a_later_receive_of_a_tag_waits_until_the_earlier_one_has_begun_all(channel, mover, arena):
@@ -239,8 +284,8 @@ def test_the_last_message_tells_the_checksum_of_every_block_as_it_was_when_it_wa
     first, *_, last = [ctypes.string_at(r.address, r.num_bytes) for r in channel.pending("send")]
     assert unpack_opening(first) == Opening(3, BLOCK_BYTES, True)
     assert last == pack_numbers(expected)
-    for request in channel.pending("send"):
-        request.done = True
+    leave(channel)
+    answer(channel, 1, 5)
     checking.progress()
     assert transfer.done and transfer.num_bytes == 3 * BLOCK_BYTES
 
@@ -345,6 +390,7 @@ def test_staged_blocks_arrive_in_the_right_place_through_few_slots(channel, stag
 def test_staged_sends_keep_to_a_window_and_carry_the_right_bytes(channel, staged, arena, copies):
     arena.fill(7)
     sent, transfer = [], staged.send(1, 5, range(15, -1, -1))
+    answer(channel, 1, 5)
     while not transfer.done:
         assert 0 < len(channel.pending("send")) <= WINDOW + 1  # the opening needs no slot
         for request in channel.pending("send"):
@@ -377,10 +423,10 @@ def test_a_block_is_sent_once_its_copy_is_done_and_others_are_copied_meanwhile(
     assert [request.address for request in channel.pending("send")] == [first]
     copies.slow = False
     copies.copying.clear()
+    answer(channel, 1, 5)
     while not transfer.done:
         staged.progress()
-        for request in channel.pending("send"):
-            request.done = True
+        leave(channel)
     assert len(copies.slots) == WINDOW and not transfer.failed
 
 

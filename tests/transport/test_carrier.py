@@ -31,7 +31,7 @@ def endings():
 
 @pytest.fixture
 def channel():
-    return FakeChannel()
+    return FakeChannel(eager=1)  # answers leave at once
 
 
 @pytest.fixture
