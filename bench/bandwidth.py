@@ -19,23 +19,11 @@ from record import add_json_option, finish
 
 from mellmpi.runtime.gpus import count_gpus
 from mellmpi.transport.base import Arena, Transport
-from mellmpi.transport.devices import device_buffers_work
+from mellmpi.transport.devices import DeviceArena, device_buffers_work
 from mellmpi.transport.links import HostArena, Probe
 from mellmpi.transport.mpi import Job
 
 BLOCKS = (65_536, 1 << 20)  # bytes each, of scattered KV
-
-
-class DeviceArena:
-    """Blocks in the memory of a GPU."""
-
-    def __init__(self, num_blocks: int, block_bytes: int, device: str):
-        import torch
-
-        self.blocks = torch.ones((num_blocks, block_bytes), dtype=torch.uint8, device=device)
-        torch.cuda.synchronize(device)
-        self.num_blocks, self.block_bytes, self.device = num_blocks, block_bytes, device
-        self.address = self.blocks.data_ptr()
 
 
 def span(text: str) -> tuple[int, int]:

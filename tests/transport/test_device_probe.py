@@ -25,9 +25,8 @@ def found(tmp_path, change):
     (tmp_path / "python").write_text(f"#!/bin/sh\nexec {sys.executable} {tmp_path}/spoilt.py\n")
     (tmp_path / "python").chmod(0o755)
     (tmp_path / "spoilt.py").write_text(SPOILT.format(change=change))
-    (tmp_path / "mpirun").write_text(
-        f"#!/bin/sh\nexec {mpirun()} {' '.join(FLAGS)} -x PYTHONPATH={ROOT} -n 2 {tmp_path}/python\n"
-    )
+    flags = f"{' '.join(FLAGS)} -x PYTHONPATH={ROOT} -n 2"
+    (tmp_path / "mpirun").write_text(f"#!/bin/sh\nexec {mpirun()} {flags} {tmp_path}/python\n")
     (tmp_path / "mpirun").chmod(0o755)
     return device_buffers_work("cpu", [str(tmp_path / "mpirun")])
 
