@@ -270,7 +270,7 @@ class KvRefused:
 class SendKv:
     """Scheduler → source: send the sequence's KV to `dst`, in rounds while it decodes on.
 
-    It stops at a step boundary, for the last round.
+    It stops at a step boundary, for the last round; where `start` is not 0, after `PartComputed`.
     """
 
     request_id: int
@@ -297,6 +297,18 @@ class KvPayload:
     logprobs: tuple[tuple[int, TokenLogprob], ...]  # likewise: (output index, logprob)
     last: bool  # the source has stopped; what follows completes the sequence
     tag: int  # of the block messages: see `ROUNDS`
+
+
+@message
+class PartComputed:
+    """Destination → source: what I was to compute of a split is there; stop as soon as you can.
+
+    Sent once, after the first header, wherever `SendKv.start` is not 0. The source decodes on
+    until it comes.
+    """
+
+    request_id: int
+    epoch: int  # dst_epoch
 
 
 @message

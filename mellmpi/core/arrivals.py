@@ -19,6 +19,7 @@ from mellmpi.protocol import (
     KvReceived,
     KvRefused,
     KvReserved,
+    PartComputed,
     ReceiveBlocks,
     ReceiveKv,
 )
@@ -46,7 +47,7 @@ class Arrivals:
         size = tables.block_size(sequence)
         # The last block always comes: what is computed here is never sampled from.
         assert start % size == 0 and start < order.num_tokens, f"a split at {start}: {order}"
-        sequence.arrival = Arrival(start, start // size)
+        sequence.arrival = Arrival(order.src, start, start // size)
         holdings.sequences[order.epoch] = sequence
         return [(SCHEDULER, KvReserved(order.request.id, order.epoch, start))]
 
@@ -72,7 +73,7 @@ class Arrivals:
         sequence.receiving.add(header.tag)
         ids = tuple(sequence.block_table[first : arrival.next_block])
         receive = ReceiveBlocks(header.request_id, header.epoch, source, header.tag, ids)
-        return [(DATA_PLANE, receive)]
+        return [(DATA_PLANE, receive), *self.complete(sequence)]
 
     def _mismatch(self, sequence: Sequence, arrival: Arrival, header: KvPayload) -> str | None:
         ours = self._holdings.fingerprint(sequence)
@@ -103,11 +104,13 @@ class Arrivals:
         return self.complete(sequence)
 
     def complete(self, sequence: Sequence) -> Commands:
-        """If nothing is missing any more, it is ours and decodes on."""
+        """If nothing is missing any more, it is ours and decodes on; what has to be said of it."""
         arrival = sequence.arrival
-        if arrival is None or sequence.receiving or arrival.num_computed is None:
+        if arrival is None or sequence.num_computed < arrival.start or not arrival.announced:
             return []
-        if sequence.num_computed < arrival.start:
+        if arrival.num_computed is None:
+            return self._part_computed(sequence, arrival)
+        if sequence.receiving:
             return []
         sequence.arrival, sequence.phase = None, Phase.RUNNING
         tables = self._holdings.tables
@@ -121,3 +124,10 @@ class Arrivals:
             sequence.logprobs_from(first), num_blocks * tables.block_bytes, arrival.transfer_s,
         )  # fmt: skip
         return [(SCHEDULER, received)]
+
+    def _part_computed(self, sequence: Sequence, arrival: Arrival) -> Commands:
+        """The source goes on until it hears that nothing is missing but what it sends."""
+        if arrival.told or not arrival.start:
+            return []
+        arrival.told = True
+        return [(arrival.src, PartComputed(sequence.request.id, sequence.epoch))]

@@ -25,6 +25,7 @@ from mellmpi.protocol import (
     KvPayload,
     Park,
     Parked,
+    PartComputed,
     ReceiveKv,
     Release,
     Request,
@@ -95,6 +96,8 @@ class BatchScheduler:
             case Unfreeze(_, epoch):
                 if sequence := self.sequences.get(epoch):
                     self._departures.stop(sequence)
+            case PartComputed(_, epoch):
+                return self._departures.part_computed(epoch)
             case KvPayload():
                 return self._arrivals.announced(source, event)
             case BlocksArrived():

@@ -4,6 +4,9 @@ A round is a header and the blocks that are full by then; full blocks are never 
 little is left, or rounds stop shrinking, one more step is made here. What will be left after it is
 announced before it: the destination awaits these blocks, the half-full one among them, while it
 computes, and then only has to be told the tokens and how far they have got.
+
+Where the destination computes a part itself, all this goes on until it says that it has: what will
+be left stays announced, goes as a round like others when it has become full, and the next is.
 """
 
 from typing import Any
@@ -35,7 +38,7 @@ class Departures:
         if sequence is None:  # preempted or finished meanwhile; the scheduler will hear of it
             return []
         first = order.start // self._holdings.tables.block_size(sequence)
-        sequence.stream = Stream(order.dst, order.dst_epoch, first)
+        sequence.stream = Stream(order.dst, order.dst_epoch, first, awaits_part=order.start > 0)
         return self._next_round(sequence, sequence.stream)
 
     def stop(self, sequence: Sequence) -> None:
@@ -52,11 +55,31 @@ class Departures:
         stream.round += 1
         return self._next_round(sequence, stream)
 
+    def part_computed(self, dst_epoch: int) -> Commands:
+        """The destination has computed its own part: nothing keeps us from stopping any more."""
+        for sequence in self._holdings.sequences.values():
+            stream = sequence.stream
+            if stream is not None and stream.dst_epoch == dst_epoch:
+                stream.awaits_part = False
+                return self._go_if_ready(sequence, stream)
+        return []  # it has ended, or the move has come to nothing
+
+    def _go_if_ready(self, sequence: Sequence, stream: Stream) -> Commands:
+        for entry in self._announced:
+            if entry[0] is sequence:
+                self._announced.remove(entry)
+                return self._go(stream, *entry)
+        if sequence.phase is Phase.FROZEN or stream.tag in sequence.sending:
+            return []
+        return self._next_round(sequence, stream)
+
     def _next_round(self, sequence: Sequence, stream: Stream) -> Commands:
         tables = self._holdings.tables
         full = sequence.num_computed // tables.block_size(sequence)
         unsent = full - stream.next_block
-        if unsent <= FEW or unsent >= stream.num_before or stream.round == ROUNDS - 1:
+        if stream.round == ROUNDS - 1:  # with the last tag it goes, and not before it may
+            return [] if stream.awaits_part else self._announce_last(sequence, stream)
+        if unsent <= FEW or (unsent >= stream.num_before and not stream.awaits_part):
             return self._announce_last(sequence, stream)
         return self._round(sequence, stream, full, last=False)
 
@@ -71,16 +94,31 @@ class Departures:
         return [header]
 
     def stepped(self) -> Commands:
-        """A step is over: who was announced goes."""
+        """A step is over: who was announced goes, or waits for the destination's own part."""
+        announced, self._announced = self._announced, []
         commands: Commands = []
-        for sequence, blocks in self._announced:
+        for sequence, blocks in announced:
             stream = sequence.stream
-            if stream is not None and sequence.epoch in self._holdings.sequences:
-                sequence.phase = Phase.FROZEN
-                commands += self._round(sequence, stream, stream.next_block, last=True)
-            commands.append(self._send_announced(sequence, blocks))
-        self._announced.clear()
+            if stream is None or sequence.epoch not in self._holdings.sequences:
+                commands.append(self._send_announced(sequence, blocks))
+            elif not stream.awaits_part:
+                commands += self._go(stream, sequence, blocks)
+            elif self._is_full(sequence, stream):
+                commands.append((DATA_PLANE, blocks))
+            else:
+                self._announced.append((sequence, blocks))
         return commands
+
+    def _go(self, stream: Stream, sequence: Sequence, blocks: SendBlocks) -> Commands:
+        """It stops; what was announced follows."""
+        sequence.phase = Phase.FROZEN
+        header = self._round(sequence, stream, stream.next_block, last=True)
+        return [*header, self._send_announced(sequence, blocks)]
+
+    def _is_full(self, sequence: Sequence, stream: Stream) -> bool:
+        """Nothing that was announced will be written again."""
+        announced = stream.next_block * self._holdings.tables.block_size(sequence)
+        return sequence.num_computed >= announced
 
     def settle(self) -> Commands:
         """Who was announced and does not go: its blocks are awaited all the same."""

@@ -22,6 +22,7 @@ class Stream:
     next_block: int  # all before it are sent, being sent, or not needed there
     round: int = 0
     num_before: float = float("inf")  # blocks of the round before
+    awaits_part: bool = False  # the destination still computes its own part: do not stop yet
 
     @property
     def tag(self) -> int:
@@ -33,10 +34,12 @@ class Stream:
 class Arrival:
     """A sequence on its way in."""
 
+    src: int
     start: int  # positions before it are computed here, or were here
     next_block: int  # all before it are announced, or not sent
     num_computed: int | None = None  # at the source, when it stopped; None: it goes on
     announced: bool = False  # its first round, and that is being received
+    told: bool = False  # the source, that all before `start` is here
     transfer_s: float = 0.0  # of the rounds that are in place
 
 

@@ -35,6 +35,7 @@ from mellmpi.protocol import (
     KvReserved,
     Park,
     Parked,
+    PartComputed,
     ReceiveBlocks,
     ReceiveKv,
     Release,
@@ -87,6 +88,8 @@ class BatchHistory(RuleBasedStateMachine):
         self.offers = 10_000
         self.streams = {}  # epoch at the destination -> (epoch here, next block)
         self.rounds = {}  # tag -> (index of the request, first block, their number): announced
+        self.computing = set()  # epochs of streams whose destination still computes its part
+        self.told = set()  # epochs that have come in part, and whose source knows of the other
 
     def fresh(self, which):
         self.epoch += 1
@@ -147,9 +150,18 @@ class BatchHistory(RuleBasedStateMachine):
         self.offers += 1
         start = data.draw(st.integers(0, sequence.num_computed // SIZE)) if sequence else 0
         self.streams[self.offers] = (epoch, start)
+        self.computing |= {self.offers} if start else set()
         headers = len(self.headers)
         assert self.order(SendKv(0, epoch, 3, self.offers, start * SIZE)) == []
         assert len(self.headers) == headers + (sequence is not None)
+
+    @precondition(lambda self: self.streams)
+    @rule(data=st.data())
+    def part_computed(self, data):
+        """The destination's word: perhaps of what is over, or once more."""
+        offer = data.draw(st.integers(10_001, self.offers + 1), label="offer")
+        self.computing.discard(offer)
+        assert self.gone(self.batch.handle(3, PartComputed(0, offer))) == []
 
     def gone(self, commands):
         """Check what a source sends; the other commands."""
@@ -178,6 +190,10 @@ class BatchHistory(RuleBasedStateMachine):
         assert header.num_blocks in [max(0, end - first) for end in ends]
         assert header.outputs == (tuple(sequence.outputs) if header.last else ())
         assert (sequence.phase is Phase.FROZEN) == header.last
+        # Without room for its next token, or in mid-prefill, it would only stand still here.
+        stuck = len(sequence.block_table) == all_of_it and not self.batch.pool.num_free
+        stuck |= sequence.num_tokens - sequence.num_computed > 1
+        assert not header.last or header.epoch not in self.computing or stuck
         self.streams[header.epoch] = (epoch, first + header.num_blocks)
         self.headers.append(header)
         if header.num_blocks:
@@ -195,6 +211,9 @@ class BatchHistory(RuleBasedStateMachine):
         right = kv_of(which, sequence.num_computed)[first:].reshape(-1)
         valid = min(as_sent.size, sequence.num_computed - first * SIZE)
         assert (as_sent.reshape(-1)[:valid] == right[:valid]).all()
+        goes_on = sequence.stream is not None and order.epoch in batch.sequences
+        if goes_on and order.tag // ROUNDS in self.computing and sequence.phase is Phase.RUNNING:
+            assert valid == as_sent.size, "what is still written stays until the source stops"
 
     @precondition(lambda self: self.epoch)
     @rule(data=st.data())
@@ -224,10 +243,10 @@ class BatchHistory(RuleBasedStateMachine):
         if last:
             del self.reserved[epoch]
         waited_for, self.round = epoch in self.batch.sequences, self.round + 1
-        commands = self.batch.handle(2, KvPayload(
+        commands = self.untold(self.batch.handle(2, KvPayload(
             which, epoch, layout, first, num_blocks, computed,
             ANSWERS[which][:outputs] if last else (), (), last, self.round,
-        ))  # fmt: skip
+        )))  # fmt: skip
         drain = [(DATA_PLANE, DrainBlocks(2, self.round, num_blocks))] if num_blocks else []
         match commands:
             case [(_, ReceiveBlocks() as order)]:
@@ -241,6 +260,15 @@ class BatchHistory(RuleBasedStateMachine):
                 self.arrived(epoch, received)
             case _:
                 assert commands == drain and (not waited_for or not num_blocks)
+
+    def untold(self, commands):
+        """Check what the source is told; the other commands."""
+        for to, word in [c for c in commands if isinstance(c[1], PartComputed)]:
+            sequence = self.batch.sequences[word.epoch]
+            assert to == 2 and word.epoch not in self.told
+            assert sequence.num_computed >= sequence.arrival.start > 0
+            self.told.add(word.epoch)
+        return [c for c in commands if not isinstance(c[1], PartComputed)]
 
     @precondition(lambda self: self.receives)
     @rule(data=st.data(), ok=st.sampled_from([True, True, True, False]))
@@ -287,13 +315,21 @@ class BatchHistory(RuleBasedStateMachine):
         assert plan is not None or not self.rounds, "what was announced is given a step"
         if plan is not None:
             self.the_plan_is_lawful(plan, computed)
-            for _, received in self.gone(batch.commit(plan, self.engine.execute(plan))):
+            commands = batch.commit(plan, self.engine.execute(plan))
+            for _, received in self.untold(self.gone(commands)):
                 assert isinstance(received, KvReceived)
                 self.arrived(received.epoch, received)
-            assert not self.rounds, "what was announced goes after the step"
+            late = [tag for tag in self.rounds if tag // ROUNDS not in self.computing]
+            assert not late, "what was announced goes after the step"
+            self.what_is_full_goes()
         for sequence in before.values():
             answer = ANSWERS[self.request_of[sequence.epoch]]
             assert tuple(sequence.outputs) == answer[: len(sequence.outputs)], "wrong token"
+
+    def what_is_full_goes(self):
+        for tag, (_, first, num_blocks) in self.rounds.items():
+            sequence = self.batch.sequences[self.streams[tag // ROUNDS][0]]
+            assert sequence.num_computed < (first + num_blocks) * SIZE
 
     def the_youngest_go_first(self, before):
         """Nobody is preempted while a younger one keeps running."""
@@ -368,6 +404,14 @@ class BatchHistory(RuleBasedStateMachine):
         assert touched <= held.keys(), "blocks in flight were given away"
         announced = {self.streams[tag // ROUNDS][0] for tag in self.rounds}
         assert announced <= batch.sequences.keys(), "what was announced and is over goes at once"
+
+    @invariant()
+    def a_source_hears_that_its_destination_has_computed_its_part(self):
+        for epoch, sequence in self.batch.sequences.items() if hasattr(self, "batch") else ():
+            if (arrival := sequence.arrival) is None or arrival.num_computed is not None:
+                continue
+            done = arrival.announced and sequence.num_computed >= arrival.start > 0
+            assert (epoch in self.told) == done
 
     @invariant()
     def computed_never_overtakes_known(self):

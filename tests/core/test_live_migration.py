@@ -17,6 +17,7 @@ from mellmpi.protocol import (
     KvPayload,
     KvReceived,
     KvReserved,
+    PartComputed,
     ReceiveBlocks,
     ReceiveKv,
     Release,
@@ -246,6 +247,114 @@ def test_an_older_one_is_not_preempted_for_it():
     assert bench.batch.sequences.keys() == {1, 5}
 
 
+# --- the source of a split -----------------------------------------------------------------------
+
+
+def computed(bench, epoch=9):
+    """The destination's word that its own part is there."""
+    return bench.batch.handle(3, PartComputed(7, epoch))
+
+
+def steps(bench, number):
+    """What so many steps make it send."""
+    return [command for _ in range(number) for command in go(bench)]
+
+
+def test_while_the_destination_computes_the_source_decodes_on_and_sends_what_becomes_full(bench):
+    begin(bench, start=8)
+    [(_, head)] = sent(bench, 0)
+    assert (head.first_block, head.num_blocks, head.last, head.tag) == (4, 1, False, TAG + 1)
+    assert steps(bench, 2) == []
+    [(to, blocks)] = go(bench)
+    assert (to, blocks.tag, len(blocks.block_ids)) == (DATA_PLANE, TAG + 1, 1)
+    assert bench.chunks() == [(7, 20, 1, True)], "a full block is only read"
+    [(_, head)] = sent(bench, 1)
+    assert (head.first_block, head.num_blocks, head.last, head.tag) == (5, 1, False, TAG + 2)
+    assert steps(bench, 2) == [] and bench.batch.sequences[1].phase is Phase.RUNNING
+
+
+def test_told_that_the_part_is_computed_it_stops_at_once_and_sends_what_was_announced(bench):
+    sequence, _ = begin(bench, start=8)
+    sent(bench, 0)
+    bench.step()
+    [(_, head), (_, blocks)] = computed(bench)
+    assert (head.first_block, head.num_blocks, head.last) == (5, 0, True)
+    assert head.num_computed == 18 and head.outputs == tuple(sequence.outputs)
+    assert blocks == SendBlocks(7, 1, 3, TAG + 1, tuple(sequence.block_table[4:5]))
+    assert sequence.phase is Phase.FROZEN and bench.batch.plan() is None
+    assert computed(bench) == [] and sent(bench, 1) == []
+
+
+def test_told_in_the_middle_of_a_round_it_goes_on_like_any_other(bench):
+    begin(bench, start=8)
+    assert computed(bench) == [] and steps(bench, 1) == []
+    [(_, head)] = sent(bench, 0)
+    assert (head.num_blocks, head.last) == (1, False)
+    [(_, head), _] = go(bench)
+    assert head.last
+
+
+def test_rounds_need_not_shrink_while_the_destination_computes(bench):
+    begin(bench, start=8)
+    for _ in range(12):
+        bench.step()
+    [(_, head), _] = sent(bench, 0)
+    assert (head.num_blocks, head.last) == (3, False)
+    for _ in range(16):
+        bench.step()
+    [(_, head), (_, blocks)] = sent(bench, 1)
+    assert (head.num_blocks, head.last, blocks.tag) == (4, False, TAG + 2)
+
+
+def test_without_tags_for_more_rounds_it_decodes_on_and_sends_the_rest_when_told(bench):
+    sequence, _ = begin(bench, start=8)
+    sequence.stream.round = ROUNDS - 2
+    assert sent(bench, ROUNDS - 2) == [] and steps(bench, 12) == []
+    [(_, head)] = computed(bench)
+    assert (head.first_block, head.num_blocks, head.tag) == (4, 4, TAG + ROUNDS - 1)
+    [(_, head), (_, blocks)] = go(bench)
+    assert head.last and len(blocks.block_ids) == 4
+
+
+def test_a_source_without_room_to_grow_goes_before_it_is_told():
+    bench = Bench(num_blocks=5)
+    begin(bench, start=8)
+    for _ in range(3):
+        bench.step()
+    [(_, head), _] = sent(bench, 0)
+    assert head.last and computed(bench) == []
+
+
+@pytest.mark.parametrize("order", [Release(7, 1), Unfreeze(7, 1)])
+def test_the_word_of_a_destination_that_has_been_given_up_changes_nothing(bench, order):
+    begin(bench, start=8)
+    sent(bench, 0)
+    [(to, _)] = bench.order(order)
+    assert to == DATA_PLANE and computed(bench) == []
+    sent(bench, 1)
+    assert bool(bench.chunks()) == isinstance(order, Unfreeze)
+
+
+def test_the_word_of_an_earlier_destination_is_not_that_of_a_later_one(bench):
+    begin(bench, start=8)
+    bench.order(Unfreeze(7, 1))
+    bench.order(SendKv(7, 1, 3, 10, 8))
+    assert computed(bench, epoch=9) == []
+    bench.batch.handle(DATA_PLANE, BlocksSent(7, 1, ROUNDS * 10))
+    assert steps(bench, 1) == []
+    [(_, head), _] = computed(bench, epoch=10)
+    assert head.epoch == 10 and head.last
+
+
+def test_what_is_announced_goes_when_it_finishes_before_the_destination_has_computed(bench):
+    sequence = bench.assign(7, epoch=1, num_prompt=9, max_tokens=3)
+    bench.step()
+    bench.order(SendKv(7, 1, 3, 9, 8))
+    assert steps(bench, 1) == []
+    assert go(bench) == [(DATA_PLANE, SendBlocks(7, 1, 3, TAG, tuple(sequence.block_table[2:])))]
+    assert sent(bench, 0) == [] and bench.batch.free_bytes == 200
+
+
 # --- the destination -----------------------------------------------------------------------------
 
 
@@ -381,6 +490,36 @@ def test_a_split_computes_nothing_before_its_blocks_are_let_in(bench):
     assert bench.batch.plan() is None
     announce(bench, 0, 3, 1, 17)
     assert bench.chunks() == [(7, 0, 12, False)]
+
+
+def test_the_source_is_told_once_that_the_destinations_part_is_computed():
+    bench = Bench(num_blocks=20, max_num_batched_tokens=8)
+    reserve(bench, start=12)
+    announce(bench, 0, 3, 1, 17)
+    assert go(bench) == [] and go(bench) == [(2, PartComputed(7, 9))]
+    assert arrived(bench, 0) == []
+    [(_, order)] = announce(bench, 1, 4, 1, 20)
+    assert isinstance(order, ReceiveBlocks) and bench.batch.plan() is None
+
+
+def test_a_destination_whose_part_is_known_says_so_with_the_first_round():
+    bench = Bench(num_blocks=20, prefix=True)
+    bench.assign(1, num_prompt=14, max_tokens=1)
+    bench.step()
+    assert reserve(bench) == [(SCHEDULER, KvReserved(7, 9, 12))]
+    [(_, order), (to, word)] = announce(bench, 0, 3, 1, 17)
+    assert isinstance(order, ReceiveBlocks) and (to, word) == (2, PartComputed(7, 9))
+
+
+def test_a_source_that_has_stopped_is_told_nothing(bench):
+    reserve(bench, start=12)
+    announce(bench, 0, 3, 2, 18, (5, 6), last=True)
+    assert go(bench) == []
+
+
+def test_a_destination_that_computes_nothing_says_nothing(bench):
+    reserve(bench)
+    assert [type(order) for _, order in announce(bench, 0, 0, 4, 17)] == [ReceiveBlocks]
 
 
 def test_what_is_computed_for_a_split_comes_behind_all_that_runs(bench):

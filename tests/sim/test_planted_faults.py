@@ -16,12 +16,14 @@ from mellmpi.core.holdings import Holdings
 from mellmpi.core.ledger import Ledger
 from mellmpi.core.requests import Record, TokenLog
 from mellmpi.core.ring import Ring
-from mellmpi.core.sequences import Phase
+from mellmpi.core.sequences import Phase, Stream
 from mellmpi.core.unreported import Unreported
 from mellmpi.protocol import ROUNDS, KvReceived, Release
 from mellmpi.sim.network import Network
 from tests.core import test_cluster, test_transition_table
+from tests.core import test_live_migration as moving
 from tests.core.stage import Stage
+from tests.core.test_batch import Bench
 from tests.sim.histories import check, random_history
 
 SEEDS = 1000
@@ -88,6 +90,52 @@ def preemptions_are_handled_before_the_tokens_of_the_same_report(monkeypatch):
         report(self, worker, replace(event, preempted=()))
 
     monkeypatch.setattr(ClusterScheduler, "_report", hasty)
+
+
+def the_source_is_not_told_that_the_part_is_computed(monkeypatch):
+    monkeypatch.setattr(Arrivals, "_part_computed", lambda self, sequence, arrival: [])
+
+
+def the_source_does_not_wait_for_the_part(monkeypatch):
+    monkeypatch.setattr(Stream, "awaits_part", property(lambda self: False, lambda self, to: None))
+
+
+def the_word_of_any_destination_will_do(monkeypatch):
+    part_computed = Departures.part_computed
+
+    def careless(self, dst_epoch):
+        streams = [s.stream for s in self._holdings.sequences.values() if s.stream is not None]
+        return part_computed(self, streams[0].dst_epoch if streams else dst_epoch)
+
+    monkeypatch.setattr(Departures, "part_computed", careless)
+
+
+@pytest.mark.parametrize(
+    ("plant", "test"),
+    [
+        (
+            the_source_is_not_told_that_the_part_is_computed,
+            lambda: moving.test_the_source_is_told_once_that_the_destinations_part_is_computed(),
+        ),
+        (
+            the_source_does_not_wait_for_the_part,
+            lambda: moving.test_rounds_need_not_shrink_while_the_destination_computes(
+                Bench(num_blocks=20)
+            ),
+        ),
+        (
+            the_word_of_any_destination_will_do,
+            lambda: moving.test_the_word_of_an_earlier_destination_is_not_that_of_a_later_one(
+                Bench(num_blocks=20)
+            ),
+        ),
+    ],
+)
+def test_a_directed_test_of_moves_catches(plant, test, monkeypatch):
+    test()
+    plant(monkeypatch)
+    with pytest.raises((AssertionError, ValueError)):
+        test()
 
 
 @pytest.mark.parametrize(

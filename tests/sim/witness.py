@@ -17,6 +17,7 @@ from mellmpi.protocol import (
     KvRefused,
     KvReserved,
     Park,
+    PartComputed,
     ReceiveKv,
     Release,
     Unfreeze,
@@ -61,7 +62,8 @@ OCCASIONS = {
     "a later round broken off", "a wrong checksum", "ended while it streamed",
     "unfrozen while it streamed", "split", "split with outputs", "computed last",
     "split released while it computed", "prefix known at the destination", "last round empty",
-    "decoded while it streamed",
+    "decoded while it streamed", "told of a part", "told of a part that nobody waits for",
+    "told of a part with all announced",
 }  # fmt: skip
 
 _WHY = re.compile(r"(\w+ -> \w+: )(?:\d+ )?([a-z]+(?: (?:room|\d+ lost))?)")
@@ -166,6 +168,11 @@ class Witness(Simulation):
             self.seen["unfrozen while it streamed"] += isinstance(message, Unfreeze) and streams
             released = isinstance(message, Release) and sequence.arrival is not None
             self.seen["split released while it computed"] += released and sequence.computable
+        if isinstance(message, PartComputed):
+            streams = [s.stream for s in worker.batch.sequences.values() if s.stream is not None]
+            waits = any(s.dst_epoch == message.epoch and s.awaits_part for s in streams)
+            self.seen["told of a part with all announced"] += worker.batch._departures.closing
+            self.seen["told of a part" if waits else "told of a part that nobody waits for"] += 1
         super()._to_worker(worker, source, message)
 
     def _step_done(self, worker: SimWorker, step_s: float) -> None:
