@@ -4,13 +4,16 @@
 
 One device, shared by three ranks; less than 8 minutes. Without a GPU it says so and ends with 0.
 Every check is a process of its own with a time limit: one that fails says why, the others go on,
-and the exit code is 1. `--rehearse` does all of it on the CPU, to see that it runs.
+and the exit code is 1. Where the default model is not installed, random weights of its shape take
+its place. `--rehearse` does all of it on the CPU with a tiny model, to see that it runs.
 
-self_test   does this MPI move device buffers, values compared?
+self_test   does this MPI move device buffers, values compared? And are copies through pinned
+            memory right?
+doctor      what `python -m mellmpi doctor` says of path and links on three ranks
 bandwidth   of every path between two ranks, against the device's own copies to and from the host
 tokens      greedy, float32: the engine on the device against the reference on the CPU
 migration   a batch under `--migrate stress` by two workers and a scheduler, against one worker
-            that moves nothing: the same tokens?
+            that moves nothing: the same tokens? Through pinned memory and, if it works, by MPI
 roofline    decode against memory bandwidth, prefill against what a matrix product reaches
 """
 
@@ -18,47 +21,39 @@ import argparse
 import json
 import os
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from alone import ROOT, within
 from record import add_json_option, finish
+from roofline import TINY, copies
+from roofline import roofline as near_the_roof
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-LIMITS_S = {"self_test": 70, "bandwidth": 60, "tokens": 80, "migration": 160, "roofline": 100}
+LIMITS_S = {"self_test": 80, "doctor": 40, "bandwidth": 90, "tokens": 70, "migration": 120,
+            "roofline": 70}  # fmt: skip
 CACHE = Path.home() / ".cache" / "mellmpi"
-# A billion parameters: enough that a step reads memory rather than starting kernels.
-BILLION = {
-    "model_type": "llama", "num_hidden_layers": 16, "hidden_size": 2048, "head_dim": 64,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 8192,
-    "vocab_size": 32_000, "max_position_embeddings": 8192, "rope_theta": 500_000.0,
+DEFAULT = "smollm2"
+ITS_SHAPE = {  # for where it cannot be had
+    "model_type": "llama", "num_hidden_layers": 30, "hidden_size": 576, "head_dim": 64,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 1536,
+    "vocab_size": 49_152, "max_position_embeddings": 8192, "rope_theta": 100_000.0,
     "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": True,
 }  # fmt: skip
-TINY = "random:tiny-llama"
+BLOCKS = 64  # of the trial of copies; a MiB each
 
 
 def launcher(num_ranks: int) -> list[str]:
     return ["bash", str(ROOT / "launch" / "mpirun.sh"), "-n", str(num_ranks), sys.executable]
 
 
-def timed(device: str, run: Callable[[], Any], repeats: int = 7) -> float:
-    """Median seconds of a call whose work is on the device."""
-    import torch
-
-    took = []
-    for _ in range(repeats + 2):
-        started_s = time.perf_counter()
-        run()
-        if device != "cpu":
-            torch.cuda.synchronize()
-        took.append(time.perf_counter() - started_s)
-    return statistics.median(took[2:])
+def kind(device: str) -> str:
+    """What `--device` is called."""
+    return "cpu" if device == "cpu" else "cuda"
 
 
 # --- checks: each returns plain data; "ok" says whether it holds ---------------------------------
@@ -69,34 +64,57 @@ def self_test(args: argparse.Namespace) -> dict[str, Any]:
 
     started_s = time.perf_counter()
     works = device_buffers_work(args.device)
+    took_s = round(time.perf_counter() - started_s, 1)
     path = "by MPI, from device to device" if works else "through pinned host memory"
-    return {"ok": True, "device_buffers_work": works, "path": path,
-            "took_s": round(time.perf_counter() - started_s, 1)}  # fmt: skip
+    found: dict[str, Any] = {"ok": True, "device_buffers_work": works, "path": path,
+                             "test_took_s": took_s}  # fmt: skip
+    if args.device != "cpu":
+        found["ok"] = found["copies_right"] = copies_right(args.device)
+    return found
 
 
-def copies(device: str) -> dict[str, float]:
-    """GB/s of the device's own copies of 256 MiB."""
+def copies_right(device: str) -> bool:
+    """Blocks go from one half of an arena to the other through slots, as transfers do: unchanged,
+    on the word of `still` alone?"""
     import torch
 
-    num_bytes = (256 if device != "cpu" else 16) << 20
-    there = torch.ones(num_bytes, dtype=torch.uint8, device=device)
-    other = torch.empty_like(there)
-    here = torch.ones(num_bytes, dtype=torch.uint8, pin_memory=device != "cpu")
-    speed = lambda run, moved: round(moved * num_bytes / timed(device, run) / 1e9, 2)  # noqa: E731
-    return {
-        "within_device": speed(lambda: other.copy_(there), 2),  # read and written
-        "to_host": speed(lambda: here.copy_(there), 1),
-        "from_host": speed(lambda: there.copy_(here), 1),
-    }
+    from mellmpi.transport.devices import CudaCopies, DeviceArena, Staged
+
+    arena = DeviceArena(2 * BLOCKS, 1 << 20, device)
+    arena.blocks.random_(0, 256)
+    torch.cuda.synchronize(device)
+    lane = Staged(arena.block_bytes, CudaCopies(arena))
+
+    def settle(addresses: list[int]) -> None:
+        while not all(lane.still(address) for address in addresses):
+            time.sleep(50e-6)
+
+    for first in range(0, BLOCKS, 4):
+        addresses = [lane.outgoing(block) for block in range(first, first + 4)]
+        settle(addresses)
+        for block, address in enumerate(addresses, first):
+            lane.arrived(address, BLOCKS + block)
+        settle(addresses)
+        for address in addresses:
+            lane.free(address)
+    return bool(torch.equal(arena.blocks[:BLOCKS], arena.blocks[BLOCKS:]))
+
+
+def doctor(args: argparse.Namespace) -> dict[str, Any]:
+    done = subprocess.run(
+        [*launcher(3), "-m", "mellmpi", "doctor", "--device", kind(args.device)],
+        check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    said = done.stdout.splitlines()
+    return {"ok": any(line.startswith("blocks ") for line in said), "said": said}
 
 
 def bandwidth(args: argparse.Namespace) -> dict[str, Any]:
     own = copies(args.device)
     with tempfile.NamedTemporaryFile(suffix=".json") as output:
-        where = "cpu" if args.device == "cpu" else "cuda"
         subprocess.run(
             [*launcher(2), str(HERE / "bandwidth.py"), "-m", f"{16 << 20}:{64 << 20}", "-i", "9",
-             "-d", where, "--json", output.name], check=True, stdout=subprocess.DEVNULL,
+             "-d", kind(args.device), "--json", output.name], check=True, stdout=subprocess.DEVNULL,
         )  # fmt: skip
         rows = json.loads(output.read())["results"]
     slowest = min(own["to_host"], own["from_host"])
@@ -163,11 +181,10 @@ def batch_run(args: argparse.Namespace, folder: Path, name: str, num_ranks: int,
               *flags: str) -> tuple[list[list[int]], dict[str, Any]]:  # fmt: skip
     """`run-batch` on the device: (answers in order, report)."""
     out, report = folder / f"{name}.jsonl", folder / f"{name}.json"
-    device = "cpu" if args.device == "cpu" else "cuda"
     subprocess.run(
         [*launcher(num_ranks), "-m", "mellmpi", "run-batch", "-i", str(folder / "in.jsonl"), "-o",
          str(out), "--report", str(report), "--model", args.model, "--dtype", "float32",
-         "--device", device, "--oversubscribe-gpus", "--gpu-memory-utilization", "0.3",
+         "--device", kind(args.device), "--oversubscribe-gpus", "--gpu-memory-utilization", "0.3",
          "--kv-cache-memory-bytes", "256M", *flags],
         check=True, cwd=ROOT, stdout=subprocess.DEVNULL,
     )  # fmt: skip
@@ -180,96 +197,54 @@ def batch_run(args: argparse.Namespace, folder: Path, name: str, num_ranks: int,
 
 
 def migration(args: argparse.Namespace) -> dict[str, Any]:
-    rng = random.Random(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        with open(folder / "in.jsonl", "w") as requests:
-            for i in range(24):
-                prompt = [rng.randrange(3, 250) for _ in range(rng.randint(20, 300))]
-                body = {"prompt": prompt, "max_tokens": 150, "temperature": 0, "ignore_eos": True,
-                        "return_token_ids": True}  # fmt: skip
-                line = {"custom_id": str(i), "method": "POST", "url": "/v1/completions"}
-                requests.write(json.dumps({**line, "body": body}) + "\n")
+        write_requests(folder / "in.jsonl")
         still, _ = batch_run(args, folder, "still", 2, "--migrate", "never")
-        moved, report = batch_run(args, folder, "moved", 3, "--migrate", "stress",
-                                  "--policy", "worst_fit", "--checksums", "always")  # fmt: skip
-    alike = same_tokens(still, moved)
-    moves = report["migrations"]
+        # "auto" is by MPI where that works, and through pinned memory where it does not.
+        ways = ("never", "auto") if args.direct else ("never",)
+        found = {
+            "by MPI" if way == "auto" else "through the host": moved(args, folder, still, way)
+            for way in ways
+        }
+    return {"ok": all(one["ok"] for one in found.values()), **found}
+
+
+def write_requests(file: Path) -> None:
+    rng = random.Random(1)
+    with open(file, "w") as requests:
+        for i in range(24):
+            prompt = [rng.randrange(3, 250) for _ in range(rng.randint(20, 300))]
+            body = {"prompt": prompt, "max_tokens": 150, "temperature": 0, "ignore_eos": True,
+                    "return_token_ids": True}  # fmt: skip
+            line = {"custom_id": str(i), "method": "POST", "url": "/v1/completions"}
+            requests.write(json.dumps({**line, "body": body}) + "\n")
+
+
+def moved(args: argparse.Namespace, folder: Path, still: list[list[int]],
+          device_buffers: str) -> dict[str, Any]:  # fmt: skip
+    """The same requests, moved at random."""
+    answers, report = batch_run(
+        args, folder, f"moved-{device_buffers}", 3, "--migrate", "stress", "--policy", "worst_fit",
+        "--rebalance-every-s", "0.03", "--checksums", "always", "--device-buffers", device_buffers,
+    )  # fmt: skip
+    alike, moves = same_tokens(still, answers), report["migrations"]
     return {
         "ok": alike["answers_alike"] >= 0.9 * alike["answers"] and moves["transfer"] > 0, **alike,
-        "migrations": moves, "downtime_ms": report.get("downtime_ms"),
-        "tpot_ms": report.get("tpot_ms"),
+        "migrations": moves, "outcomes": report["migration_outcomes"],
+        "migrated_bytes": report["migrated_bytes"],
+        "prediction_error": report["migration_prediction_error"],
+        "downtime_ms": report["downtime_ms"], "tpot_ms": report["tpot_ms"],
     }  # fmt: skip
 
 
-class Steps:
-    """Forward passes of any shape over one executor, at the same place again and again."""
-
-    def __init__(self, args: argparse.Namespace, folder: Path):
-        from mellmpi.config import CacheConfig, ModelConfig
-        from mellmpi.engine.checkpoint import resolve
-        from mellmpi.engine.executor import build_executor
-
-        model = TINY
-        if args.device != "cpu":
-            (folder / "config.json").write_text(json.dumps(BILLION))
-            model = f"random:{folder / 'config.json'}"
-        self.executor = build_executor(
-            resolve(model, folder), ModelConfig(model=model), CacheConfig(
-                kv_cache_memory_bytes=(4 if args.device != "cpu" else 1) << 30),
-            device=args.device,
-        )  # fmt: skip
-        self.kv = self.executor.models[0].kv
-
-    def plan(self, sequences: int, start: int, num_tokens: int) -> Any:
-        from mellmpi.protocol import Chunk, Sampling, StepPlan
-
-        greedy = Sampling(9999, 0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, (), None)
-        used = -(-(start + num_tokens) // self.kv.block_size)
-        return StepPlan(self.kv.model, tuple(
-            Chunk(i, start, (7,) * num_tokens, list(range(i * used, (i + 1) * used)), greedy,
-                  ((1,), []))
-            for i in range(sequences)
-        ), ())  # fmt: skip
-
-    def parameters(self) -> int:
-        """Of the layers and the output."""
-        a = self.executor.arch
-        width = a.head_dim * (2 * a.num_heads + 2 * a.num_kv_heads)
-        layer = a.hidden_size * width + 3 * a.hidden_size * a.intermediate_size
-        return int(a.num_layers * layer + a.hidden_size * a.vocab_size)
-
-
 def roofline(args: argparse.Namespace) -> dict[str, Any]:
-    import torch
-
-    memory_GBps = copies(args.device)["within_device"]
-    size = 8192 if args.device != "cpu" else 512
-    a = torch.ones(size, size, dtype=torch.bfloat16, device=args.device)
-    peak_flops = 2 * size**3 / timed(args.device, lambda: a @ a)
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        steps = Steps(args, Path(folder))
-        num_parameters, context = steps.parameters(), 512
-        for sequences in (1, 8, 32):
-            plan = steps.plan(sequences, context - 1, 1)
-            step_s = timed(args.device, lambda plan=plan: steps.executor.execute(plan))
-            kv_bytes = sequences * context * steps.kv.block_bytes / steps.kv.block_size
-            GBps = (2 * num_parameters + kv_bytes) / step_s / 1e9
-            rows.append({"decode": sequences, "tokens_per_s": round(sequences / step_s, 1),
-                         "GBps": round(GBps, 1),
-                         "of_memory_bandwidth": round(GBps / memory_GBps, 3)})  # fmt: skip
-        for num_tokens in (512, 2048):
-            plan = steps.plan(1, 0, num_tokens)
-            step_s = timed(args.device, lambda plan=plan: steps.executor.execute(plan))
-            flops = 2 * num_parameters * num_tokens / step_s
-            rows.append({"prefill": num_tokens, "tokens_per_s": round(num_tokens / step_s, 1),
-                         "of_matrix_product": round(flops / peak_flops, 3)})  # fmt: skip
-    return {"ok": True, "parameters": num_parameters, "memory_GBps": memory_GBps,
-            "matrix_product_TFLOPs": round(peak_flops / 1e12, 2), "rows": rows}  # fmt: skip
+    return {"ok": True, **near_the_roof(args.device)}
 
 
-CHECKS = {check.__name__: check for check in (self_test, bandwidth, tokens, migration, roofline)}
+CHECKS = {
+    check.__name__: check for check in (self_test, doctor, bandwidth, tokens, migration, roofline)
+}
 
 # --- the whole -----------------------------------------------------------------------------------
 
@@ -277,20 +252,32 @@ CHECKS = {check.__name__: check for check in (self_test, bandwidth, tokens, migr
 def alone(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """One check in a process of its own; what it found, or why it failed."""
     command = [sys.executable, __file__, "--one", name, "--model", args.model]
+    command += ["--rehearse"] * args.rehearse + ["--direct"] * args.direct
     started_s = time.perf_counter()
-    job = subprocess.Popen([*command, *(["--rehearse"] if args.rehearse else [])], text=True,
-                           stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                           start_new_session=True)  # fmt: skip
-    try:
-        out, err = job.communicate(timeout=LIMITS_S[name])
-    except subprocess.TimeoutExpired:
-        job.terminate()  # mpirun takes its ranks along
-        job.wait()
-        return {"ok": False, "why": f"not done in {LIMITS_S[name]} s"}
+    out, err, code = within(LIMITS_S[name], command)
     took_s = round(time.perf_counter() - started_s, 1)
-    if job.returncode:
+    if code is None:
+        return {"ok": False, "why": f"not done in {LIMITS_S[name]} s", "took_s": took_s}
+    if code or not out.strip():
         return {"ok": False, "why": err[-2000:], "took_s": took_s}
     return {**json.loads(out.splitlines()[-1]), "took_s": took_s}
+
+
+def usable(model: str | None, rehearse: bool, folder: Path) -> str:
+    """What to serve: the default, or its shape where it is not to be had."""
+    if model is not None:
+        return model
+    if rehearse:
+        return TINY
+    from mellmpi.engine.checkpoint import resolve
+
+    try:
+        resolve(DEFAULT, CACHE)
+    except ValueError as error:
+        print(f"{error}; going on with random weights of its shape", file=sys.stderr)
+        (folder / "like-smollm2.json").write_text(json.dumps(ITS_SHAPE))
+        return f"random:{folder / 'like-smollm2.json'}"
+    return DEFAULT
 
 
 def gpu(device: str) -> dict[str, Any]:
@@ -307,28 +294,38 @@ def gpu(device: str) -> dict[str, Any]:
     return {"name": torch.cuda.get_device_name(0), "cuda": torch.version.cuda, "driver": said}
 
 
-def main() -> int:
+def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="smollm2", help="for tokens and migration")
-    parser.add_argument("--only", nargs="+", choices=CHECKS, default=list(CHECKS), metavar="CHECK")
+    parser.add_argument("--model", help=f"for tokens and migration (default: {DEFAULT})")
+    parser.add_argument("--only", nargs="+", choices=CHECKS, default=list(CHECKS), metavar="CHECK",
+                        help=", ".join(CHECKS))  # fmt: skip
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, small")
     parser.add_argument("--one", choices=CHECKS, help=argparse.SUPPRESS)
+    parser.add_argument("--direct", action="store_true", help=argparse.SUPPRESS)
     add_json_option(parser)
     args = parser.parse_args()
-    from mellmpi.runtime.gpus import count_gpus
-
     args.device = "cpu" if args.rehearse else "cuda:0"
+    return args
+
+
+def main() -> int:
+    args = options()
     if args.one:
         print(json.dumps(CHECKS[args.one](args)))
         return 0
+    from mellmpi.runtime.gpus import count_gpus
+
     if not args.rehearse and not count_gpus():
         print("no GPU here: nothing was checked", file=sys.stderr)
         return 0
     started_s, results = time.perf_counter(), {}
-    for name in args.only:
-        results[name] = alone(name, args)
-        state = "holds" if results[name]["ok"] else f"FAILS: {results[name].get('why', '')}"
-        print(f"{name:<12}{state}  ({results[name].get('took_s', 0)} s)", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as folder:
+        args.model = usable(args.model, args.rehearse, Path(folder))
+        for name in args.only:
+            found = results[name] = alone(name, args)
+            args.direct |= found.get("device_buffers_work", False)
+            state = "holds" if found["ok"] else f"FAILS: {found.get('why', found)}"
+            print(f"{name:<12}{state}  ({found['took_s']} s)", file=sys.stderr)
     config = {"model": args.model, "gpu": gpu(args.device), "load": round(os.getloadavg()[0], 1),
               "took_s": round(time.perf_counter() - started_s, 1)}  # fmt: skip
     finish(config, results, args.json)

@@ -1,0 +1,41 @@
+"""Runs a command for a limited time, with all that it starts: a job of MPI must not outlive it."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def within(limit_s: float, command: list[str]) -> tuple[str, str, int | None]:
+    """(output, errors, exit code) of a command; no code if it took too long."""
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        job = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+        )  # fmt: skip
+        code: int | None = None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = job.wait(limit_s)
+        end(job)
+        out.seek(0)
+        err.seek(0)
+        return out.read(), err.read(), code
+
+
+def end(job: subprocess.Popen, patience_s: float = 15) -> None:
+    """Whatever is left of it: its mpirun is in its process group, and takes its ranks along."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(job.pid, signal.SIGTERM)
+        stop_s = time.monotonic() + patience_s
+        while time.monotonic() < stop_s:
+            job.poll()  # a process that nobody asks after stays in its group
+            os.killpg(job.pid, 0)
+            time.sleep(0.05)
+        os.killpg(job.pid, signal.SIGKILL)
+    job.wait()

@@ -1,0 +1,176 @@
+"""How near do decode and prefill come to what this device's memory and matrix units can do?
+
+    python bench/roofline.py [--device cuda:0] [--json FILE]
+
+A model of a billion parameters in bfloat16 with random weights (on a CPU a tiny one). The ceilings
+are measured: a large copy within the device, bytes read and written, and a large product of random
+matrices. `floor_ms` is the longer of a step's bytes over the one and its operations over the other.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from record import add_json_option, finish
+
+# A billion parameters: enough that a step reads memory rather than starting kernels.
+BILLION = {
+    "model_type": "llama", "num_hidden_layers": 16, "hidden_size": 2048, "head_dim": 64,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 8192,
+    "vocab_size": 32_000, "max_position_embeddings": 8192, "rope_theta": 500_000.0,
+    "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": True,
+}  # fmt: skip
+TINY = "random:tiny-llama"
+WARM_S = 0.3  # an idle GPU has slow clocks
+CONTEXT = 512  # of what decodes
+
+
+def seconds(device: str, run: Callable[[], Any], inner: int = 1, repeats: int = 7) -> float:
+    """Median time of a call, of `inner` calls begun one after the other and waited for at the end:
+    what is short would else be drowned by starting and waiting."""
+    import torch
+
+    wait = torch.cuda.synchronize if device != "cpu" else lambda: None
+    warm_until_s = time.perf_counter() + (WARM_S if device != "cpu" else 0.0)
+    run()
+    while time.perf_counter() < warm_until_s:
+        run()
+    took = []
+    for _ in range(repeats):
+        wait()
+        started_s = time.perf_counter()
+        for _ in range(inner):
+            run()
+        wait()
+        took.append((time.perf_counter() - started_s) / inner)
+    return statistics.median(took)
+
+
+def copies(device: str) -> dict[str, float]:
+    """GB/s of the device's own copies of 256 MiB."""
+    import torch
+
+    on_gpu = device != "cpu"
+    num_bytes = (256 if on_gpu else 16) << 20
+    there = torch.ones(num_bytes, dtype=torch.uint8, device=device)
+    other = torch.empty_like(there)
+    here = torch.ones(num_bytes, dtype=torch.uint8, pin_memory=on_gpu)
+
+    def GBps(to: Any, source: Any, moved: int) -> float:
+        took_s = seconds(device, lambda: to.copy_(source, non_blocking=on_gpu), 10 if on_gpu else 1)
+        return round(moved * num_bytes / took_s / 1e9, 2)
+
+    return {
+        "within_device": GBps(other, there, 2),  # read and written
+        "to_host": GBps(here, there, 1),
+        "from_host": GBps(there, here, 1),
+    }
+
+
+def matrix_product(device: str) -> float:
+    """Operations a second of a large product in bfloat16. Random numbers: ones would be faster."""
+    import torch
+
+    size = 8192 if device != "cpu" else 512
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = (
+        torch.randn(size, size, dtype=torch.bfloat16, device=device, generator=generator)
+        for _ in range(2)
+    )
+    out = torch.empty_like(a)
+    took_s = seconds(device, lambda: torch.mm(a, b, out=out), 10 if device != "cpu" else 1)
+    return 2 * size**3 / took_s
+
+
+class Steps:
+    """Forward passes of any shape over one executor, at the same place again and again."""
+
+    def __init__(self, device: str, folder: Path):
+        from mellmpi.config import CacheConfig, ModelConfig
+        from mellmpi.engine.checkpoint import resolve
+        from mellmpi.engine.executor import build_executor
+
+        model = TINY
+        if device != "cpu":
+            (folder / "config.json").write_text(json.dumps(BILLION))
+            model = f"random:{folder / 'config.json'}"
+        self.executor = build_executor(
+            resolve(model, folder), ModelConfig(model=model),
+            CacheConfig(kv_cache_memory_bytes=(4 if device != "cpu" else 1) << 30), device=device,
+        )  # fmt: skip
+        self.kv = self.executor.models[0].kv
+
+    def plan(self, sequences: int, start: int, num_tokens: int) -> Any:
+        from mellmpi.protocol import Chunk, Sampling, StepPlan
+
+        greedy = Sampling(9999, 0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, (), None)
+        used = -(-(start + num_tokens) // self.kv.block_size)
+        return StepPlan(self.kv.model, tuple(
+            Chunk(i, start, (7,) * num_tokens, list(range(i * used, (i + 1) * used)), greedy,
+                  ((1,), []))
+            for i in range(sequences)
+        ), ())  # fmt: skip
+
+    def work(self, sequences: int, start: int, num_tokens: int) -> tuple[float, float]:
+        """(bytes, operations) that such a step cannot do without: weights and KV read once, KV
+        written; products and attention. Only a sequence's last row goes through the head."""
+        a = self.executor.arch
+        width = a.head_dim * (2 * a.num_heads + 2 * a.num_kv_heads)
+        layers = a.num_layers * a.hidden_size * (width + 3 * a.intermediate_size)
+        head = a.hidden_size * a.vocab_size
+        positions = sequences * (start + num_tokens)
+        num_bytes = 2 * (layers + head) + positions * self.kv.block_bytes / self.kv.block_size
+        attended = sequences * num_tokens * (start + (num_tokens + 1) / 2)
+        flops = 2 * sequences * (num_tokens * layers + head)
+        flops += 4 * attended * a.num_layers * a.num_heads * a.head_dim
+        return num_bytes, flops
+
+
+def row(steps: Steps, device: str, ceilings: tuple[float, float], sequences: int, start: int,
+        num_tokens: int) -> dict[str, Any]:  # fmt: skip
+    """One shape of step beside what it cannot be faster than. ceilings: bytes and operations/s."""
+    plan = steps.plan(sequences, start, num_tokens)
+    step_s = seconds(device, lambda: steps.executor.execute(plan))
+    num_bytes, flops = steps.work(sequences, start, num_tokens)
+    floor_s = max(num_bytes / ceilings[0], flops / ceilings[1])
+    shape = {"decode": sequences} if start else {"prefill": num_tokens}
+    return {
+        **shape, "tokens_per_s": round(sequences * num_tokens / step_s, 1),
+        "step_ms": round(1e3 * step_s, 3), "floor_ms": round(1e3 * floor_s, 4),
+        "GBps": round(num_bytes / step_s / 1e9, 1), "TFLOPs": round(flops / step_s / 1e12, 3),
+        "of_memory_bandwidth": round(num_bytes / step_s / ceilings[0], 4),
+        "of_matrix_product": round(flops / step_s / ceilings[1], 4),
+    }  # fmt: skip
+
+
+def roofline(device: str) -> dict[str, Any]:
+    ceilings = 1e9 * copies(device)["within_device"], matrix_product(device)
+    with tempfile.TemporaryDirectory() as folder:
+        steps = Steps(device, Path(folder))
+        shapes = [*((n, CONTEXT - 1, 1) for n in (1, 8, 32)), (1, 0, 512), (1, 0, 2048)]
+        rows = [row(steps, device, ceilings, *shape) for shape in shapes]
+    return {"memory_GBps": round(ceilings[0] / 1e9, 1),
+            "matrix_product_TFLOPs": round(ceilings[1] / 1e12, 2), "rows": rows}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda:0", help="default: cuda:0; or cpu, for a trial")
+    add_json_option(parser)
+    args = parser.parse_args()
+    from mellmpi.runtime.gpus import count_gpus
+
+    if args.device != "cpu" and not count_gpus():
+        print("no GPU here: nothing was measured; --device cpu tries it out", file=sys.stderr)
+        return
+    finish({"device": args.device, "context": CONTEXT}, roofline(args.device), args.json)
+
+
+if __name__ == "__main__":
+    main()
