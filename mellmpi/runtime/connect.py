@@ -5,10 +5,10 @@ from typing import Any
 
 from mellmpi.config import Config
 from mellmpi.protocol import SCHEDULER, LinksMeasured
-from mellmpi.runtime.gpus import count_gpus
-from mellmpi.transport.base import Transport
-from mellmpi.transport.devices import device_buffers_work
-from mellmpi.transport.links import measure_links
+from mellmpi.runtime.gpus import Seat, count_gpus
+from mellmpi.transport.base import Arena, Transport
+from mellmpi.transport.devices import DeviceArena, device_buffers_work
+from mellmpi.transport.links import BLOCK_BYTES, NUM_BLOCKS, measure_links
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ def connect(job: Any, config: Config) -> Transport:
     transport: Transport = job.connect(options.idle_poll_s, device_buffers, options.checksums)
     log.info("blocks travel %s, checksums %s", path(config, device_buffers), options.checksums)
     if options.measure_links:
-        measure(transport, job.hosts)
+        measure(transport, job.hosts, probe_arena(job, config))
     return transport
 
 
@@ -34,12 +34,20 @@ def path(config: Config, device_buffers: bool, num_gpus: int | None = None) -> s
     return "through pinned host memory"
 
 
-def measure(transport: Transport, hosts: list[str]) -> None:
+def probe_arena(job: Any, config: Config) -> Arena | None:
+    """Blocks where this worker's KV will be, to measure links with; None: host memory will do."""
+    if job.rank == SCHEDULER or config.device == "cpu" or not (num_gpus := count_gpus()):
+        return None
+    seat = Seat.of(job.rank, job.neighbours, num_gpus)
+    return DeviceArena(NUM_BLOCKS, BLOCK_BYTES, seat.device)
+
+
+def measure(transport: Transport, hosts: list[str], arena: Arena | None = None) -> None:
     """Links of all workers, in about a second; the scheduler is told by its own transport."""
     if transport.num_workers < 2:
         log.info("one worker: there is no link to measure")
         return
-    links = measure_links(transport, hosts)
+    links = measure_links(transport, hosts, arena=arena)
     if links is not None:
         for row in lines(links):
             log.info("%s", row)

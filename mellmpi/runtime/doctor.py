@@ -10,7 +10,7 @@ from typing import Any
 from mellmpi import __version__
 from mellmpi.config import Config
 from mellmpi.protocol import FINGERPRINT, SCHEDULER
-from mellmpi.runtime.connect import device_buffers_proven, lines, path
+from mellmpi.runtime.connect import device_buffers_proven, lines, path, probe_arena
 from mellmpi.runtime.gpus import count_gpus
 from mellmpi.transport.links import measure_links
 
@@ -107,7 +107,7 @@ def _links(config: Config, job: Any) -> list[str]:
             f"{config.transport.checksums}", *_nearby(job, transport)]  # fmt: skip
     if transport.num_workers < 2:
         return [*text, "links       none: there is but one worker"]
-    links = measure_links(transport, job.hosts)
+    links = measure_links(transport, job.hosts, arena=probe_arena(job, config))
     if job.rank == SCHEDULER and links is not None:
         text += [f"link        {line}" for line in lines(links)]
     return text

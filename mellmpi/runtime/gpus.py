@@ -1,7 +1,10 @@
 """Which GPU a worker uses, known before torch is imported."""
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from mellmpi.protocol import SCHEDULER
 
 
 def count_gpus() -> int:
@@ -23,6 +26,12 @@ class Seat:
     index: int  # among the workers of this host
     neighbours: int  # workers on this host, this one included
     num_gpus: int  # on this host
+
+    @staticmethod
+    def of(rank: int, neighbours: Sequence[int], num_gpus: int) -> "Seat":
+        """A worker's; `neighbours`: all ranks of its host."""
+        workers = [other for other in neighbours if other != SCHEDULER]
+        return Seat(workers.index(rank), len(workers), num_gpus)
 
     @property
     def device(self) -> str:

@@ -149,7 +149,8 @@ def _worker(job: Any, prepared: dict[str, Any]) -> int:
     config = Config.from_dict(prepared["config"])
     try:
         transport = connect(job, config)
-        worker = make_worker(transport, config, prepared, _seat(job))
+        seat = Seat.of(job.rank, job.neighbours, count_gpus())
+        worker = make_worker(transport, config, prepared, seat)
         worker.start()
         while not worker.stopped:
             if not worker.turn():
@@ -217,12 +218,6 @@ def _hosting_problem(config: Config, num_workers: int) -> str:
         return ""
     return (f"none of the {num_workers} worker(s) hosts {missing[0]}: start more ranks, or name it "
             "in another --worker-models")  # fmt: skip
-
-
-def _seat(job: Any, num_gpus: int | None = None) -> Seat:
-    workers = [rank for rank in job.neighbours if rank]
-    count = count_gpus() if num_gpus is None else num_gpus
-    return Seat(workers.index(job.rank), len(workers), count)
 
 
 def _seating_problem(job: Any, prepared: dict[str, Any]) -> str:

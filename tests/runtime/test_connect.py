@@ -5,7 +5,9 @@ import pytest
 
 from mellmpi.config import Config, TransportConfig
 from mellmpi.protocol import LinksMeasured
+from mellmpi.runtime import connect as connecting
 from mellmpi.runtime.connect import connect, lines, path
+from mellmpi.transport.links import HostArena
 from mellmpi.transport.local import LocalNetwork
 
 
@@ -51,6 +53,29 @@ def test_the_scheduler_hears_of_the_links_before_anything_else():
 def test_nothing_is_measured_where_there_is_no_link_or_nobody_wants_it(num_workers, wanted):
     _, transports = connected(num_workers, measure_links=wanted)
     assert all(transport.poll() == [] for transport in transports)
+
+
+def test_links_are_measured_with_blocks_of_each_workers_own_gpu(monkeypatch):
+    made, gave = [], []
+
+    def arena(num_blocks, block_bytes, device):
+        made.append(device)
+        return HostArena(num_blocks, block_bytes)
+
+    measured = connecting.measure_links
+    monkeypatch.setattr(connecting, "count_gpus", lambda: 2)
+    monkeypatch.setattr(connecting, "device_buffers_work", lambda device: False)
+    monkeypatch.setattr(connecting, "DeviceArena", arena)
+    monkeypatch.setattr(connecting, "measure_links", lambda transport, hosts, arena: (
+        gave.append((transport.worker, type(arena))), measured(transport, hosts, arena=arena))[1]
+    )  # fmt: skip
+    _, transports = connected(3)
+    assert sorted(made) == ["cuda:0", "cuda:0", "cuda:1"]
+    assert sorted(gave, key=lambda one: one[0]) == [
+        (0, type(None)), *((worker, HostArena) for worker in (1, 2, 3)),
+    ]  # fmt: skip
+    [(_, links)] = transports[0].poll()
+    assert links.Bps[0] > 0
 
 
 def test_settings_reach_the_transport():

@@ -8,6 +8,11 @@ def test_workers_of_a_host_take_its_gpus_in_turn():
     assert Seat(0, 4, 0).device == "cpu"
 
 
+def test_the_scheduler_takes_no_seat():
+    assert Seat.of(1, [0, 1, 2], 2) == Seat(0, 2, 2)
+    assert Seat.of(5, [3, 4, 5], 2) == Seat(2, 3, 2)
+
+
 @pytest.mark.parametrize(
     ("index", "neighbours", "gpus", "sharers"),
     [(0, 3, 2, 2), (1, 3, 2, 1), (2, 3, 2, 2), (0, 5, 1, 5), (0, 1, 4, 1), (1, 2, 0, 1)],
