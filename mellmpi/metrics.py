@@ -18,10 +18,9 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from mellmpi import protocol as p
 from mellmpi.activity import Activity
+from mellmpi.predictions import Predictions
 from mellmpi.series import Distribution, Move, Sample, Series, Sums
 
 
@@ -36,6 +35,7 @@ class _Live:
     last_s: float = 0.0
     reported_s: float | None = None  # last token in a StepReport
     src: int | None = None  # it is moving away from here
+    move: p.MigrationStarted | None = None  # the newest one
     landed_at: int | None = None  # it has moved here, and has had no token from here yet
 
 
@@ -53,7 +53,7 @@ class Metrics:
         self._activity = Activity()
         self._moving: dict[int, tuple[float, p.MigrationStarted]] = {}
         self._moves, self._preempted = Sample(), Sample()
-        self._errors = Sample()  # of predicted times of migrations, relative
+        self._predictions = Predictions()
         self._reporter: int | None = None  # worker whose StepReport is being handled
         self._counts: Counter[str] = Counter()
         self._outcomes: Counter[str] = Counter()
@@ -176,6 +176,9 @@ class Metrics:
             return
         if live.reported_s is not None:
             self._downtime.add(now - live.reported_s)
+            if (move := live.move) is not None:
+                predicted_s, pause_s = move.predicted_downtime_s, now - live.reported_s
+                self._predictions.add(move.mode, "downtime_s", predicted_s, pause_s)
         live.landed_at, live.src = None, None
 
     def _finished(self, request_id: int, live: _Live) -> None:
@@ -190,7 +193,7 @@ class Metrics:
     def _departed(self, now: float, started: p.MigrationStarted) -> None:
         self._moving[started.request_id] = (now, started)
         if live := self._live.get(started.request_id):
-            live.src = started.src
+            live.src, live.move = started.src, started
 
     def _ended(self, now: float, e: p.MigrationEnded) -> None:
         self._outcomes[e.outcome] += 1
@@ -204,8 +207,9 @@ class Metrics:
                 live.src = None
             return
         self._moved[e.mode] += 1
-        if started is not None and now > start_s:
-            self._errors.add(abs(started.predicted_s - (now - start_s)) / (now - start_s))
+        if started is not None:
+            self._predictions.add(e.mode, "seconds", started.predicted_s, now - start_s)
+            self._predictions.add(e.mode, "bytes", started.num_bytes, e.num_bytes)
         self._counts["migrated_bytes"] += e.num_bytes
         if e.num_bytes:
             self._transfers.add((1, e.num_bytes), e.transfer_s)
@@ -245,7 +249,8 @@ class Metrics:
             "migrations": self._migrations(),
             "migration_outcomes": dict(self._outcomes),
             "migrated_bytes": count["migrated_bytes"],
-            "migration_prediction_error": self._prediction_error(),
+            "migration_prediction_error": self._predictions.error("seconds"),
+            "migration_predictions": self._predictions.to_dict(),  # medians, beside the actual ones
             "downtime_ms": self._downtime.percentiles_ms(),
             "ttft_ms": self._ttft.percentiles_ms(),
             "tpot_ms": self._tpot.percentiles_ms(),
@@ -264,11 +269,6 @@ class Metrics:
         """Sums for `CostModel.fitted`."""
         sums = {"steps": self._steps, "transfers": self._transfers, "wakes": self._wakes}
         return {name: found.to_dict() for name, found in sums.items()}
-
-    def _prediction_error(self) -> float | None:
-        """|predicted - actual| / actual of the time of a move that succeeded, in the median."""
-        errors = self._errors.items
-        return float(np.median(errors)) if errors else None
 
     def _migrations(self) -> dict[str, int]:
         failed = sum(self._outcomes.values()) - self._outcomes["moved"]

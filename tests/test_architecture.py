@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-DATA = {"protocol", "config", "options", "metrics", "activity", "series", "workload"}
+DATA = {"protocol", "config", "options", "metrics", "activity", "series", "predictions",
+        "workload"}  # fmt: skip
 PARTS = DATA | {
     "core",
     "engine",
@@ -34,7 +35,8 @@ MAY_IMPORT = {  # part of the package -> what of ours it may import, beside itse
     "transport": {"protocol"},
     "series": {"protocol"},
     "activity": {"protocol", "series"},
-    "metrics": {"protocol", "series", "activity"},
+    "metrics": {"protocol", "series", "activity", "predictions"},
+    "predictions": {"series"},
     "workload": {"protocol"},
     "timeline": {"protocol", "series"},
     "front": {"protocol", "config", "metrics", "workload"},

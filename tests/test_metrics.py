@@ -445,3 +445,24 @@ def test_the_error_of_predicted_migrations_is_their_median_relative_to_what_they
     report = m.report(100.0)
     assert report["migration_prediction_error"] == pytest.approx(0.5)
     assert report["migrations"]["split"] == 3
+
+
+def test_what_was_predicted_of_a_move_stands_beside_what_it_took():
+    m = Metrics()
+    assert m.report(0.0)["migration_predictions"] == {}
+    submit(m, 0.0)
+    tokens(m, 1.0, 1)
+    started(m, 1.1, "transfer", 1, 2)
+    ended(m, 1.6, "transfer", 1, 2, num_bytes=320)
+    tokens(m, 1.7, 2)
+    found = m.report(2.0)["migration_predictions"]["transfer"]
+    assert found["seconds"] == pytest.approx({"predicted": 1.0, "actual": 0.5, "error": 1.0})
+    assert found["bytes"] == pytest.approx({"predicted": 640, "actual": 320, "error": 1.0})
+    assert found["downtime_s"] == pytest.approx({"predicted": 0.0, "actual": 0.7, "error": 1.0})
+
+
+def test_a_move_without_bytes_has_no_error_of_them():
+    m = Metrics()
+    started(m, 1.0, "recompute", 1, 2)
+    ended(m, 2.0, "recompute", 1, 2, num_bytes=0)
+    assert m.report(3.0)["migration_predictions"]["recompute"]["bytes"]["error"] is None

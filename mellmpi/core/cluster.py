@@ -171,12 +171,15 @@ class ClusterScheduler:
         self.fleet.report(worker, report)
         logprobs, records, tokens = dict(report.logprobs), self.records, report.tokens
         runs = zip(report.request_ids, report.epochs, report.firsts, report.counts, strict=True)
-        rows, added, end = [], [], 0
+        rows, added, end, now = [], [], 0, self.fleet.view.now
         for i, (request_id, epoch, first, num_tokens) in enumerate(runs):
             start, end = end, end + num_tokens
             record = records.get(request_id)
             if record is not None and record.epoch == epoch:
                 rows.append(record.slot)
+                if record.landed is not None:
+                    self.ring.resumed(record)
+                record.told_s = now
                 of_run = logprobs.get(i, ()) if logprobs else ()
                 added.append(self._tokens(record, first, tokens[start:end], of_run))
         if rows:

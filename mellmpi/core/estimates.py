@@ -5,6 +5,8 @@ from mellmpi.core.cost import CostModel
 from mellmpi.core.links import LOOK_AGAIN_S, Link, Links
 from mellmpi.core.step_times import EXPECTED_BATCH, StepTimes
 
+MESSAGES_S = 3e-3  # of a move, between loops that sleep
+
 
 class Estimates:
     """Links, steps, and what moves take beyond them."""
@@ -25,14 +27,20 @@ class Estimates:
         """The blocks for which the source stops, at most two."""
         return self.links.between(src, dst).transfer_s(2 * block_bytes)
 
-    def move_s(self, mode: str, hosts: tuple[int, int], work_s: float) -> float:
-        """What a move takes whose bytes and computing, whichever is longer, take `work_s`."""
-        return self._of(mode, hosts).took_s(work_s)
+    def wait_s(self, src: int, dst: int, turns: tuple[float, float]) -> float:
+        """Messages, and so many steps of the source and of the destination."""
+        steps_s = turns[0] * self.steps.pace_s(src) + turns[1] * self.steps.pace_s(dst)
+        return MESSAGES_S + steps_s
 
-    def took(self, mode: str, hosts: tuple[int, int], work_s: float, took_s: float) -> None:
-        """A move is over; `work_s` was expected of its bytes and its computing."""
-        self._of(mode, hosts).add(work_s, took_s)
-        self._of(mode).add(work_s, took_s)
+    def move_s(self, mode: str, hosts: tuple[int, int], wait_s: float, work_s: float) -> float:
+        """What a move takes whose bytes and computing, whichever is longer, take `work_s`."""
+        return self._of(mode, hosts).took_s(wait_s, work_s)
+
+    def took(self, mode: str, hosts: tuple[int, int], wait_s: float, work_s: float,
+             took_s: float) -> None:  # fmt: skip
+        """A move, or its pause, is over; so much was expected of its waiting and its work."""
+        self._of(mode, hosts).add(wait_s, work_s, took_s)
+        self._of(mode).add(wait_s, work_s, took_s)
 
     def _of(self, mode: str, hosts: tuple[int, int] | None = None) -> Beyond:
         """What is known of these moves; of a pair of hosts, at first that of all pairs."""

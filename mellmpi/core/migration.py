@@ -1,5 +1,10 @@
 """How each request moves: its KV is sent, computed again from its tokens, or some of both.
 
+The way that costs least is taken: its seconds, and a fifth of a second for every second without
+tokens that it brings, to the request that moves and, while a part of it is computed, to each that
+the destination decodes. A request stands still at most as long as it moves: where nobody else does,
+the way taken lasts at most a fifth longer than the fastest one.
+
 All moves of one moment are decided together, against what the links and the workers already have
 to do. A move for which neither has room within the time limit is deferred: the policy proposes it
 again, or something better, at its next look.
@@ -16,6 +21,11 @@ TRANSFER, RECOMPUTE, SPLIT = "transfer", "recompute", "split"
 ANY = (TRANSFER, RECOMPUTE, SPLIT)
 SHORT_S = 2e-3  # a way that takes no longer is not worth being divided
 WORTH = 0.95  # a split, or giving up the source's tokens meanwhile, has to save that much
+STILL = 0.2  # what a second without a token counts, against a second until a move is over
+# Steps of the source and of the destination that a move waits for in all: each takes messages in
+# between two of its steps, and after its last blocks have been announced the source makes one more.
+TURNS = {TRANSFER: (2.0, 1.0), RECOMPUTE: (0.0, 0.5), SPLIT: (2.0, 1.0)}
+PAUSE = {mode: f"pause of {mode}" for mode in ANY}  # what is learnt of it is kept under this name
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,18 +51,27 @@ class Candidate:
 class Plan:
     """One way for one request, and what it is expected to take."""
 
+    src: int
+    dst: int
     mode: str
     start: int  # positions before it are computed by the destination
     num_bytes: int  # over the link
     work_s: float  # its bytes or its computing alone, whichever is longer
+    wait_s: float  # messages and step boundaries alone
     seconds: float  # from the decision to the destination's word, or its first token
-    downtime_s: float  # without a token
+    downtime_s: float  # without a token, the first step of the destination included
+    last_s: tuple[float, float]  # of these: waiting, and the last round on the link, alone
+    others_s: float  # that the requests of the destination stand still, all together
     shared_bytes: int  # of others, that go over the link before it
     in_limit: bool = True
 
     @property
     def num_prefill(self) -> int:
         return self.start
+
+    @property
+    def cost_s(self) -> float:
+        return self.seconds + STILL * (self.downtime_s + self.others_s)
 
 
 @dataclass(slots=True)
@@ -88,19 +107,19 @@ def decide(candidates: Sequence[Candidate], estimates: Estimates, in_flight: InF
 
 
 def _regret(options: list[Plan]) -> float:
-    """Seconds that the second best way takes longer."""
-    seconds = sorted(plan.seconds for plan in options)
-    return seconds[1] - seconds[0] if len(seconds) > 1 else 0.0
+    """What the second best way costs more."""
+    costs = sorted(plan.cost_s for plan in options)
+    return costs[1] - costs[0] if len(costs) > 1 else 0.0
 
 
 def _best(candidate: Candidate, options: list[Plan]) -> Plan | None:
     if candidate.forced:
         return options[0]
     within = [plan for plan in options if plan.in_limit]
-    # In this order: what goes on decoding meanwhile, and is simpler, wins unless it is slower.
+    # In this order: what goes on decoding meanwhile, and is simpler, wins unless it costs more.
     best: Plan | None = None
     for plan in sorted(within, key=lambda plan: ANY.index(plan.mode)):
-        if best is None or plan.seconds < WORTH * best.seconds:
+        if best is None or plan.cost_s < WORTH * best.cost_s:
             best = plan
     return best
 
@@ -126,7 +145,7 @@ def _plan(c: Candidate, mode: str, start: int, estimates: Estimates, busy: InFli
           limit_s: float) -> Plan:  # fmt: skip
     sending_s, computing_s = _times(c, start, estimates, busy)
     hosts = estimates.links.hosts(c.src, c.dst)
-    work_s = max(sending_s, computing_s)
+    work_s, wait_s = max(sending_s, computing_s), _wait_s(c, mode, estimates)
     # What does not fit even where nothing else goes on would never go.
     alone = not (sending_s and busy.bytes_between[hosts]) and not (
         computing_s and busy.prefill_at[c.dst]
@@ -134,13 +153,41 @@ def _plan(c: Candidate, mode: str, start: int, estimates: Estimates, busy: InFli
     num_bytes = 0
     if mode != RECOMPUTE:
         num_bytes = (c.num_blocks - start // c.block_size) * c.block_bytes
-    downtime_s = estimates.last_round_s(c.src, c.dst, c.block_bytes)
-    if mode == RECOMPUTE:
-        downtime_s = work_s
+    seconds = estimates.move_s(mode, hosts, wait_s, work_s)
+    if mode == SPLIT:  # neither of its parts ends earlier for the other one
+        for part, part_s in ((TRANSFER, sending_s), (RECOMPUTE, computing_s)):
+            alone_s = estimates.move_s(part, hosts, _wait_s(c, part, estimates), part_s)
+            seconds = max(seconds, alone_s)
+    last_s = _last_s(c, estimates)
+    if mode == RECOMPUTE:  # it, too, ends with a step there, and with word of that
+        downtime_s = max(seconds, estimates.move_s(PAUSE[TRANSFER], hosts, *last_s))
+    else:
+        downtime_s = estimates.move_s(PAUSE[mode], hosts, *last_s)
     return Plan(
-        mode, start, num_bytes, work_s, estimates.move_s(mode, hosts, work_s), downtime_s,
-        busy.bytes_between[hosts], in_limit=alone or work_s <= limit_s,
+        c.src, c.dst, mode, start, num_bytes, work_s, wait_s, seconds, downtime_s, last_s,
+        _others_s(c, start, estimates), busy.bytes_between[hosts],
+        in_limit=alone or work_s <= limit_s,
     )  # fmt: skip
+
+
+def _wait_s(c: Candidate, mode: str, estimates: Estimates) -> float:
+    """Until step boundaries; who decodes nothing is there at once."""
+    at_src, at_dst = TURNS[mode]
+    return estimates.wait_s(c.src, c.dst, (at_src, at_dst if c.num_decoding else 0.0))
+
+
+def _last_s(c: Candidate, estimates: Estimates) -> tuple[float, float]:
+    """Between the last token here and the first there: waiting and a step, and the last blocks."""
+    turns = (0.0, 1.5) if c.num_decoding else (1.0, 0.0)  # a step as it was, unless others decode
+    last_round_s = estimates.last_round_s(c.src, c.dst, c.block_bytes)
+    return estimates.wait_s(c.src, c.dst, turns), last_round_s
+
+
+def _others_s(c: Candidate, start: int, estimates: Estimates) -> float:
+    """What computing so much there costs all whom it decodes meanwhile."""
+    if not c.num_decoding:
+        return 0.0
+    return c.num_decoding * estimates.prefill_s(c.dst, start, batch=max(1, start))
 
 
 def _times(c: Candidate, start: int, estimates: Estimates,

@@ -82,6 +82,8 @@ class Record:
     moved_from: int | None = None  # recompute migration: until the first token from the new owner
     plan: Plan | None = None  # of the move under way, of whatever mode
     planned_s: float = 0.0  # when it was decided
+    landed: Plan | None = None  # of the move by which its KV came: until the first token from here
+    told_s: float | None = None  # when its owner last reported a token of it
     transfer_failed: bool = False  # under this owner: next time it is recomputed
     story: deque[str] = field(default_factory=lambda: deque(maxlen=40))  # for people
 

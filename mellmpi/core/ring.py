@@ -7,7 +7,7 @@ its copy until rank 0 has heard that the other one is complete; nothing is undon
 from typing import Any
 
 from mellmpi.core.fleet import Fleet
-from mellmpi.core.migration import Plan
+from mellmpi.core.migration import PAUSE, Plan
 from mellmpi.core.requests import Offer, Record, State
 from mellmpi.core.view import Move
 from mellmpi.protocol import (
@@ -41,7 +41,7 @@ class Ring:
     def announce(self, record: Record, move: Move, plan: Plan) -> None:
         """It begins to move as planned."""
         src, _ = record.owner
-        record.plan, record.planned_s = plan, self.fleet.view.now
+        record.plan, record.planned_s, record.landed = plan, self.fleet.view.now, None
         self.fleet.in_flight.add(self._hosts(src, move.dst), move.dst, plan)
         started = MigrationStarted(
             record.request.id, plan.mode, src, move.dst, move.reason, plan.start, plan.num_bytes,
@@ -97,6 +97,7 @@ class Ring:
             self._close_offer(record, offer, outcome)
         if record.moved_from is not None:
             self.recomputed(record, outcome)
+        record.landed = None
 
     def destination_lost(self, record: Record, why: str) -> None:
         """The owner keeps the request, and decodes on if it had stopped."""
@@ -110,6 +111,15 @@ class Ring:
         dst, _ = record.owner
         assert src is not None
         self._ended(record, src, dst, outcome)
+
+    def resumed(self, record: Record) -> None:
+        """The first token since its KV has moved."""
+        plan, record.landed = record.landed, None
+        assert plan is not None
+        now, told_s = self.fleet.view.now, record.told_s
+        if told_s is not None:
+            hosts = self.fleet.estimates.links.hosts(plan.src, plan.dst)
+            self.fleet.estimates.took(PAUSE[plan.mode], hosts, *plan.last_s, now - told_s)
 
     def _send(self, record: Record, offer: Offer, start: int) -> None:
         src, epoch = record.owner
@@ -127,6 +137,7 @@ class Ring:
         view = self.fleet.view
         view.cost = view.cost.after_transfer(event.num_bytes, event.transfer_s)
         assert record.plan is not None
+        record.landed = record.plan
         self.fleet.estimates.links.moved(
             src, offer.dst, event.num_bytes + record.plan.shared_bytes, event.transfer_s, view.now
         )
@@ -156,7 +167,9 @@ class Ring:
         self.fleet.in_flight.add(self._hosts(src, dst), dst, plan, -1)
         if outcome == "moved":
             took_s = self.fleet.view.now - record.planned_s
-            self.fleet.estimates.took(plan.mode, self._hosts(src, dst), plan.work_s, took_s)
+            self.fleet.estimates.took(
+                plan.mode, self._hosts(src, dst), plan.wait_s, plan.work_s, took_s
+            )
         ended = MigrationEnded(
             record.request.id, plan.mode, src, dst, num_bytes, transfer_s, outcome
         )

@@ -5,6 +5,9 @@ count relative to the step, and a coefficient is forgotten only as fast as it is
 what prefilling took stays known through a minute of nothing but decoding.
 """
 
+from collections import defaultdict, deque
+from statistics import median
+
 import numpy as np
 
 from mellmpi.core.cost import CostModel, least_squares
@@ -18,6 +21,7 @@ BELIEVED = 16  # reports after which outliers are bounded
 KNOWN = 0.5  # reports wholly about one coefficient, before which it goes with the scale
 ATTENDED = 8192  # looked-back positions that cost what one prefilled position does, at first
 EXPECTED_BATCH = 512  # tokens a step, unless told
+PACE_REPORTS = 5  # newest ones, of which the median is what a step takes just now
 
 
 class _Fit:
@@ -70,10 +74,16 @@ class StepTimes:
         self._all = _Fit(self._unit)
         self._fits: dict[int, _Fit] = {}
         self._new: list[tuple[int, tuple[float, ...]]] = []
+        self._pace: defaultdict[int, deque[float]] = defaultdict(lambda: deque(maxlen=PACE_REPORTS))
+
+    def pace_s(self, worker: int) -> float:
+        """What a step there takes just now, whatever is in it; 0 before any."""
+        return median(newest) if (newest := self._pace.get(worker)) else 0.0
 
     def add(self, worker: int, report: StepReport) -> None:
         """Remember a report; `fold` looks into it. Where steps are free, nothing is measured."""
         if report.steps and report.step_s > 0 and self._unit.all():
+            self._pace[worker].append(report.step_s / report.steps)
             x = (report.steps, report.prefill_tokens, report.decode_tokens, report.attended)
             self._new.append((worker, (*x, report.step_s)))
 

@@ -84,7 +84,7 @@ class Cell:
         if plan.num_bytes:
             transfer_s = machine.scattered(plan.num_bytes / machine.Bps)
             self.estimates.links.moved(1, 2, plan.num_bytes, transfer_s, 0.0)
-        self.estimates.took(plan.mode, (0, 1), plan.work_s, took_s)
+        self.estimates.took(plan.mode, (0, 1), plan.wait_s, plan.work_s, took_s)
         return plan, took_s
 
     def _computed(self, n: int) -> None:

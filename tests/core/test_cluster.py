@@ -608,13 +608,13 @@ def test_why_a_move_failed_is_counted_in_few_words(stage, reason, counted):
 
 def test_a_move_that_succeeded_teaches_what_goes_on_around_it_and_one_that_failed_does_not(stage):
     estimates = stage.scheduler.fleet.estimates
-    before = estimates.move_s("transfer", (0, 0), 0.0)
+    before = estimates.move_s("transfer", (0, 0), 0.1, 0.0)
     fail(stage, stage.sending(request_id=7))
-    assert estimates.move_s("transfer", (0, 0), 0.0) == before
+    assert estimates.move_s("transfer", (0, 0), 0.1, 0.0) == before
     record = stage.sending(request_id=8)
     stage.now += 3.0
     stage.tell(2, received(record))
-    assert estimates.move_s("transfer", (0, 0), 0.0) > 2 * before
+    assert estimates.move_s("transfer", (0, 0), 0.1, 0.0) > 2 * before
 
 
 def test_what_a_move_took_teaches_against_its_work_not_against_what_was_predicted(
@@ -626,18 +626,57 @@ def test_what_a_move_took_teaches_against_its_work_not_against_what_was_predicte
     plan, began_s = record.plan, record.planned_s
     stage.tell(2, received(record))
     took_s = pytest.approx(stage.now - began_s)
-    assert plan.work_s < plan.seconds and taught == [("transfer", (0, 0), plan.work_s, took_s)]
+    assert plan.work_s < plan.seconds
+    assert taught == [("transfer", (0, 0), plan.wait_s, plan.work_s, took_s)]
+
+
+def pauses(stage, monkeypatch):
+    """What the estimates hear of pauses from now on."""
+    heard = []
+    monkeypatch.setattr(stage.scheduler.fleet.estimates, "took", lambda *args: heard.append(args))
+    return lambda: [args for args in heard if args[0] == "pause of transfer"]
+
+
+def test_the_time_from_the_last_token_here_to_the_first_one_there_teaches_once(stage, monkeypatch):
+    heard = pauses(stage, monkeypatch)
+    record = stage.sending()
+    plan = record.plan
+    stage.tell(1, report((7, record.epoch, 1, (6,))))
+    told_s = stage.now
+    stage.tell(2, received(record, 1, (6, 7)))  # made here before it stopped: they end no pause
+    stage.now += 0.5
+    stage.tell(2, report((7, record.epoch, 3, (8,))))
+    paused_s = pytest.approx(stage.now - told_s)
+    stage.tell(2, report((7, record.epoch, 4, (9,))))
+    assert heard() == [("pause of transfer", (0, 0), *plan.last_s, paused_s)]
+
+
+def test_a_request_preempted_before_its_first_token_there_teaches_nothing(stage, monkeypatch):
+    heard = pauses(stage, monkeypatch)
+    record = stage.sending()
+    stage.tell(2, received(record))
+    stage.tell(2, replace(report(), preempted=((7, record.epoch),)))
+    stage.tell(record.worker, report((7, record.epoch, 1, (6,))))
+    assert heard() == []
+
+
+def test_a_request_that_had_no_token_before_it_moved_teaches_nothing(stage, monkeypatch):
+    heard = pauses(stage, monkeypatch)
+    record = stage.sending(tokens=())
+    stage.tell(2, received(record))
+    stage.tell(2, report((7, record.epoch, 0, (5,))))
+    assert heard() == []
 
 
 def test_every_look_of_the_policy_lets_old_experience_age(stage):
     estimates = stage.scheduler.fleet.estimates
     stage.running()  # or it would look no more
     for _ in range(20):
-        estimates.took("split", (0, 0), 1.0, 3.0)
+        estimates.took("split", (0, 0), 0.0, 1.0, 3.0)
     for _ in range(12):
         stage.now += LOOK_AGAIN_S
         stage.tick()
-    assert estimates.move_s("split", (0, 0), 1.0) < 1.3
+    assert estimates.move_s("split", (0, 0), 0.0, 1.0) < 1.3
 
 
 def test_bytes_of_others_on_the_link_count_when_a_transfer_is_slow(stage):

@@ -4,13 +4,15 @@ from dataclasses import replace
 
 import pytest
 
-from mellmpi.core.beyond import FIXED_S
 from mellmpi.core.cost import CostModel
-from mellmpi.core.estimates import Estimates
+from mellmpi.core.estimates import MESSAGES_S, Estimates
 from mellmpi.core.migration import (
+    PAUSE,
     RECOMPUTE,
     SPLIT,
+    STILL,
     TRANSFER,
+    WORTH,
     Candidate,
     InFlight,
     decide,
@@ -18,6 +20,7 @@ from mellmpi.core.migration import (
     ways,
 )
 from mellmpi.protocol import LinksMeasured
+from tests.core.stage import report
 
 # A block of 16 tokens is 160 bytes; computing it takes 16 ms, and sending it 16 s / `ratio`.
 MOVE = Candidate(src=1, dst=2, num_tokens=1000, block_size=16, block_bytes=160, num_decoding=0,
@@ -26,10 +29,17 @@ LIMIT_S = 10.0
 
 
 def estimates(Bps: float = 10_000.0, prefill_token_s: float = 1e-3) -> Estimates:
-    # No cost of looking back: times are round.
-    cost = CostModel(prefill_token_s, 0.0, 0.0, Bps, 0.0, 0.0)
+    # Next to no cost of steps and of looking back: times are round.
+    cost = CostModel(prefill_token_s, 1e-12, 1e-12, Bps, 0.0, 0.0)
     found = Estimates(cost)
-    found.steps._unit[3] = 0.0
+    found.steps._unit[3] = 1e-15
+    return found
+
+
+def stepping(found: Estimates, **steps_s: float) -> Estimates:
+    """Workers w1, w2 … make steps of so many seconds just now."""
+    for worker, step_s in steps_s.items():
+        found.steps.add(int(worker[1:]), replace(report(), steps=4, step_s=4 * step_s))
     return found
 
 
@@ -50,7 +60,7 @@ def test_where_both_take_equally_long_it_is_split_in_the_middle_and_takes_half()
     plan = decided(Bps=10_000.0)
     assert plan.mode == SPLIT
     assert plan.start % 16 == 0 and abs(plan.start - 500) <= 16
-    assert plan.seconds - FIXED_S == pytest.approx(0.5, rel=0.03)
+    assert plan.seconds - MESSAGES_S == pytest.approx(0.5, rel=0.03)
     assert plan.num_bytes == (63 - plan.start // 16) * 160
 
 
@@ -95,15 +105,53 @@ def test_only_the_ways_that_are_open_are_taken(mode):
     assert decided(replace(MOVE, modes=(mode,)), **fast).mode == mode
 
 
-def test_between_nearly_equal_ways_the_one_that_decodes_on_is_taken():
+def test_a_way_that_decodes_on_may_take_a_fifth_longer_than_one_that_stands_still():
     open_to = replace(MOVE, modes=(TRANSFER, RECOMPUTE))
-    assert decided(open_to, Bps=9_800.0).mode == TRANSFER
-    assert decided(open_to, Bps=9_000.0).mode == RECOMPUTE
+    assert decided(open_to, Bps=8_500.0).mode == TRANSFER  # 1.19 s rather than 1.00
+    assert decided(open_to, Bps=7_500.0).mode == RECOMPUTE  # 1.34 s
+
+
+@pytest.mark.parametrize("Bps", [100 * 1.3**i for i in range(26)])
+def test_whoever_stands_still_no_way_takes_much_longer_than_the_fastest(Bps):
+    options = {plan.mode: plan.seconds for plan in ways(MOVE, estimates(Bps), InFlight(), LIMIT_S)}
+    chosen = decided(Bps=Bps)
+    assert options[chosen.mode] <= (1 + STILL) / WORTH * min(options.values()) * (1 + 1e-9)
+
+
+def test_what_the_others_of_the_destination_lose_counts_against_computing_there():
+    open_to = replace(MOVE, modes=(TRANSFER, RECOMPUTE))
+    assert decided(open_to, Bps=5_000.0).mode == RECOMPUTE  # 2 s rather than 1
+    beside = replace(open_to, num_decoding=8)
+    assert decided(beside, Bps=5_000.0).mode == TRANSFER
+    assert decided(beside, Bps=2_000.0).mode == RECOMPUTE
+
+
+def test_a_split_is_not_expected_to_take_less_than_either_of_its_parts():
+    found, both = estimates(1e6), replace(MOVE, modes=(TRANSFER, SPLIT))
+    for _ in range(20):
+        found.took(SPLIT, (0, 0), 0.003, 1.0, 0.4)  # of moves over another link, say
+    _, split = ways(both, found, InFlight(), LIMIT_S)
+    assert split.seconds >= found.move_s(TRANSFER, (0, 0), MESSAGES_S, split.work_s)
+    assert decide([both], found, InFlight(), LIMIT_S)[0].mode == TRANSFER
+
+
+def test_steps_of_both_ends_delay_a_transfer_and_half_a_step_of_the_destination_a_recompute():
+    found = stepping(estimates(1e6), w1=0.03, w2=0.1)
+    sent, computed = ways(replace(MOVE, modes=(TRANSFER, RECOMPUTE), num_decoding=1), found,
+                          InFlight(), LIMIT_S)  # fmt: skip
+    assert sent.seconds - sent.work_s == pytest.approx(MESSAGES_S + 2 * 0.03 + 0.1)
+    assert computed.seconds - computed.work_s == pytest.approx(MESSAGES_S + 0.1 / 2)
+
+
+def test_an_idle_destination_delays_nothing():
+    found = stepping(estimates(1e6), w2=0.1)
+    [sent] = ways(replace(MOVE, modes=(TRANSFER,)), found, InFlight(), LIMIT_S)
+    assert sent.seconds - sent.work_s == pytest.approx(MESSAGES_S)
 
 
 def test_what_is_in_flight_makes_the_link_slower_and_the_worker_busier():
     busy = InFlight()
-    busy.bytes_between[0, 0] = 50_000
+    busy.bytes_between[0, 0] = 60_000
     assert decided(replace(MOVE, modes=(TRANSFER, RECOMPUTE)), busy, Bps=50_000.0).mode == RECOMPUTE
     busy = InFlight()
     busy.prefill_at[2] = 5_000
@@ -122,7 +170,7 @@ def test_who_fits_neither_is_deferred():
     plans = decide([MOVE] * 60, estimates(10_000.0), InFlight(), LIMIT_S)
     taken = [plan for plan in plans if plan is not None]
     assert 15 < len(taken) < 25  # 10 s of 10,000 bytes and of 1,000 tokens
-    assert all(plan.seconds <= LIMIT_S + FIXED_S for plan in taken)
+    assert all(plan.seconds <= LIMIT_S + MESSAGES_S for plan in taken)
 
 
 def test_what_fits_nowhere_goes_where_nothing_else_does():
@@ -152,7 +200,7 @@ def test_links_of_other_hosts_are_not_shared():
 
 
 def test_a_link_that_slows_down_ten_times_changes_decisions_within_three_migrations():
-    found = estimates(100_000.0)
+    found = estimates(100_000.0, prefill_token_s=5e-4)
     found.links.measured(LinksMeasured((0, 0), (0,), (0,), (0.0,), (100_000.0,)))
     modes = []
     for _ in range(4):
@@ -162,21 +210,46 @@ def test_a_link_that_slows_down_ten_times_changes_decisions_within_three_migrati
     assert modes[0] == TRANSFER and modes[3] == RECOMPUTE
 
 
-def test_downtime_is_two_blocks_on_the_link_or_the_whole_of_a_recompute():
-    sent, computed = ways(replace(MOVE, modes=(TRANSFER, RECOMPUTE)), estimates(), InFlight(), 9.0)
-    assert sent.downtime_s == pytest.approx(320 / 10_000)
-    assert computed.downtime_s == pytest.approx(1.0)
+def test_downtime_is_two_blocks_on_the_link_and_a_step_or_the_whole_of_a_recompute():
+    found, modes = stepping(estimates(), w1=0.03, w2=0.1), (TRANSFER, RECOMPUTE, SPLIT)
+    sent, computed, split = ways(replace(MOVE, modes=modes), found, InFlight(), 9.0)
+    assert sent.downtime_s == split.downtime_s == pytest.approx(MESSAGES_S + 0.03 + 320 / 10_000)
+    assert computed.downtime_s == computed.seconds
+    [sent] = ways(replace(MOVE, modes=(TRANSFER,), num_decoding=3), found, InFlight(), 9.0)
+    # Half a step until the destination's next one begins, and that one.
+    assert sent.downtime_s == pytest.approx(MESSAGES_S + 0.15 + 320 / 10_000)
+
+
+def test_a_recompute_stands_still_at_least_as_long_as_a_transfer_does():
+    found = estimates(10.0, prefill_token_s=1e-6)
+    for _ in range(20):
+        [sent] = ways(replace(MOVE, modes=(TRANSFER,)), found, InFlight(), LIMIT_S)
+        found.took(PAUSE[TRANSFER], (0, 0), *sent.last_s, 40.0)
+    sent, computed = ways(replace(MOVE, modes=(TRANSFER, RECOMPUTE)), found, InFlight(), LIMIT_S)
+    assert computed.seconds < 1.0 and computed.downtime_s == sent.downtime_s > 30.0
+
+
+def test_how_long_requests_stood_still_is_learnt_for_each_way():
+    found, modes = stepping(estimates(), w1=0.03), (TRANSFER, SPLIT)
+    for _ in range(20):
+        [split] = ways(replace(MOVE, modes=(SPLIT,)), found, InFlight(), LIMIT_S)
+        found.took(PAUSE[SPLIT], (0, 0), *split.last_s, 0.2)
+    sent, split = ways(replace(MOVE, modes=modes), found, InFlight(), LIMIT_S)
+    assert split.downtime_s == pytest.approx(0.2, rel=0.1)
+    assert sent.downtime_s == pytest.approx(MESSAGES_S + 0.03 + 320 / 10_000)
 
 
 def test_what_a_way_takes_beyond_its_work_is_learnt_for_that_way_and_changes_the_choice():
     found = estimates(10_000.0)
     for _ in range(20):
         [plan] = ways(replace(MOVE, modes=(SPLIT,)), found, InFlight(), LIMIT_S)
-        found.took(SPLIT, (0, 0), plan.work_s, 1.1)  # computing and receiving wait for each other
+        found.took(
+            SPLIT, (0, 0), plan.wait_s, plan.work_s, 1.1
+        )  # computing and receiving wait for each other
     [split] = ways(replace(MOVE, modes=(SPLIT,)), found, InFlight(), LIMIT_S)
     assert split.seconds == pytest.approx(1.1, rel=0.1)
     [plan] = decide([MOVE], found, InFlight(), LIMIT_S)
-    assert plan.mode == TRANSFER and plan.seconds == pytest.approx(plan.work_s + FIXED_S)
+    assert plan.mode == TRANSFER and plan.seconds == pytest.approx(plan.work_s + MESSAGES_S)
 
 
 def test_a_move_that_has_ended_is_no_load_any_more():

@@ -110,3 +110,33 @@ def test_a_long_prefill_is_steps_positions_and_what_they_look_back_on():
     expected = chunks * (2.0 + 4 * 0.5) + 200 * 8.192 + 200 * 200 / 2 * 1e-3
     assert times.prefill_s(1, 200, num_decoding=4, batch=100) == pytest.approx(expected)
     assert times.prefill_s(1, 0) == 0.0
+
+
+# --- what a step takes just now ------------------------------------------------------------------
+
+
+def paced(*reports) -> StepTimes:
+    times = StepTimes(PRIOR)
+    for num_steps, step_s in reports:
+        times.add(1, replace(report(), steps=num_steps, step_s=num_steps * step_s))
+    return times
+
+
+def test_of_an_unknown_worker_no_step_is_known_to_take_anything():
+    assert paced().pace_s(1) == 0.0 and paced((1, 0.02)).pace_s(2) == 0.0
+
+
+def test_one_long_prefill_does_not_change_what_a_step_takes_and_the_third_does():
+    usual = [(4, 0.02)] * 5
+    assert paced(*usual, (1, 0.8)).pace_s(1) == pytest.approx(0.02)
+    assert paced(*usual, *[(1, 0.8)] * 3).pace_s(1) == pytest.approx(0.8)
+
+
+def test_a_report_without_steps_says_nothing_of_them():
+    assert paced((4, 0.02), (0, 0.0), (0, 1.0)).pace_s(1) == pytest.approx(0.02)
+
+
+def test_where_steps_are_free_by_the_prior_nothing_waits_for_them():
+    times = StepTimes(replace(PRIOR, step_s=0.0))
+    times.add(1, replace(report(), steps=2, step_s=0.08))
+    assert times.pace_s(1) == 0.0
