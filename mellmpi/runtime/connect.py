@@ -19,7 +19,8 @@ def connect(job: Any, config: Config) -> Transport:
     options = config.transport
     device_buffers = device_buffers_proven(job, config)
     transport: Transport = job.connect(options.idle_poll_s, device_buffers, options.checksums)
-    log.info("blocks travel %s, checksums %s", path(config, device_buffers), options.checksums)
+    if transport.worker == 1:  # one says it; rank 0 may be where there is no GPU
+        log.info("blocks travel %s, checksums %s", path(config, device_buffers), options.checksums)
     if options.measure_links:
         measure(transport, job.hosts, probe_arena(job, config))
     return transport
@@ -45,7 +46,6 @@ def probe_arena(job: Any, config: Config) -> Arena | None:
 def measure(transport: Transport, hosts: list[str], arena: Arena | None = None) -> None:
     """Links of all workers, in about a second; the scheduler is told by its own transport."""
     if transport.num_workers < 2:
-        log.info("one worker: there is no link to measure")
         return
     links = measure_links(transport, hosts, arena=arena)
     if links is not None:

@@ -27,7 +27,8 @@ def doctor(config: Config, job: Any, speaks: bool) -> int:
     if job is None:
         text.append(f"blocks      {path(config, False)}")
     elif not mixed:
-        text += _links(config, job)
+        gpus = max(row["gpus"] for row in found[1:] or found)  # of workers: rank 0 needs none
+        text += _links(config, job, gpus)
     if mixed:
         text.append("PROBLEM     ranks run different versions of mellmpi: install the same one")
     if speaks:
@@ -94,7 +95,7 @@ def _nearby(job: Any, transport: Any) -> list[str]:
             "other's memory (kernel.yama.ptrace_scope is above 0?) or KV is on a GPU"]  # fmt: skip
 
 
-def _links(config: Config, job: Any) -> list[str]:
+def _links(config: Config, job: Any, num_gpus: int) -> list[str]:
     device_buffers = device_buffers_proven(job, config)
     transport = job.connect(
         config.transport.idle_poll_s, device_buffers, config.transport.checksums
@@ -103,8 +104,9 @@ def _links(config: Config, job: Any) -> list[str]:
         f"some ranks cannot wake each other: they look every {config.transport.idle_poll_s * 1e3:g}"
         " ms"
     )  # fmt: skip
-    text = [f"wake-ups    {rings}", f"blocks      {path(config, device_buffers)}; checksums: "
-            f"{config.transport.checksums}", *_nearby(job, transport)]  # fmt: skip
+    way = path(config, device_buffers, num_gpus)
+    text = [f"wake-ups    {rings}", f"blocks      {way}; checksums: {config.transport.checksums}",
+            *_nearby(job, transport)]  # fmt: skip
     if transport.num_workers < 2:
         return [*text, "links       none: there is but one worker"]
     links = measure_links(transport, job.hosts, arena=probe_arena(job, config))

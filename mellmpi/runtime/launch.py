@@ -35,6 +35,7 @@ def launch(read_options: ReadOptions, world_problem: Callable[[int], str], speak
     speaks         False: another process of a broken world says what is wrong
     """
     logging.basicConfig(format="mellmpi[%(process)d] %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("mellmpi").setLevel(logging.INFO)  # how blocks travel, and how fast
     job = _join()
     rank, size = (job.rank, job.size) if job else (0, 1)
     prepared: Any = None

@@ -1,6 +1,10 @@
+import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
+from mellmpi.config import Config
+from mellmpi.runtime import doctor
 from tests.mpi.harness import FLAGS, ROOT, WITHOUT_ULFM, mpirun
 
 
@@ -31,3 +35,24 @@ def test_the_doctor_speaks_without_mpirun_too():
 def test_the_doctor_refuses_what_it_does_not_know():
     code, _, err = examined(flags=("--checksums", "sometimes"))
     assert code == 2 and "sometimes" in err
+
+
+class FakeJob:
+    """Rank 0, without a GPU, and a worker on a host with one."""
+
+    rank, hosts, neighbours = 0, ["front", "node1"], [0]
+    library, thread_level, survivable = "an MPI", "serialized", True
+
+    def gather(self, data):
+        row = json.loads(data) if data.startswith(b"{") else None
+        return [data, json.dumps({**row, "gpus": 1}).encode()] if row else [b"\1\0", b"\0\1"]
+
+    def connect(self, *_):
+        return SimpleNamespace(rings=True, read_by=frozenset(), num_workers=1)
+
+    def finish(self): ...
+
+
+def test_the_doctor_says_how_blocks_of_workers_travel_where_rank_0_has_no_gpu(capsys):
+    assert doctor.doctor(Config(), FakeJob(), speaks=True) == 0
+    assert "blocks      through pinned host memory" in capsys.readouterr().out
