@@ -45,8 +45,13 @@ class Transfer:
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds from the call that began it to its end, or to now."""
+        """Seconds to its end, or to now: from the call that began it, or, where it was awaited
+        and the transport can tell, from when the first of it came."""
         return (self._ended_s if self.done else time.perf_counter()) - self.started_s
+
+    def begin(self) -> None:
+        """For transports: only now does anything come."""
+        self.started_s = time.perf_counter()
 
     def end(self) -> None:
         """For transports: nothing more will happen to the blocks."""

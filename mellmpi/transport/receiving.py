@@ -39,6 +39,7 @@ class Draining(Move):
         return self._reap()
 
     def _opened(self, opening: Opening) -> None:
+        self.transfer.begin()  # a source may announce what it sends only much later
         self._opening, self._num_left = opening, opening.num_blocks
         self._steps.extend([self._receive_sums] if opening.checked else [])
         self._steps.append(self._answer)

@@ -247,6 +247,14 @@ def test_an_older_one_is_not_preempted_for_it():
     assert bench.batch.sequences.keys() == {1, 5}
 
 
+def test_unfrozen_it_does_not_write_the_half_full_block_that_is_still_being_sent(bench):
+    begin(bench)
+    sent(bench, 0)
+    go(bench)
+    assert bench.order(Unfreeze(7, 1)) == [] and bench.batch.plan() is None
+    assert sent(bench, 1) == [] and bench.chunks() == [(7, 18, 1, True)]
+
+
 # --- the source of a split -----------------------------------------------------------------------
 
 

@@ -92,6 +92,16 @@ def preemptions_are_handled_before_the_tokens_of_the_same_report(monkeypatch):
     monkeypatch.setattr(ClusterScheduler, "_report", hasty)
 
 
+def an_unfrozen_sequence_writes_what_is_still_being_sent(monkeypatch):
+    stop = Departures.stop
+
+    def hasty(self, sequence):
+        stop(self, sequence)
+        sequence.closing.clear()
+
+    monkeypatch.setattr(Departures, "stop", hasty)
+
+
 def the_source_is_not_told_that_the_part_is_computed(monkeypatch):
     monkeypatch.setattr(Arrivals, "_part_computed", lambda self, sequence, arrival: [])
 
@@ -113,6 +123,14 @@ def the_word_of_any_destination_will_do(monkeypatch):
 @pytest.mark.parametrize(
     ("plant", "test"),
     [
+        (
+            an_unfrozen_sequence_writes_what_is_still_being_sent,
+            lambda: (
+                moving.test_unfrozen_it_does_not_write_the_half_full_block_that_is_still_being_sent(
+                    Bench(num_blocks=20)
+                )
+            ),
+        ),
         (
             the_source_is_not_told_that_the_part_is_computed,
             lambda: moving.test_the_source_is_told_once_that_the_destinations_part_is_computed(),
@@ -404,17 +422,6 @@ def the_last_round_does_not_wait_for_those_before(monkeypatch):
         return arrived(self, event)
 
     monkeypatch.setattr(Arrivals, "arrived", hasty)
-
-
-@fault
-def an_unfrozen_sequence_writes_what_is_still_being_sent(monkeypatch):
-    stop = Departures.stop
-
-    def hasty(self, sequence):
-        stop(self, sequence)
-        sequence.closing.clear()
-
-    monkeypatch.setattr(Departures, "stop", hasty)
 
 
 @fault

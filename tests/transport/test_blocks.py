@@ -97,6 +97,15 @@ def arrive(channel, src, tag, num_blocks, first=0, sums=None):
         channel.waiting[src, tag].append(bytes(pack_numbers(sums)))
 
 
+def test_a_transfer_that_is_awaited_begins_when_it_comes(channel, mover):
+    transfer = mover.receive(1, 5, range(2))
+    mover.progress()
+    awaited_s = transfer.started_s
+    arrive(channel, 1, 5, 2)
+    carry(mover, transfer)
+    assert transfer.started_s > awaited_s and transfer.elapsed_s > 0
+
+
 def test_receives_are_begun_a_window_at_a_time(channel, mover, arena):
     arrive(channel, 1, 5, 16)
     transfer = mover.receive(1, 5, range(16))
