@@ -96,8 +96,8 @@ SERVING = (
     Flag("threads", int, "compute threads a worker (default: cores / workers of the host)", "N"),
     Flag("device", str, "auto (default), cpu or cuda", choices=("auto", "cpu", "cuda")),
     Flag("oversubscribe-gpus", switch, "let workers share a GPU", is_switch=True),
-    Flag("checksums", str, "of KV blocks on their way (default: auto, between hosts)",
-         choices=CHECKSUMS),
+    Flag("checksums", str, "of KV blocks on their way (default: auto, between hosts; always: "
+         "device memory then goes through the host)", choices=CHECKSUMS),
     Flag("device-buffers", str, "auto (default): MPI takes device memory where a test of it "
          "passes; never: through host memory", choices=DEVICE_BUFFERS),
     Flag("measure-links", switch, "at the start, in about a second (default: yes)",

@@ -94,6 +94,20 @@ def test_device_buffers_are_used_only_if_every_host_has_proven_them(answers, pro
     assert {job.asked[1] for job in jobs} == {proven}
 
 
+@pytest.mark.parametrize("checksums, device_buffers, proven", [
+    ("auto", "auto", True), ("never", "auto", True), ("always", "auto", False),
+    ("auto", "never", False),
+])  # fmt: skip
+def test_device_memory_is_not_handed_to_mpi_where_checksums_are_insisted_on(
+    monkeypatch, checksums, device_buffers, proven
+):
+    monkeypatch.setattr(connecting, "count_gpus", lambda: 1)
+    monkeypatch.setattr(connecting, "device_buffers_work", lambda device: True)
+    transport = TransportConfig(checksums=checksums, device_buffers=device_buffers)
+    job = FakeJob(LocalNetwork(1), 0, None)
+    assert connecting.device_buffers_proven(job, replace(Config(), transport=transport)) is proven
+
+
 def test_the_path_of_blocks_is_said_in_words():
     gpu = replace(Config(), device="auto")
     assert "in place" in path(replace(gpu, device="cpu"), True, num_gpus=4)
