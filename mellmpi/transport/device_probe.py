@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from mellmpi.transport.mpi import MPI, MpiChannel
+from mellmpi.transport.channel import Channel
 
 SIZES = (2 << 10, 48 << 10, 400_000, 4 << 20)  # bytes: some go at once, some when asked for
 TAG = 7
@@ -20,6 +20,9 @@ LOOK_S = 100e-6  # between two looks
 
 
 def main(device: str) -> None:
+    from mellmpi.transport.mpi import MpiChannel  # isort: skip  (says how MPI is to be started)
+    from mpi4py import MPI  # isort: skip  (starts it)
+
     comm = MPI.COMM_WORLD
     on, other = own_device(device, comm.rank), 1 - comm.rank
     sent, got = pattern(comm.rank).to(on), torch.zeros(sum(SIZES), dtype=torch.uint8, device=on)
@@ -54,7 +57,7 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def exchange(channel: MpiChannel, other: int, source: int, target: int) -> None:
+def exchange(channel: Channel, other: int, source: int, target: int) -> None:
     """All messages, both ways. `source`, `target`: addresses of buffers that hold them in a row."""
     requests = []
     for size in SIZES:
