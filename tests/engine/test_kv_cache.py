@@ -106,3 +106,9 @@ def test_all_see_the_same_memory_each_in_its_own_shape():
 def test_an_arena_is_not_seen_with_blocks_of_other_bytes_or_numbers(change):
     with pytest.raises(ValueError, match="blocks of"):
         KvArena(GEOMETRY, 3).seen_as(replace(GEOMETRY, **change))
+
+
+def test_another_version_of_the_layout_has_another_fingerprint(monkeypatch):
+    ours = GEOMETRY.fingerprint
+    monkeypatch.setattr("mellmpi.engine.kv_cache.LAYOUT_VERSION", 999)
+    assert replace(GEOMETRY).fingerprint != ours
