@@ -5,7 +5,8 @@
 One device, shared by three ranks; less than 8 minutes. Without a GPU it says so and ends with 0.
 Every check is a process of its own with a time limit: one that fails says why, the others go on,
 and the exit code is 1. Where the default model is not installed, random weights of its shape take
-its place. `--rehearse` does all of it on the CPU with a tiny model, to see that it runs.
+its place. `--rehearse` does all of it on the CPU with a tiny model, to see that it runs. MPI is
+started by launch/mpirun.sh: MELLMPI_MCA="--mca pml ucx" tries another messaging layer.
 
 self_test   does this MPI move device buffers, values compared? And are copies through pinned
             memory right?
@@ -47,8 +48,11 @@ ITS_SHAPE = {  # for where it cannot be had
 BLOCKS = 64  # of the trial of copies; a MiB each
 
 
+MPIRUN = ["bash", str(ROOT / "launch" / "mpirun.sh")]
+
+
 def launcher(num_ranks: int) -> list[str]:
-    return ["bash", str(ROOT / "launch" / "mpirun.sh"), "-n", str(num_ranks), sys.executable]
+    return [*MPIRUN, "-n", str(num_ranks), sys.executable]
 
 
 def kind(device: str) -> str:
@@ -63,7 +67,7 @@ def self_test(args: argparse.Namespace) -> dict[str, Any]:
     from mellmpi.transport.devices import device_buffers_work
 
     started_s = time.perf_counter()
-    works = device_buffers_work(args.device)
+    works = device_buffers_work(args.device, MPIRUN)  # by the messaging layer that jobs use
     took_s = round(time.perf_counter() - started_s, 1)
     path = "by MPI, from device to device" if works else "through pinned host memory"
     found: dict[str, Any] = {"ok": True, "device_buffers_work": works, "path": path,
