@@ -110,8 +110,8 @@ class Transport(Protocol):
         ...
 
     def wait(self, timeout_s: float) -> None:
-        """Sleep until something may have come, a transfer moved, `wake` was called, or the time
-        is over. May return early for no reason."""
+        """Carry transfers on and sleep until something may have come, a transfer has ended, `wake`
+        was called, or the time is over. May return early for no reason."""
         ...
 
     def wake(self) -> None:

@@ -27,6 +27,7 @@ class BlockMover:
         self._reads = Reads()
         self._lane: Lane | None = None
         self._moves: list[Move] = []  # oldest first
+        self.num_ended = 0  # transfers, so far
 
     @property
     def busy(self) -> bool:
@@ -71,12 +72,19 @@ class BlockMover:
         """Carry all transfers further, for about BURST_S; the peers of those that moved."""
         if not self._moves:
             return []
-        moved = peers = self._round(self._moves)
         stop_s = time.perf_counter() + BURST_S
-        while (self._reads.carry_out(SHORT_PIECE_BYTES) or moved) and time.perf_counter() < stop_s:
+        peers = self._burst(stop_s)
+        while self._reads.carry_out(SHORT_PIECE_BYTES) and time.perf_counter() < stop_s:
+            peers = peers | self._burst(stop_s)
+        return sorted(peers)
+
+    def _burst(self, stop_s: float) -> set[int]:
+        """Rounds as long as messages move and nothing is to be read; as for `_round`."""
+        moved = peers = self._round(self._moves)
+        while moved and not self._reads and time.perf_counter() < stop_s:
             moved = self._round(self._moves)
             peers = peers | moved
-        return sorted(peers)
+        return peers
 
     def _round(self, moves: Sequence[Move]) -> set[int]:
         """Drive each of these moves once; the peers of those that moved."""
@@ -87,7 +95,9 @@ class BlockMover:
                 peers.add(move.peer)
             if move.posting:
                 holding.add(key)
-        self._moves = [m for m in self._moves if not m.transfer.done]
+        left = [m for m in self._moves if not m.transfer.done]
+        self.num_ended += len(self._moves) - len(left)
+        self._moves = left
         return peers
 
     def forget(self, peer: int) -> None:

@@ -13,13 +13,14 @@ from functools import partial
 from typing import Any
 
 from mellmpi.transport.base import Transfer
-from mellmpi.transport.blocks import BlockMover
+from mellmpi.transport.blocks import BURST_S, BlockMover
 from mellmpi.transport.channel import Channel
 from mellmpi.transport.lanes import Lane
 from mellmpi.transport.moves import Move
 from mellmpi.transport.reading import PIECE_BYTES, SHORT_PIECE_BYTES
 
 AWAY_S = 300e-6  # a main thread that has not looked for so long is computing
+LONGEST_REST_S = 5e-3  # rests double up to here while it looks again and again
 SPIN_S = 200e-6  # without anything done, then sleep
 FIRST_SLEEP_S = 50e-6  # doubles from here on
 MOVING_SLEEP_S = 200e-6  # at most, for a while: a fast link fills its buffers in a millisecond
@@ -43,6 +44,7 @@ class Carrier(BlockMover):
         self._asked = threading.Event()
         self._attended = False  # the main thread waits, and moves blocks meanwhile
         self._looked_s = 0.0  # when it was here last
+        self._resting = False  # longer than AWAY_S
         self._closing = False
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="carrier", daemon=True)
@@ -56,6 +58,9 @@ class Carrier(BlockMover):
 
     def attend(self, present: bool) -> None:
         self._attended, self._looked_s = present, time.perf_counter()
+        if self._resting and not present:
+            self._resting = False
+            self._asked.set()
 
     def attach(self, lane: Lane | None) -> None:
         self._begun = [move for move in self._begun if not move.transfer.done]
@@ -88,8 +93,10 @@ class Carrier(BlockMover):
         reading = bool(self._reads)
         try:
             self._obey()
-            peers = self._round(self._moves)
+            # It waits and has the time; between steps it has none.
+            peers = self._burst(self._looked_s + BURST_S * self._attended)
         finally:
+            self._looked_s = time.perf_counter()
             self._driving.release()
         if self._reads and (self._attended or not reading):
             # Two read faster than one; and the other is awake when this one goes on to compute.
@@ -127,7 +134,7 @@ class Carrier(BlockMover):
 
     def _carry(self) -> None:
         """Until nothing is left to carry."""
-        moved_s, sleep_s = time.perf_counter(), FIRST_SLEEP_S
+        moved_s, sleep_s, rest_s = time.perf_counter(), FIRST_SLEEP_S, AWAY_S
         while self.busy and not self._closing:
             if self._reads.carry_out(SHORT_PIECE_BYTES if self._attended else PIECE_BYTES):
                 moved_s, sleep_s = time.perf_counter(), FIRST_SLEEP_S
@@ -135,10 +142,10 @@ class Carrier(BlockMover):
                     self._ended()  # who waits takes in what has been read
                 if self._attended or (self._reads and len(self._moves) == 1):
                     continue
-            if self._attended or time.perf_counter() - self._looked_s < AWAY_S:
-                self._asked.wait(AWAY_S)
-                self._asked.clear()
+            if self._is_main_here():
+                rest_s = self._rest(rest_s)
                 continue
+            rest_s = AWAY_S
             if self._drive():
                 moved_s, sleep_s = time.perf_counter(), FIRST_SLEEP_S
                 continue
@@ -148,6 +155,17 @@ class Carrier(BlockMover):
                 continue
             time.sleep(sleep_s)
             sleep_s = min(2 * sleep_s, MOVING_SLEEP_S if idle_s < MOVING_S else LONGEST_SLEEP_S)
+
+    def _rest(self, rest_s: float) -> float:
+        """For so long at most; how long next time. Every waking takes time from the main thread."""
+        self._resting = rest_s > AWAY_S  # and to be woken when it leaves
+        woken = self._asked.wait(rest_s)
+        self._asked.clear()
+        return AWAY_S if woken else min(2 * rest_s, LONGEST_REST_S)
+
+    def _is_main_here(self) -> bool:
+        here = self._attended or self._driving.locked()
+        return here or time.perf_counter() - self._looked_s < AWAY_S
 
     def _drive(self) -> bool:
         """One round; True if anything moved."""

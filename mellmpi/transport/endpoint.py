@@ -85,7 +85,9 @@ class Endpoint:
         self._bell.ring(dst)
 
     def poll(self) -> list[tuple[int, Any]]:
+        self._mover.attend(True)  # a look at MPI carries TCP on, and takes its time then
         self._look()
+        self._mover.attend(False)
         ready, self._ready = self._ready, []
         return ready
 
@@ -149,11 +151,15 @@ class Endpoint:
     def _wait(self, timeout_s: float) -> None:
         now = time.perf_counter()
         deadline_s = now + timeout_s
-        spin_until_s = now + self._spin_s()
-        sleep_s = FIRST_SLEEP_S
-        while not self._look() and not self.progress():
-            if (now := time.perf_counter()) >= deadline_s:
+        spin_until_s, sleep_s = now + self._spin_s(), FIRST_SLEEP_S
+        num_ended = self._mover.num_ended
+        while not self._look():
+            moved = self.progress()
+            if (now := time.perf_counter()) >= deadline_s or self._mover.num_ended != num_ended:
                 return
+            if moved:
+                spin_until_s, sleep_s = now + self._spin_s(), FIRST_SLEEP_S
+                continue
             if now < spin_until_s:
                 os.sched_yield()
                 continue

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from mellmpi.transport.carrier import Carrier
+from mellmpi.transport.carrier import AWAY_S, LONGEST_REST_S, Carrier
 from mellmpi.transport.framing import Opening
 from mellmpi.transport.lanes import InPlace
 from mellmpi.transport.reading import SHORT_PIECE_BYTES
@@ -72,6 +72,30 @@ def test_a_thread_leaves_blocks_to_a_main_thread_that_attends(carrier, channel, 
     carrier.attend(False)
     endings.wait()
     assert transfer.done
+
+
+def test_a_thread_rests_longer_each_time_it_finds_the_main_one_here(carrier, monkeypatch):
+    rests = []
+    monkeypatch.setattr(carrier._asked, "wait", rests.append)
+    rest_s = AWAY_S
+    for _ in range(8):
+        rest_s = carrier._rest(rest_s)
+    assert rests == [min(AWAY_S * 2**i, LONGEST_REST_S) for i in range(8)]
+
+
+def test_a_main_thread_that_leaves_ends_a_long_rest(carrier):
+    carrier._resting = True
+    carrier.attend(True)
+    assert not carrier._asked.is_set()
+    carrier._asked.wait = lambda _: carrier.attend(False) or carrier._asked.is_set()
+    assert carrier._rest(LONGEST_REST_S) == AWAY_S
+
+
+def test_a_main_thread_that_moves_blocks_is_here_however_long_that_takes(carrier):
+    carrier._looked_s = -AWAY_S
+    assert not carrier._is_main_here()
+    with carrier._driving:
+        assert carrier._is_main_here()
 
 
 def offer(channel, arena):

@@ -4,8 +4,9 @@ import pytest
 
 from mellmpi.protocol import Cancel, WorkerLost, encode
 from mellmpi.transport.endpoint import BUSY_POLL_S, Endpoint, Wakes
+from mellmpi.transport.framing import Opening
 from mellmpi.transport.messages import Dismissed, Mailbox
-from tests.transport.conformance import HostArena
+from tests.transport.conformance import BLOCK_BYTES, HostArena
 from tests.transport.fakes import FakeBell, FakeChannel
 
 LONGEST_S = 0.5
@@ -63,6 +64,26 @@ def test_a_wait_looks_on_for_a_while_when_blocks_move_though_ranks_share_cores(m
     assert looks > 3 * 2
     busy.wait(60.0)  # nothing has moved since
     assert control.num_looks == looks + 2
+
+
+def test_a_wait_goes_on_while_blocks_move_until_a_transfer_ends():
+    bell = FakeBell(rings_at=10**9)
+    busy, _, blocks = endpoint(bell)
+    blocks.eager = 1
+    busy.attach(HostArena(8))
+    transfers = [busy.receive_blocks(2, tag, range(4 * tag, 4 * tag + 4)) for tag in (0, 1)]
+    for tag in (0, 1):
+        blocks.waiting[2, tag].append(bytes(Opening(4, BLOCK_BYTES, False).pack()))
+    sleep = bell.sleep
+
+    def a_block_comes(timeout_s):
+        blocks.waiting[2, 0].append(bytes(BLOCK_BYTES))
+        return sleep(timeout_s)
+
+    bell.sleep = a_block_comes
+    busy.wait(60.0)
+    assert [t.done for t in transfers] == [True, False] and len(bell.slept) == 4
+    blocks.lost.add(2)
 
 
 def test_a_wait_stays_short_while_a_message_has_not_left():
