@@ -73,6 +73,8 @@ def device_buffers_proven(job: Any, config: Config) -> bool:
     proven = True
     if wanted and first_here and count_gpus():
         proven = device_buffers_work("cuda:0")
+        if proven and len(set(job.hosts)) > 1:
+            proven = device_buffers_work("cuda:0", far=True)
     has_gpu = wanted and count_gpus() > 0
     answers = job.gather(bytes([proven, has_gpu]))
     return all(answer[0] for answer in answers) and any(answer[1] for answer in answers)

@@ -18,6 +18,7 @@ from mellmpi.transport.lanes import InPlace, Lane, window
 
 # What a process inherits from the launcher of its job, and a job of its own must not see.
 LAUNCHER_VARIABLES = ("OMPI_COMM_", "OMPI_MCA_orte", "PMIX_", "PRTE_", "PMI_", "SLURM_")
+FAR = {"OMPI_MCA_btl": "tcp,self"}  # nothing but Open MPI asks for it, and UCX does not
 
 
 class Copies(Protocol):
@@ -137,18 +138,20 @@ def lane_for(arena: Arena, device_buffers: bool) -> Lane:
 
 
 def device_buffers_work(
-    device: str, mpirun: Sequence[str] | None = None, limit_s: float = 60
+    device: str, mpirun: Sequence[str] | None = None, limit_s: float = 60, far: bool = False
 ) -> bool:
     """Does MPI move messages between buffers of this device, or of it and the next, correctly?
 
     Tried in a throwaway pair of processes, started by this `mpirun` command line: where it does
     not work it crashes or hangs. No build flag tells. The pair has our environment, and with it the
-    messaging layer that this job was told to use.
+    messaging layer that this job was told to use. `far`: as between two hosts, without what Open
+    MPI can do only within one.
     """
     command = mpirun or _mpirun()
     if not command:
         return False
     environment = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER_VARIABLES)}
+    environment |= FAR if far else {}
     probe = [*command, "-n", "2", sys.executable, "-m", "mellmpi.transport.device_probe", device]
     try:
         job = subprocess.Popen(probe, env=environment, stdin=DEVNULL, stdout=PIPE, stderr=DEVNULL)

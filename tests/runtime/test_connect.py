@@ -108,6 +108,27 @@ def test_device_memory_is_not_handed_to_mpi_where_checksums_are_insisted_on(
     assert connecting.device_buffers_proven(job, replace(Config(), transport=transport)) is proven
 
 
+@pytest.mark.parametrize("hosts, far_works, tried, proven", [
+    (["a", "a"], False, [False], True),
+    (["a", "b"], True, [False, True], True),
+    (["a", "b"], False, [False, True], False),
+])  # fmt: skip
+def test_between_hosts_device_buffers_have_to_work_as_between_hosts(
+    monkeypatch, hosts, far_works, tried, proven
+):
+    asked = []
+
+    def works(device, far=False):
+        asked.append(far)
+        return far_works or not far
+
+    monkeypatch.setattr(connecting, "count_gpus", lambda: 1)
+    monkeypatch.setattr(connecting, "device_buffers_work", works)
+    job = FakeJob(LocalNetwork(1), 0, None)
+    job.hosts = hosts
+    assert connecting.device_buffers_proven(job, Config()) is proven and asked == tried
+
+
 def test_the_path_of_blocks_is_said_in_words():
     gpu = replace(Config(), device="auto")
     assert "in place" in path(replace(gpu, device="cpu"), True, num_gpus=4)
