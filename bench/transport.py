@@ -13,6 +13,9 @@ carried      as in the runtime, moved by a thread of its own: within a host the 
 checked      the same, with a checksum a block
 steps        without the thread: moved between decode steps
 messages     only on shm: one message a block there, too
+
+one_message_decoding is what this machine leaves while its cores decode, too: the one large message,
+received by a second thread of the destination while the first makes the same steps.
 """
 
 import argparse
@@ -23,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +45,7 @@ LINKS = {  # flags of mpirun
     "tcp": ["--mca", "btl", "tcp,self"],
     "10gbit": ["--mca", "btl", "tcp,self", "-host", "10.78.0.1:2,10.78.0.2:2"],
 }
+BARS = ("one_message", "one_message_decoding")
 KINDS = ("carried", "checked", "steps")
 READING = "shm"  # `tcp` stands for the network between hosts, and sends
 SHAPES = ((64, 1 << 20), (63, 737_280))  # the second: 1,000 tokens of the demo model in fp32
@@ -109,6 +114,18 @@ def one_message(comm: Any, arena: HostArena) -> float:
         comm.Recv([whole[0], MPI.BYTE], 1)
         comm.Send([answer, MPI.BYTE], 1)
     return time.perf_counter() - started_s
+
+
+def one_message_beside(comm: Any, arena: HostArena, step: Callable[[], Any]) -> float:
+    """The same into a thread of worker 2, that makes steps meanwhile."""
+    if comm.rank == 1:
+        return one_message(comm, arena)
+    took: list[float] = []
+    thread = threading.Thread(target=lambda: took.append(one_message(comm, arena)))
+    thread.start()
+    while thread.is_alive():
+        step()
+    return took[0]
 
 
 # --- measurements, at worker 1 with worker 2 in step ---------------------------------------------
@@ -190,7 +207,7 @@ def decoding(comm: Any, ends: dict[str, Transport], repeats: int) -> dict[str, A
         comm.send(arena.block_bytes, 1)
     else:
         arena = HostArena(DECODE_BLOCKS, comm.recv(source=2))
-    took: dict[str, list[float]] = {kind: [] for kind in ("one_message", *ends)}
+    took: dict[str, list[float]] = {kind: [] for kind in (*BARS, *ends)}
     slower: dict[str, list[float]] = {kind: [] for kind in ends}
     moving: dict[str, list[float]] = {kind: [] for kind in ends}
     whole = HostArena(DECODE_BLOCKS, arena.block_bytes)
@@ -198,6 +215,8 @@ def decoding(comm: Any, ends: dict[str, Transport], repeats: int) -> dict[str, A
         end.attach(arena)
     for _ in range(repeats):
         took["one_message"].append(one_message(comm, whole))
+        step = decoder.step if decoder is not None else None
+        took["one_message_decoding"] += [one_message_beside(comm, whole, step) for _ in range(5)]
         for kind, end in ends.items():
             if decoder is None:
                 receive(end)  # ready
@@ -221,7 +240,12 @@ def decoding(comm: Any, ends: dict[str, Transport], repeats: int) -> dict[str, A
         "requests": REQUESTS,
         "step_ms": round(step_s * 1e3, 2),
         "GBps": {k: round(num_bytes / s / 1e9, 3) for k, s in seconds.items()},
-        "of_one_message_idle": {k: round(seconds["one_message"] / seconds[k], 3) for k in ends},
+        "of_one_message_idle": {
+            k: round(seconds["one_message"] / seconds[k], 3) for k in (BARS[1], *ends)
+        },
+        "of_one_message_decoding": {
+            k: round(seconds["one_message_decoding"] / seconds[k], 3) for k in ends
+        },
         # From header to last block: without the waits for the ends of two steps.
         "moving_of_one_message_idle": {
             k: round(seconds["one_message"] / moving_s[k], 3) for k in ends
