@@ -28,6 +28,7 @@ from mellmpi.transport.channel import LinkError  # noqa: E402
 from mellmpi.transport.doorbell import Doorbell  # noqa: E402
 from mellmpi.transport.endpoint import Endpoint, Wakes  # noqa: E402
 from mellmpi.transport.reading import Proof  # noqa: E402
+from mellmpi.transport.yielding import set_yielding  # noqa: E402
 
 SPIN_S = 200e-6  # look this long before sleeping, while something is going on
 LOCAL_POLL_S = 0.020  # longest sleep where every peer can ring: only failures come unannounced
@@ -167,6 +168,7 @@ class Job:
         names = self.gather(MPI.Get_processor_name().encode().ljust(MPI.MAX_PROCESSOR_NAME))
         self.hosts = [name.decode().strip() for name in names]  # of every rank
         self._transport: Endpoint | None = None
+        self._yielding = False  # while MPI waits by itself
         if self.size == 1:
             atexit.register(self.finish)  # nobody to hang with, and mpirun insists on it
 
@@ -220,6 +222,7 @@ class Job:
             self._checked(checksums), carried and MPI.Query_thread() >= MPI.THREAD_SERIALIZED,
             self._read_by(reading and not device_buffers),
         )  # fmt: skip
+        self._yielding = set_yielding(False)  # from here on nobody waits inside MPI
         return self._transport
 
     def _checked(self, checksums: str) -> frozenset[int]:
@@ -249,6 +252,7 @@ class Job:
                 self._meet(self._transport)
             if self._transport.lost:
                 return  # MPI_Finalize then hangs in one of five runs (seen); ours can do without
+        set_yielding(self._yielding)
         MPI.Finalize()
 
     def _meet(self, transport: Endpoint) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from mellmpi.protocol import FINGERPRINT, WorkerLost
 from mellmpi.transport.mpi import Job, MixedInstallation
+from mellmpi.transport.yielding import set_yielding
 from tests.mpi.harness import leave_verdict, or_abort, until_verdicts
 from tests.transport.conformance import LIMIT_S
 
@@ -28,6 +29,7 @@ def share(job: Job) -> Any:
         "refusal": refusal,
         "worker": transport.worker,
         "num_workers": transport.num_workers,
+        "yields": set_yielding(False),
     }
     job.finish()
     return verdict

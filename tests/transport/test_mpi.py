@@ -83,6 +83,7 @@ def test_ranks_share_rank_0s_settings_and_refuse_a_mixed_installation(start):
         assert verdict["shared"] and verdict["num_workers"] == 3 and verdict["worker"] == rank
         assert verdict["neighbours"] == [0, 1, 2, 3] and verdict["num_hosts"] == 4
         assert verdict["refusal"].startswith("ranks [2] (on ")
+        assert not verdict["yields"], "a look for messages would give the core away"
 
 
 def test_one_rank_alone_needs_no_finish(tmp_path):
