@@ -106,7 +106,8 @@ def copies_right(device: str) -> bool:
 
 def doctor(args: argparse.Namespace) -> dict[str, Any]:
     done = subprocess.run(
-        [*launcher(3), "-m", "mellmpi", "doctor", "--device", kind(args.device)],
+        [*launcher(3), "-m", "mellmpi", "doctor", "--device", kind(args.device),
+         "--oversubscribe-gpus"],
         check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     said = done.stdout.splitlines()

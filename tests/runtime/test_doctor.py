@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 from mellmpi.config import Config
@@ -43,9 +44,13 @@ class FakeJob:
     rank, hosts, neighbours = 0, ["front", "node1"], [0]
     library, thread_level, survivable = "an MPI", "serialized", True
 
+    def __init__(self, gpus=1):
+        self.gpus = gpus
+
     def gather(self, data):
         row = json.loads(data) if data.startswith(b"{") else None
-        return [data, json.dumps({**row, "gpus": 1}).encode()] if row else [b"\1\0", b"\0\1"]
+        node = {"host": "node1", "gpus": self.gpus}
+        return [data, json.dumps({**row, **node}).encode()] if row else [b"\1\0", b"\0\1"]
 
     def connect(self, *_):
         return SimpleNamespace(rings=True, read_by=frozenset(), num_workers=1)
@@ -56,3 +61,20 @@ class FakeJob:
 def test_the_doctor_says_how_blocks_of_workers_travel_where_rank_0_has_no_gpu(capsys):
     assert doctor.doctor(Config(), FakeJob(), speaks=True) == 0
     assert "blocks      through pinned host memory" in capsys.readouterr().out
+
+
+def test_the_doctor_says_which_host_has_no_gpu_for_a_job_that_wants_one(capsys):
+    wants = replace(Config(), device="cuda")
+    assert doctor.doctor(wants, FakeJob(gpus=0), speaks=True) == 1
+    assert "PROBLEM     --device cuda, and node1 has no GPU" in capsys.readouterr().out
+    assert doctor.doctor(wants, FakeJob(gpus=1), speaks=True) == 0
+    assert doctor.doctor(Config(), FakeJob(gpus=0), speaks=True) == 0
+    assert "PROBLEM" not in capsys.readouterr().out
+
+
+def test_the_doctor_says_where_there_are_more_workers_than_gpus(capsys):
+    rows = [{"host": "front", "gpus": 0}, *[{"host": "node1", "gpus": 1}] * 2]
+    [problem] = doctor._seats(Config(), rows)
+    assert "node1 has 1 GPU(s) for 2 workers" in problem and "--oversubscribe-gpus" in problem
+    assert doctor._seats(replace(Config(), oversubscribe_gpus=True), rows) == []
+    assert doctor._seats(replace(Config(), device="cpu"), rows) == []
