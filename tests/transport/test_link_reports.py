@@ -2,7 +2,8 @@ import threading
 
 import pytest
 
-from mellmpi.transport.links import Measured, Probe, measure_links
+from mellmpi.transport import links as measuring
+from mellmpi.transport.links import BLOCK_BYTES, LIMIT_S, NUM_BLOCKS, Measured, Probe, measure_links
 from mellmpi.transport.local import LocalNetwork
 
 FOUND = {1: Measured(1e-4, 5e9), 2: Measured(3e-4, 2e9), 3: Measured(2e-4, 1e9)}
@@ -14,8 +15,8 @@ def reported(monkeypatch):
     asked = []
 
     def measure(self, dst, budget_s, block_bytes):
-        asked.append((self.transport.worker, dst, block_bytes))
-        return FOUND[self.transport.worker]
+        asked.append((self.transport.worker, dst, budget_s))
+        return FOUND.get(self.transport.worker, FOUND[1])
 
     monkeypatch.setattr(Probe, "measure", measure)
 
@@ -23,7 +24,8 @@ def reported(monkeypatch):
         network, results = LocalNetwork(len(hosts)), []
         threads = [
             threading.Thread(
-                target=lambda t=t: results.append(measure_links(t, ["scheduler", *hosts]))
+                target=lambda t=t: results.append(measure_links(t, ["scheduler", *hosts])),
+                daemon=True,
             )
             for t in network.transports
         ]
@@ -49,3 +51,57 @@ def test_between_hosts_every_direction_keeps_what_its_source_found(reported):
     assert all((latency_s, Bps) == (FOUND[src + 1].latency_s, FOUND[src + 1].Bps)
                for src, Bps, latency_s in rows)  # fmt: skip
     assert len(links.srcs) == 6
+
+
+def test_all_pairs_share_the_time(reported):
+    _, asked = reported("a", "a", "b", "c", "d")
+    own_and_others = 1 + 3  # rounds, in which all talk at once; each asks in both directions
+    assert {budget_s for _, _, budget_s in asked} == {LIMIT_S / (2 * own_and_others)}
+
+
+class Link(Probe):
+    """A link of this latency and bandwidth, and a clock that only it moves."""
+
+    def __init__(self, latency_s, Bps):
+        self.latency_s, self.Bps, self.now, self.sizes = latency_s, Bps, 0.0, []
+
+    def round_trip_s(self, dst):
+        self.now += 2 * self.latency_s
+        return 2 * self.latency_s
+
+    def transfer_s(self, dst, block_ids):
+        self.sizes.append(len(block_ids))
+        took_s = 2 * self.latency_s + len(block_ids) * BLOCK_BYTES / self.Bps
+        self.now += took_s
+        return took_s
+
+
+@pytest.mark.parametrize("latency_s, Bps", [(50e-6, 10e9), (1e-3, 1.2e9), (200e-6, 120e6)])
+@pytest.mark.parametrize("budget_s", [0.5, 0.1])
+def test_small_and_large_messages_say_what_a_link_is_like_within_its_time(
+    monkeypatch, latency_s, Bps, budget_s
+):
+    link = Link(latency_s, Bps)
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: link.now)
+    found = link.measure(1, budget_s, BLOCK_BYTES)
+    assert found.latency_s == pytest.approx(latency_s) and found.Bps == pytest.approx(Bps, rel=0.1)
+    assert link.now < 1.1 * budget_s
+    fits = budget_s > 5 * NUM_BLOCKS * BLOCK_BYTES / Bps
+    assert (max(link.sizes) == NUM_BLOCKS) or not fits
+
+
+def test_a_link_gets_no_more_than_its_time_for_large_messages(monkeypatch):
+    link = Link(1e-3, 50e6)
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: link.now)
+    link.measure(1, 0.05, BLOCK_BYTES)
+    assert link.sizes == [1, 1, 1]
+
+
+def test_a_tenth_of_the_time_goes_to_small_messages(monkeypatch):
+    link, trips = Link(1e-3, 1e9), []
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: link.now)
+    monkeypatch.setattr(Link, "round_trip_s", lambda self, dst: (
+        trips.append(1), setattr(self, "now", self.now + 1e-3), 1e-3)[2]
+    )  # fmt: skip
+    link.measure(1, 0.2, BLOCK_BYTES)
+    assert 15 <= len(trips) <= 25
