@@ -17,7 +17,7 @@ run_ranks 3 python -m mellmpi run-batch \
   -o mellmpi-out/answers.jsonl \
   --report mellmpi-out/report.json \
   --timeline mellmpi-out/timeline.png \
-  --kv-cache-memory-bytes 48M \
+  --kv-cache-memory-bytes 40M \
   --request-rate 3 \
   --show 3 </dev/null
 
