@@ -33,6 +33,11 @@ class BlockMover:
     def busy(self) -> bool:
         return bool(self._moves)
 
+    @property
+    def reading(self) -> bool:
+        """Blocks are being copied right now."""
+        return self._reads.under_way
+
     def attend(self, present: bool) -> None:
         """Whoever calls `progress` will do so soon and often, or no more."""
 

@@ -101,7 +101,9 @@ class Carrier(BlockMover):
         if self._reads and (self._attended or not reading):
             # Two read faster than one; and the other is awake when this one goes on to compute.
             self._asked.set()
-            self._reads.carry_out(SHORT_PIECE_BYTES)
+            stop_s = time.perf_counter() + BURST_S * self._attended
+            while self._reads.carry_out(SHORT_PIECE_BYTES) and time.perf_counter() < stop_s:
+                pass
         return sorted(peers)
 
     def close(self) -> None:
@@ -138,7 +140,7 @@ class Carrier(BlockMover):
         while self.busy and not self._closing:
             if self._reads.carry_out(SHORT_PIECE_BYTES if self._attended else PIECE_BYTES):
                 moved_s, sleep_s = time.perf_counter(), FIRST_SLEEP_S
-                if self._attended:
+                if self._attended and not self._reads:
                     self._ended()  # who waits takes in what has been read
                 if self._attended or (self._reads and len(self._moves) == 1):
                     continue

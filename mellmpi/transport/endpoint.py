@@ -157,7 +157,7 @@ class Endpoint:
             moved = self.progress()
             if (now := time.perf_counter()) >= deadline_s or self._mover.num_ended != num_ended:
                 return
-            if moved:
+            if moved or self._mover.reading:
                 spin_until_s, sleep_s = now + self._spin_s(), FIRST_SLEEP_S
                 continue
             if now < spin_until_s:

@@ -138,9 +138,15 @@ class Reads:
     def __init__(self) -> None:
         self._waiting: list[Read] = []
         self._claiming = threading.Lock()
+        self._num_copying = 0  # pieces
 
     def __bool__(self) -> bool:
         return bool(self._waiting)
+
+    @property
+    def under_way(self) -> bool:
+        """Somebody copies a piece, or there is one to copy: it will not be long."""
+        return bool(self._num_copying or self._waiting)
 
     def begin(self, read: Read) -> None:
         with self._claiming:
@@ -157,8 +163,10 @@ class Reads:
             blocks = read.claim(most_bytes)
             if not read.num_left:
                 del self._waiting[0]
+            self._num_copying += 1
         failure = read.copy(blocks)
         with self._claiming:
+            self._num_copying -= 1
             read.settle(len(blocks), failure)
         return True
 

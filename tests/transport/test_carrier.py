@@ -122,6 +122,23 @@ def test_a_main_thread_that_attends_reads_in_short_pieces(carrier, channel, monk
     assert (True, SHORT_PIECE_BYTES) in called
 
 
+@pytest.mark.parametrize("attends", [True, False])
+def test_a_main_thread_that_attends_reads_on_and_one_between_steps_a_piece(
+    carrier, channel, monkeypatch, attends
+):
+    called = []
+    monkeypatch.setattr(
+        carrier._reads, "carry_out", lambda _: not called.append(0) and len(called) < 4
+    )
+    monkeypatch.setattr(carrier._asked, "set", lambda: None)  # the thread sleeps on
+    carrier.attend(attends)
+    carrier.receive(1, 5, range(8))
+    offer(channel, HostArena(8, BLOCK_BYTES))
+    monkeypatch.setattr("mellmpi.transport.carrier.BURST_S", LIMIT_S)
+    carrier.progress()
+    assert len(called) == (4 if attends else 1)
+
+
 def test_the_thread_reads_while_the_main_one_attends_and_tells_it(carrier, channel, endings):
     there = HostArena(8, BLOCK_BYTES)
     carrier.attend(True)

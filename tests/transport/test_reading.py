@@ -126,6 +126,19 @@ def test_few_blocks_overtake_many(here, there):
     assert few.finished() and many.num_left == 15
 
 
+def test_a_read_is_under_way_until_its_last_piece_is_here(here, there, monkeypatch):
+    reads, seen = Reads(), []
+    read = Read(OURS, addresses(there, range(2)), addresses(here, range(2)), BLOCK_BYTES, False)
+    copy = read.copy
+    monkeypatch.setattr(
+        read, "copy", lambda blocks: seen.append((bool(reads), reads.under_way)) or copy(blocks)
+    )
+    reads.begin(read)
+    while reads.under_way:
+        reads.carry_out(BLOCK_BYTES)
+    assert seen == [(True, True), (False, True)] and read.finished()
+
+
 def test_a_read_that_is_dropped_ends_with_the_pieces_that_are_being_copied(here, there):
     reads = Reads()
     read = Read(OURS, addresses(there, range(4)), addresses(here, range(4)), BLOCK_BYTES, False)
