@@ -3,6 +3,7 @@ import itertools
 import pytest
 
 from mellmpi.protocol import Cancel, WorkerLost, encode
+from mellmpi.transport.blocks import BlockMover
 from mellmpi.transport.endpoint import BUSY_POLL_S, Endpoint, Wakes
 from mellmpi.transport.framing import Opening
 from mellmpi.transport.messages import Dismissed, Mailbox
@@ -84,6 +85,23 @@ def test_a_wait_goes_on_while_blocks_move_until_a_transfer_ends():
     busy.wait(60.0)
     assert [t.done for t in transfers] == [True, False] and len(bell.slept) == 4
     blocks.lost.add(2)
+
+
+def test_a_wait_does_not_sleep_while_blocks_are_being_read(monkeypatch):
+    bell, answers = FakeBell(), iter([True] * 50)
+    busy, control, _ = endpoint(bell)
+    monkeypatch.setattr(BlockMover, "reading", property(lambda _: next(answers, False)))
+    busy.wait(60.0)
+    assert control.num_looks == 51 * 2 and len(bell.slept) == 1
+
+
+def test_a_look_at_messages_counts_as_presence_as_it_carries_blocks_on_too(monkeypatch):
+    present, control, _ = endpoint()
+    seen = []
+    monkeypatch.setattr(present._mover, "attend", seen.append)
+    monkeypatch.setattr(control, "take", lambda: seen.append("look"))
+    present.poll()
+    assert seen == [True, "look", "look", False]
 
 
 def test_a_wait_stays_short_while_a_message_has_not_left():

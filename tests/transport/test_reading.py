@@ -1,4 +1,5 @@
 import ctypes
+import math
 import os
 import subprocess
 import sys
@@ -222,6 +223,17 @@ def test_a_peer_lost_while_it_is_read_ends_the_transfer(channel, mover, there):
     channel.lost.add(2)
     mover.forget(2)
     assert transfer.done and transfer.reason == "peer lost" and not mover._reads
+
+
+def test_a_burst_of_messages_ends_where_there_is_something_to_read(
+    channel, mover, there, monkeypatch
+):
+    mover.receive(2, 5, range(3))
+    offer(channel, 2, there, range(3))
+    rounds, drive = [], mover._round
+    monkeypatch.setattr(mover, "_round", lambda moves: rounds.append(0) or drive(moves))
+    assert mover._burst(math.inf) == {2} and len(rounds) == 1
+    assert mover._burst(math.inf) == set()
 
 
 def test_transfers_of_one_tag_are_answered_in_their_order(channel, mover, there):
