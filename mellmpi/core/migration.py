@@ -20,7 +20,9 @@ from mellmpi.core.estimates import Estimates
 TRANSFER, RECOMPUTE, SPLIT = "transfer", "recompute", "split"
 ANY = (TRANSFER, RECOMPUTE, SPLIT)
 SHORT_S = 2e-3  # a way that takes no longer is not worth being divided
-WORTH = 0.95  # a split, or giving up the source's tokens meanwhile, has to save that much
+# What giving up the source's tokens meanwhile must cost at the most, against not doing so; and a
+# split, whose two parts get in each other's way more or less, against the better of them.
+WORTH = {TRANSFER: 1.0, RECOMPUTE: 0.95, SPLIT: 0.9}
 STILL = 0.2  # what a second without a token counts, against a second until a move is over
 # Steps of the source and of the destination that a move waits for in all: each takes messages in
 # between two of its steps, and after its last blocks have been announced the source makes one more.
@@ -119,7 +121,7 @@ def _best(candidate: Candidate, options: list[Plan]) -> Plan | None:
     # In this order: what goes on decoding meanwhile, and is simpler, wins unless it costs more.
     best: Plan | None = None
     for plan in sorted(within, key=lambda plan: ANY.index(plan.mode)):
-        if best is None or plan.cost_s < WORTH * best.cost_s:
+        if best is None or plan.cost_s < WORTH[plan.mode] * best.cost_s:
             best = plan
     return best
 

@@ -115,7 +115,14 @@ def test_a_way_that_decodes_on_may_take_a_fifth_longer_than_one_that_stands_stil
 def test_whoever_stands_still_no_way_takes_much_longer_than_the_fastest(Bps):
     options = {plan.mode: plan.seconds for plan in ways(MOVE, estimates(Bps), InFlight(), LIMIT_S)}
     chosen = decided(Bps=Bps)
-    assert options[chosen.mode] <= (1 + STILL) / WORTH * min(options.values()) * (1 + 1e-9)
+    bound = (1 + STILL) / WORTH[RECOMPUTE] * (1 + 1e-9)
+    assert options[chosen.mode] <= bound * min(options.values())
+
+
+def test_a_split_that_hardly_saves_anything_is_not_worth_it():
+    both = replace(MOVE, modes=(TRANSFER, SPLIT))
+    assert decided(both, Bps=10_000 * 14.0).mode == TRANSFER  # a fifteenth less
+    assert decided(both, Bps=10_000 * 6.0).mode == SPLIT  # a seventh less
 
 
 def test_what_the_others_of_the_destination_lose_counts_against_computing_there():
