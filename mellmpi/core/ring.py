@@ -4,6 +4,7 @@ ReceiveKv → KvReserved → SendKv → (KV, worker to worker) → KvReceived �
 its copy until rank 0 has heard that the other one is complete; nothing is undone by time-out.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from mellmpi.core.fleet import Fleet
@@ -122,10 +123,28 @@ class Ring:
             self.fleet.estimates.took(PAUSE[plan.mode], hosts, *plan.last_s, now - told_s)
 
     def _send(self, record: Record, offer: Offer, start: int) -> None:
+        """What the destination knows from other requests is neither sent nor computed."""
         src, epoch = record.owner
+        if start > offer.start:
+            self._spare(record, offer, start)
         record.move(State.SENDING, f"{offer.dst} has room")
         order = SendKv(record.request.id, epoch, offer.dst, offer.epoch, start)
         self.fleet.send(src, order)
+
+    def _spare(self, record: Record, offer: Offer, start: int) -> None:
+        """From `start` on is all that remains: the link is free of the rest, for later moves."""
+        plan, (src, _) = record.plan, record.owner
+        assert plan is not None
+        kv = self.fleet.models[record.request.model]
+        num_bytes = plan.num_bytes - (start - offer.start) // kv.block_size * kv.block_bytes
+        link = self.fleet.estimates.links.between(src, offer.dst)
+        hosts = self._hosts(src, offer.dst)
+        self.fleet.in_flight.add(hosts, offer.dst, plan, -1)
+        record.plan = replace(
+            plan, start=0, num_bytes=num_bytes,
+            work_s=link.transfer_s(num_bytes + plan.shared_bytes),
+        )  # fmt: skip
+        self.fleet.in_flight.add(hosts, offer.dst, record.plan)
 
     def _received(self, record: Record, offer: Offer, event: KvReceived) -> None:
         src, epoch = record.owner

@@ -6,7 +6,7 @@ import pytest
 
 from mellmpi.core.cost import CostModel
 from mellmpi.core.ledger import WorkerState
-from mellmpi.core.links import LOOK_AGAIN_S
+from mellmpi.core.links import LOOK_AGAIN_S, Link
 from mellmpi.core.requests import State
 from mellmpi.core.view import Drain, Move, ParkWorker, WakeWorker
 from mellmpi.protocol import (
@@ -701,6 +701,22 @@ def test_what_is_in_flight_is_counted_until_it_has_ended(stage):
     assert stage.scheduler.fleet.in_flight.bytes_between[0, 0] == 10
     stage.tell(2, received(record))
     assert not any(stage.scheduler.fleet.in_flight.bytes_between.values())
+
+
+def test_what_the_destination_knows_is_no_load_of_the_link_and_no_work(stage, monkeypatch):
+    taught = []
+    estimates = stage.scheduler.fleet.estimates
+    monkeypatch.setattr(estimates, "took", lambda mode, hosts, wait_s, work_s, took_s:
+                        taught.append((mode, work_s)))  # fmt: skip
+    record = stage.running(num_prompt=9)
+    stage.tick(Move(7, 2, "test", "transfer"))
+    stage.tell(2, KvReserved(7, record.offer.epoch, 2 * KV.block_size))
+    in_flight = stage.scheduler.fleet.in_flight
+    assert in_flight.bytes_between[0, 0] == KV.block_bytes
+    stage.tell(2, received(record, num_bytes=KV.block_bytes))
+    assert not any(in_flight.bytes_between.values())
+    left_s = Link(CostModel().link_latency_s, CostModel().link_Bps).transfer_s(KV.block_bytes)
+    assert taught == [("transfer", pytest.approx(left_s))]
 
 
 def test_a_worker_is_empty_since_it_became_ready(stage):
