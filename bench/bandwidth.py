@@ -4,7 +4,8 @@
 
 The code that measures links at the start of a job, and that migrations use: within a host the
 receiver reads blocks out of the sender's memory, between hosts there is one message a block, in
-place. Contiguous is one block. Times include header and answer. MB = 10^6 bytes. With `-d cuda` the
+place. Contiguous is one block. Times include header and answer. MB = 10^6 bytes. Latency is that of
+a small message, one way, between transfers of this size. With `-d cuda` the
 blocks are in device memory and travel through pinned host memory; where this MPI proves that it
 takes device memory, a second table shows that. Without a GPU it says so.
 """
@@ -12,6 +13,7 @@ takes device memory, a second table shows that. Without a GPU it says so.
 import argparse
 import statistics
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,17 @@ def span(text: str) -> tuple[int, int]:
     """MIN:MAX, or MAX alone."""
     low, _, high = text.rpartition(":")
     return (int(low) if low else 1, int(high))
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """For numbers on the command line."""
+
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text}: {least} at the least")
+        return int(text)
+
+    return number
 
 
 def sizes(low: int, high: int) -> list[int]:
@@ -71,8 +84,7 @@ def table(transport: Transport, device: str, path: str,
     for block_bytes in (None, *BLOCKS):
         kind = "contiguous" if block_bytes is None else f"blocks of {block_bytes}"
         if transport.worker == 0:
-            print(f"# {path}, {kind}\n# Size      Bandwidth (MB/s)    Latency (us)",
-                  file=sys.stderr)  # fmt: skip
+            print(f"# {path}, {kind}\n# Size      Bandwidth (MB/s)    Latency (us)")
         for size in sizes(*span(args.m)):
             if block_bytes is not None and size < 2 * block_bytes:
                 continue
@@ -81,7 +93,7 @@ def table(transport: Transport, device: str, path: str,
             if measured is None:
                 continue
             MBps, latency_us = size / measured[0] / 1e6, measured[1] * 1e6
-            print(f"{size:<12}{MBps:>16.2f}{latency_us:>16.2f}", file=sys.stderr)
+            print(f"{size:<12}{MBps:>16.2f}{latency_us:>16.2f}", flush=True)
             rows.append({"path": path, "kind": kind, "size": size, "MBps": MBps,
                          "latency_us": latency_us})  # fmt: skip
     return rows
@@ -104,8 +116,8 @@ def paths(job: Job, args: argparse.Namespace) -> list[tuple[str, str, bool]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-m", default="1024:67108864", metavar="[MIN:]MAX", help="bytes")
-    parser.add_argument("-i", type=int, default=20, help="iterations a size")
-    parser.add_argument("-x", type=int, default=3, help="warm-up iterations a size")
+    parser.add_argument("-i", type=at_least(1), default=20, help="iterations a size")
+    parser.add_argument("-x", type=at_least(0), default=3, help="warm-up iterations a size")
     parser.add_argument("-d", choices=["cpu", "cuda"], default="cpu", help="where the blocks are")
     add_json_option(parser)
     args, job = parser.parse_args(), Job()
@@ -122,7 +134,7 @@ def main() -> None:
         transport.close()
     if found and job.rank == 0:
         config = {"sizes": args.m, "iterations": args.i, "warm_up": args.x, "device": args.d}
-        finish(config, rows, args.json)
+        finish(config, rows, args.json, shown=False)
     job.finish()
 
 

@@ -17,8 +17,11 @@ def add_json_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there, too")
 
 
-def finish(config: dict[str, Any], results: Any, path: Path | None) -> None:
-    """Print the one JSON object of a benchmark, and write it to `path` if there is one."""
+def finish(config: dict[str, Any], results: Any, path: Path | None, shown: bool = True) -> None:
+    """Print the one JSON object of a benchmark, and write it to `path` if there is one.
+
+    shown  False: it is not printed, a table was
+    """
     text = json.dumps(
         {
             "config": config,
@@ -29,7 +32,8 @@ def finish(config: dict[str, Any], results: Any, path: Path | None) -> None:
         },
         indent=1,
     )
-    print(text)
+    if shown:
+        print(text)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text + "\n")

@@ -27,7 +27,7 @@ def test_the_bandwidth_table_has_one_buffer_and_scattered_blocks(tmp_path):
         "contiguous", "blocks of 65536", "blocks of 1048576",
     }  # fmt: skip
     assert all(row["MBps"] > 0 and row["latency_us"] > 0 for row in rows)
-    assert "# Size      Bandwidth (MB/s)" in done.stderr
+    assert "# Size      Bandwidth (MB/s)" in done.stdout
 
 
 def test_without_a_gpu_the_bandwidth_of_devices_is_said_not_to_be_there():
