@@ -138,6 +138,7 @@ def work(transport: Any, directory: Path) -> None:
 
     def build() -> Stamped:
         engine = build_executor(weights, model, cache, device="cpu", num_threads=1)
+        engine.arena.elements.zero_()  # its pages are there, as in a worker that has served
         return Stamped(engine, stamps)
 
     worker = Worker(transport, build, BatchConfig(), cache)
