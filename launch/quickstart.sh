@@ -18,7 +18,7 @@ run_ranks 3 python -m mellmpi run-batch \
   --report mellmpi-out/report.json \
   --timeline mellmpi-out/timeline.png \
   --kv-cache-memory-bytes 40M \
-  --request-rate 3 \
+  --request-rate 4 \
   --show 3 </dev/null
 
 cat <<'NEXT'
