@@ -119,7 +119,7 @@ class Ring:
         assert plan is not None
         now, told_s = self.fleet.view.now, record.told_s
         if told_s is not None:
-            hosts = self.fleet.estimates.links.hosts(plan.src, plan.dst)
+            hosts = self._hosts(plan.src, plan.dst)
             self.fleet.estimates.took(PAUSE[plan.mode], hosts, *plan.last_s, now - told_s)
 
     def _send(self, record: Record, offer: Offer, start: int) -> None:
