@@ -222,7 +222,7 @@ class Job:
             self._checked(checksums), carried and MPI.Query_thread() >= MPI.THREAD_SERIALIZED,
             self._read_by(reading and not device_buffers),
         )  # fmt: skip
-        self._yielding = set_yielding(False)  # from here on nobody waits inside MPI
+        self._yielding |= set_yielding(False)  # from here on nobody waits inside MPI
         return self._transport
 
     def _checked(self, checksums: str) -> frozenset[int]:
