@@ -213,25 +213,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _help(arguments) if first else 0
     if arguments[:1] == ["simulate"]:
         return _simulate(arguments)
-    from mellmpi.runtime.launch import examine, launch  # imports MPI
+    from mellmpi.runtime.ending import run_job
 
-    if arguments[:1] == ["doctor"]:
-        return _doctor(arguments, examine, first)
-    return launch(
-        lambda piped: read_options(arguments, os.environ, piped),
-        lambda size: world_problem(os.environ, size),
-        speaks=first,
+    play = _doctor if arguments[:1] == ["doctor"] else _serve
+    return run_job(
+        lambda job: play(job, arguments), lambda size: world_problem(os.environ, size), first
     )
 
 
-def _doctor(arguments: Sequence[str], examine: Callable[[Config, bool], int], first: bool) -> int:
-    try:
-        config = read_options(arguments, os.environ, lambda: False).config
-    except UsageError as error:
-        if first:
-            sys.stderr.write(f"mellmpi: {error}\n")
-        return 2
-    return examine(config, first)
+def _serve(job: Any, arguments: Sequence[str]) -> int:
+    from mellmpi.runtime.launch import launch
+
+    return launch(job, lambda piped: read_options(arguments, os.environ, piped))
+
+
+def _doctor(job: Any, arguments: Sequence[str]) -> int:
+    from mellmpi.runtime.doctor import doctor
+
+    return doctor(read_options(arguments, os.environ, lambda: False).config, job)
 
 
 def _help(arguments: Sequence[str]) -> int:

@@ -189,6 +189,31 @@ class WorkerLost:
     worker: int
 
 
+# --- start and end of a job ----------------------------------------------------------------------
+
+
+@message
+class GatherPart:
+    """Rank → rank 0: this rank's part of a gather."""
+
+    data: bytes
+
+
+@message
+class GatherWhole:
+    """Rank 0 → rank: the parts of all ranks, by rank."""
+
+    parts: tuple[bytes, ...]
+
+
+@message
+class RankFailed:
+    """Rank → rank 0: this rank ends because of an error."""
+
+    exit_code: int  # 2: the user can do something about it; 1: a fault
+    text: str  # one line for the user, or a traceback
+
+
 # --- placement -----------------------------------------------------------------------------------
 
 

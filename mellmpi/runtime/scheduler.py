@@ -1,14 +1,16 @@
 """Rank 0: the loop around the cluster scheduler. Events in, commands out, no opinions."""
 
+import logging
 from collections.abc import Callable
 from typing import Any, Protocol
 
 from mellmpi.core.cluster import ClusterScheduler
 from mellmpi.core.ledger import WorkerState
 from mellmpi.metrics import Metrics
-from mellmpi.protocol import FRONT, OBSERVER, Address, Stop
+from mellmpi.protocol import FRONT, OBSERVER, Address, RankFailed, Stop
 from mellmpi.transport.base import Transport
 
+log = logging.getLogger(__name__)
 AT_REST_S = 1.0  # longest sleep where the policy has nothing to look at
 
 
@@ -48,6 +50,10 @@ class SchedulerLoop:
         if front is not None:
             events += [(FRONT, event) for event in front.inbox(now)]
         for source, event in events:
+            if isinstance(event, RankFailed):
+                log.error("the job goes on without worker %s, which has failed:\n%s", source,
+                          event.text)  # fmt: skip
+                continue
             now = self._clock()
             self._metrics.observe(now, source, event)
             self._carry_out(self._scheduler.handle(source, event, now), now, front)

@@ -41,3 +41,13 @@ class ByteChannel(Protocol):
         ...
 
     def test(self, request: Any) -> bool: ...
+
+
+class PeerChannel(Channel, ByteChannel, Protocol):
+    """Both kinds of messages, and news of the peers."""
+
+    error: Exception | None  # the first one
+
+    def newly_failed(self) -> list[int]:
+        """Peers found dead since the last call."""
+        ...

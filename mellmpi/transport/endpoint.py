@@ -4,32 +4,19 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-from mellmpi.protocol import WorkerLost
 from mellmpi.transport.base import Arena, Transfer
 from mellmpi.transport.blocks import BlockMover
 from mellmpi.transport.carrier import Carrier
-from mellmpi.transport.channel import ByteChannel, Channel
+from mellmpi.transport.channel import PeerChannel
 from mellmpi.transport.devices import lane_for
 from mellmpi.transport.doorbell import Doorbell
-from mellmpi.transport.messages import Dismissed, Mailbox
+from mellmpi.transport.post import Post
 
 FIRST_SLEEP_S = 100e-6  # where nobody rings: sleeps double from here on
 MOVING_SPIN_S = 200e-6  # without a block done, then sleep all the same
 BUSY_POLL_S = 0.001  # longest sleep while something is under way that may need our progress
-FLUSH_S = 5.0  # a closing transport waits that long for its messages to leave
-SUSPICION_S = 10.0  # an error that no lost worker explains by then is a bug, and is raised
-
-
-class PeerChannel(Channel, ByteChannel, Protocol):
-    """Both kinds of messages, and news of the peers."""
-
-    error: Exception | None  # the first one
-
-    def newly_failed(self) -> list[int]:
-        """Peers found dead since the last call."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -42,13 +29,12 @@ class Wakes:
 
 
 class Endpoint:
-    """See `base.Transport`. The two channels keep messages and blocks from matching each other."""
+    """See `base.Transport`. Messages and blocks have a channel each, and never match each other."""
 
     def __init__(
         self,
-        worker: int,
-        num_workers: int,
-        channels: tuple[PeerChannel, PeerChannel],  # (for messages, for blocks)
+        post: Post,
+        blocks: PeerChannel,
         bell: Doorbell,
         wakes: Wakes,
         device_buffers: bool,
@@ -56,21 +42,19 @@ class Endpoint:
         carried: bool = False,  # blocks move in a thread of their own
         read_by: frozenset[int] = frozenset(),  # peers that read blocks out of our memory
     ):
-        self.worker, self.num_workers = worker, num_workers
-        self.lost: set[int] = set()
+        self.worker, self.num_workers = post.rank, post.size - 1
+        self.lost = post.lost
         self.read_by = read_by
-        self._channels = channels
-        self._mailbox = Mailbox(channels[0])
+        self._post, self._blocks = post, blocks
         is_checked = checked.__contains__
         self._mover = (
-            Carrier(channels[1], is_checked, bell.wake, read_by.__contains__)
+            Carrier(blocks, is_checked, bell.wake, read_by.__contains__)
             if carried
-            else BlockMover(channels[1], is_checked, read_by.__contains__)
+            else BlockMover(blocks, is_checked, read_by.__contains__)
         )
         self._bell, self._wakes, self._device_buffers = bell, wakes, device_buffers
-        self._ready: list[tuple[int, Any]] = []
+        self._forgotten: set[int] = set()  # lost workers whose transfers have been ended
         self._active = True  # something happened since the last sleep
-        self._suspicious_s: float | None = None  # since when an error is unexplained
 
     @property
     def rings(self) -> bool:
@@ -80,7 +64,7 @@ class Endpoint:
     # --- messages -------------------------------------------------------------------------------
 
     def send(self, dst: int, message: Any) -> None:
-        self._mailbox.send(dst, message)
+        self._post.send(dst, message)
         self._active = True
         self._bell.ring(dst)
 
@@ -88,35 +72,20 @@ class Endpoint:
         self._mover.attend(True)  # a look at MPI carries TCP on, and takes its time then
         self._look()
         self._mover.attend(False)
-        ready, self._ready = self._ready, []
-        return ready
+        return self._post.poll()
 
     def unread(self, messages: list[tuple[int, Any]]) -> None:
-        self._ready = messages + self._ready
+        self._post.unread(messages)
 
     def _look(self) -> bool:
         """Take in what has come; True if there is anything for poll()."""
-        try:
-            came = self._mailbox.look()
-        except Dismissed as order:
-            os._exit(order.exit_code)
-        if came:
-            self._ready += came
-            self._active = True
-        self._check_failures()
-        return bool(self._ready)
-
-    def _check_failures(self) -> None:
-        control, blocks = self._channels
-        for worker in control.newly_failed():
-            self.lost.add(worker)
-            self._ready += [*self._mailbox.forget(worker), (worker, WorkerLost(worker))]
+        came = self._post.look()
+        self._active |= came
+        for worker in self.lost - self._forgotten:
+            self._forgotten.add(worker)
             self._mover.forget(worker)
-        if (error := control.error or blocks.error) is None or self.lost:
-            return
-        self._suspicious_s = self._suspicious_s or time.monotonic()
-        if time.monotonic() - self._suspicious_s > SUSPICION_S:
-            raise error
+        self._post.check(self._blocks.error)
+        return came
 
     # --- blocks ---------------------------------------------------------------------------------
 
@@ -178,7 +147,7 @@ class Endpoint:
 
     def _limit_s(self, sleep_s: float) -> float:
         """How much of a growing sleep is allowed now."""
-        if self._mover.busy or self._mailbox.busy:
+        if self._mover.busy or self._post.busy:
             return min(sleep_s, BUSY_POLL_S)
         return (
             self._wakes.longest_s if self._wakes.all_ring else min(sleep_s, self._wakes.longest_s)
@@ -189,21 +158,7 @@ class Endpoint:
 
     # --- the end --------------------------------------------------------------------------------
 
-    def dismiss(self, exit_code: int) -> None:
-        """End the processes of all others, when they next look."""
-        for worker in range(self.num_workers + 1):
-            if worker != self.worker:
-                self._mailbox.dismiss(worker, exit_code)
-                self._bell.ring(worker)
-        self._flush()
-
-    def _flush(self) -> None:
-        """Let messages leave, for FLUSH_S at most."""
-        deadline_s = time.monotonic() + FLUSH_S
-        while self._mailbox.leaving and time.monotonic() < deadline_s:
-            self.wait(0.01)
-
     def close(self) -> None:
-        self._flush()
+        self._post.flush()
         self._mover.close()
         self._bell.close()

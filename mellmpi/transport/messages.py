@@ -8,11 +8,11 @@ from mellmpi.transport.channel import ByteChannel, LinkError
 
 
 class Dismissed(Exception):
-    """The job is being aborted; this process shall end, with this code."""
+    """A rank ends the job, with this exit code; or confirms that it has been told."""
 
-    def __init__(self, exit_code: int):
-        super().__init__(f"dismissed with exit code {exit_code}")
-        self.exit_code = exit_code
+    def __init__(self, source: int, exit_code: int):
+        super().__init__(f"dismissed by rank {source} with exit code {exit_code}")
+        self.source, self.exit_code = source, exit_code
 
 
 class Mailbox:
@@ -79,7 +79,7 @@ class Mailbox:
                 while queue and self._channel.test(queue[0][1]):
                     data, _ = queue.popleft()
                     if len(data) == 1:
-                        raise Dismissed(data[0])
+                        raise Dismissed(src, data[0])
                     came.append((src, decode(bytes(data))))
             except LinkError:
                 queue.clear()  # cut off in the middle of a message: nothing more will come

@@ -2,6 +2,7 @@
 
 import atexit
 import ctypes
+import faulthandler
 import os
 import secrets
 import signal
@@ -12,7 +13,6 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import mpi4py
-import msgpack
 
 mpi4py.rc.thread_level = "serialized"  # one thread at a time calls MPI, see `Turn`
 mpi4py.rc.finalize = False  # by Job.finish alone: after a fault it would hang the exit
@@ -21,12 +21,20 @@ mpi4py.rc.finalize = False  # by Job.finish alone: after a fault it would hang t
 # without them. The number is the default of its TCP layer less "put".
 os.environ.setdefault("OMPI_MCA_btl_tcp_flags", "313")
 
+# A rank that never starts would keep the others in MPI_Init for ever, and a rank that dies at the
+# wrong moment, in MPI_Finalize. Nothing but this timer can end a process there.
+START_LIMIT_S, END_LIMIT_S = 120.0, 5.0
+faulthandler.dump_traceback_later(START_LIMIT_S, exit=True)
 from mpi4py import MPI  # noqa: E402
 
-from mellmpi.protocol import FINGERPRINT  # noqa: E402
+faulthandler.cancel_dump_traceback_later()
+
+from mellmpi.protocol import FINGERPRINT, RankFailed  # noqa: E402
 from mellmpi.transport.channel import LinkError  # noqa: E402
 from mellmpi.transport.doorbell import Doorbell  # noqa: E402
 from mellmpi.transport.endpoint import Endpoint, Wakes  # noqa: E402
+from mellmpi.transport.launcher import end_launcher  # noqa: E402
+from mellmpi.transport.post import USAGE, PeerFailed, Post  # noqa: E402
 from mellmpi.transport.reading import Proof  # noqa: E402
 from mellmpi.transport.yielding import set_yielding  # noqa: E402
 
@@ -159,14 +167,18 @@ class MixedInstallation(Exception):
 class Job:
     """This process's place in the MPI job: the start together, and the end.
 
-    All methods but `abort` and `vanish` are collective: every rank calls them, in the same order.
+    All methods but `abort` and `fail` are collective: every rank calls them, in the same order.
+    They raise PeerFailed where another rank has died or failed.
     """
 
     def __init__(self) -> None:
         self._comm = MPI.COMM_WORLD
         self.rank, self.size = self._comm.rank, self._comm.size
-        names = self.gather(MPI.Get_processor_name().encode().ljust(MPI.MAX_PROCESSOR_NAME))
-        self.hosts = [name.decode().strip() for name in names]  # of every rank
+        self._lock = Turn()
+        channel = MpiChannel(self._comm, self._lock.take, self._lock.leave)
+        self._post = Post(self.rank, self.size, channel)
+        names = self.gather(MPI.Get_processor_name().encode())
+        self.hosts = [name.decode() for name in names]  # of every rank
         self._transport: Endpoint | None = None
         self._yielding = False  # while MPI waits by itself
         if self.size == 1:
@@ -187,11 +199,13 @@ class Job:
                 f"{self.hosts[0]}); install the same version on every host"
             )
 
+    def gather(self, data: bytes) -> list[bytes]:
+        """Every rank's data, by rank."""
+        return self._post.gather(data)
+
     def share(self, data: Any) -> Any:
         """Rank 0's plain data, on every rank (the others pass None)."""
-        packed = msgpack.packb(data)
-        size = int.from_bytes(self._bcast(len(packed).to_bytes(8, "little")), "little")
-        return msgpack.unpackb(self._bcast(packed.ljust(size)[:size]))
+        return self._post.share(data)
 
     def connect(self, idle_poll_s: float, device_buffers: bool = False,
                 checksums: str = "auto", carried: bool = True,
@@ -205,20 +219,16 @@ class Job:
         reading         blocks are read out of the memory of others, where the system allows it
         """
         bell = Doorbell(self.share(secrets.token_hex(8)), worker_of(self.rank))
-        self._comm.Barrier()  # every bell is hung up
+        self.gather(b"")  # every bell is hung up
         heard = bell.find(worker_of(rank) for rank in self.neighbours)
         rows = self.gather(bytes(worker_of(rank) in heard for rank in range(self.size)))
         all_ring = all(row[self.rank] for row in rows)
         may_spin = len(self.neighbours) <= len(os.sched_getaffinity(0))
         longest_s = LOCAL_POLL_S if all_ring else idle_poll_s
         wakes = Wakes(all_ring, longest_s, SPIN_S if may_spin else 0.0)
-        turn = Turn()
-        channels = (
-            MpiChannel(self._comm, turn.take, turn.leave),
-            MpiChannel(self._comm, turn.take_patiently, turn.leave),
-        )
+        blocks = MpiChannel(self._comm, self._lock.take_patiently, self._lock.leave)
         self._transport = Endpoint(
-            worker_of(self.rank), self.size - 1, channels, bell, wakes, device_buffers,
+            self._post, blocks, bell, wakes, device_buffers,
             self._checked(checksums), carried and MPI.Query_thread() >= MPI.THREAD_SERIALIZED,
             self._read_by(reading and not device_buffers),
         )  # fmt: skip
@@ -242,52 +252,73 @@ class Job:
         rows = self.gather(can)
         return frozenset(worker_of(rank) for rank in others if rows[rank][self.rank])
 
-    def finish(self) -> None:
-        """All is done: shut MPI down, together. The process can then end as it likes."""
+    def serve(self) -> None:
+        """The start is over: from here on the job outlives a worker that fails, where MPI can."""
+        self._post.starting = not self.survivable
+
+    def finish(self) -> list[str]:
+        """All is done: shut MPI down, together. The process can then end as it likes.
+
+        Returns why workers failed meanwhile, at rank 0.
+        """
         if MPI.Is_finalized():
-            return
+            return []
         if self._transport:
             self._transport.close()
-            if not self._transport.lost:
-                self._meet(self._transport)
-            if self._transport.lost:
-                return  # MPI_Finalize then hangs in one of five runs (seen); ours can do without
-        set_yielding(self._yielding)
-        MPI.Finalize()
-
-    def _meet(self, transport: Endpoint) -> None:
-        """Sleep until all ranks are here: inside MPI_Finalize they would spin."""
-        pause_s = 0.001
         try:
-            request = self._comm.Ibarrier()
-            while not transport.lost and not request.Test():
-                transport.poll()
-                time.sleep(pause_s)
-                pause_s = min(LOCAL_POLL_S, 2 * pause_s)
-        except MPI.Exception:
-            transport.poll()
+            self._post.gather(b"")  # sleeps until all ranks are here: MPI_Finalize would spin
+        except PeerFailed:
+            if not self._post.lost:
+                raise
+        failures = [m.text for _, m in self._post.poll() if isinstance(m, RankFailed)]
+        if self._post.lost:
+            return failures  # MPI_Finalize then hangs in one of five runs (seen); we need it not
+        set_yielding(self._yielding)
+        faulthandler.dump_traceback_later(END_LIMIT_S, exit=True)
+        MPI.Finalize()
+        faulthandler.cancel_dump_traceback_later()
+        return failures
+
+    def fail(self, exit_code: int, text: str) -> NoReturn:
+        """End this rank, which cannot go on, and with it the job, where it cannot either.
+
+        Rank 0 prints the text. While the job serves, the others find this worker lost.
+        """
+        try:
+            self._post.report_failure(exit_code, text)
+            if not self._post.starting and exit_code != USAGE:
+                self.vanish(exit_code)
+            self._post.await_dismissal()
+            if 0 not in self._post.lost:
+                sys.stderr.write(f"{text}\n")  # rank 0 is busy
+        finally:
+            self.abort(exit_code)
 
     def abort(self, exit_code: int) -> NoReturn:
         """End the whole job at once; `exit_code` must not be 0."""
         assert exit_code != 0, "the launcher would let the others run on"
         sys.stdout.flush()
         sys.stderr.flush()
-        if not self.survivable:
-            self._comm.Abort(exit_code)
         # Under ULFM mpirun ends nobody (seen with 5.0.11, MPI_Abort and exit codes alike): every
-        # rank has to leave by itself, once it is told or finds this one dead.
-        if self._transport:
-            self._transport.dismiss(exit_code)
+        # rank has to leave by itself, once it is told.
+        try:
+            if not self._post.dismiss(exit_code):
+                self._end_all(exit_code)
+        finally:
             os._exit(exit_code)
-        os.kill(os.getpid(), signal.SIGKILL)
-        raise AssertionError("still alive")
+
+    def _end_all(self, exit_code: int) -> None:
+        """Have the launcher end ranks that do not listen."""
+        if self.survivable:
+            end_launcher()
+        else:
+            self._comm.Abort(exit_code)
 
     def vanish(self, exit_code: int) -> NoReturn:
         """End this process alone, at once: the others find its worker lost."""
         sys.stdout.flush()
         sys.stderr.flush()
-        orphan = self._transport is None or worker_of(0) in self._transport.lost
-        if self.survivable and not orphan:
+        if self.survivable and 0 not in self._post.lost:
             os.kill(os.getpid(), signal.SIGKILL)  # mpirun would hang on a bad exit code
         os._exit(exit_code)
 
@@ -313,14 +344,3 @@ class Job:
             MPI.THREAD_SERIALIZED: "serialized", MPI.THREAD_MULTIPLE: "multiple",
         }  # fmt: skip
         return names[MPI.Query_thread()]
-
-    def gather(self, data: bytes) -> list[bytes]:
-        """Every rank's data, by rank; the same length on all."""
-        whole = bytearray(len(data) * self.size)
-        self._comm.Allgather([data, MPI.BYTE], [whole, MPI.BYTE])
-        return [bytes(whole[i : i + len(data)]) for i in range(0, len(whole), len(data))]
-
-    def _bcast(self, data: bytes) -> bytearray:
-        buffer = bytearray(data)
-        self._comm.Bcast([buffer, MPI.BYTE], 0)
-        return buffer

@@ -55,20 +55,18 @@ class FakeJob:
     def connect(self, *_):
         return SimpleNamespace(rings=True, read_by=frozenset(), num_workers=1)
 
-    def finish(self): ...
-
 
 def test_the_doctor_says_how_blocks_of_workers_travel_where_rank_0_has_no_gpu(capsys):
-    assert doctor.doctor(Config(), FakeJob(), speaks=True) == 0
+    assert doctor.doctor(Config(), FakeJob()) == 0
     assert "blocks      through pinned host memory" in capsys.readouterr().out
 
 
 def test_the_doctor_says_which_host_has_no_gpu_for_a_job_that_wants_one(capsys):
     wants = replace(Config(), device="cuda")
-    assert doctor.doctor(wants, FakeJob(gpus=0), speaks=True) == 1
+    assert doctor.doctor(wants, FakeJob(gpus=0)) == 1
     assert "PROBLEM     --device cuda, and node1 has no GPU" in capsys.readouterr().out
-    assert doctor.doctor(wants, FakeJob(gpus=1), speaks=True) == 0
-    assert doctor.doctor(Config(), FakeJob(gpus=0), speaks=True) == 0
+    assert doctor.doctor(wants, FakeJob(gpus=1)) == 0
+    assert doctor.doctor(Config(), FakeJob(gpus=0)) == 0
     assert "PROBLEM" not in capsys.readouterr().out
 
 

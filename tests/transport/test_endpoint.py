@@ -6,7 +6,7 @@ from mellmpi.protocol import Cancel, WorkerLost, encode
 from mellmpi.transport.blocks import BlockMover
 from mellmpi.transport.endpoint import BUSY_POLL_S, Endpoint, Wakes
 from mellmpi.transport.framing import Opening
-from mellmpi.transport.messages import Dismissed, Mailbox
+from mellmpi.transport.post import Post
 from tests.transport.conformance import BLOCK_BYTES, HostArena
 from tests.transport.fakes import FakeBell, FakeChannel
 
@@ -16,7 +16,8 @@ LONGEST_S = 0.5
 def endpoint(bell=None, spin_s=0.0, all_ring=True):
     channels = FakeChannel(), FakeChannel()
     wakes = Wakes(all_ring, longest_s=LONGEST_S, spin_s=spin_s)
-    return Endpoint(1, 3, channels, bell or FakeBell(), wakes, device_buffers=False), *channels
+    post = Post(1, 4, channels[0])
+    return Endpoint(post, channels[1], bell or FakeBell(), wakes, device_buffers=False), *channels
 
 
 def test_an_idle_wait_sleeps_in_the_longest_pieces_and_looks_once_a_piece():
@@ -145,31 +146,20 @@ def test_nothing_is_sent_to_the_lost():
     control.failures = [2]
     survivor.poll()
     survivor.send(2, Cancel(3, "gone"))
-    survivor.dismiss(1)
-    assert {request.peer for request in control.requests} == {0, 3}
+    assert not control.requests
 
 
 def test_an_error_that_no_loss_explains_is_raised_in_the_end(monkeypatch):
     troubled, control, _ = endpoint()
     control.error = RuntimeError("the link is broken")
     troubled.poll()
-    monkeypatch.setattr("mellmpi.transport.endpoint.SUSPICION_S", 0.0)
+    monkeypatch.setattr("mellmpi.transport.post.SUSPICION_S", 0.0)
     with pytest.raises(RuntimeError, match="the link is broken"):
         troubled.poll()
 
 
 def test_an_error_that_a_loss_explains_is_forgotten(monkeypatch):
-    monkeypatch.setattr("mellmpi.transport.endpoint.SUSPICION_S", 0.0)
+    monkeypatch.setattr("mellmpi.transport.post.SUSPICION_S", 0.0)
     survivor, control, _ = endpoint()
     control.error, control.failures = RuntimeError("reset by peer"), [3]
     assert survivor.poll() == [(3, WorkerLost(3))] and survivor.poll() == []
-
-
-def test_a_dismissed_process_learns_its_exit_code():
-    channel = FakeChannel()
-    Mailbox(channel).dismiss(2, 7)
-    assert channel.requests[0].num_bytes == 1
-    channel.inbox.append((0, bytes([7])))
-    with pytest.raises(Dismissed) as order:
-        Mailbox(channel).look()
-    assert order.value.exit_code == 7

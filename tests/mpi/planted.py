@@ -1,0 +1,125 @@
+"""A whole batch with an error planted in one call of one rank.
+
+`python -m tests.mpi.planted DIRECTORY SITE WHEN NTH RANK` under mpirun. By hand, all of them:
+`python -m tests.runtime.planted_everywhere [plain]`.
+"""
+
+import functools
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+START = (  # calls of every rank until it serves
+    "mellmpi.runtime.ending:_join",
+    "mellmpi.transport.post:Post.__init__",
+    "mellmpi.transport.mpi:MpiChannel.__init__",
+    "mellmpi.transport.post:Post.gather",
+    "mellmpi.transport.mpi:Job.check_installation",
+    "mellmpi.runtime.connect:device_buffers_proven",
+    "mellmpi.transport.mpi:Job.connect",
+    "mellmpi.transport.doorbell:Doorbell.__init__",
+    "mellmpi.transport.doorbell:Doorbell.find",
+    "mellmpi.transport.mpi:set_yielding",
+    "mellmpi.runtime.connect:measure",
+    "mellmpi.transport.mpi:Job.serve",
+)
+RUN = (
+    "mellmpi.transport.endpoint:Endpoint.poll",
+    "mellmpi.transport.endpoint:Endpoint.send",
+    "mellmpi.transport.endpoint:Endpoint.wait",
+    "mellmpi.transport.messages:encode",
+    "mellmpi.transport.messages:decode",
+)
+END = (
+    "mellmpi.transport.endpoint:Endpoint.close",
+    "mellmpi.transport.mpi:Job.finish",
+)
+SCHEDULER = (
+    "mellmpi.runtime.launch:StandardInput.is_piped",
+    "mellmpi.cli:read_options",
+    "mellmpi.runtime.launch:_prepare",
+    "mellmpi.engine.checkpoint:resolve",
+    "mellmpi.runtime.run_batch:Rank0.run",
+    "mellmpi.runtime.run_batch:Rank0._open",
+    "mellmpi.runtime.scheduler:SchedulerLoop.turn",
+    "mellmpi.core.cluster:ClusterScheduler.handle",
+    "mellmpi.core.cluster:ClusterScheduler.tick",
+    "mellmpi.runtime.batch_front:BatchFront.inbox",
+    "mellmpi.runtime.batch_front:BatchFront.deliver",
+    "mellmpi.runtime.scheduler:SchedulerLoop.stop",
+    "mellmpi.runtime.run_batch:Rank0._conclude",
+)
+WORKER = (
+    "mellmpi.runtime.launch:make_worker",
+    "tests.runtime.cell:HashEngine.__init__",
+    "mellmpi.runtime.worker:Worker.start",
+    "mellmpi.runtime.worker:Worker.turn",
+    "tests.runtime.cell:HashEngine.execute",
+    "mellmpi.core.batch:BatchScheduler.plan",
+    "mellmpi.core.batch:BatchScheduler.commit",
+    "mellmpi.core.batch:BatchScheduler.handle",
+)
+
+
+def sites(rank: int) -> tuple[str, ...]:
+    """Calls of this rank, in which an error can be planted."""
+    return (*START, *RUN, *(WORKER if rank else SCHEDULER), *END)
+
+
+def plant(site: str, when: str, nth: int) -> None:
+    """Let the nth call of `site` raise before or after it does its work."""
+    module, _, path = site.partition(":")
+    *owners, name = path.split(".")
+    owner = functools.reduce(getattr, owners, importlib.import_module(module))
+    call, calls = getattr(owner, name), iter(range(1, 10**9))
+
+    @functools.wraps(call)
+    def planted(*args, **kwargs):
+        hit = next(calls) == nth
+        if hit and when == "before":
+            raise RuntimeError("planted")
+        result = call(*args, **kwargs)
+        if hit:
+            raise RuntimeError("planted")
+        return result
+
+    setattr(owner, name, planted)
+
+
+def with_an_engine_of_hashes() -> None:
+    """Let workers start without torch."""
+    from mellmpi.protocol import ModelKv
+    from tests.runtime import cell
+
+    def build_engine(directories, models, *_, **__):
+        return cell.HashEngine(64, (ModelKv(models[0].name, 4, block_bytes=64),))
+
+    sharing = ModuleType("mellmpi.engine.sharing")
+    sharing.build_engine = build_engine
+    sys.modules["mellmpi.engine.sharing"] = sharing
+
+
+def main() -> None:
+    directory, site, when, nth, rank = Path(sys.argv[1]), *sys.argv[2:]
+    variables = ("OMPI_COMM_WORLD_RANK", "PMI_RANK")  # before MPI itself can tell
+    own_rank = next(os.environ[name] for name in variables if name in os.environ)
+    (directory / f"{own_rank}.pid").write_text(str(os.getpid()))
+    with_an_engine_of_hashes()
+    if own_rank == rank:
+        plant(site, when, int(nth))
+    from mellmpi.cli import main as mellmpi
+
+    code = mellmpi([
+        "run-batch", "-i", str(directory / "in.jsonl"), "-o", str(directory / "out.jsonl"),
+        "--model", "random:tiny-llama", "--policy", "worst_fit",
+        "--cache-dir", str(directory / "cache"),
+    ])  # fmt: skip
+    (directory / f"{own_rank}.json").write_text(json.dumps(code))
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
