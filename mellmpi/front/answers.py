@@ -1,5 +1,6 @@
 """Bodies of finished answers, in OpenAI's form."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -73,33 +74,41 @@ def _token_ids(index: int, call: Call, output: Output) -> Json:
 
 
 def completion_logprobs(output: Output, tokenizer: Tokenizer) -> Json:
-    """Four lists, one entry a token each; offsets count characters of the answer."""
-    texts = [tokenizer.token_text(token) for token in output.tokens]
-    offsets, length = [], 0
-    for text in texts:
-        offsets.append(length)
-        length += len(text)
+    """Four lists, one entry a token each; the tokens joined are the text of the answer."""
+    texts = output.token_texts
     rows = list(zip(output.tokens, texts, output.logprobs, strict=True))
     return {
         "tokens": texts,
         "token_logprobs": [_finite(logprob) for _, _, (logprob, _, _) in rows],
-        # The token itself is always among them, which can make one more than was asked for.
-        "top_logprobs": [
-            {tokenizer.token_text(i): value for i, value in _top(row)} | {text: _finite(row[0])}
-            for _, text, row in rows
-        ],
-        "text_offset": offsets,
+        "top_logprobs": [_alternatives(*row, tokenizer) for row in rows],
+        "text_offset": output.offsets[:-1],
     }
 
 
+def _alternatives(token: int, text: str, row: TokenLogprob, tokenizer: Tokenizer) -> Json:
+    """Logprobs by text. The token itself is always there, which can make one more than asked for.
+
+    Other tokens of a text that is there already go by their ids.
+    """
+    found = {text: _finite(row[0])}
+    for other, value in _top(row):
+        if other != token:
+            label = tokenizer.token_bytes.label(other)
+            found[f"token_id:{other}" if label in found else label] = value
+    return found
+
+
 def chat_logprobs(output: Output, tokenizer: Tokenizer) -> list[Json]:
-    """One object a token, with its likeliest alternatives."""
+    """One object a token, with its likeliest alternatives; the bytes joined are the text."""
     return [
         {
-            **_entry(token, row[0], tokenizer),
-            "top_logprobs": [_entry(i, value, tokenizer) for i, value in _top(row)],
+            **_entry(token, row[0], data, tokenizer),
+            "top_logprobs": [
+                _entry(i, value, data if i == token else tokenizer.token_bytes[i], tokenizer)
+                for i, value in _top(row)
+            ],
         }
-        for token, row in zip(output.tokens, output.logprobs, strict=True)
+        for token, data, row in zip(output.tokens, output.token_bytes, output.logprobs, strict=True)
     ]
 
 
@@ -108,16 +117,16 @@ def _top(row: TokenLogprob) -> list[tuple[int, float]]:
 
 
 def _finite(logprob: float) -> float:
-    """JSON has no infinity; OpenAI's servers write this for a token that could not come."""
-    return max(logprob, -9999.0)
+    """JSON has no infinity; OpenAI's servers write this for a token that could not come.
+
+    Also for what is no number, as broken weights give.
+    """
+    return logprob if -9999.0 < logprob < math.inf else -9999.0
 
 
-def _entry(token: int, logprob: float, tokenizer: Tokenizer) -> Json:
-    text = tokenizer.token_text(token)
-    # Part of a character has no text of its own, and OpenAI allows null.
-    whole = "\ufffd" not in text
+def _entry(token: int, logprob: float, data: bytes, tokenizer: Tokenizer) -> Json:
     return {
-        "token": text,
+        "token": tokenizer.token_bytes.label(token),
         "logprob": _finite(logprob),
-        "bytes": list(text.encode()) if whole else None,
+        "bytes": list(data),
     }
