@@ -11,6 +11,7 @@ from mellmpi.protocol import Request, Sampling
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as OpenAI has it; a chat may fill the context
+RESERVED = {"messages", "tools", "documents", "self"}  # template variables that are not the user's
 MAX_STOPS, MAX_LOGPROBS, MAX_CHOICES = 4, 20, 128
 
 
@@ -33,8 +34,9 @@ class Served:
 
     @staticmethod
     def of(*pairs: tuple[ServedModel, Tokenizer]) -> "Served":
-        """These, in this order."""
-        return Served({m.name: m for m, _ in pairs}, {m.name: t for m, t in pairs})
+        """These, in this order. A model's answers also end where its tokenizer says."""
+        models = {m.name: _ending(m, t) for m, t in pairs}
+        return Served(models, {m.name: t for m, t in pairs})
 
     def named(self, name: str | None) -> ServedModel:
         """The one that a request is for. BadRequest says which there are."""
@@ -46,6 +48,11 @@ class Served:
                 param="model", code="model_not_found", status=404,
             )  # fmt: skip
         return self.models[name]
+
+
+def _ending(model: ServedModel, tokenizer: Tokenizer) -> ServedModel:
+    ids = dict.fromkeys((*model.eos_ids, *tokenizer.end_ids))
+    return replace(model, eos_ids=tuple(i for i in ids if i < model.vocab_size))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +90,11 @@ def parse(url: str, body: dict[str, Any], served: Served, identity: str) -> Call
     fields.check_names()
     model = served.named(fields.get("model", str))
     tokenizer = served.tokenizers[model.name]
-    prompts = _messages(fields, tokenizer) if fields.chat else _prompts(fields, tokenizer, model)
+    texts_or_ids = _messages(fields, tokenizer) if fields.chat else _prompts(fields, tokenizer)
+    prompts = [_checked(tokens, model, fields.chat) for tokens in texts_or_ids]
     n = fields.integer("n", 1, low=1, high=MAX_CHOICES)
-    base = _sampling(fields, model, identity)
+    stops, stop_ids = _stops(fields, tokenizer)
+    base = _sampling(fields, model, identity, stop_ids)
     max_tokens = [_max_tokens(fields, len(prompt), model) for prompt in prompts for _ in range(n)]
     samplings = tuple(
         # Choices of one call differ in their seeds; the first has the one that was asked for.
@@ -98,7 +107,7 @@ def parse(url: str, body: dict[str, Any], served: Served, identity: str) -> Call
         model=model.name,
         prompts=tuple(prompts),
         samplings=samplings,
-        stops=_stops(fields),
+        stops=stops,
         stream=fields.boolean("stream"),
         include_usage=bool(options.get("include_usage")),
         return_token_ids=fields.boolean("return_token_ids"),
@@ -108,17 +117,17 @@ def parse(url: str, body: dict[str, Any], served: Served, identity: str) -> Call
 # --- prompts -------------------------------------------------------------------------------------
 
 
-def _messages(fields: Fields, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
+def _messages(fields: Fields, tokenizer: Tokenizer) -> list[list[int]]:
     messages = fields.get("messages", list)
     if not messages:
         raise BadRequest("messages must be a list of at least one message", "messages")
     plain = [_message(message, index) for index, message in enumerate(messages)]
     variables = dict(fields.get("chat_template_kwargs", dict) or {})
-    if {"messages", "tools", "documents"} & set(variables):
-        raise BadRequest("chat_template_kwargs may not replace messages", "chat_template_kwargs")
+    if taken := RESERVED & variables.keys():
+        raise BadRequest(f"chat_template_kwargs may not have {min(taken)}", "chat_template_kwargs")
     variables.setdefault("add_generation_prompt", fields.boolean("add_generation_prompt", True))
     try:
-        return [tuple(tokenizer.encode_chat(plain, **variables))]
+        return [tokenizer.encode_chat(plain, variables)]
     except ValueError as error:
         raise BadRequest(str(error), "messages") from error
 
@@ -150,28 +159,31 @@ def _clean(text: str, where: str) -> str:
     return text
 
 
-def _prompts(fields: Fields, tokenizer: Tokenizer, model: ServedModel) -> list[tuple[int, ...]]:
+def _prompts(fields: Fields, tokenizer: Tokenizer) -> list[list[int]]:
     """`prompt` is a text, texts, token ids, or lists of token ids."""
     prompt = fields.get("prompt", (str, list))
     if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
         prompt = [prompt]
     if not prompt:
         raise BadRequest("prompt must be text, or token ids, or a list of either", "prompt")
-    return [_one_prompt(item, tokenizer, model) for item in prompt]
+    return [_one_prompt(item, tokenizer) for item in prompt]
 
 
-def _one_prompt(item: Any, tokenizer: Tokenizer, model: ServedModel) -> tuple[int, ...]:
+def _one_prompt(item: Any, tokenizer: Tokenizer) -> list[int]:
     if isinstance(item, str):
-        tokens = tokenizer.encode(_clean(item, "prompt"))
-    elif isinstance(item, list) and all(type(token) is int for token in item):
-        tokens = item
-    else:
-        raise BadRequest("prompt must be text, or token ids, or a list of either", "prompt")
+        return tokenizer.encode(_clean(item, "prompt"))
+    if isinstance(item, list) and all(type(token) is int for token in item):
+        return item
+    raise BadRequest("prompt must be text, or token ids, or a list of either", "prompt")
+
+
+def _checked(tokens: list[int], model: ServedModel, chat: bool) -> tuple[int, ...]:
+    param = "messages" if chat else "prompt"
     if not tokens:
-        raise BadRequest("prompt is empty: there is nothing to continue", "prompt")
+        raise BadRequest(f"{param}: there is not one token to continue", param)
     if wrong := [token for token in tokens if not 0 <= token < model.vocab_size]:
         raise BadRequest(
-            f"token id {wrong[0]} is not in the vocabulary of {model.vocab_size}", "prompt"
+            f"token id {wrong[0]} is not in the vocabulary of {model.vocab_size}", param
         )
     return tuple(tokens)
 
@@ -202,7 +214,9 @@ def _max_tokens(fields: Fields, prompt_len: int, model: ServedModel) -> int:
     return asked
 
 
-def _sampling(fields: Fields, model: ServedModel, identity: str) -> Sampling:
+def _sampling(
+    fields: Fields, model: ServedModel, identity: str, stop_ids: tuple[int, ...]
+) -> Sampling:
     """All but `max_tokens`, which depends on the prompt."""
     top_k = fields.integer("top_k", 0, low=-1)
     extra = fields.get("stop_token_ids", list) or []
@@ -212,14 +226,14 @@ def _sampling(fields: Fields, model: ServedModel, identity: str) -> Sampling:
     return Sampling(
         max_tokens=0,
         temperature=fields.number("temperature", 1.0, low=0.0),
-        top_k=max(top_k, 0),
+        top_k=top_k if 0 < top_k < model.vocab_size else 0,  # others cut nothing
         top_p=fields.number("top_p", 1.0, low=0.0, high=1.0, low_open=True),
         min_p=fields.number("min_p", 0.0, low=0.0, high=1.0),
         repetition_penalty=fields.number("repetition_penalty", 1.0, low=0.0, low_open=True),
         presence_penalty=fields.number("presence_penalty", 0.0, low=-2.0, high=2.0),
         frequency_penalty=fields.number("frequency_penalty", 0.0, low=-2.0, high=2.0),
         seed=_seed(fields, identity),
-        stop_token_ids=tuple(dict.fromkeys((*ends, *extra))),
+        stop_token_ids=tuple(dict.fromkeys((*ends, *extra, *stop_ids))),
         num_logprobs=_num_logprobs(fields),
     )
 
@@ -243,9 +257,14 @@ def _num_logprobs(fields: Fields) -> int | None:
     return None
 
 
-def _stops(fields: Fields) -> tuple[str, ...]:
+def _stops(fields: Fields, tokenizer: Tokenizer) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Stop strings; and special tokens, whose text is in no answer, by their ids."""
     stop = fields.get("stop", (str, list))
     stops = [stop] if isinstance(stop, str) else stop or []
     if len(stops) > MAX_STOPS or not all(isinstance(text, str) and text for text in stops):
         raise BadRequest(f"stop must be a text or up to {MAX_STOPS} texts, none empty", "stop")
-    return tuple(stops)
+    ids = {text: tokenizer.special_id(text) for text in stops}
+    return (
+        tuple(text for text in stops if ids[text] is None),
+        tuple(token for token in ids.values() if token is not None),
+    )

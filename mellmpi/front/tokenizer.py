@@ -5,46 +5,47 @@ which imports torch, it takes 2.4 s.
 """
 
 import json
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, nodes
+from jinja2 import Template, TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as Backend
-from tokenizers.decoders import DecodeStream
+
+from mellmpi.front.detokenizer import TextStream, TokenBytes
 
 Message = dict[str, Any]
 
-# A template is the model's code run on the client's data: this is what that can come to.
-_TEMPLATE_FAULTS = (
-    TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError,
-    RecursionError,
-)  # fmt: skip
+MARK = "mellmpi-answer"  # stands for an answer where a template is tried
 
 
 class Tokenizer:
     """The tokenizer and chat template of one model directory."""
 
-    def __init__(self, backend: Backend, template: str | None, special: dict[str, str]):
+    def __init__(self, backend: Backend, template: str | None, special: dict[str, str],
+                 own_template: str | None = None):  # fmt: skip
+        """`own_template`: the model's own, where `template` takes its place."""
         backend.no_truncation()  # a saved tokenizer may carry either, and both would
         backend.no_padding()  # change prompts silently
         self._backend, self._special = backend, special
-        self._template = None if template is None else _environment().from_string(template)
+        self.token_bytes = TokenBytes(backend)
+        self._template = _compiled(template)
+        self.end_ids = self._end_ids((template, own_template))
 
     @classmethod
     def load(cls, directory: Path, chat_template: Path | None = None) -> "Tokenizer":
         """Read `directory`; a `chat_template` file takes the place of the model's own."""
         config = _json(directory / "tokenizer_config.json")
+        own = template = _own_template(directory, config)
         if chat_template is not None:
             template = _read(chat_template, "--chat-template")
-        else:
-            template = _own_template(directory, config)
         special = _special_tokens(_json(directory / "special_tokens_map.json") | config)
         try:
-            return cls(_backend(directory), template, special)
+            return cls(_backend(directory), template, special, own)
         except TemplateError as error:
             source = chat_template or directory
             raise ValueError(f"the chat template of {source} is not valid: {error}") from error
@@ -57,52 +58,61 @@ class Tokenizer:
         """Token ids of plain text, with what the model wants before it (a BOS token, mostly)."""
         return list(self._backend.encode(text).ids)
 
-    def encode_chat(self, messages: list[Message], **variables: Any) -> list[int]:
+    def encode_chat(
+        self, messages: list[Message], variables: Mapping[str, Any] | None = None
+    ) -> list[int]:
         """Token ids of a conversation, ready for the model's turn.
 
         ValueError if there is no template, or if the template refuses these messages.
         """
         if self._template is None:
             raise ValueError("this model has no chat template; use /v1/completions instead")
-        given = {"add_generation_prompt": True, **variables}
         try:
-            text = self._template.render(messages=messages, **self._special, **given)
+            text = self._render(self._template, messages, variables or {})
             return list(self._backend.encode(text, add_special_tokens=False).ids)
-        except _TEMPLATE_FAULTS as error:
+        except Exception as error:  # the model's code, run on the client's data
             raise ValueError(f"the chat template refuses these messages: {error}") from error
+
+    def _render(
+        self, template: Template, messages: list[Message], variables: Mapping[str, Any]
+    ) -> str:
+        # What transformers passes to every template: a variable that is None is defined.
+        always = {"tools": None, "documents": None, "add_generation_prompt": True}
+        return template.render({**always, **self._special, **variables, "messages": messages})
 
     def decode(self, tokens: list[int]) -> str:
         """Text of tokens, special ones left out."""
-        return self._backend.decode(tokens, skip_special_tokens=True)
+        stream = self.stream()
+        return "".join([*map(stream.push, tokens), stream.finish()])
 
-    def token_text(self, token: int) -> str:
-        """One token for people to read, special ones included."""
-        return self._backend.decode([token], skip_special_tokens=False)
+    def stream(self, prompt: Sequence[int] = ()) -> TextStream:
+        """A decoder for tokens that arrive one after the other, after a prompt."""
+        return TextStream(self.token_bytes, prompt)
 
-    def stream(self) -> "TextStream":
-        """A decoder for tokens that arrive one after the other."""
-        return TextStream(self._backend)
+    def special_id(self, text: str) -> int | None:
+        """The special token that is spelled so, or None."""
+        token = self._backend.token_to_id(text)
+        return token if token in self.token_bytes.special else None
 
+    def _end_ids(self, templates: Iterable[str | None]) -> tuple[int, ...]:
+        """Tokens that end an answer: the EOS token, and the ends of a turn in the templates."""
+        names = [self._special.get("eos_token"), *map(self._end_of_turn, templates)]
+        ids = (self._backend.token_to_id(name) for name in names if name)
+        return tuple(dict.fromkeys(i for i in ids if i is not None))
 
-class TextStream:
-    """Tokens in, text out, never half a character; all deltas together are `decode` of it all."""
-
-    def __init__(self, backend: Backend):
-        self._backend = backend
-        self._decoder = DecodeStream(skip_special_tokens=True)
-        self._tokens: list[int] = []
-        self._length = 0  # characters given out
-
-    def push(self, token: int) -> str:
-        """The text that this token completes, often a word and sometimes nothing yet."""
-        self._tokens.append(token)
-        delta = self._decoder.step(self._backend, token) or ""
-        self._length += len(delta)
-        return delta
-
-    def finish(self) -> str:
-        """What is still held back: bytes that never became a character, as replacement marks."""
-        return self._backend.decode(self._tokens, skip_special_tokens=True)[self._length :]
+    def _end_of_turn(self, template: str | None) -> str | None:
+        """The special token that a template prints behind an answer."""
+        conversation = [{"role": "user", "content": "x"}, {"role": "assistant", "content": MARK}]
+        try:
+            compiled = _compiled(template)
+            if compiled is None:
+                return None
+            text = self._render(compiled, conversation, {"add_generation_prompt": False})
+        except Exception:  # a template that refuses this conversation
+            return None
+        behind = text.rpartition(MARK)[2].lstrip()
+        found = [name for name in self.token_bytes.special_names if behind.startswith(name)]
+        return max(found, key=len, default=None)
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -163,6 +173,10 @@ class _Generation(Extension):
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.Scope(body, lineno=line)
+
+
+def _compiled(template: str | None) -> Template | None:
+    return None if template is None else _environment().from_string(template)
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

@@ -62,7 +62,7 @@ def test_a_chat_is_rendered_with_the_models_template(chat, tokenizer):
     parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
     assert chat([{"role": "user", "content": parts}]).prompts == chat().prompts
     cut = chat(add_generation_prompt=False).prompts[0]
-    assert list(cut) == tokenizer.encode_chat(USER, add_generation_prompt=False)
+    assert list(cut) == tokenizer.encode_chat(USER, {"add_generation_prompt": False})
 
 
 @pytest.mark.parametrize(
@@ -79,9 +79,9 @@ def test_any_other_messages_are_refused(chat, messages):
 
 def test_a_template_may_have_switches_but_not_other_messages(chat):
     assert chat(chat_template_kwargs={"enable_thinking": False}).prompts == chat().prompts
-    for name in ("messages", "tools"):
+    for name in ("messages", "tools", "documents", "self"):
         assert refused(chat, chat_template_kwargs={name: []}).param == "chat_template_kwargs"
-    assert refused(chat, chat_template_kwargs={"bos_token": "x"}).param == "messages"
+    assert chat(chat_template_kwargs={"bos_token": "x", "no name": 1}).prompts == chat().prompts
 
 
 # --- lengths -------------------------------------------------------------------------------------
