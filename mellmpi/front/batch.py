@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import logging
 import os
 import time
 from collections import Counter
@@ -19,6 +20,7 @@ from mellmpi.front.outputs import Output
 from mellmpi.front.resume import finished_ids
 from mellmpi.protocol import Emit, Rejected, Request
 
+log = logging.getLogger(__name__)
 Json = dict[str, Any]
 
 # Valid inside a JSON string, but Python's `splitlines`, and not it alone, ends a line at each.
@@ -105,12 +107,18 @@ class BatchJob:
             return ()  # tokens under way while we cancelled
         pending, choice = self._open[event.request_id]
         output = pending.outputs[choice]
-        output.take(event)
-        if output.finish_reason is None:
-            return ()
+        try:
+            output.take(event)
+            if output.finish_reason is None:
+                return ()
+            ended = all(output.finish_reason for output in pending.outputs)
+            line = self._answer_line(pending) if ended else None
+        except Exception as error:
+            left = self._drop(pending, _fault(pending.custom_id, error))
+            return tuple(i for i in left if i != event.request_id or not event.finish_reason)
         del self._open[event.request_id]
-        if all(output.finish_reason for output in pending.outputs):
-            self._complete(pending)
+        if line is not None:
+            self._complete(pending, line)
         return () if event.finish_reason else (event.request_id,)
 
     def rejected(self, event: Rejected) -> tuple[int, ...]:
@@ -118,9 +126,14 @@ class BatchJob:
         if event.request_id not in self._open:
             return ()
         pending, _ = self._open[event.request_id]
-        left = tuple(i for i in pending.request_ids if self._open.pop(i, None) is not None)
-        self._fail(pending.number, pending.custom_id, BadRequest(event.reason, code="rejected"))
+        left = self._drop(pending, BadRequest(event.reason, code="rejected"))
         return tuple(i for i in left if i != event.request_id)
+
+    def _drop(self, pending: _Pending, error: BadRequest) -> tuple[int, ...]:
+        """A line fails; ids of its requests that are still open."""
+        left = tuple(i for i in pending.request_ids if self._open.pop(i, None) is not None)
+        self._fail(pending.number, pending.custom_id, error)
+        return left
 
     # --- one line --------------------------------------------------------------------------------
 
@@ -136,7 +149,9 @@ class BatchJob:
             return self._start(line.number, custom_id, entry)
         except BadRequest as error:
             self._fail(line.number, custom_id, error)
-            return []
+        except Exception as error:  # one line never harms another
+            self._fail(line.number, custom_id, _fault(custom_id, error))
+        return []
 
     def _is_finished(self, custom_id: str, number: int) -> bool:
         first = self._seen.setdefault(custom_id, number)
@@ -155,18 +170,21 @@ class BatchJob:
             raise BadRequest("a batch cannot stream; leave stream out", "stream")
         requests = call.requests(self._ids)
         tokenizer = self.served.tokenizers[call.model]
-        outputs = [Output(tokenizer, r.sampling, call.stops) for r in requests]
+        outputs = [Output(tokenizer, r.sampling, call.stops, r.prompt) for r in requests]
         ids = tuple(r.id for r in requests)
         pending = _Pending(number, custom_id, prompt_text(body), call, ids, outputs)
         self._open |= {request_id: (pending, choice) for choice, request_id in enumerate(ids)}
         return requests
 
-    def _complete(self, pending: _Pending) -> None:
+    def _answer_line(self, pending: _Pending) -> bytes:
         answer_id = _digest(pending.custom_id)
         created = int(self.now())
         tokenizer = self.served.tokenizers[pending.call.model]
         body = answer_body(pending.call, pending.outputs, tokenizer, answer_id, created)
-        self._write(pending.custom_id, answer_id, 200, body, None)
+        return batch_line(pending.custom_id, answer_id, 200, body, None)
+
+    def _complete(self, pending: _Pending, line: bytes) -> None:
+        self.write(line)
         self.counts.completed += 1
         text = pending.outputs[0].text
         self.answered(Answered(pending.number, pending.custom_id, pending.prompt, text, None))
@@ -175,15 +193,10 @@ class BatchJob:
         # In the response for readers of OpenAI's form, and beside it, where many look first.
         error = {**bad.error, "message": f"line {number}: {bad.message}"}
         answer_id = _digest(f"{number}/{custom_id}")
-        self._write(custom_id, answer_id, bad.status, {"error": error}, error)
+        self.write(batch_line(custom_id, answer_id, bad.status, {"error": error}, error))
         self.counts.failed += 1
         self.counts.reasons[bad.error["code"] or "invalid_request"] += 1
         self.answered(Answered(number, custom_id, "", "", error["message"]))
-
-    def _write(
-        self, custom_id: str | None, answer_id: str, status: int, body: Json, error: Json | None
-    ) -> None:
-        self.write(batch_line(custom_id, answer_id, status, body, error))
 
 
 def batch_line(
@@ -239,6 +252,13 @@ def writer(sink: int) -> Callable[[bytes], None]:
     return write
 
 
+def _fault(custom_id: str | None, error: Exception) -> BadRequest:
+    """An error of ours while we dealt with one request, as that request's error."""
+    log.exception("request %r failed", custom_id, exc_info=error)
+    return BadRequest(f"an internal error ({type(error).__name__}: {error})",
+                      code="internal_error", status=500)  # fmt: skip
+
+
 def parse_line(line: Line) -> Json:
     """The object that a line of the input holds."""
     if line.data is None:
@@ -274,7 +294,8 @@ def _envelope(entry: Json) -> tuple[str, Json]:
 
 def prompt_text(body: Json) -> str:
     """What was asked, for people: the last message, or the prompt."""
-    asked = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
+    messages = body.get("messages")
+    asked = messages[-1]["content"] if messages else body["prompt"]
     first = asked[0] if isinstance(asked, list) and asked else asked
     text = first.get("text") if isinstance(first, dict) else first
     return text if isinstance(text, str) else "(token ids)"

@@ -64,7 +64,7 @@ class Fields:
             if name in known or name in IGNORED or value is None:
                 continue
             if name not in UNSUPPORTED:
-                raise BadRequest(f"unknown field {name!r}{_meant(name, known)}", name)
+                raise BadRequest(f"unknown field {_shown(name)}{_meant(name, known)}", _short(name))
             if value not in UNSUPPORTED[name]:
                 raise BadRequest(f"{name} is not supported here; leave it out", name, "unsupported")
 
@@ -112,7 +112,10 @@ _NAMES = {str: "text", list: "a list", dict: "an object", bool: "true or false"}
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    return _short(repr(value))
+
+
+def _short(text: str) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
