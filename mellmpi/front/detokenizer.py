@@ -172,6 +172,8 @@ def _step(step: dict[str, Any]) -> Piece | None:
 
 def _strips_first(decoder: dict[str, Any] | None) -> Callable[[bytes], bytes]:
     """What becomes of the bytes of the first token of a text."""
+    if _steps(decoder) is None:
+        return lambda data: _without(data, b" ", 1)
     for step in _flat(decoder):
         match step:
             case {"type": "Metaspace", "prepend_scheme": "always" | "first", "replacement": _}:

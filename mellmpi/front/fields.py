@@ -47,7 +47,8 @@ class BadRequest(Exception):
     @property
     def error(self) -> dict[str, Any]:
         """What stands under "error" in the body of the answer."""
-        kind = "not_found_error" if self.status == 404 else "invalid_request_error"
+        kinds = {404: "not_found_error", 500: "internal_error"}
+        kind = kinds.get(self.status, "invalid_request_error")
         return {"message": self.message, "type": kind, "param": self.param, "code": self.code}
 
 

@@ -263,7 +263,7 @@ def _stops(fields: Fields, tokenizer: Tokenizer) -> tuple[tuple[str, ...], tuple
     stops = [stop] if isinstance(stop, str) else stop or []
     if len(stops) > MAX_STOPS or not all(isinstance(text, str) and text for text in stops):
         raise BadRequest(f"stop must be a text or up to {MAX_STOPS} texts, none empty", "stop")
-    ids = {text: tokenizer.special_id(text) for text in stops}
+    ids = {text: tokenizer.special_id(_clean(text, "stop")) for text in stops}
     return (
         tuple(text for text in stops if ids[text] is None),
         tuple(token for token in ids.values() if token is not None),

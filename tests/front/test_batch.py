@@ -1,7 +1,9 @@
 """Batch files: every line is answered once, and a bad one harms no other."""
 
+import functools
 import json
 import os
+import pkgutil
 import random
 from dataclasses import replace
 
@@ -122,7 +124,13 @@ BAD = [
     (entry("x", max_tokens=-5), "max_tokens must be at least 1, not -5"),
     (entry("x", stream=True), "a batch cannot stream"),
     (entry("x", temperature="hot"), "temperature must be a number"),
-]
+    (entry("x", stop="\ud800"), "stop has a lone surrogate"),
+    (
+        entry("x", "/v1/chat/completions", prompt=None, chat_template_kwargs={"self": 1},
+              messages=[{"role": "user", "content": "hi"}]),
+        "chat_template_kwargs may not have self",
+    ),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("bad", "said"), BAD)
@@ -132,6 +140,56 @@ def test_a_bad_line_gets_an_error_and_all_others_complete(run, bad, said):
     ((custom_id, message),) = errors(lines)
     assert message.startswith("line 2: ") and said in message
     assert custom_id == ("x" if isinstance(bad, dict) and bad.get("custom_id") == "x" else None)
+
+
+@pytest.mark.parametrize("odd", [{"messages": None}, {"top_k": 2**64}, {"top_k": 10**400}])
+def test_what_asks_for_nothing_changes_nothing(run, odd):
+    lines = run([entry("before"), entry("x", **odd), entry("after")]).run()
+    assert texts(lines) == {"before": ["ih"], "x": ["ih"], "after": ["ih"]}
+
+
+@pytest.mark.parametrize("broken", ["mellmpi.front.batch.parse", "mellmpi.front.batch.prompt_text",
+                                    "mellmpi.front.batch.answer_body",
+                                    "mellmpi.front.outputs.Output.take"])  # fmt: skip
+def test_an_error_of_ours_costs_the_line_that_it_is_about(run, monkeypatch, caplog, broken):
+    call, calls = pkgutil.resolve_name(broken), iter(range(99))
+
+    @functools.wraps(call)
+    def fails_once(*args):
+        if next(calls) == 1:
+            raise RuntimeError("a bug")
+        return call(*args)
+
+    monkeypatch.setattr(broken, fails_once)
+    job = run([entry("a"), entry("b", n=2), entry("c")])
+    lines = job.run()
+    assert len(lines) == 3 and len(texts(lines)) == 2 and job.job.counts.failed == 1
+    ((custom_id, message),) = errors(lines)
+    assert "an internal error (RuntimeError: a bug)" in message and repr(custom_id) in caplog.text
+    assert [line["response"]["status_code"] for line in lines if line["error"]] == [500]
+
+
+def test_an_answer_that_cannot_be_written_down_cancels_its_other_choices(run, monkeypatch):
+    job = run([entry("a", n=3)])
+    first, second, third = job.job.requests()
+
+    def fails(*_):
+        raise RuntimeError
+
+    monkeypatch.setattr("mellmpi.front.outputs.Output.take", fails)
+    assert job.job.emit(Emit(second.id, 0, (1,), (), None)) == (first.id, second.id, third.id)
+    assert job.job.done and len(errors(job.lines)) == 1
+
+
+def test_an_answer_that_has_ended_needs_no_cancel_when_it_fails(run, monkeypatch):
+    job = run([entry("a", n=2)])
+    first, second = job.job.requests()
+
+    def fails(*_):
+        raise RuntimeError
+
+    monkeypatch.setattr("mellmpi.front.outputs.Output.take", fails)
+    assert job.job.emit(Emit(second.id, 0, (1,), (), "length")) == (first.id,)
 
 
 def test_an_error_is_openais_in_the_response_and_beside_it(run):

@@ -1,6 +1,7 @@
 """Bodies of OpenAI's two endpoints: what they mean, and what is wrong with them."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -55,6 +56,19 @@ def test_a_prompt_is_text_or_tokens_or_a_list_of_either(completion, tokenizer, p
 )  # fmt: skip
 def test_any_other_prompt_is_refused(completion, prompt):
     assert refused(completion, prompt).param == "prompt"
+
+
+def test_ids_beyond_the_models_vocabulary_are_refused_in_every_route(tokenizer, model):
+    """The tokenizer has more tokens than the model has embeddings."""
+    served = Served.of((replace(model, vocab_size=50), tokenizer))
+    for url, body in ((COMPLETIONS, {"prompt": "abc"}), (CHAT, {"messages": USER})):
+        with pytest.raises(BadRequest, match="is not in the vocabulary of 50"):
+            parse(url, body, served, "me")
+
+
+def test_a_special_token_as_stop_string_ends_the_answer_by_its_id(completion):
+    call = completion(stop=["<|im_start|>", "x"])
+    assert call.stops == ("x",) and call.samplings[0].stop_token_ids == (2, 1)
 
 
 def test_a_chat_is_rendered_with_the_models_template(chat, tokenizer):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from tokenizers import Tokenizer as Backend
 
 from mellmpi.front.tokenizer import Tokenizer
 
@@ -133,13 +134,48 @@ def test_a_model_without_template_says_so(with_template):
         tokenizer.encode_chat(CHATS[0])
 
 
+def test_variables_that_transformers_always_passes_are_defined(with_template):
+    template = "{{ tools is defined and tools is none and documents is none }}"
+    assert render(with_template(template), CHATS[0]) == "True"
+
+
+@pytest.mark.parametrize("error", ["raise_exception('no')", "messages[0].content.split(1)"])
+def test_whatever_a_template_raises_is_an_error_of_the_messages(with_template, error):
+    with pytest.raises(ValueError, match="the chat template refuses these messages"):
+        with_template("{{ " + error + " }}").encode_chat(CHATS[0])
+
+
+# --- where answers end ---------------------------------------------------------------------------
+
+
+def test_answers_end_at_the_tokenizers_eos_and_where_the_template_ends_a_turn(byte_directory):
+    backend = Backend.from_file(str(byte_directory / "tokenizer.json"))
+    start, end = (backend.token_to_id(name) for name in ("<|im_start|>", "<|im_end|>"))
+    turn = "{% for m in messages %}{{ m.content }}\n<|im_end|>\n{% endfor %}"
+    none = "{{ messages[-1].content }}"
+    raises = "{{ raise_exception('no') }}"
+    assert Tokenizer(backend, turn, {}).end_ids == (end,)
+    assert Tokenizer(backend, none, {}).end_ids == ()
+    assert Tokenizer(backend, None, {"eos_token": "<|im_start|>"}).end_ids == (start,)
+    assert Tokenizer(backend, raises, {"eos_token": "no such token"}).end_ids == ()
+    assert Tokenizer(backend, none, {}, own_template=turn).end_ids == (end,), "of the model itself"
+
+
+def test_the_models_own_template_counts_for_the_end_though_the_user_gives_another(
+    with_template, tmp_path
+):
+    with_template("{{ messages[-1].content }}<|im_start|>")
+    mine = tmp_path / "mine.jinja"
+    mine.write_text("{{ messages[0].content }}")
+    assert 1 in Tokenizer.load(tmp_path, mine).end_ids
+
+
 def test_a_directory_without_tokenizer_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"has no tokenizer\.json"):
         Tokenizer.load(tmp_path)
 
 
 def test_a_bos_token_goes_before_a_text_but_not_again_before_a_chat(byte_directory, tmp_path):
-    from tokenizers import Tokenizer as Backend
     from tokenizers.processors import TemplateProcessing
 
     backend = Backend.from_file(str(byte_directory / "tokenizer.json"))
@@ -154,7 +190,6 @@ def test_a_bos_token_goes_before_a_text_but_not_again_before_a_chat(byte_directo
 
 
 def test_truncation_saved_with_a_tokenizer_does_not_cut_prompts(byte_directory, tmp_path):
-    from tokenizers import Tokenizer as Backend
 
     backend = Backend.from_file(str(byte_directory / "tokenizer.json"))
     backend.enable_truncation(5)

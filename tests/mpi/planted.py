@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -64,13 +65,23 @@ WORKER = (
 )
 
 
+REPEATED = {  # calls that every run makes several times
+    "mellmpi.transport.post:Post.gather", *RUN, "mellmpi.runtime.scheduler:SchedulerLoop.turn",
+    "mellmpi.core.cluster:ClusterScheduler.handle", "mellmpi.core.cluster:ClusterScheduler.tick",
+    "mellmpi.runtime.batch_front:BatchFront.inbox", "mellmpi.runtime.batch_front:BatchFront.deliver",
+    "mellmpi.runtime.worker:Worker.turn", "tests.runtime.cell:HashEngine.execute",
+    "mellmpi.core.batch:BatchScheduler.plan", "mellmpi.core.batch:BatchScheduler.commit",
+    "mellmpi.core.batch:BatchScheduler.handle",
+}  # fmt: skip
+
+
 def sites(rank: int) -> tuple[str, ...]:
     """Calls of this rank, in which an error can be planted."""
     return (*START, *RUN, *(WORKER if rank else SCHEDULER), *END)
 
 
-def plant(site: str, when: str, nth: int) -> None:
-    """Let the nth call of `site` raise before or after it does its work."""
+def plant(site: str, when: str, nth: int, mark: Path) -> None:
+    """Let the nth call of `site` raise before or after it does its work; `mark` then says when."""
     module, _, path = site.partition(":")
     *owners, name = path.split(".")
     owner = functools.reduce(getattr, owners, importlib.import_module(module))
@@ -80,9 +91,11 @@ def plant(site: str, when: str, nth: int) -> None:
     def planted(*args, **kwargs):
         hit = next(calls) == nth
         if hit and when == "before":
+            mark.write_text(str(time.time()))
             raise RuntimeError("planted")
         result = call(*args, **kwargs)
         if hit:
+            mark.write_text(str(time.time()))
             raise RuntimeError("planted")
         return result
 
@@ -109,7 +122,7 @@ def main() -> None:
     (directory / f"{own_rank}.pid").write_text(str(os.getpid()))
     with_an_engine_of_hashes()
     if own_rank == rank:
-        plant(site, when, int(nth))
+        plant(site, when, int(nth), directory / "planted")
     from mellmpi.cli import main as mellmpi
 
     code = mellmpi([
