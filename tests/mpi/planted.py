@@ -68,7 +68,8 @@ WORKER = (
 REPEATED = {  # calls that every run makes several times
     "mellmpi.transport.post:Post.gather", *RUN, "mellmpi.runtime.scheduler:SchedulerLoop.turn",
     "mellmpi.core.cluster:ClusterScheduler.handle", "mellmpi.core.cluster:ClusterScheduler.tick",
-    "mellmpi.runtime.batch_front:BatchFront.inbox", "mellmpi.runtime.batch_front:BatchFront.deliver",
+    "mellmpi.runtime.batch_front:BatchFront.inbox",
+    "mellmpi.runtime.batch_front:BatchFront.deliver",
     "mellmpi.runtime.worker:Worker.turn", "tests.runtime.cell:HashEngine.execute",
     "mellmpi.core.batch:BatchScheduler.plan", "mellmpi.core.batch:BatchScheduler.commit",
     "mellmpi.core.batch:BatchScheduler.handle",
