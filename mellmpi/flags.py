@@ -6,6 +6,8 @@ from typing import Any
 
 from mellmpi.config import CHECKSUMS, DEVICE_BUFFERS, DTYPES, MIGRATE
 
+TRACES = ("uniform CSV or JSON Lines, Azure 2023 to 2025, BurstGPT, Mooncake, Bailian, Vidur; "
+          "gzipped or not")  # fmt: skip
 POLICIES = ("best_fit", "worst_fit", "load_balance", "mell", "frugal")
 
 
@@ -112,8 +114,8 @@ BATCH = (
          "finds; - is a pipe", "FILE"),
     Flag("request-rate", float, "requests arrive at R a second, Poisson (default: all at once)",
          "R"),
-    Flag("replay", str, "in place of -i: arrivals and lengths of a trace (uniform CSV or JSONL, "
-         "Azure 2023, BurstGPT, Mooncake; gzipped or not), made-up tokens", "TRACE"),
+    Flag("replay", str, "in place of -i: arrivals and lengths of a trace, made-up tokens; traces: "
+         f"{TRACES}", "TRACE"),
     Flag("rate-scale", float, "of a replay: requests arrive X times as fast (default: 1)", "X"),
     Flag("length-scale", float, "of a replay: prompts and answers are X times as long (default: 1)",
          "X"),
@@ -124,8 +126,7 @@ BATCH = (
     Flag("show", int, "print so many of the first answers (default: 0)", "N"),
 )  # fmt: skip
 SIMULATE = (
-    Flag("trace", str, "arrivals and lengths: uniform CSV or JSONL, Azure 2023, BurstGPT, "
-         "Mooncake; gzipped or not", "FILE"),
+    Flag("trace", str, f"arrivals and lengths: {TRACES}", "FILE"),
     Flag("rate-scale", float, "requests arrive X times as fast (default: 1)", "X"),
     Flag("model", known_by_model, "a known model, for sizes and times; or several, by their names "
          "in the trace: chat=llama-2-7b,code=llama-3-8b", "NAME"),

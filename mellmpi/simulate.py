@@ -133,6 +133,7 @@ class Scene:
     load: Load
     kvs: dict[str, ModelKv]
     cost: CostModel | None  # None: nothing takes time
+    source: str  # of the trace, for people
 
 
 def read_scene(options: SimulateOptions) -> Scene:
@@ -141,12 +142,16 @@ def read_scene(options: SimulateOptions) -> Scene:
     sizes, capacity = options.token_bytes, int(options.gpu_kv_gib * 2**30)
     if options.ideal:
         kvs = {name: ModelKv(name, 1, size) for name, size in sizes.items()}
-        return Scene(make_load(workload, sizes, capacity, options.decode_rate), kvs, None)
+        return Scene(
+            make_load(workload, sizes, capacity, options.decode_rate), kvs, None, workload.source
+        )
     cost = options.cost(mean_context_bytes(workload, sizes))
     kvs = _in_blocks(sizes)
     alone = 1 / cost.forward_s(0, 1)  # tokens/s of a request with a GPU for itself
     block_sizes = {name: kv.block_size for name, kv in kvs.items()}
-    return Scene(make_load(workload, sizes, capacity, alone, block_sizes), kvs, cost)
+    return Scene(
+        make_load(workload, sizes, capacity, alone, block_sizes), kvs, cost, workload.source
+    )
 
 
 def _in_blocks(sizes: dict[str, int]) -> dict[str, ModelKv]:
@@ -165,6 +170,7 @@ def simulate(options: SimulateOptions) -> int:
         scene = read_scene(options)
     except ValueError as error:
         raise UsageError(str(error)) from error
+    sys.stderr.write(f"mellmpi: {scene.source}\n")
     trace = scene.load
     runs = {name: _run(scene, name, options) for name in dict.fromkeys(options.names)}
     report = {

@@ -43,6 +43,13 @@ def test_the_report_has_every_figure_of_every_policy_and_the_plot_is_drawn(trace
     assert "frugal" in capsys.readouterr().out
 
 
+def test_what_the_trace_is_is_said_on_standard_error(trace, capsys):
+    assert simulate(trace, "--kv-bytes-per-token", "1", "--policies", "best_fit") == 0
+    said = capsys.readouterr().err
+    assert said.startswith(f"mellmpi: {trace}: uniform format, times in seconds, 60 requests in ")
+    assert said.count("\n") == 1
+
+
 def test_without_ideal_things_take_time(trace, tmp_path):
     out = tmp_path / "o.json"
     more = ["--no-ideal", "--model", "llama-2-7b", "--gpu-kv-gib", "1", "--profile", "H100",
@@ -126,6 +133,8 @@ def test_what_no_gpu_can_hold_is_dropped_and_counted(tmp_path):
         ('{"timestamp": 0, "input_length": 1, "output_length": 1}\n[1]\n', 2),
         ("arrival_s,prompt_tokens,output_tokens\n0,1,1\nnan,1,1\n", 3),
         ("arrival_s,prompt_tokens,output_tokens\n0,1,1\n1,1e400,1\n", 3),
+        ("arrival_s,prompt_tokens,output_tokens\n0,99999999999999999999,1\n", 2),
+        ("arrival_s,prompt_tokens,output_tokens\n0,9000000000000000000,9000000000000000000\n", 2),
     ],
 )
 def test_bad_rows_end_with_file_and_line_and_code_2(tmp_path, capsys, text, line):

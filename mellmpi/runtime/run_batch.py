@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ def demo_input() -> Path:
 
 
 def check_files(options: Options) -> None:
-    """UsageError now rather than after the model was loaded."""
+    """Say what a trace is. UsageError now rather than after the model was loaded."""
     if options.command != "run-batch":
         return
     if options.replay:
@@ -56,6 +57,8 @@ def check_files(options: Options) -> None:
     for name in filter(None, (options.output_file, options.report, options.timeline)):
         if name != "-" and not Path(name).absolute().parent.is_dir():
             raise UsageError(f"{name}: there is no directory {Path(name).absolute().parent}")
+    if options.replay:
+        sys.stderr.write(f"mellmpi: {trace(options).source}\n")
 
 
 def _check_replay(options: Options) -> None:

@@ -118,6 +118,7 @@ def test_a_trace_is_replayed_with_its_lengths(num_ranks, tmp_path):
                str(report), "--length-scale", "0.5", *TINY, directory=tmp_path).wait()  # fmt: skip
     assert done.code == 0, done.err
     assert "1 of 25 requests" in done.err
+    assert done.err.count("uniform format, times in seconds, 25 requests in 1 s") == 1
     found, figures = answers(out), json.loads(report.read_text())
     assert {name: len(tokens) for name, tokens in found.items()} == {
         f"row-{i + 1}": 5 + i for i in range(24)
@@ -167,6 +168,16 @@ def test_wrong_use_ends_with_one_message_and_code_2(num_ranks, args, hint, tmp_p
     done = Run(num_ranks, *args, directory=tmp_path).wait()
     assert done.code == 2, done.err
     assert done.err.count("mellmpi:") == 1 and hint in done.err
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_a_trace_with_a_bad_row_ends_with_its_line_and_code_2(num_ranks, tmp_path):
+    trace = tmp_path / "trace.csv"
+    trace.write_text(f"arrival_s,prompt_tokens,output_tokens\n0,1,1\n1,{2**63},1\n")
+    done = Run(num_ranks, "run-batch", "--replay", str(trace), directory=tmp_path).wait()
+    assert done.code == 2, done.err
+    assert done.err.count("mellmpi:") == 1
+    assert f"{trace}, line 3: prompt_tokens is '{2**63}'" in done.err
 
 
 def test_a_world_that_srun_split_is_refused(tmp_path, monkeypatch):

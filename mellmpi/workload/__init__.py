@@ -1,0 +1,6 @@
+"""Arrivals and lengths: public traces, recognised by their columns, and seeded generators."""
+
+from mellmpi.workload.requests import Workload, gamma
+from mellmpi.workload.trace import load
+
+__all__ = ["Workload", "gamma", "load"]

@@ -1,0 +1,77 @@
+"""Requests of a workload: when they arrive and how long they are; seeded generators."""
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+MAX_TOKENS = 2**31 - 1  # of a prompt, and of an output
+LONGEST_S = 366 * 86_400.0  # from the start of a trace to its last arrival
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One row a request, in the order of arrival; times in seconds."""
+
+    arrival_s: np.ndarray  # float64, ascending
+    prompt_tokens: np.ndarray  # int64, at least 1
+    output_tokens: np.ndarray  # int64, at least 1
+    model: tuple[str, ...]  # one a row, "" where the trace has none
+    session: tuple[str, ...]  # likewise
+    dropped: int = 0  # rows of requests that failed where the trace was taken
+    source: str = ""  # one line for people: file, format, unit of times, how many, how long
+
+    def __len__(self) -> int:
+        return len(self.arrival_s)
+
+    def faster(self, factor: float) -> "Workload":
+        """The same requests, arriving `factor` times as fast."""
+        if not (factor > 0 and math.isfinite(factor)):
+            raise ValueError(f"--rate-scale must be over 0, not {factor}")
+        if float(self.arrival_s.max(initial=0)) / factor > LONGEST_S:
+            raise ValueError(f"--rate-scale {factor:g} makes requests arrive for over "
+                             f"{LONGEST_S / 86_400:.0f} days; give a larger one")  # fmt: skip
+        return replace(self, arrival_s=self.arrival_s / factor)
+
+    def longer(self, factor: float) -> "Workload":
+        """The same arrivals; prompts and outputs `factor` times as long, at least one token."""
+        if not (factor > 0 and math.isfinite(factor)):
+            raise ValueError(f"--length-scale must be over 0, not {factor}")
+        longest = max(tokens.max(initial=0) for tokens in (self.prompt_tokens, self.output_tokens))
+        if int(longest) * factor > MAX_TOKENS:
+            raise ValueError(f"--length-scale {factor:g} makes a prompt or an output of over "
+                             f"{MAX_TOKENS:,} tokens; give a smaller one")  # fmt: skip
+
+        def scaled(tokens: np.ndarray) -> np.ndarray:
+            return np.maximum(1, np.rint(tokens * factor)).astype(np.int64)
+
+        return replace(self, prompt_tokens=scaled(self.prompt_tokens),
+                       output_tokens=scaled(self.output_tokens))  # fmt: skip
+
+    def first(self, count: int) -> "Workload":
+        """Only so many requests."""
+        return replace(
+            self, arrival_s=self.arrival_s[:count], prompt_tokens=self.prompt_tokens[:count],
+            output_tokens=self.output_tokens[:count], model=self.model[:count],
+            session=self.session[:count],
+        )  # fmt: skip
+
+
+def gamma(num_requests: int, rate: float, cv: float, prompt: float, output: float,
+          seed: int) -> Workload:  # fmt: skip
+    """Arrivals with this rate (1/s) and variation (1: Poisson); lognormal lengths of these means.
+
+    Of the lengths, the standard deviation equals the mean.
+    """
+    if num_requests < 1 or min(rate, cv, prompt, output) <= 0:
+        raise ValueError("requests, rate, cv, prompt and output must be over 0")
+    rng = np.random.default_rng(seed)
+    gaps = rng.gamma(1 / cv**2, cv**2 / rate, num_requests)
+    sigma = math.sqrt(math.log(2))
+
+    def lengths(mean: float) -> np.ndarray:
+        drawn = rng.lognormal(math.log(mean) - sigma**2 / 2, sigma, num_requests)
+        return np.maximum(1, drawn).astype(np.int64)
+
+    nothing = ("",) * num_requests
+    return Workload(np.cumsum(gaps), lengths(prompt), lengths(output), nothing, nothing)
