@@ -114,7 +114,8 @@ def simulated(report: dict[str, Any], requests: list[tuple[float, Request]],
     """The same requests on simulated workers that cost what the real ones did."""
     config, (kv, num_blocks) = Config.from_dict(report["config"]), arena(report)
     cost = CostModel.fitted(report["costs"])
-    spec = WorkerSpec((kv,), num_blocks, config.batch, config.cache, cost.wake_s, SilentExecutor)
+    spec = WorkerSpec((kv,), num_blocks, config.batch, config.cache, cost.wake_s, SilentExecutor,
+                      cost.step_seconds)  # fmt: skip
     rng = random.Random(seed)
     sim = AsMeasured([spec] * report["workers"], config.cluster, cost, Network(MESSAGE_S, rng), rng)
     sim.block_bytes, sim.max_events = kv.block_bytes, 10**9

@@ -63,6 +63,7 @@ class BatchConfig:
 
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
+    target_step_ms: float | None = None  # None: twice a step that only decodes, at least 50
 
     def __post_init__(self) -> None:
         _check(self.max_num_seqs > 0, "--max-num-seqs must be at least 1")
@@ -71,6 +72,13 @@ class BatchConfig:
             "--max-num-batched-tokens must not be below --max-num-seqs "
             f"({self.max_num_batched_tokens} < {self.max_num_seqs})",
         )
+        target_ms = self.target_step_ms
+        _check(target_ms is None or 0 < target_ms < float("inf"),
+               f"--target-step-ms must be over 0, not {target_ms}")  # fmt: skip
+
+    @property
+    def target_step_s(self) -> float | None:
+        return None if self.target_step_ms is None else self.target_step_ms / 1000
 
 
 @dataclass(frozen=True, kw_only=True)

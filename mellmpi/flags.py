@@ -85,7 +85,10 @@ SERVING = (
     Flag("enable-prefix-caching", switch, "reuse the KV of prompts that begin alike",
          is_switch=True),
     Flag("max-num-seqs", int, "sequences a worker decodes at once (default: 64)", "N"),
-    Flag("max-num-batched-tokens", int, "tokens a worker computes in one step (default: 512)", "N"),
+    Flag("max-num-batched-tokens", int, "tokens a worker computes in one step, at most (default: "
+         "512)", "N"),
+    Flag("target-step-ms", float, "a step computes as many prompt tokens as fit into this time "
+         "beside its decodes (default: twice a step that only decodes, at least 50)", "MS"),
     Flag("policy", str, "who goes where (default: frugal)", choices=POLICIES),
     Flag("migrate", str, "never; auto (default): as the policy decides; stress: at random, for "
          "tests", choices=MIGRATE),

@@ -158,6 +158,9 @@ class WorkerReady:
     acked: int  # commands handled so far
     wake_s: float  # what loading took, seconds
     max_batched_tokens: int  # positions it computes in a step, at most
+    target_step_s: float | None  # of a step with decodes and prompts; None: the default rule
+    step_s: tuple[float, ...]  # seconds of (a step, a prefilled position, a decoded one, a position
+    #                            looked back on), as measured at the start; empty: not measured
 
 
 @message

@@ -24,6 +24,8 @@ from mellmpi.protocol import (
     ReceiveKv,
 )
 
+FEW = 2  # blocks of a round after which the source stops soon: a full and a half-full one
+
 Commands = list[tuple[Address, Any]]
 
 
@@ -64,6 +66,7 @@ class Arrivals:
             return [*self._drain(source, header), (SCHEDULER, failed)]
         arrival = sequence.arrival
         arrival.announced = True
+        arrival.closing = header.last or header.num_blocks <= FEW
         first, arrival.next_block = arrival.next_block, arrival.next_block + header.num_blocks
         if header.last:
             sequence.outputs, sequence.logprobs = list(header.outputs), dict(header.logprobs)
@@ -91,6 +94,12 @@ class Arrivals:
     def _drain(self, source: int, header: KvPayload) -> Commands:
         drain = DrainBlocks(source, header.tag, header.num_blocks)
         return [(DATA_PLANE, drain)] if header.num_blocks else []
+
+    @property
+    def closing(self) -> bool:
+        """A sequence needs only blocks that are on their way, and its source stops soon."""
+        arrivals = ((s, s.arrival) for s in self._holdings.sequences.values())
+        return any(a is not None and a.closing and s.num_computed >= a.start for s, a in arrivals)
 
     def arrived(self, event: BlocksArrived) -> Commands:
         """A round is in place, or never will be."""

@@ -13,6 +13,7 @@ from mellmpi.core.departures import Departures
 from mellmpi.core.holdings import Holdings
 from mellmpi.core.requests import finish_reason
 from mellmpi.core.sequences import Phase, Sequence
+from mellmpi.core.step_budget import UNKNOWN, StepBudget, StepSeconds, chunk_s
 from mellmpi.core.unreported import Unreported
 from mellmpi.protocol import (
     SCHEDULER,
@@ -56,6 +57,8 @@ class BatchScheduler:
         self._departures, self._arrivals = Departures(self.holdings), Arrivals(self.holdings)
         self.acked = acked
         self._limits = batch
+        self._budget = StepBudget(batch.max_num_batched_tokens, batch.target_step_s)
+        self.step_seconds: StepSeconds = UNKNOWN  # what steps take here, as the driver measures it
         self._planned: list[Sequence] = []
         self._unreported = Unreported()
         self._parking = False
@@ -170,19 +173,33 @@ class BatchScheduler:
         running = [s for s in self.sequences.values() if s.request.model == model and s.computable]
         # Stable: oldest first. What is only to be decoded elsewhere or later comes last.
         running.sort(key=lambda s: (s.arrival is not None, s.end - s.num_computed > 1))
-        budget = self._limits.max_num_batched_tokens
+        budget, left_s = self._budget.max_tokens, self._prompt_s(running)
         chunks: list[Chunk] = []  # of those that run here, only the last may not catch up
         for sequence in running:
-            if not budget or len(chunks) == self._limits.max_num_seqs:
+            if budget <= 0 or len(chunks) == self._limits.max_num_seqs:
                 break
             if sequence.epoch not in self.sequences or not self._make_room(sequence):
                 continue  # preempted: for an older one, or because it is the youngest
-            end = min(sequence.end, sequence.num_computed + budget)
-            budget -= end - sequence.num_computed
+            start, count = sequence.num_computed, sequence.end - sequence.num_computed
+            if count > 1 and left_s <= 0:
+                break
+            if count > 1:
+                fits = min(budget, self._budget.num_tokens(self.step_seconds, start, left_s))
+                if fits < count:
+                    count = budget = fits  # nothing is left for others
+                left_s -= chunk_s(self.step_seconds, start, count)
+            budget -= count
             # Who has its chunk keeps it: only decodes grow, and they push out what comes later.
             self._planned.append(sequence)
-            chunks.append(self._chunk(sequence, end))
+            chunks.append(self._chunk(sequence, start + count))
         return chunks
+
+    def _prompt_s(self, running: list[Sequence]) -> float:
+        """Time for prompts in the next step."""
+        num_decoding = sum(s.end - s.num_computed == 1 for s in running)
+        closing = self._departures.leaving or self._arrivals.closing
+        num_decoding = min(num_decoding, self._limits.max_num_seqs)
+        return self._budget.prompt_s(self.step_seconds, num_decoding, closing)
 
     def _chunk(self, sequence: Sequence, end: int) -> Chunk:
         caught_up = end == sequence.num_tokens

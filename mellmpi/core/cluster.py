@@ -203,6 +203,7 @@ class ClusterScheduler:
             return 0
         if record.moved_from is not None:
             self.ring.recomputed(record, "moved")
+        self.fleet.unqueue(record)
         request, outputs = record.request, record.log.tokens
         reason = finish_reason(request, outputs)
         if logprobs:
@@ -276,6 +277,8 @@ class ClusterScheduler:
         self.fleet.keep_for(record, 0)
         self.fleet.ledger.add(worker)
         self.fleet.own(record, worker, epoch)
+        if record.plan is None:  # what a move has to compute is counted with it
+            self.fleet.queue(record)
         order = Assign(record.request, epoch, tuple(record.log.tokens))
         self.fleet.send(worker, order, self._kv_bytes(record))
 

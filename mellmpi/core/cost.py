@@ -19,6 +19,11 @@ class CostModel:
     link_latency_s: float = 1e-3
     wake_s: float = 2.0
 
+    @property
+    def step_seconds(self) -> tuple[float, float, float, float]:
+        """Of (a step, a prefilled position, a decoded one, a position looked back on)."""
+        return self.step_s, self.prefill_token_s, self.decode_token_s, 0.0
+
     @staticmethod
     def fitted(costs: dict[str, Any]) -> "CostModel":
         """What fits a run best, from the `costs` of its report; the default where it says nothing.

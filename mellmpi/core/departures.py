@@ -29,8 +29,14 @@ class Departures:
 
     @property
     def closing(self) -> bool:
-        """Some sequence goes after the next step."""
+        """The last blocks of some sequence are announced."""
         return bool(self._announced)
+
+    @property
+    def leaving(self) -> bool:
+        """Some sequence goes after the next step."""
+        streams = (sequence.stream for sequence, _ in self._announced)
+        return any(stream is not None and not stream.awaits_part for stream in streams)
 
     def begin(self, order: SendKv) -> Commands:
         """The first round."""

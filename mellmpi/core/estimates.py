@@ -3,7 +3,7 @@
 from mellmpi.core.beyond import Beyond
 from mellmpi.core.cost import CostModel
 from mellmpi.core.links import LOOK_AGAIN_S, Link, Links
-from mellmpi.core.step_times import EXPECTED_BATCH, StepTimes
+from mellmpi.core.step_times import StepTimes
 
 MESSAGES_S = 3e-3  # of a move, between loops that sleep
 
@@ -17,10 +17,9 @@ class Estimates:
         self._beyond: dict[tuple[str, tuple[int, int] | None], Beyond] = {}
         self._looked_s = 0.0
 
-    def prefill_s(self, worker: int, num_tokens: int, before: int = 0, num_decoding: int = 0,
-                  batch: int = EXPECTED_BATCH) -> float:  # fmt: skip
+    def prefill_s(self, worker: int, num_tokens: int, before: int, num_decoding: int) -> float:
         """Computing so many positions there, behind `before` others that it has been given."""
-        alone = self.steps.prefill_s(worker, num_tokens, num_decoding, batch)
+        alone = self.steps.prefill_s(worker, num_tokens, num_decoding)
         return alone * (1 + before / max(1, num_tokens))
 
     def last_round_s(self, src: int, dst: int, block_bytes: int) -> float:

@@ -1,5 +1,6 @@
 """The workers' side of rank 0: their states, their budgets, what is on its way to them."""
 
+from collections import Counter
 from dataclasses import replace
 from itertools import count
 from typing import Any
@@ -11,6 +12,7 @@ from mellmpi.core.estimates import Estimates
 from mellmpi.core.ledger import ACTIVE, LOST, WITHOUT_ARENA, Ledger, WorkerState
 from mellmpi.core.migration import InFlight
 from mellmpi.core.requests import Record
+from mellmpi.core.step_budget import StepBudget
 from mellmpi.core.view import RequestColumns, View, kv_need
 from mellmpi.protocol import (
     OBSERVER,
@@ -40,7 +42,8 @@ class Fleet:
         self.models: dict[str, ModelKv] = {}
         self.out: Commands = []
         self.in_flight = InFlight()
-        self.batch_tokens: dict[int, int] = {}  # of a step, by worker
+        self._queued: Counter[int] = Counter()  # by worker: tokens of requests yet to be computed
+        self._computed: Counter[int] = Counter()  # of these, those that it has reported
         self._estimates: Estimates | None = None
         self._fit_s = 0.0  # when reports of steps are next looked into
         self._epochs = count(1)
@@ -89,8 +92,27 @@ class Fleet:
         requests.worker[record.slot], requests.placed_s[record.slot] = worker, self.view.now
         requests.movable[record.slot] = True
 
+    def queue(self, record: Record) -> None:
+        """The owner has to compute all tokens of it first."""
+        worker, _ = record.owner
+        record.queued = record.num_tokens
+        self._queued[worker] += record.queued
+
+    def unqueue(self, record: Record) -> None:
+        """The owner decodes it, or owns it no more."""
+        if record.queued and record.worker is not None:
+            self._queued[record.worker] -= record.queued
+            computed = self._computed[record.worker] - record.queued
+            self._computed[record.worker] = max(0, computed)
+            record.queued = 0
+
+    def queued_tokens(self, worker: int) -> int:
+        """Tokens of prompts that a worker has yet to compute, as far as rank 0 has heard."""
+        return max(0, self._queued[worker] - self._computed[worker])
+
     def leave(self, record: Record) -> None:
         """It has no owner from here on."""
+        self.unqueue(record)
         if record.worker is not None:
             self.ledger.remove(record.worker, self.view.now)
         record.worker = record.epoch = None
@@ -126,7 +148,8 @@ class Fleet:
         )
         self.ledger.empty_since_s[worker] = self.view.now
         self.models |= {m.model: m for m in event.models}
-        self.batch_tokens[worker] = event.max_batched_tokens
+        budget = StepBudget(event.max_batched_tokens, event.target_step_s)
+        self.estimates.steps.begin(worker, budget, event.step_s)
         self._changed(worker)
 
     def _learn_wake(self, wake_s: float, woken: bool) -> None:
@@ -271,6 +294,9 @@ class Fleet:
             return  # of what it did before it parked: there is no arena any more
         self.ledger.report(worker, event.acked, event.free_bytes)
         self.estimates.steps.add(worker, event)
+        if event.prefill_tokens:  # those of a move are counted with the move
+            done = self._computed[worker] + event.prefill_tokens
+            self._computed[worker] = min(done, self._queued[worker])
         self._decoded[worker] += event.decode_tokens
 
     def decoded(self, tokens: np.ndarray) -> None:

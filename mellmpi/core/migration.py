@@ -40,7 +40,7 @@ class Candidate:
     block_size: int  # tokens
     block_bytes: int
     num_decoding: int  # sequences that the destination decodes meanwhile
-    batch_tokens: int  # of a step of the destination
+    queued_tokens: int  # of prompts that the destination has yet to compute
     modes: Sequence[str] = ANY
     forced: bool = False  # it goes now, in the first of its modes that is possible
 
@@ -189,7 +189,7 @@ def _others_s(c: Candidate, start: int, estimates: Estimates) -> float:
     """What computing so much there costs all whom it decodes meanwhile."""
     if not c.num_decoding:
         return 0.0
-    return c.num_decoding * estimates.prefill_s(c.dst, start, batch=max(1, start))
+    return c.num_decoding * estimates.steps.prompt_s(c.dst, start)
 
 
 def _times(c: Candidate, start: int, estimates: Estimates,
@@ -202,9 +202,8 @@ def _times(c: Candidate, start: int, estimates: Estimates,
         link = estimates.links.between(c.src, c.dst)
         sending_s = link.transfer_s(num_bytes + busy.bytes_between[hosts])
     if start:
-        computing_s = estimates.prefill_s(
-            c.dst, start, busy.prefill_at[c.dst], c.num_decoding, c.batch_tokens
-        )
+        before = busy.prefill_at[c.dst] + c.queued_tokens
+        computing_s = estimates.prefill_s(c.dst, start, before, c.num_decoding)
     return sending_s, computing_s
 
 

@@ -45,6 +45,6 @@ def _candidate(record: Record, move: Move, modes: tuple[str, ...], fleet: Fleet)
     return Candidate(
         src=src, dst=move.dst, num_tokens=record.num_tokens, block_size=kv.block_size,
         block_bytes=kv.block_bytes, num_decoding=int(fleet.ledger.num_requests[move.dst]),
-        batch_tokens=fleet.batch_tokens.get(move.dst, 0), modes=modes,
+        queued_tokens=fleet.queued_tokens(move.dst), modes=modes,
         forced=move.mode is not None,
     )  # fmt: skip

@@ -78,6 +78,7 @@ class Record:
     epoch: int | None = None  # of the owner's assignment
     offer: Offer | None = None  # while RESERVING or SENDING
     log: Log = field(default_factory=TokenLog)
+    queued: int = 0  # tokens that its owner had yet to compute when it took it; 0: it has decoded
     num_placed: int = 0  # output tokens in the log when the owner took it
     moved_from: int | None = None  # recompute migration: until the first token from the new owner
     plan: Plan | None = None  # of the move under way, of whatever mode

@@ -40,6 +40,7 @@ class Arrival:
     num_computed: int | None = None  # at the source, when it stopped; None: it goes on
     announced: bool = False  # its first round, and that is being received
     told: bool = False  # the source, that all before `start` is here
+    closing: bool = False  # its source is about to stop, or has stopped
     transfer_s: float = 0.0  # of the rounds that are in place
 
 

@@ -5,12 +5,15 @@ count relative to the step, and a coefficient is forgotten only as fast as it is
 what prefilling took stays known through a minute of nothing but decoding.
 """
 
+import math
 from collections import defaultdict, deque
+from collections.abc import Sequence
 from statistics import median
 
 import numpy as np
 
 from mellmpi.core.cost import CostModel, least_squares
+from mellmpi.core.step_budget import StepBudget, StepSeconds, chunk_s
 from mellmpi.protocol import StepReport
 
 FORGET = 0.96  # weight of the past, a report that is wholly about one coefficient
@@ -20,7 +23,7 @@ OUTLIER = 4.0  # times the prediction: more is something else, such as a process
 BELIEVED = 16  # reports after which outliers are bounded
 KNOWN = 0.5  # reports wholly about one coefficient, before which it goes with the scale
 ATTENDED = 8192  # looked-back positions that cost what one prefilled position does, at first
-EXPECTED_BATCH = 512  # tokens a step, unless told
+EXPECTED = StepBudget(max_tokens=512, target_s=math.inf)  # of steps, unless told
 PACE_REPORTS = 5  # newest ones, of which the median is what a step takes just now
 
 
@@ -73,8 +76,22 @@ class StepTimes:
         self._unit = np.array([prior.step_s, prefill_s, prior.decode_token_s, prefill_s / ATTENDED])
         self._all = _Fit(self._unit)
         self._fits: dict[int, _Fit] = {}
+        self._budgets: dict[int, StepBudget] = {}
         self._new: list[tuple[int, tuple[float, ...]]] = []
         self._pace: defaultdict[int, deque[float]] = defaultdict(lambda: deque(maxlen=PACE_REPORTS))
+
+    def begin(self, worker: int, budget: StepBudget, measured: Sequence[float]) -> None:
+        """A worker is ready: the limits of its steps, and what they took when it tried some.
+
+        measured  seconds as `coefficients` returns them; empty: it has tried none
+        """
+        self._budgets[worker] = budget
+        if not measured or worker in self._fits:
+            return
+        unit = np.maximum(np.array(measured, np.float64), 1e-12)
+        if not self._fits:
+            self._all = _Fit(unit)
+        self._fits[worker] = _Fit(unit)
 
     def pace_s(self, worker: int) -> float:
         """What a step there takes just now, whatever is in it; 0 before any."""
@@ -107,16 +124,22 @@ class StepTimes:
         fit = self._fits.get(worker, self._all) if worker is not None else self._all
         return np.asarray(fit.unit * fit.found)
 
-    def prefill_s(self, worker: int, num_tokens: int, num_decoding: int = 0,
-                  batch: int = EXPECTED_BATCH) -> float:  # fmt: skip
+    def seconds(self, worker: int) -> StepSeconds:
+        """`coefficients` as plain numbers."""
+        step_s, prefill_s, decode_s, attended_s = self.coefficients(worker).tolist()
+        return step_s, prefill_s, decode_s, attended_s
+
+    def prefill_s(self, worker: int, num_tokens: int, num_decoding: int = 0) -> float:
         """Positions [0, num_tokens) of a sequence, in the steps in which others decode."""
         if num_tokens <= 0:
             return 0.0
-        step_s, prefill_s, decode_s, attended_s = self.coefficients(worker).tolist()
-        num_steps = -(-num_tokens // max(1, batch - num_decoding))
-        looked_back = num_tokens * num_tokens / 2
-        return float(
-            num_steps * (step_s + num_decoding * decode_s)
-            + num_tokens * prefill_s
-            + looked_back * attended_s
-        )
+        seconds = self.seconds(worker)
+        budget = self._budgets.get(worker, EXPECTED)
+        chunk = budget.chunk(seconds, num_tokens // 2, num_decoding)
+        num_steps = -(-num_tokens // chunk)
+        step_s, _, decode_s, _ = seconds
+        return num_steps * (step_s + num_decoding * decode_s) + chunk_s(seconds, 0, num_tokens)
+
+    def prompt_s(self, worker: int, num_tokens: int) -> float:
+        """What the same positions add to the steps in which they are computed."""
+        return chunk_s(self.seconds(worker), 0, num_tokens)

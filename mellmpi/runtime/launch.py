@@ -4,6 +4,7 @@ import gc
 import os
 import struct
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -11,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from mellmpi.config import Config, UsageError
+from mellmpi.engine.architecture import Architecture
 from mellmpi.engine.checkpoint import resolve
 from mellmpi.options import Options
+from mellmpi.runtime.calibration import measured_steps
 from mellmpi.runtime.connect import connect
 from mellmpi.runtime.gpus import Seat, count_gpus
 from mellmpi.runtime.standard_input import StandardInput
@@ -143,7 +146,9 @@ def make_worker(transport: Transport, config: Config, prepared: dict[str, Any],
         num_threads=config.threads or max(1, len(os.sched_getaffinity(0)) // seat.neighbours),
     )  # fmt: skip
     gc.freeze()  # modules stay: a worker that parks need not look through them for what it can free
-    return Worker(transport, build, config.batch, config.cache)
+    most_positions = Architecture.from_directory(directories[0]).max_position
+    measure = partial(measured_steps, most_positions=most_positions, clock=time.perf_counter)
+    return Worker(transport, build, config.batch, config.cache, measure=measure)
 
 
 # --- hosts and GPUs ------------------------------------------------------------------------------

@@ -8,6 +8,9 @@ from typing import Any, Protocol
 
 from mellmpi.config import BatchConfig, CacheConfig
 from mellmpi.core.batch import BatchScheduler
+from mellmpi.core.cost import CostModel
+from mellmpi.core.step_budget import UNKNOWN, StepBudget, StepSeconds
+from mellmpi.core.step_times import StepTimes
 from mellmpi.protocol import (
     DATA_PLANE,
     SCHEDULER,
@@ -22,6 +25,7 @@ from mellmpi.protocol import (
     ReceiveBlocks,
     SendBlocks,
     StepPlan,
+    StepReport,
     StepResult,
     Stop,
     Wake,
@@ -36,6 +40,7 @@ REPORT_EVERY_S = 0.02  # the scheduler hears of tokens at most so much later
 FEW_BLOCKS = 4  # to receive: nothing else may be missing of a sequence that has stopped elsewhere
 PATIENCE = 0.25  # of a step they are waited for: missing the next one would cost a whole step
 PATIENCE_S = 0.02  # at most, after a step that prefilled
+LEARN_EVERY_S = 0.1  # reports of steps are gathered for so long
 IDLE_S = 1.0  # longest sleep with nothing to do; whatever comes ends it
 
 
@@ -59,7 +64,12 @@ class Worker:
 
     def __init__(self, transport: Transport, build: Callable[[], Engine], batch: BatchConfig,
                  cache: CacheConfig, clock: Callable[[], float] = time.perf_counter,
-                 patience: float = PATIENCE):  # fmt: skip
+                 patience: float = PATIENCE,
+                 measure: Callable[[Engine], StepSeconds] = lambda _: UNKNOWN):  # fmt: skip
+        """`measure`: what steps take, tried once; unknown steps are limited by tokens alone."""
+        self._measure, self._measured = measure, UNKNOWN
+        self._times = StepTimes(CostModel())
+        self._learned_s = 0.0
         self._transport, self._build = transport, build
         self._clock, self._patience = clock, patience
         self._limits, self._cache = batch, cache
@@ -82,14 +92,29 @@ class Worker:
         self._batch = BatchScheduler(
             engine.models, arena.num_blocks, self._acked, self._limits, self._cache
         )
+        self._begin_budget(engine)
         ready = WorkerReady(
             models=tuple(m.kv for m in engine.models),
             capacity_bytes=arena.num_blocks * arena.block_bytes,
             max_num_seqs=self._limits.max_num_seqs, acked=self._acked,
             wake_s=self._clock() - began_s,
             max_batched_tokens=self._limits.max_num_batched_tokens,
+            target_step_s=self._limits.target_step_s,
+            step_s=self._measured if any(self._measured) else (),
         )  # fmt: skip
         self._transport.send(SCHEDULER, ready)
+
+    def _begin_budget(self, engine: Engine) -> None:
+        """What is known of steps stays known while a worker is parked."""
+        if not any(self._measured):
+            self._measured = self._measure(engine)
+            budget = StepBudget(self._limits.max_num_batched_tokens, self._limits.target_step_s)
+            self._times.begin(self._transport.worker, budget, self._measured)
+        self._learn()
+
+    def _learn(self) -> None:
+        if any(self._measured):
+            self._batch.step_seconds = self._times.seconds(self._transport.worker)
 
     def turn(self) -> bool:
         """Messages in, at most one step, reports out. False: there was nothing to do."""
@@ -207,4 +232,12 @@ class Worker:
         report = self._batch.report(self._steps, self._step_s)
         if report is not None:
             self._transport.send(SCHEDULER, report)
+            if any(self._measured):
+                self._learn_from(report, now)
+
+    def _learn_from(self, report: StepReport, now: float) -> None:
+        self._times.add(self._transport.worker, report)
+        if now - self._learned_s >= LEARN_EVERY_S and self._times.fold():
+            self._learned_s = now
+            self._learn()
             self._steps, self._step_s, self._reported_s = 0, 0.0, now

@@ -100,6 +100,7 @@ class FastWorker(SimWorker):
         hosted = tuple(HostedModel(kv, f"simulated {kv.model}") for kv in spec.models)
         self.batch: FastBatch = FastBatch(hosted, spec.num_blocks, self.acked, spec.batch,
                                           spec.cache, lengths=self.lengths)  # fmt: skip
+        self.batch.step_seconds = spec.step_s
         return ready
 
     def begin(self) -> bool:

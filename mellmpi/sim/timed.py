@@ -50,7 +50,7 @@ class TimedReplay(Replay):
         for w, models in enumerate(hosts, start=1):
             num_blocks = load.capacity // models[0].block_bytes
             spec = WorkerSpec(models, num_blocks, limits, CacheConfig(), cost.wake_s,
-                              lambda *_: CountingExecutor(lengths))  # fmt: skip
+                              lambda *_: CountingExecutor(lengths), cost.step_seconds)  # fmt: skip
             worker = FastWorker(w, spec, cost, lengths)
             self.paces.append(Pace(worker, self.clock, self._carry, self._report))
         block_bytes = hosts[0][0].block_bytes  # of all models: any can use what one frees

@@ -6,6 +6,7 @@ from typing import Any
 
 from mellmpi.config import BatchConfig, CacheConfig
 from mellmpi.core.batch import BatchScheduler
+from mellmpi.core.step_budget import UNKNOWN, StepSeconds
 from mellmpi.protocol import Address, HostedModel, ModelKv, StepPlan, Stop, Wake, WorkerReady
 from mellmpi.sim.executor import HashExecutor
 
@@ -20,6 +21,7 @@ class WorkerSpec:
     cache: CacheConfig
     wake_s: float
     executor: Callable[[int, Sequence[ModelKv]], HashExecutor] = HashExecutor  # of (blocks, models)
+    step_s: StepSeconds = UNKNOWN  # what it believes of its steps; unknown: only tokens limit them
 
 
 @dataclass
@@ -43,11 +45,13 @@ class SimWorker:
         spec = self.spec
         hosted = tuple(HostedModel(kv, f"simulated {kv.model}") for kv in spec.models)
         self.batch = BatchScheduler(hosted, spec.num_blocks, self.acked, spec.batch, spec.cache)
+        self.batch.step_seconds = spec.step_s
         self.executor = spec.executor(spec.num_blocks, spec.models)
         capacity = spec.num_blocks * self.batch.block_bytes
         return WorkerReady(
             spec.models, capacity, spec.batch.max_num_seqs, self.acked, spec.wake_s,
-            spec.batch.max_num_batched_tokens,
+            spec.batch.max_num_batched_tokens, spec.batch.target_step_s,
+            spec.step_s if any(spec.step_s) else (),
         )  # fmt: skip
 
     def handle(self, source: Address, message: Any) -> list[tuple[Address, Any]]:

@@ -40,10 +40,12 @@ IN, OUT = ROUNDS * 2, ROUNDS * 9  # tags of the first round, of epochs 2 and 9
 class Bench:
     """One worker; each sampled token is 100, 101, 102 … in the order of sampling."""
 
-    def __init__(self, num_blocks=8, max_num_seqs=8, max_num_batched_tokens=64, prefix=False):
+    def __init__(self, num_blocks=8, max_num_seqs=8, max_num_batched_tokens=64, prefix=False,
+                 target_step_ms=None):  # fmt: skip
         limits = BatchConfig(
-            max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
-        )
+            max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
+            target_step_ms=target_step_ms,
+        )  # fmt: skip
         cache = CacheConfig(enable_prefix_caching=prefix)
         self.batch = BatchScheduler((HOSTED,), num_blocks, 0, limits, cache)
         self.next_token = 100
@@ -127,6 +129,72 @@ def test_prefill_is_cut_to_the_token_budget_and_sampled_only_when_it_has_caught_
     assert bench.chunks() == [(1, 0, 8, False)]
     assert bench.chunks() == [(1, 8, 8, False)]
     assert bench.chunks() == [(1, 16, 3, True)]
+
+
+SECONDS = (0.010, 0.002, 0.010, 0.0)  # of a step, a prefilled position, a decoded one
+
+
+def timed(target_step_ms=None, num_decoding=0):
+    """A worker that knows what its steps take; so many sequences decode there."""
+    bench = Bench(num_blocks=99, target_step_ms=target_step_ms)
+    for request_id in range(50, 50 + num_decoding):
+        bench.assign(request_id, num_prompt=1)
+    bench.step()
+    bench.batch.step_seconds = SECONDS
+    return bench
+
+
+def prompts(bench):
+    """(request id, tokens) of the prompt chunks of one step."""
+    return [(i, n) for i, _, n, _ in bench.chunks() if n > 1]
+
+
+def test_prompts_get_the_time_that_a_step_has_beside_its_decodes():
+    bench = timed(num_decoding=3)  # 40 ms
+    bench.assign(1, num_prompt=30)
+    bench.assign(2, num_prompt=9)
+    assert prompts(bench) == [(1, 20)], "twice 40 ms"
+    assert prompts(bench) == [(1, 10), (2, 9)]
+
+
+def test_a_prompt_that_is_cut_for_time_is_the_last_of_its_step():
+    bench = timed(target_step_ms=100, num_decoding=1)
+    bench.assign(1, num_prompt=45)
+    bench.assign(2, num_prompt=9)
+    assert prompts(bench) == [(1, 40)]
+
+
+def test_prompts_advance_however_little_time_there_is():
+    bench = timed(target_step_ms=1, num_decoding=3)
+    bench.assign(1, num_prompt=30)
+    assert prompts(bench) == [(1, 5)], "a fifth of the step"
+    bench.batch.step_seconds = (0.010, 5.0, 0.010, 0.0)
+    [(_, start, count, _)] = [c for c in bench.chunks() if c[0] == 1]
+    assert (start, count) == (5, 1)
+
+
+def test_tokens_stay_a_limit_where_there_is_time_for_more():
+    bench = timed(target_step_ms=1e6, num_decoding=3)
+    bench.assign(1, num_prompt=90)
+    assert prompts(bench) == [(1, 61)]
+
+
+def test_a_step_after_which_a_request_leaves_computes_little_of_prompts():
+    bench = timed(num_decoding=3)
+    bench.assign(1, num_prompt=90)
+    assert prompts(bench) == [(1, 20)]
+    bench.order(SendKv(50, 50, 2, 9, 0))
+    assert prompts(bench) == [(1, 5)]
+
+
+def test_a_step_while_the_last_blocks_of_a_request_come_computes_little_of_prompts():
+    bench = timed(num_decoding=3)
+    bench.assign(1, num_prompt=90)
+    bench.receive(num_prompt=18, num_logged=0)
+    bench.batch.handle(2, header(num_computed=17, outputs=(), last=False))
+    assert prompts(bench) == [(1, 20)], "most of it is still to come"
+    bench.batch.handle(2, header(17, (), first_block=5, num_blocks=1, last=False, tag=IN + 1))
+    assert prompts(bench) == [(1, 5)]
 
 
 def test_decodes_come_before_prefills_and_sampled_chunks_before_partial_ones():

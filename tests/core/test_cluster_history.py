@@ -106,7 +106,9 @@ class ModelWorker:
                 self.report()
                 self.outbox.append(Parked(self.acked))
             case Wake():
-                self.outbox.append(WorkerReady((KV,), CAPACITY, SEATS, self.acked, 0.1, 64))
+                self.outbox.append(
+                    WorkerReady((KV,), CAPACITY, SEATS, self.acked, 0.1, 64, None, ())
+                )
 
     def stop(self, epoch: int, links) -> None:
         """Nothing is left to stream but the last round."""
@@ -173,7 +175,7 @@ class ClusterHistory(RuleBasedStateMachine):
         self.epochs, self.moving = set(), Counter()
         self.now = 0.0
         for worker in self.workers.values():
-            self.tell(worker.id, WorkerReady((KV,), CAPACITY, SEATS, 0, 0.1, 64))
+            self.tell(worker.id, WorkerReady((KV,), CAPACITY, SEATS, 0, 0.1, 64, None, ()))
 
     def place(self, view, row, model):
         ledger = view.workers

@@ -24,7 +24,7 @@ from tests.core.stage import report
 
 # A block of 16 tokens is 160 bytes; computing it takes 16 ms, and sending it 16 s / `ratio`.
 MOVE = Candidate(src=1, dst=2, num_tokens=1000, block_size=16, block_bytes=160, num_decoding=0,
-                 batch_tokens=10**6)  # fmt: skip
+                 queued_tokens=0)  # fmt: skip
 LIMIT_S = 10.0
 
 

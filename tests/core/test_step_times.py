@@ -1,5 +1,6 @@
 """Planted coefficients come back out of the reports, noise or not."""
 
+import math
 import random
 from dataclasses import replace
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from mellmpi.core.cost import CostModel
+from mellmpi.core.step_budget import StepBudget
 from mellmpi.core.step_times import StepTimes
 from tests.core.stage import report
 
@@ -108,7 +110,8 @@ def test_a_long_prefill_is_steps_positions_and_what_they_look_back_on():
     times = StepTimes(CostModel(prefill_token_s=8.192, step_s=2.0, decode_token_s=0.5))
     chunks = 3  # of 100 less 4 decoding
     expected = chunks * (2.0 + 4 * 0.5) + 200 * 8.192 + 200 * 200 / 2 * 1e-3
-    assert times.prefill_s(1, 200, num_decoding=4, batch=100) == pytest.approx(expected)
+    times.begin(1, StepBudget(100, math.inf), ())
+    assert times.prefill_s(1, 200, num_decoding=4) == pytest.approx(expected)
     assert times.prefill_s(1, 0) == 0.0
 
 

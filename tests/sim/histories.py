@@ -5,6 +5,7 @@ from functools import partial
 
 from mellmpi.config import BatchConfig, CacheConfig, ClusterConfig
 from mellmpi.core.cost import CostModel
+from mellmpi.core.step_budget import UNKNOWN
 from mellmpi.protocol import ModelKv, Request, Sampling
 from mellmpi.sim.executor import HashExecutor, expected_outputs, logprob
 from mellmpi.sim.network import Network
@@ -52,9 +53,14 @@ def random_history(seed: int, simulation=Simulation) -> tuple[Simulation, list[R
     models = sorted({kv.model for models in sets for kv in models})
     cache = CacheConfig(block_size=4, enable_prefix_caching=rng.random() < 0.4)
     limits = rng.choice([(4, 8), (3, 3), (8, 64)])
-    batch = BatchConfig(max_num_seqs=limits[0], max_num_batched_tokens=limits[1])
+    batch = BatchConfig(
+        max_num_seqs=limits[0], max_num_batched_tokens=limits[1], target_step_ms=2.0
+    )
     num_blocks = rng.choice([10, 14, 24])
-    specs = [WorkerSpec(models, num_blocks, batch, cache, COST.wake_s, ENGINE) for models in sets]
+    known = COST.step_seconds if seed % 2 else UNKNOWN  # in half of them time limits steps, too
+    specs = [
+        WorkerSpec(models, num_blocks, batch, cache, COST.wake_s, ENGINE, known) for models in sets
+    ]
     config = ClusterConfig(
         policy=rng.choice(["best_fit", "worst_fit", "frugal", "frugal"]),
         migrate=rng.choice(["auto", "auto", "stress"]), seed=seed, horizon_s=2e-3,

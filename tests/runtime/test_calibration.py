@@ -1,0 +1,49 @@
+"""The steps that a worker tries at its start tell what all its steps will take."""
+
+import pytest
+
+from mellmpi.core.step_times import ATTENDED
+from mellmpi.protocol import HostedModel, ModelKv, StepResult
+from mellmpi.runtime.calibration import measured_steps
+
+
+class Engine:
+    """Takes what it is told to take, on a clock of its own; the first time three times as long."""
+
+    models = (HostedModel(ModelKv("m", 16, 1024), "layout"),)
+
+    def __init__(self, seconds):
+        self.now, self.seconds, self.seen, self.farthest = 0.0, seconds, set(), 0
+
+    def execute(self, plan):
+        step_s, prefill_s, decode_s, attended_s = self.seconds
+        took_s, sampled = step_s, 0
+        for chunk in plan.chunks:
+            n = len(chunk.tokens)
+            self.farthest = max(self.farthest, chunk.start + n)
+            assert len(chunk.block_table) * 16 >= chunk.start + n
+            sampled += chunk.sampling is not None
+            took_s += decode_s if chunk.sampling else n * (prefill_s + attended_s * chunk.start)
+        shape = tuple((c.start, len(c.tokens)) for c in plan.chunks)
+        self.now += took_s if shape in self.seen else 3 * took_s
+        self.seen.add(shape)
+        return StepResult((7,) * sampled, (None,) * sampled)
+
+
+@pytest.mark.parametrize("seconds", [(0.01, 2e-3, 3e-3, 1e-6), (0.05, 2e-5, 1e-4, 1e-8)])
+def test_the_four_coefficients_come_back(seconds):
+    engine = Engine(seconds)
+    assert measured_steps(engine, 8192, lambda: engine.now) == pytest.approx(seconds, rel=0.01)
+
+
+@pytest.mark.parametrize("most", [1, 2, 40, 300, 100_000])
+def test_no_position_is_tried_that_the_model_does_not_have(most):
+    engine = Engine((0.01, 1e-4, 1e-3, 1e-7))
+    measured_steps(engine, most, lambda: engine.now)
+    assert engine.farthest <= max(2, most)
+
+
+def test_a_machine_that_is_slow_only_at_first_gives_no_cost_below_zero():
+    engine = Engine((0.01, 2e-3, 0.0, 0.0))
+    step_s, prefill_s, decode_s, attended_s = measured_steps(engine, 8192, lambda: engine.now)
+    assert min(step_s, prefill_s, decode_s) > 0 and attended_s == prefill_s / ATTENDED
