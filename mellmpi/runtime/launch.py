@@ -14,6 +14,7 @@ from typing import Any
 from mellmpi.config import Config, UsageError
 from mellmpi.engine.checkpoint import resolve
 from mellmpi.options import Options
+from mellmpi.runtime.batch_files import BatchFiles, open_files
 from mellmpi.runtime.connect import connect
 from mellmpi.runtime.gpus import Seat, count_gpus
 from mellmpi.runtime.standard_input import StandardInput
@@ -46,13 +47,13 @@ def launch(read_options: ReadOptions, world_problem: Callable[[int], str], speak
             options = read_options(StandardInput().is_piped)
             if problem := _hosting_problem(options.config, max(1, size - 1)):
                 raise UsageError(problem)
-            prepared = _prepare(options)
+            files, prepared = open_files(options), _prepare(options)
         except UsageError as error:
             if speaks:
                 sys.stderr.write(f"mellmpi: {error}\n")
             prepared = {"exit": USAGE}
     if job is None:
-        return prepared["exit"] if "exit" in prepared else _alone(options, prepared)
+        return prepared["exit"] if "exit" in prepared else _alone(options, prepared, files)
     problem = _installation_problem(job)
     prepared = job.share({"exit": USAGE} if problem else prepared)
     if "exit" not in prepared:
@@ -65,8 +66,8 @@ def launch(read_options: ReadOptions, world_problem: Callable[[int], str], speak
         job.finish()
         return int(prepared["exit"])
     if size == 1:
-        return _alone(options, prepared)
-    return _rank0(job, options, prepared) if rank == 0 else _worker(job, prepared)
+        return _alone(options, prepared, files)
+    return _rank0(job, options, prepared, files) if rank == 0 else _worker(job, prepared)
 
 
 def examine(config: Config, speaks: bool) -> int:
@@ -98,9 +99,6 @@ def _installation_problem(job: Any) -> str:
 
 def _prepare(options: Options) -> dict[str, Any]:
     """All that can be found out before the workers start; plain data for every rank."""
-    from mellmpi.runtime.run_batch import check_files
-
-    check_files(options)
     cache_dir = Path(options.cache_dir or Path.home() / ".cache" / "mellmpi").expanduser()
     said: list[str] = []
     directories: list[str] = []
@@ -128,14 +126,14 @@ def _say(text: str) -> None:
 # --- roles ---------------------------------------------------------------------------------------
 
 
-def _rank0(job: Any, options: Options, prepared: dict[str, Any]) -> int:
+def _rank0(job: Any, options: Options, prepared: dict[str, Any], files: BatchFiles) -> int:
     from mellmpi.runtime.run_batch import Rank0
 
     config = options.config
     try:
         transport = connect(job, config)
         directories = tuple(map(Path, prepared["directories"]))
-        code = Rank0(options, config, directories, transport, lambda: False).run()
+        code = Rank0(options, config, files, directories, transport, lambda: False).run()
     except (UsageError, ValueError) as error:
         sys.stderr.write(f"mellmpi: {error}\n")
         return job.abort(USAGE)
@@ -169,7 +167,7 @@ def _worker(job: Any, prepared: dict[str, Any]) -> int:
     return 0
 
 
-def _alone(options: Options, prepared: dict[str, Any]) -> int:
+def _alone(options: Options, prepared: dict[str, Any], files: BatchFiles) -> int:
     """Scheduler and worker take turns in one process."""
     from mellmpi.runtime.run_batch import Rank0
 
@@ -179,8 +177,8 @@ def _alone(options: Options, prepared: dict[str, Any]) -> int:
     try:
         worker.start()
         directories = tuple(map(Path, prepared["directories"]))
-        rank0 = Rank0(options, options.config, directories, network.transports[0], worker.turn)
-        return rank0.run()
+        transport = network.transports[0]
+        return Rank0(options, options.config, files, directories, transport, worker.turn).run()
     except (UsageError, ValueError) as error:
         sys.stderr.write(f"mellmpi: {error}\n")
         return USAGE
