@@ -27,6 +27,7 @@ SECTIONS = {
     "cluster": ClusterConfig,
     "transport": TransportConfig,
 }
+STDERR = 2
 EXAMPLES = """examples:
   mpirun -np 3 python -m mellmpi                              the demo: a small model, 2 workers
   mpirun -np 3 python -m mellmpi run-batch -i in.jsonl -o out.jsonl --model DIR
@@ -205,8 +206,22 @@ def is_first(environment: Mapping[str, str]) -> bool:
     return all(environment.get(variable, "0") == "0" for variable in ranks)
 
 
+def _open_closed_streams() -> None:
+    """Put /dev/null in the place of standard streams that are closed.
+
+    Another file would get their number, and what is meant for standard error with it. `sys.stdin`
+    and `sys.stdout` stay None, so that answers are not written to nowhere.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= STDERR:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    if sys.stderr is None:
+        sys.stderr = open(STDERR, "w", closefd=False)  # noqa: SIM115
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of every rank; the exit code."""
+    _open_closed_streams()
     arguments = sys.argv[1:] if arguments is None else arguments
     first = is_first(os.environ)
     if {"-h", "--help", "--version"} & set(arguments):

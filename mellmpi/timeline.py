@@ -4,12 +4,13 @@ Colours are distinguishable to colour-blind readers, and every kind of mark also
 so that a grey print can be read. Needs matplotlib: import this module where a picture is wanted.
 """
 
+import io
 import math
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -36,13 +37,20 @@ SHADES = {  # worker state -> background, hatch; "active" has none
     "lost": ("#E9E9E9", "xxxx"),
 }
 LANE = 0.8  # of the distance between two lanes
+SUFFIXES = tuple(  # of the pictures that can be drawn
+    f".{kind}"
+    for kind in FigureCanvasBase.get_supported_filetypes()
+    if kind != "pgf"  # wants TeX
+)
 NARROW = 0.06  # share of the time axis below which a span goes without its name
 UNITS = ((3 * 3600, 3600, "h"), (600, 60, "min"), (0, 1, "s"))  # from, seconds, name
 
 
-def draw(series: Series, path: Path | str) -> None:
-    """Write the timeline to `path`; its suffix chooses the format (.png, .svg, .pdf)."""
-    figure(series).savefig(path, dpi=150)
+def draw(series: Series, suffix: str) -> bytes:
+    """The timeline as a picture of the kind that `suffix`, one of SUFFIXES, names."""
+    stream = io.BytesIO()
+    figure(series).savefig(stream, format=suffix[1:].lower(), dpi=150)
+    return stream.getvalue()
 
 
 def figure(series: Series) -> Figure:

@@ -180,8 +180,7 @@ class ClusterScheduler:
                 if record.landed is not None:
                     self.ring.resumed(record)
                 record.told_s = now
-                of_run = logprobs.get(i, ()) if logprobs else ()
-                added.append(self._tokens(record, first, tokens[start:end], of_run))
+                added.append(self._tokens(record, first, tokens[start:end], logprobs.get(i, ())))
         if rows:
             self._count(rows, added)
         # Only now: what it had produced by then is in the log.
@@ -277,8 +276,6 @@ class ClusterScheduler:
         self.fleet.keep_for(record, 0)
         self.fleet.ledger.add(worker)
         self.fleet.own(record, worker, epoch)
-        if record.plan is None:  # what a move has to compute is counted with it
-            self.fleet.queue(record)
         order = Assign(record.request, epoch, tuple(record.log.tokens))
         self.fleet.send(worker, order, self._kv_bytes(record))
 

@@ -91,12 +91,9 @@ class Fleet:
         self._count(record.slot, worker)
         requests.worker[record.slot], requests.placed_s[record.slot] = worker, self.view.now
         requests.movable[record.slot] = True
-
-    def queue(self, record: Record) -> None:
-        """The owner has to compute all tokens of it first."""
-        worker, _ = record.owner
-        record.queued = record.num_tokens
-        self._queued[worker] += record.queued
+        if record.plan is None:  # what a move has to compute is counted with it
+            record.queued = record.num_tokens
+            self._queued[worker] += record.queued
 
     def unqueue(self, record: Record) -> None:
         """The owner decodes it, or owns it no more."""

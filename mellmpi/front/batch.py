@@ -4,20 +4,17 @@ import hashlib
 import itertools
 import json
 import logging
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from mellmpi.front.answers import answer_body
 from mellmpi.front.fields import BadRequest
-from mellmpi.front.lines import Line, LineReader, descriptor_reader
+from mellmpi.front.lines import Line, LineReader
 from mellmpi.front.openai import CHAT, COMPLETIONS, Call, Served, parse
 from mellmpi.front.outputs import Output
-from mellmpi.front.resume import finished_ids
 from mellmpi.protocol import Emit, Rejected, Request
 
 log = logging.getLogger(__name__)
@@ -58,6 +55,17 @@ class Counts:
     failed: int = 0
     skipped: int = 0  # answered by an earlier run
     reasons: Counter[str] = field(default_factory=Counter)  # error code -> lines that failed
+    examples: dict[str, str] = field(default_factory=dict)  # error code -> the first such message
+
+    @property
+    def lines(self) -> int:
+        return self.completed + self.failed + self.skipped
+
+    def fail(self, code: str, message: str) -> None:
+        """Count a line that failed."""
+        self.failed += 1
+        self.reasons[code] += 1
+        self.examples.setdefault(code, message)
 
 
 @dataclass
@@ -138,7 +146,7 @@ class BatchJob:
     # --- one line --------------------------------------------------------------------------------
 
     def _read(self, line: Line) -> list[Request]:
-        if line.data is not None and not line.data.strip(b"\r \t\xef\xbb\xbf"):
+        if line.is_blank:
             return []
         custom_id = None
         try:
@@ -194,8 +202,7 @@ class BatchJob:
         error = {**bad.error, "message": f"line {number}: {bad.message}"}
         answer_id = _digest(f"{number}/{custom_id}")
         self.write(batch_line(custom_id, answer_id, bad.status, {"error": error}, error))
-        self.counts.failed += 1
-        self.counts.reasons[bad.error["code"] or "invalid_request"] += 1
+        self.counts.fail(bad.error["code"] or "invalid_request", error["message"])
         self.answered(Answered(number, custom_id, "", "", error["message"]))
 
 
@@ -212,44 +219,6 @@ def batch_line(
     text = json.dumps(line, ensure_ascii=False, allow_nan=False).translate(LINE_ENDS)
     # A lone surrogate in a custom_id goes back as the JSON escape it came as.
     return text.encode("utf-8", "backslashreplace") + b"\n"
-
-
-def open_batch(
-    input_path: Path, output_path: Path, served: Served,
-    answered: Callable[[Answered], None] = lambda _: None,
-) -> BatchJob:  # fmt: skip
-    """A job from file to file that goes on where an earlier run of it ended.
-
-    ValueError where the output is something else, OSError where a file cannot be opened.
-    """
-    source = os.open(input_path, os.O_RDONLY)
-    if output_path.exists() and os.path.samefile(input_path, output_path):
-        raise ValueError(f"{output_path} is the input; give another name with -o")
-    finished = finished_ids(output_path)
-    output_path.parent.mkdir(parents=True, exist_ok=True)
-    sink = os.open(output_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    job = pipe_batch(descriptor_reader(source), sink, served, answered)
-    job.finished = finished
-    return job
-
-
-def pipe_batch(
-    read: Callable[[], bytes | None], sink: int, served: Served,
-    answered: Callable[[Answered], None] = lambda _: None,
-) -> BatchJob:  # fmt: skip
-    """A job from whatever can be read, as `LineReader` wants it, to an open descriptor."""
-
-    return BatchJob(LineReader(read), writer(sink), served, answered=answered)
-
-
-def writer(sink: int) -> Callable[[bytes], None]:
-    """Writes whole lines to an open descriptor."""
-
-    def write(data: bytes) -> None:
-        while data:
-            data = data[os.write(sink, data) :]
-
-    return write
 
 
 def _fault(custom_id: str | None, error: Exception) -> BadRequest:

@@ -3,11 +3,11 @@
 import os
 import select
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 
+from mellmpi.front.formats import BLANK, PIECE_BYTES, Read, Unreadable
+
 MAX_LINE_BYTES = 64 << 20
-PIECE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,12 +17,20 @@ class Line:
     number: int  # from 1
     data: bytes | None
 
+    @property
+    def is_blank(self) -> bool:
+        return self.data is not None and not self.data.strip(BLANK)
+
 
 class LineReader:
-    """Lines from `read`, which gives bytes, `b""` at the end, or None when there is none yet."""
+    """Lines from `read`, which gives bytes, `b""` at the end, or None when there is none yet.
 
-    def __init__(self, read: Callable[[], bytes | None], max_line_bytes: int = MAX_LINE_BYTES):
+    Where `read` raises Unreadable, the lines end with the last whole one, and `problem` says why.
+    """
+
+    def __init__(self, read: Read, max_line_bytes: int = MAX_LINE_BYTES):
         self._read, self._max = read, max_line_bytes
+        self.problem = ""
         self._lines: deque[bytes | None] = deque()
         self._rest: list[bytes] = []  # pieces of the line that has not ended
         self._rest_bytes = 0
@@ -37,7 +45,11 @@ class LineReader:
     def next(self) -> Line | None:
         """The next line, or None: no more at all (`exhausted`), or none for now."""
         while not self._lines and not self._at_end:
-            piece = self._read()
+            try:
+                piece = self._read()
+            except Unreadable as error:
+                self.problem, self._at_end = str(error), True
+                break
             if piece is None:
                 return None
             self._take(piece)
@@ -69,11 +81,23 @@ class LineReader:
         self._rest, self._rest_bytes = [], 0
 
 
-def descriptor_reader(descriptor: int) -> Callable[[], bytes | None]:
-    """`read` of an open file, pipe or terminal, for `LineReader`."""
+def count_lines(lines: LineReader) -> int:
+    """Read everything; the number of lines that are not blank. Raises Unreadable."""
+    count = 0
+    while not lines.exhausted:
+        line = lines.next()
+        count += line is not None and not line.is_blank
+    if lines.problem:
+        raise Unreadable(lines.problem)
+    return count
+
+
+def descriptor_reader(descriptor: int) -> Read:
+    """`read` of an open file, pipe or terminal."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
 
     def read() -> bytes | None:
-        ready, _, _ = select.select([descriptor], [], [], 0)
-        return os.read(descriptor, PIECE_BYTES) if ready else None
+        return os.read(descriptor, PIECE_BYTES) if poll.poll(0) else None
 
     return read

@@ -142,8 +142,7 @@ class ReplayJob:
                        f"{limits}; {hint}")  # fmt: skip
 
     def _fail(self, number: int, code: str, why: str) -> None:
-        self.counts.failed += 1
-        self.counts.reasons[code] += 1
+        self.counts.fail(code, why)
         if self.write is not None:
             error = {"message": why, "type": "invalid_request_error", "param": None, "code": code}
             name = _name(number)

@@ -20,6 +20,10 @@ TEXT_CHARACTERS = 16_000  # longest traceback
 log = logging.getLogger(__name__)
 
 
+class JobFailed(Exception):
+    """The job cannot go on, and the user knows why: no traceback."""
+
+
 def run_job(play: Callable[[Any], int], world_problem: Callable[[int], str], speaks: bool) -> int:
     """Join MPI, play this process's part, and leave together. Returns the exit code.
 
@@ -60,6 +64,8 @@ def explain(error: BaseException, rank: int) -> tuple[int, str]:
     """Exit code and text for the user: one line, or a traceback and one line."""
     if isinstance(error, UsageError):
         return USAGE, f"mellmpi: {error}"
+    if isinstance(error, JobFailed):
+        return FAULT, f"mellmpi: {error}"
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, "mellmpi: interrupted"
     if hasattr(error, "exit_code"):  # PeerFailed: another rank has explained

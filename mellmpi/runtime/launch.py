@@ -11,15 +11,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mellmpi.config import Config, UsageError
+from mellmpi.config import Config, ModelConfig, UsageError
 from mellmpi.engine.architecture import Architecture
 from mellmpi.engine.checkpoint import resolve
+from mellmpi.front.tokenizer import Tokenizer
+from mellmpi.front.visible import visible
 from mellmpi.options import Options
+from mellmpi.runtime.batch_files import open_files
 from mellmpi.runtime.calibration import measured_steps
 from mellmpi.runtime.connect import connect
 from mellmpi.runtime.gpus import Seat, count_gpus
+from mellmpi.runtime.run_batch import Rank0
 from mellmpi.runtime.standard_input import StandardInput
-from mellmpi.runtime.worker import Worker
+from mellmpi.runtime.worker import Engine, Worker
 from mellmpi.transport.base import Transport
 from mellmpi.transport.local import LocalNetwork
 
@@ -32,20 +36,28 @@ def launch(job: Any, read_options: ReadOptions) -> int:
     job           the MPI job; None: this process is alone
     read_options  of rank 0: the command line, made into Options
     """
-    size = job.size if job else 1
-    prepared: Any = None
-    if job is None or job.rank == 0:
-        options = read_options(StandardInput().is_piped)
-        if problem := _hosting_problem(options.config, max(1, size - 1)):
-            raise UsageError(problem)
-        prepared = _prepare(options)
+    if job is not None and job.rank > 0:
+        return _worker(job, _shared(job, None))
+    options = read_options(StandardInput().is_piped)
+    if problem := _hosting_problem(options.config, max(1, job.size - 1 if job else 1)):
+        raise UsageError(problem)
+    files, prepared = open_files(options), _prepare(options)
+    tokenizers = () if files.workload is not None else _tokenizers(options, prepared)
     if job is not None:
-        _check_installation(job)
-        prepared = job.share(prepared)
-        _check_seats(job, Config.from_dict(prepared["config"]))
-    if size == 1:
-        return _alone(options, prepared)
-    return _rank0(job, options, prepared) if job.rank == 0 else _worker(job, prepared)
+        prepared = _shared(job, prepared)
+    directories = tuple(map(Path, prepared["directories"]))
+    rank0 = partial(Rank0, options, options.config, files, directories, tokenizers)
+    if job is None or job.size == 1:
+        return _alone(rank0, options.config, prepared)
+    return rank0(connect(job, options.config), beside=lambda: False, ready=job.serve).run()
+
+
+def _shared(job: Any, prepared: dict[str, Any] | None) -> dict[str, Any]:
+    """What rank 0 has prepared, on all ranks. UsageError where they do not fit together."""
+    _check_installation(job)
+    shared: dict[str, Any] = job.share(prepared)
+    _check_seats(job, Config.from_dict(shared["config"]))
+    return shared
 
 
 def _check_installation(job: Any) -> None:
@@ -59,18 +71,13 @@ def _check_installation(job: Any) -> None:
 
 def _prepare(options: Options) -> dict[str, Any]:
     """All that can be found out before the workers start; plain data for every rank."""
-    from mellmpi.runtime.run_batch import check_files
-
-    check_files(options)
     cache_dir = Path(options.cache_dir or Path.home() / ".cache" / "mellmpi").expanduser()
     said: list[str] = []
     directories: list[str] = []
     try:
         for model in options.config.models:
             tell = lambda text: (said.append(text), _say(text))[1]  # noqa: E731
-            directories.append(str(resolve(model.model, cache_dir, tell).absolute()))
-    except ValueError as error:
-        raise UsageError(f"--model {model.model}: {error}") from error
+            directories.append(str(_resolved(model, cache_dir, tell).absolute()))
     finally:
         if said:
             sys.stderr.write("\n")
@@ -81,22 +88,31 @@ def _prepare(options: Options) -> dict[str, Any]:
     }
 
 
+def _resolved(model: ModelConfig, cache_dir: Path, tell: Callable[[str], None]) -> Path:
+    try:
+        return resolve(model.model, cache_dir, tell)
+    except ValueError as error:
+        raise UsageError(f"--model {visible(model.model)}: {error}") from error
+
+
+def _tokenizers(options: Options, prepared: dict[str, Any]) -> tuple[Tokenizer, ...]:
+    """One a model. They are needed late, but their faults are found before a worker starts."""
+    template = options.config.model.chat_template
+    try:
+        return tuple(
+            Tokenizer.load(Path(directory), Path(template) if template else None)
+            for directory in prepared["directories"]
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
 def _say(text: str) -> None:
     sys.stderr.write(f"\rmellmpi: {text} …".ljust(100))  # one line, again and again
     sys.stderr.flush()
 
 
 # --- roles ---------------------------------------------------------------------------------------
-
-
-def _rank0(job: Any, options: Options, prepared: dict[str, Any]) -> int:
-    from mellmpi.runtime.run_batch import Rank0
-
-    transport = connect(job, options.config)
-    directories = tuple(map(Path, prepared["directories"]))
-    return Rank0(
-        options, options.config, directories, transport, beside=lambda: False, ready=job.serve
-    ).run()
 
 
 def _worker(job: Any, prepared: dict[str, Any]) -> int:
@@ -112,19 +128,13 @@ def _worker(job: Any, prepared: dict[str, Any]) -> int:
     return 0
 
 
-def _alone(options: Options, prepared: dict[str, Any]) -> int:
+def _alone(rank0: Callable[..., Rank0], config: Config, prepared: dict[str, Any]) -> int:
     """Scheduler and worker take turns in one process."""
-    from mellmpi.runtime.run_batch import Rank0
-
     network = LocalNetwork(1)
     seat = Seat(index=0, neighbours=1, num_gpus=count_gpus())
-    worker = make_worker(network.transports[1], options.config, prepared, seat)
+    worker = make_worker(network.transports[1], config, prepared, seat)
     worker.start()
-    directories = tuple(map(Path, prepared["directories"]))
-    transport = network.transports[0]
-    return Rank0(
-        options, options.config, directories, transport, beside=worker.turn, ready=lambda: None
-    ).run()
+    return rank0(network.transports[0], beside=worker.turn, ready=lambda: None).run()
 
 
 def make_worker(transport: Transport, config: Config, prepared: dict[str, Any],
@@ -135,16 +145,22 @@ def make_worker(transport: Transport, config: Config, prepared: dict[str, Any],
     directories = [Path(name) for name in prepared["directories"]]
     for i, model in enumerate(config.models):
         if not directories[i].is_dir():  # another host, another disk
-            directories[i] = resolve(model.model, Path(prepared["cache_dir"]), _say)
+            directories[i] = _resolved(model, Path(prepared["cache_dir"]), _say)
     use_gpu = seat.num_gpus and config.device != "cpu"
     share = config.cache.gpu_memory_utilization / seat.sharers
-    build = partial(
-        build_engine, directories, config.models,
-        replace(config.cache, gpu_memory_utilization=share),
-        hosted=config.hosted(transport.worker),
-        device=seat.device if use_gpu else config.device,
-        num_threads=config.threads or max(1, len(os.sched_getaffinity(0)) // seat.neighbours),
-    )  # fmt: skip
+    cache = replace(config.cache, gpu_memory_utilization=share)
+
+    def build() -> Engine:
+        try:
+            return build_engine(
+                directories, config.models, cache, hosted=config.hosted(transport.worker),
+                device=seat.device if use_gpu else config.device,
+                num_threads=config.threads
+                or max(1, len(os.sched_getaffinity(0)) // seat.neighbours),
+            )  # fmt: skip
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+
     gc.freeze()  # modules stay: a worker that parks need not look through them for what it can free
     most_positions = Architecture.from_directory(directories[0]).max_position
     measure = partial(measured_steps, most_positions=most_positions, clock=time.perf_counter)

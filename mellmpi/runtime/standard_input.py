@@ -8,10 +8,14 @@ while, neither will anything come.
 
 import fcntl
 import os
+import re
 import select
 import stat
+import sys
 import termios
 import time
+
+from mellmpi.config import UsageError
 
 LAUNCHERS = ("prterun", "mpirun", "orterun", "mpiexec")
 FIRST_BYTES_S = 2.0  # so long an open pipe may take before it counts as empty
@@ -28,6 +32,8 @@ class StandardInput:
 
     def is_piped(self) -> bool:
         """Are there bytes? Waits a little for the first; a terminal or /dev/null has none."""
+        if sys.stdin is None:  # closed
+            return False
         what = os.fstat(0 if self._behind is None else self._behind)
         if stat.S_ISCHR(what.st_mode):
             return False
@@ -39,6 +45,14 @@ class StandardInput:
                 return False
             time.sleep(0.01)
         return False
+
+    def check(self) -> None:
+        """UsageError where nothing can be read, or the end would never be seen."""
+        if sys.stdin is None:
+            raise UsageError("standard input is closed; give a file of requests with -i")
+        if _launcher() is not None and (what := _endless(f"{_launcher()}/fd/0")):
+            raise UsageError(f"standard input is {what}, whose end mpirun does not pass on; "
+                             "type  cat | mpirun … -i -")  # fmt: skip
 
     def read(self) -> bytes | None:
         """The next bytes; None: none yet; b"": none will come."""
@@ -56,32 +70,69 @@ class StandardInput:
         return _at_end(self._behind)
 
 
-def _launcher_input() -> int | None:
-    """A descriptor of what mpirun reads, if it is mpirun that feeds this process."""
+def descriptor_path(name: str) -> str:
+    """Where to open /dev/fd/N, the name that a shell gives to <(…) and >(…); `name` if it is none.
+
+    mpirun has inherited N, but does not pass it on. UsageError if mpirun has no such descriptor.
+    """
+    found = re.fullmatch(r"/(?:dev|proc/self)/fd/(\d+)", name)
+    if found is None or int(found[1]) <= 2 or (launcher := _launcher()) is None:
+        return name
+    try:  # what mpirun has opened itself it closes in its children
+        inherited = not int(_of_descriptor(launcher, found[1], "flags"), 8) & os.O_CLOEXEC
+    except OSError:
+        inherited = False
+    if not inherited:
+        raise UsageError(f"{name} is not open in mpirun; give the name of a file, or type  "
+                         "cat FILE | mpirun … -i -")  # fmt: skip
+    return f"{launcher}/fd/{found[1]}"
+
+
+def _launcher() -> str | None:
+    """The /proc directory of mpirun, if that is the parent of this process."""
     parent = f"/proc/{os.getppid()}"
     try:
         with open(f"{parent}/comm") as comm:
-            if comm.read().strip() not in LAUNCHERS:
-                return None
-        return os.open(f"{parent}/fd/0", os.O_RDONLY | os.O_NONBLOCK)
+            return parent if comm.read().strip() in LAUNCHERS else None
+    except OSError:
+        return None
+
+
+def _launcher_input() -> int | None:
+    """A descriptor of what mpirun reads, if it is mpirun that feeds this process."""
+    try:
+        return os.open(f"{_launcher()}/fd/0", os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError:
         return None  # a rank that prted started: mpirun is on another host, or closed its input
+
+
+def _endless(path: str) -> str:
+    """What it is, if `_at_end` cannot tell its end; "" otherwise."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return ""
+    if stat.S_ISSOCK(status.st_mode):
+        return "a socket"
+    is_null = status.st_rdev == os.stat(os.devnull).st_rdev
+    return "a terminal" if stat.S_ISCHR(status.st_mode) and not is_null else ""
 
 
 def _at_end(descriptor: int) -> bool:
     """Has everything been read from it, never to be written to again?"""
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
-        return _parent_offset() >= os.fstat(descriptor).st_size
+        offset = int(_of_descriptor(f"/proc/{os.getppid()}", "0", "pos"))
+        return offset >= os.fstat(descriptor).st_size
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
     events = dict(poll.poll(0)).get(descriptor, 0)
     return bool(events & select.POLLHUP) and not events & select.POLLIN
 
 
-def _parent_offset() -> int:
-    """How far the launcher has read the file on its standard input."""
-    with open(f"/proc/{os.getppid()}/fdinfo/0") as lines:
-        return int(next(lines).split()[1])
+def _of_descriptor(process: str, descriptor: str, key: str) -> str:
+    """A field of a process's /proc/…/fdinfo. OSError if it has no such descriptor."""
+    with open(f"{process}/fdinfo/{descriptor}") as lines:
+        return next(line.split()[1] for line in lines if line.startswith(f"{key}:"))
 
 
 def _bytes_waiting(descriptor: int) -> int:

@@ -1,5 +1,8 @@
 """What a person sees of a run: progress, the first answers, a table of figures."""
 
+import os
+import select
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,16 +14,56 @@ from rich.text import Text
 from tqdm import tqdm
 
 from mellmpi.front.batch import Answered, Counts
-from mellmpi.options import Options
+from mellmpi.front.visible import visible, visible_lines
 
 WIDTH = 100
+STDERR = 2
+PATIENCE_MS = 1000  # so long a full pipe is waited for, once
+PIPE_BYTES = 4096  # so many never block where a pipe can take any (PIPE_BUF, pipe(7))
+
+
+class StandardError:
+    """Standard error as a text file that never raises, and never waits for its reader for long.
+
+    Text is dropped where standard error is closed, or a full pipe that nobody reads.
+    """
+
+    def __init__(self, descriptor: int = STDERR):
+        self.encoding = getattr(sys.stderr, "encoding", None) or "ascii"
+        self._descriptor = descriptor
+        self._poll = select.poll()
+        self._poll.register(descriptor, select.POLLOUT)
+        self._is_stuck = False
+
+    def write(self, text: str) -> int:
+        if not self.encoding.lower().startswith("utf"):
+            text = text.replace("…", "...").replace("–", "-")
+        data = memoryview(text.encode(self.encoding, "backslashreplace"))
+        while data and self._can_take():
+            try:
+                data = data[os.write(self._descriptor, data[:PIPE_BYTES]) :]
+            except OSError:
+                break
+        return len(text)
+
+    def _can_take(self) -> bool:
+        self._is_stuck = not self._poll.poll(0 if self._is_stuck else PATIENCE_MS)
+        return not self._is_stuck
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def isatty(self) -> bool:
+        return os.isatty(self._descriptor)
 
 
 class Terminal:
     """Progress and figures go to standard error, so that answers may go to standard output."""
 
     def __init__(self, quiet: bool, show: int):
-        self._console = Console(stderr=True, width=WIDTH)
+        self._stream: Any = StandardError()
+        # What users wrote is printed as Text alone: in a str, rich looks for markup and emoji.
+        self._console = Console(file=self._stream, width=WIDTH)
         self._quiet = quiet  # answers themselves go to standard output: add nothing to them
         self._left_to_show = show
         self._bar: Any = None
@@ -28,7 +71,7 @@ class Terminal:
 
     @contextmanager
     def working(self, what: str) -> Iterator[None]:
-        self._console.print(Text(f"mellmpi: {what} …", style="dim"))
+        self._console.print(Text(f"mellmpi: {visible(what)} …", style="dim"))
         yield
 
     @contextmanager
@@ -36,7 +79,7 @@ class Terminal:
         """A bar over the lines of the input; call what it yields with every new token count."""
         self._counts = counts
         with tqdm(total=num_lines, unit=" req", ncols=WIDTH, mininterval=0.5, desc="requests",
-                  disable=self._quiet) as self._bar:  # fmt: skip
+                  file=self._stream, disable=self._quiet) as self._bar:  # fmt: skip
             yield self._advance
             self._show_counts()
 
@@ -47,37 +90,37 @@ class Terminal:
             self._show_counts()
 
     def _show_counts(self) -> None:
-        counts = self._counts
-        self._bar.update(counts.completed + counts.failed + counts.skipped - self._bar.n)
+        self._bar.update(self._counts.lines - self._bar.n)
 
     def answered(self, answer: Answered) -> None:
         """One line of the input is done; the first few, and every failure, are shown."""
         if self._quiet:
             return
         if answer.error is not None:
-            self._print(Text(f"failed: {answer.error}", style="red"))
+            self._print(Text(f"failed: {visible(_short(answer.error, 500))}", style="red"))
         elif self._left_to_show > 0:
             self._left_to_show -= 1
-            question = Text(f"{_short(answer.prompt, 200)}\n", style="bold")
-            self._print(Panel(question + Text(_short(answer.text, 500)), title=answer.custom_id))
+            question = Text(f"{visible_lines(_short(answer.prompt, 200))}\n", style="bold")
+            text = Text(visible_lines(_short(answer.text, 500)))
+            title = Text(visible(_short(answer.custom_id or "", WIDTH)))
+            self._print(Panel(question + text, title=title))
 
     def say(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False)
+        """A line, or several, as they are but for what a terminal would act upon."""
+        self._console.print(Text(visible_lines(text)), soft_wrap=True)
 
     def _print(self, what: Any) -> None:
         self._bar.clear()
         self._console.print(what)
 
-    def summary(self, report: dict[str, Any], options: Options) -> None:
-        """The figures people look at first, and where the rest is."""
+    def summary(self, report: dict[str, Any], written: list[tuple[str, str]]) -> None:
+        """The figures people look at first, and where the rest is: (what, name of the file)."""
         table = Table(title="mellmpi run", show_header=False, width=WIDTH)
         for name, value in summary_rows(report):
             table.add_row(name, value)
         self._console.print(table)
-        for what, name in (("answers", options.output_file), ("figures", options.report),
-                           ("picture", options.timeline)):  # fmt: skip
-            if name and name != "-":
-                self._console.print(f"{what}: {name}", highlight=False, soft_wrap=True)
+        for what, name in written:
+            self.say(f"{what}: {visible(name)}")
 
 
 def summary_rows(report: dict[str, Any]) -> list[tuple[str, str]]:

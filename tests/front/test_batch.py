@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import pytest
 
-from mellmpi.front.batch import BatchJob, open_batch, pipe_batch
+from mellmpi.front.batch import BatchJob
+from mellmpi.front.destination import Destination
 from mellmpi.front.lines import LineReader, descriptor_reader
 from mellmpi.front.openai import Served
 from mellmpi.protocol import Emit, Rejected
@@ -287,18 +288,19 @@ def test_whoever_shows_progress_hears_of_every_line(run):
 @pytest.fixture
 def go(tmp_path, tokenizer, model):
     """(entries, limit) -> lines of the output after answering at most `limit` requests."""
-    source, sink = tmp_path / "in.jsonl", tmp_path / "new" / "out.jsonl"
+    sink = tmp_path / "out.jsonl"
 
     def run(entries, limit=None):
-        source.write_bytes(text_of(entries))
-        job = open_batch(source, sink, Served.of((model, tokenizer)))
-        answers = Run(tokenizer, model, [])
-        answers.job = job
-        for count, request in enumerate(job.requests()):
+        output = Destination("-o", str(sink), str(sink), os.O_RDWR)
+        finished = output.resume()
+        answers = Run(tokenizer, model, entries, finished=finished)
+        answers.job.write = output.append
+        for count, request in enumerate(answers.job.requests()):
             if count == limit:
                 break
             answers.answer(request)
-        return job, [json.loads(line) for line in sink.read_text().splitlines()]
+        os.close(output.descriptor)
+        return answers.job, [json.loads(line) for line in sink.read_text().splitlines()]
 
     run.sink = sink
     return run
@@ -335,24 +337,11 @@ def test_answers_do_not_depend_on_when_they_were_drawn(go, run):
     assert [seeds[e["custom_id"]] for e in entries] == whole
 
 
-def test_the_input_cannot_be_the_output(tmp_path, tokenizer, model):
-    file = tmp_path / "in.jsonl"
-    file.write_bytes(text_of([entry()]))
-    with pytest.raises(ValueError, match="is the input"):
-        open_batch(file, file, Served.of((model, tokenizer)))
-    assert file.read_bytes() == text_of([entry()])
-
-
-def test_a_missing_input_makes_no_output(tmp_path, tokenizer, model):
-    with pytest.raises(FileNotFoundError, match="none"):
-        open_batch(tmp_path / "none", tmp_path / "out", Served.of((model, tokenizer)))
-    assert not (tmp_path / "out").exists()
-
-
 def test_pipes_are_answered_while_their_writer_is_still_there(tokenizer, model):
     source, writer = os.pipe()
     reader, sink = os.pipe()
-    job = pipe_batch(descriptor_reader(source), sink, Served.of((model, tokenizer)))
+    lines, served = LineReader(descriptor_reader(source)), Served.of((model, tokenizer))
+    job = BatchJob(lines, lambda data: os.write(sink, data), served)
     assert list(job.requests()) == [] and not job.exhausted
     os.write(writer, text_of([entry("a", prompt="abc")]))
     (request,) = job.requests()

@@ -1,0 +1,164 @@
+"""The files of a job: all opened, or proved writable, before the model loads."""
+
+import os
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+
+from mellmpi.config import UsageError
+from mellmpi.front.destination import Destination, check_different
+from mellmpi.front.formats import Read, Source
+from mellmpi.front.inputs import Requests, check_input, is_descriptor, open_input, requests_in
+from mellmpi.front.lines import descriptor_reader
+from mellmpi.front.visible import visible
+from mellmpi.options import Options
+from mellmpi.runtime.standard_input import StandardInput, descriptor_path
+from mellmpi.workload import Workload, load
+
+STDIN, STDOUT, STDERR = 0, 1, 2
+STDOUT_NAMES = ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
+
+
+@dataclass
+class BatchFiles:
+    """What a job reads and writes. None: there is no such file."""
+
+    requests: Requests | None  # None: `workload` has them
+    workload: Workload | None  # to replay
+    output: Destination | None
+    report: Destination | None
+    timeline: Destination | None
+    finished: frozenset[str] = field(default_factory=frozenset)  # answered by an earlier run
+
+    @property
+    def is_quiet(self) -> bool:
+        """Answers go where progress would be shown."""
+        if self.output is None or self.output.descriptor is None:
+            return False
+        return self.output.descriptor == STDOUT or is_descriptor(self.output.path, STDERR)
+
+    @property
+    def num_requests(self) -> int | None:
+        """For the progress bar; None: not known."""
+        if self.requests is not None:
+            return self.requests.count
+        return None if self.workload is None else len(self.workload)
+
+    def begin(self) -> Callable[[bytes], None] | None:
+        """Open the output for answers; what writes them. UsageError as `Destination.resume`."""
+        if self.output is None:
+            return None
+        self.finished |= self.output.resume()
+        return self.output.append
+
+
+def open_files(options: Options) -> BatchFiles:
+    """Open inputs, prove outputs, and read what an earlier run has answered.
+
+    UsageError says what to type instead; nothing new is then left on the disk.
+    """
+    is_complete = options.replay or (options.input_file and options.output_file)
+    if options.command == "run-batch" and not is_complete:
+        raise UsageError("run-batch needs -i requests.jsonl and -o answers.jsonl, or --replay "
+                         "trace.csv")  # fmt: skip
+    output, report = _output(options), _destination("--report", options.report)
+    found = BatchFiles(None, None, output, report, _picture(options.timeline))
+    outputs = [one for one in (output, report, found.timeline) if one]
+    if options.replay:
+        _check_trace(options.replay, output)
+        _prove(f"--replay {visible(options.replay)}", os.stat(options.replay), outputs)
+        found.workload = _workload(options)
+        sys.stderr.write(f"mellmpi: {found.workload.source}\n")
+    else:
+        descriptor, read, source = _input(options)
+        _prove(str(source), os.fstat(descriptor), outputs)
+        found.requests = requests_in(descriptor, read, source)
+    if output and os.path.exists(output.path):  # a new one is made when the first answer can come
+        found.begin()
+    return found
+
+
+def _prove(name: str, status: os.stat_result, outputs: list[Destination]) -> None:
+    """UsageError unless all of these can be written, and are different from the input."""
+    to_stdout = [str(one) for one in outputs if one.descriptor == STDOUT]
+    if len(to_stdout) > 1:
+        raise UsageError(f"{' and '.join(to_stdout)} both go to standard output; give one of them "
+                         "the name of a file")  # fmt: skip
+    with ExitStack() as made:
+        check_different([(name, status), *((str(one), one.prove(made)) for one in outputs)])
+
+
+def demo_input() -> Path:
+    """The prompts that ship with the package."""
+    return Path(str(files("mellmpi.front") / "demo_prompts.jsonl"))
+
+
+# --- inputs --------------------------------------------------------------------------------------
+
+
+def _input(options: Options) -> tuple[int, Read, Source]:
+    """An open descriptor, what reads it, and its name."""
+    name = str(demo_input()) if options.command == "demo" else options.input_file or "-"
+    path = descriptor_path(name)
+    if name != "-" and not is_descriptor(path, STDIN):
+        source = Source(name)
+        descriptor = open_input(path, source)
+        return descriptor, descriptor_reader(descriptor), source
+    source, standard = Source(None), StandardInput()
+    standard.check()
+    check_input(STDIN, source)
+    return STDIN, standard.read, source
+
+
+def _check_trace(name: str, output: Destination | None) -> None:
+    if not os.path.exists(name):
+        raise UsageError(f"--replay {visible(name)} cannot be read: there is no such file")
+    if not os.path.isfile(name):
+        raise UsageError(f"--replay {visible(name)} is no regular file; type  cat "
+                         f"{visible(name)} > trace.csv  and give that")  # fmt: skip
+    if output and os.path.isfile(output.path) and os.path.getsize(output.path):
+        raise UsageError(f"{output} exists, and a replay starts anew: give another name")
+
+
+def _workload(options: Options) -> Workload:
+    try:
+        workload = load(options.replay or "").faster(options.rate_scale or 1.0)
+    except ValueError as error:
+        raise UsageError(f"--replay {error}") from error
+    workload = workload.longer(options.length_scale or 1.0)
+    return workload.first(options.max_requests or len(workload))
+
+
+# --- outputs -------------------------------------------------------------------------------------
+
+
+def _output(options: Options) -> Destination | None:
+    name = options.output_file
+    if name is None and options.command == "pipe":
+        name = "-"
+    return _destination("-o", name, os.O_RDWR)
+
+
+def _picture(name: str | None) -> Destination | None:
+    if not name:
+        return None
+    from mellmpi.timeline import SUFFIXES  # matplotlib is slow to import
+
+    if Path(name).suffix.lower() not in SUFFIXES:
+        raise UsageError(f"--timeline {visible(name)}: its name must end with the kind of picture, "
+                         f"one of {' '.join(SUFFIXES)}")  # fmt: skip
+    return _destination("--timeline", name)
+
+
+def _destination(flag: str, name: str | None, access: int = os.O_WRONLY) -> Destination | None:
+    if not name:
+        return None
+    path = descriptor_path(name)
+    if name != "-" and name not in STDOUT_NAMES and not is_descriptor(path, STDOUT):
+        return Destination(flag, name, path, access)
+    if sys.stdout is None:
+        raise UsageError(f"{flag} {name}: standard output is closed; give the name of a file")
+    return Destination(flag, name, STDOUT_NAMES[0], access, STDOUT)

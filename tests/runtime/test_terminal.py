@@ -1,0 +1,96 @@
+"""Whatever users write and whatever standard error is, showing it changes and ends nothing."""
+
+import io
+import os
+
+import pytest
+
+from mellmpi.front.batch import Answered, Counts
+from mellmpi.runtime.terminal import StandardError, Terminal
+
+WILD = ["[red]", "[/]", ":smile:", "\x1b[31m\x07", "\ud800", "\u202e", "x" * 9000, "a\r\nb", ""]
+
+
+@pytest.fixture
+def pipe():
+    source, sink = os.pipe()
+    os.set_blocking(source, False)
+    yield source, sink
+    os.close(source)
+
+
+def shown(pipe, show):
+    """What `show` writes to a Terminal's standard error."""
+    source, sink = pipe
+    kept = os.dup(2)
+    os.dup2(sink, 2)
+    try:
+        show(Terminal(quiet=False, show=99))
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(sink)
+    return os.read(source, 1 << 16).decode()
+
+
+@pytest.mark.parametrize("text", WILD)
+def test_text_of_users_is_shown_as_it_is_and_does_nothing(pipe, text):
+    def show(terminal):
+        with terminal.working(text), terminal.progress(None, Counts()):
+            terminal.answered(Answered(1, f"id {text}", f"prompt {text}", f"text {text}", None))
+            terminal.answered(Answered(2, text, "", "", f"wrong {text}"))
+        terminal.say(text)
+
+    found = shown(pipe, show).replace("\r", "")
+    assert "\x1b" not in found and "\x07" not in found and "\u202e" not in found
+    if text.startswith(("[", ":")):
+        for said in ("id", "prompt", "text", "wrong"):
+            assert f"{said} {text}" in found
+    assert all(len(line) < 400 for line in found.splitlines() if "xxx" in line) or "\nx" in found
+
+
+def test_ascii_alone_is_written_where_standard_error_takes_no_more(pipe, monkeypatch):
+    monkeypatch.setattr("sys.stderr", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+
+    def show(terminal):
+        with terminal.working("models"), terminal.progress(3, Counts()):
+            terminal.answered(Answered(1, "é", "–", "你", None))
+
+    found = shown(pipe, show)
+    assert found.isascii() and "models ..." in found and "\\u4f60" in found
+
+
+def test_a_full_pipe_that_nobody_reads_is_waited_for_once(pipe, monkeypatch):
+    monkeypatch.setattr("mellmpi.runtime.terminal.PATIENCE_MS", 1)
+    source, sink = pipe
+    stream = StandardError(sink)
+    for _ in range(100):
+        stream.write("x" * 5000)
+    total = 0
+    while (size := len(_read(source))) > 0:
+        total += size
+    assert 0 < total < 500_000
+    stream.write("again")
+    assert _read(source) == b"again"
+    os.close(sink)
+
+
+def _read(source):
+    try:
+        return os.read(source, 1 << 20)
+    except BlockingIOError:
+        return b""
+
+
+@pytest.mark.parametrize("end", ["reader", "writer"])
+def test_a_closed_standard_error_takes_everything(end):
+    source, sink = os.pipe()
+    stream = StandardError(sink)
+    os.close(source)
+    if end == "writer":
+        os.close(sink)
+    assert stream.write("text") == 4
+    stream.flush()
+    assert not stream.isatty()
+    if end == "reader":
+        os.close(sink)
