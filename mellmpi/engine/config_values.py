@@ -24,7 +24,7 @@ def number(
     config: Config, key: str, default: float | None = None, least: float = 1e-9, most: float = 1e9
 ) -> float:
     """A number from `least` to `most`, as it stands; `default` where the key is absent or null."""
-    value: Any = config.get(key)
+    value = config.get(key)
     if value is None and default is not None:
         return default
     is_number = isinstance(value, int | float) and not isinstance(value, bool)

