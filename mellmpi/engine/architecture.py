@@ -1,12 +1,14 @@
 """The shape of a model, read from a Hugging Face config.json, and its rotary frequencies."""
 
-import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from mellmpi.engine.config_values import flag, number, section, size, token_id, token_ids
+from mellmpi.engine.model_files import read_json, short
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -18,6 +20,8 @@ CLASS_NAMES = {
 }
 # What transformers assumes where a config.json is silent.
 DEFAULT_MAX_POSITION = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
+MOST_LAYERS = 10_000
+MIN_THETA = 1.001  # its logarithm divides
 REQUIRED = (
     "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size",
 )  # fmt: skip
@@ -52,44 +56,60 @@ class Architecture:
     def from_hf(cls, config: dict[str, Any]) -> "Architecture":
         """Read a config.json; ValueError says what is supported where this model is not."""
         family = _family(config)
-        heads = config["num_attention_heads"]
-        attention_bias = family in ("llama", "qwen3") and bool(config.get("attention_bias"))
+        heads = size(config, "num_attention_heads")
+        vocab_size = size(config, "vocab_size")
+        attention_bias = family in ("llama", "qwen3") and flag(config, "attention_bias")
         theta, scaling = _rope(config, family)
         arch = cls(
             family=family,
-            num_layers=config["num_hidden_layers"],
-            hidden_size=config["hidden_size"],
+            num_layers=size(config, "num_hidden_layers", most=MOST_LAYERS),
+            hidden_size=size(config, "hidden_size"),
             num_heads=heads,
-            num_kv_heads=config.get("num_key_value_heads") or heads,
+            num_kv_heads=size(config, "num_key_value_heads", default=heads),
             head_dim=_head_dim(config, family),
-            intermediate_size=config["intermediate_size"],
-            vocab_size=config["vocab_size"],
+            intermediate_size=size(config, "intermediate_size"),
+            vocab_size=vocab_size,
             max_position=_max_position(config, family),
             rope_theta=theta,
             rope_scaling=scaling,
-            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+            rms_norm_eps=float(number(config, "rms_norm_eps", default=1e-6, least=1e-30, most=1)),
+            tie_embeddings=flag(config, "tie_word_embeddings"),
             qkv_bias=family == "qwen2" or attention_bias,
             o_bias=attention_bias,
-            mlp_bias=family == "llama" and bool(config.get("mlp_bias")),
+            mlp_bias=family == "llama" and flag(config, "mlp_bias"),
             qk_norm=family == "qwen3",
             sliding_window=_sliding_window(config, family),
-            bos_id=config.get("bos_token_id"),
-            eos_ids=token_ids(config.get("eos_token_id")),
+            bos_id=token_id(config, "bos_token_id"),
+            eos_ids=token_ids(config, "eos_token_id", vocab_size),
         )
         arch.check()
         return arch
 
     @classmethod
     def from_directory(cls, directory: Path) -> "Architecture":
-        """Read config.json, with the end-of-text tokens of generation_config.json added."""
-        config = json.loads((directory / "config.json").read_text())
-        generation = directory / "generation_config.json"
-        if generation.exists():
-            more = json.loads(generation.read_text()).get("eos_token_id")
-            known = token_ids(config.get("eos_token_id"))
-            config["eos_token_id"] = list(dict.fromkeys(known + token_ids(more)))
-        return cls.from_hf(config)
+        """Read config.json, with the end-of-text tokens of generation_config.json added.
+
+        ValueError names the file and the key at fault.
+        """
+        return cls.from_file(directory / "config.json")
+
+    @classmethod
+    def from_file(cls, file: Path) -> "Architecture":
+        """As `from_directory`, for a config.json of any name."""
+        generation = file.parent / "generation_config.json"
+        config = read_json(file)
+        try:
+            arch = cls.from_hf(config)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+        if not generation.exists():
+            return arch
+        more = read_json(generation)
+        try:
+            added = token_ids(more, "eos_token_id", arch.vocab_size)
+        except ValueError as error:
+            raise ValueError(f"{generation}: {error}") from error
+        return replace(arch, eos_ids=tuple(dict.fromkeys(arch.eos_ids + added)))
 
     def to_hf(self) -> dict[str, Any]:
         """The config.json that `from_hf` reads back as this architecture."""
@@ -131,58 +151,58 @@ class Architecture:
             raise ValueError(f"head_dim must be even for rotary embeddings, not {self.head_dim}")
 
 
-def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
-    """An eos_token_id of config.json, which is a number, a list or null, as a tuple."""
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list) else (value,)
-
-
 def _family(config: dict[str, Any]) -> str:
     family = config.get("model_type")
-    if family not in FAMILIES:
+    if family not in FAMILIES or config.get("text_config"):
+        kind = "multimodal " if config.get("text_config") else ""
         raise ValueError(
-            f"model_type {family!r} is not supported; supported are {', '.join(FAMILIES)} "
-            "(Llama 2 and 3, SmolLM, Mistral, Qwen2, Qwen2.5, Qwen3)"
+            f"{kind}model_type {short(family)} is not supported; supported are "
+            f"{', '.join(FAMILIES)} (Llama 2 and 3, SmolLM, Mistral, Qwen2, Qwen2.5, Qwen3)"
         )
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise ValueError(
-            f"this checkpoint is quantised ({method}); supported are float32, bfloat16 and "
-            "float16 safetensors, and GGUF files of any type"
-        )
+    for key in ("quantization_config", "compression_config"):
+        if settings := section(config, key):
+            method = settings.get("quant_method", "unknown")
+            raise ValueError(
+                f"this checkpoint is quantised ({method}); supported are float32, bfloat16 "
+                "and float16 safetensors, and GGUF files of any type"
+            )
     if missing := [key for key in REQUIRED if key not in config]:
-        raise ValueError(f"config.json lacks {', '.join(missing)}")
+        raise ValueError(f"lacks {', '.join(missing)}")
     if (act := config.get("hidden_act", "silu")) != "silu":
-        raise ValueError(f"hidden_act {act!r} is not supported; supported is silu")
+        raise ValueError(f"hidden_act {short(act)} is not supported; supported is silu")
     return str(family)
 
 
 def _head_dim(config: dict[str, Any], family: str) -> int:
-    default = 128 if family == "qwen3" else config["hidden_size"] // config["num_attention_heads"]
-    return config.get("head_dim") or default
+    hidden, heads = size(config, "hidden_size"), size(config, "num_attention_heads")
+    if config.get("head_dim") is None and family != "qwen3" and hidden % heads:
+        raise ValueError(
+            f"hidden_size ({hidden}) is not a multiple of num_attention_heads ({heads})"
+        )
+    return size(config, "head_dim", default=128 if family == "qwen3" else hidden // heads)
 
 
 def _max_position(config: dict[str, Any], family: str) -> int:
-    return config.get("max_position_embeddings") or DEFAULT_MAX_POSITION[family]
+    return size(config, "max_position_embeddings", default=DEFAULT_MAX_POSITION[family])
 
 
 def _sliding_window(config: dict[str, Any], family: str) -> int | None:
-    default = 4096 if family != "llama" else None
-    window = config.get("sliding_window", default)
-    if family == "llama" or (family != "mistral" and not config.get("use_sliding_window")):
+    if family == "llama" or (family != "mistral" and not flag(config, "use_sliding_window")):
         return None
-    if window is None or window >= _max_position(config, family):
+    if config.get("sliding_window", 4096) is None:
         return None
-    first = 0 if family == "mistral" else config.get("max_window_layers", 28)
-    if first >= config["num_hidden_layers"]:
+    window = size(config, "sliding_window", default=4096)
+    if window >= _max_position(config, family):
+        return None
+    first = 0 if family == "mistral" else number(config, "max_window_layers", 28, least=0)
+    if first >= size(config, "num_hidden_layers"):
         return None
     if first > 0:
         raise ValueError(
             f"max_window_layers {first}: a sliding window on some layers only is not supported; "
             "set use_sliding_window to false in config.json, or use a window on all layers"
         )
-    return int(window)
+    return window
 
 
 # --- rotary embeddings ---------------------------------------------------------------------------
@@ -190,31 +210,54 @@ def _sliding_window(config: dict[str, Any], family: str) -> int | None:
 
 def _rope(config: dict[str, Any], family: str) -> tuple[float, dict[str, Any] | None]:
     """(theta, scaling) from `rope_parameters` (transformers 5) or `rope_scaling` (before)."""
-    given = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = given.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
+    given = section(config, "rope_parameters") or section(config, "rope_scaling")
+    outside = number(config, "rope_theta", default=10000.0, least=MIN_THETA)
+    theta = number(given, "rope_theta", default=outside, least=MIN_THETA)
     kind = given.pop("rope_type", None) or given.pop("type", None) or "default"
-    given.pop("type", None)
+    for key in ("rope_theta", "type"):
+        given.pop(key, None)
     if kind not in ROPE_TYPES:
         raise ValueError(
-            f"rope type {kind!r} is not supported; supported are {', '.join(ROPE_TYPES)}"
+            f"rope type {short(kind)} is not supported; supported are {', '.join(ROPE_TYPES)}"
         )
     partial = given.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor")
     if partial not in (None, 1, 1.0):
-        raise ValueError(f"partial_rotary_factor {partial} is not supported; supported is 1.0")
+        raise ValueError(
+            f"partial_rotary_factor {short(partial)} is not supported; supported is 1.0"
+        )
     if kind == "default":
+        _refuse_forgotten_type(given)
         return float(theta), None
     if kind in ("llama3", "yarn"):
-        outside = config.get("original_max_position_embeddings")
-        given["original_max_position_embeddings"] = (
-            outside or given.get("original_max_position_embeddings")
-            or _max_position(config, family)
-        )  # fmt: skip
-    required = (
-        ("factor", "low_freq_factor", "high_freq_factor") if kind == "llama3" else ("factor",)
-    )
-    if missing := [key for key in required if given.get(key) is None]:
-        raise ValueError(f"rope type {kind!r} lacks {', '.join(missing)} in config.json")
+        context = "original_max_position_embeddings"
+        trained = number(given, context, default=_max_position(config, family), least=1)
+        given[context] = number(config, context, default=trained, least=1)
+    _check_scaling(kind, given)
     return float(theta), {"rope_type": kind, **given}
+
+
+def _refuse_forgotten_type(given: dict[str, Any]) -> None:
+    """ValueError for a scaling that would be ignored silently."""
+    nested = any(isinstance(value, dict) for value in given.values())  # one for each kind of layer
+    if nested or number(given, "factor", default=1.0) != 1:
+        raise ValueError(
+            f"rope_scaling {short(given)} has no rope_type that scales; supported are "
+            f"{', '.join(ROPE_TYPES)}, one for all layers"
+        )
+
+
+def _check_scaling(kind: str, given: dict[str, Any]) -> None:
+    """ValueError unless the numbers in `given` are there and give finite frequencies."""
+    required = ["factor"] + ["low_freq_factor", "high_freq_factor"] * (kind == "llama3")
+    if missing := [key for key in required if given.get(key) is None]:
+        raise ValueError(f"rope type {kind!r} lacks {', '.join(missing)}")
+    for key in (*required, "beta_fast", "beta_slow", "attention_factor"):
+        number(given, key, default=1.0, least=1e-3)
+    for key in ("mscale", "mscale_all_dim"):
+        number(given, key, default=0.0, least=0.0)
+    flag(given, "truncate")
+    if kind == "llama3" and given["low_freq_factor"] >= given["high_freq_factor"]:
+        raise ValueError("rope type 'llama3' needs low_freq_factor < high_freq_factor")
 
 
 def inv_freq(arch: Architecture) -> np.ndarray:

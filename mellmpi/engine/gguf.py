@@ -7,6 +7,7 @@ answers would change; float32, float16 and bfloat16 tensors are stored as they a
 
 import json
 import math
+import re
 import shutil
 import struct
 from collections.abc import Callable
@@ -14,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor, dequantize
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
 from mellmpi.engine.architecture import Architecture, inv_freq
+from mellmpi.engine.config_values import Config, number, size, token_id
+from mellmpi.engine.gguf_file import OTHER_KINDS, GgufTensor, read_gguf
 from mellmpi.engine.gguf_tokenizer import write_tokenizer
+from mellmpi.engine.model_files import short
 from mellmpi.engine.parameters import check_parameters
 
 Progress = Callable[[str], None]
@@ -38,49 +42,69 @@ STORED = {  # GGUF type -> (safetensors type, numpy type of its bits); all other
     GGMLQuantizationType.F16: ("F16", np.uint16),
     GGMLQuantizationType.BF16: ("BF16", np.uint16),
 }
+PART = r"-(\d{5})-of-(\d{5})$"  # at the end of the name of one file of several
 LLAMA3_CONTEXT = 8192  # Llama 3.1 and later: low and high frequency factor are 1 and 4
 
 
 def convert(file: Path, directory: Path, progress: Progress) -> None:
-    """Write `directory` from `file`; ValueError where this model is not one we can serve."""
+    """Write `directory` from `file`; ValueError names the file and why it cannot be served."""
     try:
-        reader = GGUFReader(str(file))
-    except (ValueError, IndexError) as error:
-        raise ValueError(f"{file} is no GGUF file that can be read: {error}") from error
-    metadata = Metadata(reader)
-    tensors = {hf_name(t.name): t for t in reader.tensors if t.name != "rope_freqs.weight"}
-    arch = architecture(metadata, tensors, _rope_factors(reader))
-    shapes = {name: tuple(int(n) for n in t.shape[::-1]) for name, t in tensors.items()}
-    check_parameters(shapes, arch, file.name)
+        _convert(file, directory, progress)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _convert(file: Path, directory: Path, progress: Progress) -> None:
+    metadata, found = read_gguf(file)
+    check_kind(metadata, found, file)
+    rope_freqs = found.pop("rope_freqs.weight", None)
+    tensors = {hf_name(name): tensor for name, tensor in found.items()}
+    arch = architecture(metadata, tensors, rope_freqs)
+    check_parameters({name: t.shape for name, t in tensors.items()}, arch, file.name)
     (directory / "config.json").write_text(json.dumps(arch.to_hf(), indent=1))
     (directory / "generation_config.json").write_text(
         json.dumps({"bos_token_id": arch.bos_id, "eos_token_id": list(arch.eos_ids)})
     )
-    write_tokenizer(metadata.of_tokenizer(), directory)
+    write_tokenizer(of_tokenizer(metadata), arch.vocab_size, directory)
     write_safetensors(tensors, arch, directory / "model.safetensors", progress)
 
 
-class Metadata:
-    """The key-value part of a GGUF file, as Python values."""
+def check_kind(metadata: Config, tensors: dict[str, GgufTensor], file: Path) -> None:
+    """ValueError unless this is one whole model of a family and in types that can be served."""
+    part = re.search(PART, file.stem)
+    if size(metadata, "split.count", default=1) > 1 or (part and int(part[2]) > 1):
+        first = file.with_stem(re.sub(PART, r"-00001-of-\2", file.stem))
+        whole = file.with_stem(re.sub(PART, "", file.stem) + "-merged")
+        raise ValueError(
+            f"is one part of a split model: join them with llama.cpp's llama-gguf-split --merge "
+            f"{first} {whole}, and give that file"
+        )
+    kind, family = metadata.get("general.type", "model"), metadata.get("general.architecture")
+    if kind != "model":
+        raise ValueError(f"is not a language model but of the type {short(kind)}: give the model")
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise ValueError(
+            f"holds a model of the GGUF architecture {short(family)}, which is not supported; "
+            f"supported are {', '.join(FAMILIES)}"
+        )
+    for name, tensor in tensors.items():
+        _check_type(name, tensor.kind)
 
-    def __init__(self, reader: GGUFReader):
-        self._reader = reader
-        self.family = self.get("general.architecture")
 
-    def get(self, key: str, default: Any = None) -> Any:
-        field = self._reader.get_field(key)
-        return default if field is None else field.contents()
+def _check_type(name: str, kind: GGMLQuantizationType) -> None:
+    try:
+        dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"holds {short(name)} in the type {kind.name}, which is not supported: {OTHER_KINDS}"
+        ) from error
 
-    def model(self, key: str, default: Any = None) -> Any:
-        """A value of the model's own section, such as `llama.block_count`."""
-        return self.get(f"{self.family}.{key}", default)
 
-    def of_tokenizer(self) -> dict[str, Any]:
-        """`tokenizer.ggml.*` without the prefix, and `chat_template`."""
-        prefix, template = "tokenizer.ggml.", self.get("tokenizer.chat_template")
-        keys = [key for key in self._reader.fields if key.startswith(prefix)]
-        found = {key.removeprefix(prefix): self.get(key) for key in keys}
-        return found if template is None else {**found, "chat_template": template}
+def of_tokenizer(metadata: Config) -> dict[str, Any]:
+    """`tokenizer.ggml.*` without the prefix, and `chat_template`."""
+    prefix, template = "tokenizer.ggml.", metadata.get("tokenizer.chat_template")
+    found = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
+    return found if template is None else {**found, "chat_template": template}
 
 
 def hf_name(name: str) -> str:
@@ -98,66 +122,61 @@ def hf_name(name: str) -> str:
 
 
 def architecture(
-    metadata: Metadata, tensors: dict[str, ReaderTensor], rope_factors: np.ndarray | None
+    metadata: Config, tensors: dict[str, GgufTensor], rope_freqs: GgufTensor | None
 ) -> Architecture:
     """What config.json would have said of this model."""
-    family = FAMILIES.get(metadata.family)
-    if family is None:
-        raise ValueError(
-            f"GGUF architecture {metadata.family!r} is not supported; "
-            f"supported are {', '.join(FAMILIES)}"
-        )
-    config = _sizes(metadata, tensors) | {
-        "model_type": family,
+    section = metadata["general.architecture"]
+    config = _sizes(metadata, section, tensors) | {
+        "model_type": FAMILIES[section],
         "tie_word_embeddings": "lm_head.weight" not in tensors,
         "attention_bias": "model.layers.0.self_attn.o_proj.bias" in tensors,
         "mlp_bias": "model.layers.0.mlp.up_proj.bias" in tensors,
-        "rope_theta": metadata.model("rope.freq_base", 10000.0),
-        "rope_scaling": _scaling(metadata),
-        "rms_norm_eps": metadata.model("attention.layer_norm_rms_epsilon"),
-        "sliding_window": metadata.model("attention.sliding_window"),
+        "rope_theta": metadata.get(f"{section}.rope.freq_base", 10000.0),
+        "rope_scaling": _scaling(metadata, section),
+        "rms_norm_eps": number(metadata, f"{section}.attention.layer_norm_rms_epsilon", least=0),
+        "sliding_window": metadata.get(f"{section}.attention.sliding_window"),
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": _end_tokens(metadata),
     }
     arch = Architecture.from_hf(config)
-    if rope_factors is None:
+    if rope_freqs is None:
         return arch
-    return Architecture.from_hf(config | {"rope_scaling": _llama3_scaling(arch, rope_factors)})
+    factors = dequantize(rope_freqs.data, rope_freqs.kind).ravel()
+    return Architecture.from_hf(config | {"rope_scaling": _llama3_scaling(arch, factors)})
 
 
-def _sizes(metadata: Metadata, tensors: dict[str, ReaderTensor]) -> dict[str, Any]:
-    heads, hidden = metadata.model("attention.head_count"), metadata.model("embedding_length")
+def _sizes(metadata: Config, section: str, tensors: dict[str, GgufTensor]) -> dict[str, int]:
+    embeddings = tensors.get("model.embed_tokens.weight")
+    if embeddings is None or len(embeddings.shape) != 2:
+        raise ValueError("has no matrix token_embd.weight: copy or download it again")
+    heads = size(metadata, f"{section}.attention.head_count")
+    hidden = size(metadata, f"{section}.embedding_length")
     return {
-        "num_hidden_layers": metadata.model("block_count"),
+        "num_hidden_layers": size(metadata, f"{section}.block_count"),
         "hidden_size": hidden,
         "num_attention_heads": heads,
-        "num_key_value_heads": metadata.model("attention.head_count_kv", heads),
-        "head_dim": metadata.model("attention.key_length", hidden // heads),
-        "intermediate_size": metadata.model("feed_forward_length"),
-        "max_position_embeddings": metadata.model("context_length"),
-        "vocab_size": int(tensors["model.embed_tokens.weight"].shape[-1]),
+        "num_key_value_heads": size(metadata, f"{section}.attention.head_count_kv", heads),
+        "head_dim": size(metadata, f"{section}.attention.key_length", hidden // heads),
+        "intermediate_size": size(metadata, f"{section}.feed_forward_length"),
+        "max_position_embeddings": size(metadata, f"{section}.context_length"),
+        "vocab_size": embeddings.shape[0],
     }
 
 
-def _end_tokens(metadata: Metadata) -> list[int]:
+def _end_tokens(metadata: Config) -> list[Any]:
     """End of text, of turn and of message, as far as the file names them."""
     keys = [f"tokenizer.ggml.{kind}_token_id" for kind in ("eos", "eot", "eom")]
-    return list(dict.fromkeys(i for key in keys if (i := metadata.get(key)) is not None))
+    return list({i: None for key in keys if (i := token_id(metadata, key)) is not None})
 
 
-def _scaling(metadata: Metadata) -> dict[str, Any] | None:
-    kind = metadata.model("rope.scaling.type", "none")
+def _scaling(metadata: Config, section: str) -> dict[str, Any] | None:
+    kind = metadata.get(f"{section}.rope.scaling.type", "none")
     if kind == "none":
         return None
-    scaling = {"rope_type": kind, "factor": metadata.model("rope.scaling.factor")}
-    if (context := metadata.model("rope.scaling.original_context_length")) is not None:
+    scaling = {"rope_type": kind, "factor": metadata.get(f"{section}.rope.scaling.factor")}
+    if (context := metadata.get(f"{section}.rope.scaling.original_context_length")) is not None:
         scaling["original_max_position_embeddings"] = context
     return scaling
-
-
-def _rope_factors(reader: GGUFReader) -> np.ndarray | None:
-    found = [t for t in reader.tensors if t.name == "rope_freqs.weight"]
-    return dequantize(found[0].data, found[0].tensor_type).ravel() if found else None
 
 
 def _llama3_scaling(arch: Architecture, factors: np.ndarray) -> dict[str, Any]:
@@ -182,15 +201,14 @@ def _llama3_scaling(arch: Architecture, factors: np.ndarray) -> dict[str, Any]:
 
 
 def write_safetensors(
-    tensors: dict[str, ReaderTensor], arch: Architecture, file: Path, progress: Progress
+    tensors: dict[str, GgufTensor], arch: Architecture, file: Path, progress: Progress
 ) -> None:
     """One tensor in memory at a time, however large the model: the header is known beforehand."""
     header, offset = {}, 0
     for name, tensor in tensors.items():
-        dtype, bits = STORED.get(tensor.tensor_type, ("F32", np.uint32))
-        shape = [int(n) for n in tensor.shape[::-1]]
-        end = offset + math.prod(shape) * np.dtype(bits).itemsize
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
+        dtype, bits = STORED.get(tensor.kind, ("F32", np.uint32))
+        end = offset + math.prod(tensor.shape) * np.dtype(bits).itemsize
+        header[name] = {"dtype": dtype, "shape": tensor.shape, "data_offsets": [offset, end]}
         offset = end
     _check_space(file, offset)
     text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
@@ -207,16 +225,15 @@ def _check_space(file: Path, needed: int) -> None:
     if free < needed:
         raise ValueError(
             f"converting needs {needed / 1e9:.1f} GB in {file.parent.parent}, which has "
-            f"{free / 1e9:.1f} GB left; choose another cache directory"
+            f"{free / 1e9:.1f} GB left; choose another cache directory with --cache-dir DIR"
         )
 
 
-def _values(name: str, tensor: ReaderTensor, arch: Architecture) -> np.ndarray:
-    shape = tuple(int(n) for n in tensor.shape[::-1])
-    if tensor.tensor_type in STORED:
-        values = tensor.data.view(np.uint16).reshape(shape)
+def _values(name: str, tensor: GgufTensor, arch: Architecture) -> np.ndarray:
+    if tensor.kind in STORED:
+        values = tensor.data.view(np.uint16)
     else:
-        values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32).reshape(shape)
+        values = dequantize(tensor.data, tensor.kind).astype(np.float32).reshape(tensor.shape)
     if arch.family in PERMUTED and ".q_proj." in name:
         return _unpermuted(values, arch.num_heads)
     if arch.family in PERMUTED and ".k_proj." in name:

@@ -12,6 +12,9 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
 from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence, Split
 
+from mellmpi.engine.config_values import flag, token_ids
+from mellmpi.engine.model_files import short
+
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -33,14 +36,20 @@ WHOLE_WORDS_FIRST = ("llama-bpe", "llama3", "llama-v3", "tekken")  # a word that
 SPECIALS = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 
 
-def write_tokenizer(metadata: dict[str, Any], directory: Path) -> None:
-    """`metadata` is `tokenizer.ggml.*` without that prefix, and `chat_template`."""
-    build = {"gpt2": _byte_level, "llama": _sentencepiece}.get(metadata.get("model", ""))
+def write_tokenizer(metadata: dict[str, Any], vocab_size: int, directory: Path) -> None:
+    """Write the tokenizer's files into `directory`; ValueError names the key at fault.
+
+    metadata    `tokenizer.ggml.*` without that prefix, and `chat_template`
+    vocab_size  rows of the embedding matrix: no token may be beyond
+    """
+    kind = metadata.get("model")
+    build = BUILDERS.get(kind) if isinstance(kind, str) else None
     if build is None:
         raise ValueError(
-            f"GGUF tokenizer {metadata.get('model')!r} is not supported; supported are gpt2 "
-            "(byte-level BPE) and llama (sentencepiece)"
+            f"GGUF tokenizer {short(kind)} is not supported; tokenizer.ggml.model may be gpt2 "
+            "(byte-level BPE) or llama (sentencepiece)"
         )
+    _check(metadata, vocab_size)
     tokenizer = build(metadata)
     _add_tokens(tokenizer, metadata)
     _add_bos(tokenizer, metadata)
@@ -65,15 +74,42 @@ def pre_tokenizer(name: str) -> PreTokenizer:
         return ByteLevel(add_prefix_space=False)
     known = ", ".join([*PLAIN, *SINGLE_DIGITS, *SPLITS])
     raise ValueError(
-        f"GGUF pre-tokenizer {name!r} is not supported (supported: {known}); give the model's "
+        f"GGUF pre-tokenizer {short(name)} is not supported (supported: {known}); give the model's "
         "Hugging Face directory instead"
     )
+
+
+def _check(metadata: dict[str, Any], vocab_size: int) -> None:
+    """ValueError unless all lists and ids are of the types and lengths that go together."""
+    tokens = _list(metadata, "tokens", str)
+    if not 0 < len(tokens) <= vocab_size:
+        raise ValueError(f"has {len(tokens)} tokens for {vocab_size} rows of token_embd.weight")
+    for key, kind in (("token_type", int), ("scores", float)):
+        if key in metadata and len(_list(metadata, key, kind)) != len(tokens):
+            raise ValueError(f"tokenizer.ggml.{key} must have one value for each token")
+    needed = "merges" if metadata["model"] == "gpt2" else "scores"
+    if needed not in metadata:
+        raise ValueError(f"lacks tokenizer.ggml.{needed}: copy or download it again")
+    for key in SPECIALS:
+        token_ids(metadata, f"{key}_token_id", len(tokens))
+    for key in ("add_bos_token", "add_space_prefix"):
+        flag(metadata, key)
+    for key in ("pre", "chat_template"):
+        if not isinstance(metadata.get(key, ""), str):
+            raise ValueError(f"the tokenizer's {key} must be text, not {short(metadata[key])}")
+
+
+def _list(metadata: dict[str, Any], key: str, kind: type) -> list[Any]:
+    values = metadata.get(key)
+    if not isinstance(values, list) or not all(type(value) is kind for value in values):
+        raise ValueError(f"tokenizer.ggml.{key} must be a list of {kind.__name__}")
+    return values
 
 
 def _byte_level(metadata: dict[str, Any]) -> Tokenizer:
     name = metadata.get("pre", "gpt-2")
     vocab = {token: index for index, token in enumerate(metadata["tokens"])}
-    merges = [tuple(merge.split(" ")) for merge in metadata["merges"]]
+    merges = [_pair(merge, vocab) for merge in _list(metadata, "merges", str)]
     bpe = models.BPE(vocab=vocab, merges=merges, ignore_merges=name in WHOLE_WORDS_FIRST)
     tokenizer = Tokenizer(bpe)
     tokenizer.pre_tokenizer = pre_tokenizer(name)
@@ -81,6 +117,13 @@ def _byte_level(metadata: dict[str, Any]) -> Tokenizer:
     if SPLITS.get(name) is _QWEN2:
         tokenizer.normalizer = normalizers.NFC()
     return tokenizer
+
+
+def _pair(merge: str, vocab: dict[str, int]) -> tuple[str, str]:
+    left, _, right = merge.partition(" ")
+    if left not in vocab or right not in vocab or left + right not in vocab:
+        raise ValueError(f"tokenizer.ggml.merges has {short(merge)}, which makes no token")
+    return left, right
 
 
 def _sentencepiece(metadata: dict[str, Any]) -> Tokenizer:
@@ -142,3 +185,6 @@ def _add_bos(tokenizer: Tokenizer, metadata: dict[str, Any]) -> None:
         single=f"{bos} $A", pair=f"{bos} $A {bos} $B",
         special_tokens=[(bos, metadata["bos_token_id"])],
     )  # fmt: skip
+
+
+BUILDERS = {"gpt2": _byte_level, "llama": _sentencepiece}

@@ -55,7 +55,10 @@ def check_parameters(found: Mapping[str, Shape], arch: Architecture, source: str
     faults = {"missing": missing, "unexpected": unexpected, "of another shape": misshaped}
     said = [f"{len(names)} {kind} ({_few(names)})" for kind, names in faults.items() if names]
     if said:
-        raise ValueError(f"the weights of {source} do not fit its config.json: {'; '.join(said)}")
+        raise ValueError(
+            f"the weights of {source} do not fit its configuration: {'; '.join(said)}; copy or "
+            "download the whole model again"
+        )
 
 
 def _few(names: list[str]) -> str:

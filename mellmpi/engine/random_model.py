@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from mellmpi.engine.architecture import Architecture
+from mellmpi.engine.model_files import expanded, read_json
+from mellmpi.engine.tokenizer_files import check_tokenizer
+from mellmpi.engine.weight_files import RANDOM_WEIGHTS
 
-RANDOM_WEIGHTS = "random-weights"  # a file that says: there are no weights here, make them up
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
                    "special_tokens_map.json", "generation_config.json")  # fmt: skip
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -44,20 +46,22 @@ NAMED: dict[str, dict[str, Any]] = {
 
 def write_random_model(config: str, directory: Path) -> None:
     """Fill `directory` for a named shape, a config.json or a directory that has one."""
-    source = Path(config).expanduser()
+    source = expanded(config)
     if config in NAMED:
         shape, tokenizer_dir = NAMED[config], None
+        arch = Architecture.from_hf(shape)
     elif (file := source / "config.json" if source.is_dir() else source).is_file():
-        shape, tokenizer_dir = json.loads(file.read_text()), file.parent
+        shape, tokenizer_dir = read_json(file), file.parent
+        arch = Architecture.from_file(file)
     else:
         raise ValueError(
             f"random:{config}: there is no such file; give the path of a config.json, a directory "
             f"that has one, or one of {', '.join(NAMED)}"
         )
-    arch = Architecture.from_hf(shape)
     (directory / "config.json").write_text(json.dumps(shape, indent=1))
     (directory / RANDOM_WEIGHTS).write_text("")
     if tokenizer_dir is not None and (tokenizer_dir / "tokenizer.json").exists():
+        check_tokenizer(tokenizer_dir)
         _copy_tokenizer(tokenizer_dir, directory)
     else:
         write_byte_tokenizer(arch.vocab_size, directory)

@@ -1,6 +1,5 @@
 """Weights into memory: safetensors of a checkpoint directory, or seeded random numbers."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ from safetensors import safe_open
 from mellmpi.engine.architecture import Architecture
 from mellmpi.engine.checkpoint import RANDOM_WEIGHTS
 from mellmpi.engine.parameters import check_parameters, parameter_shapes, tensor_seed
+from mellmpi.engine.weight_files import parameter_name, weight_files
 
 Weights = dict[str, torch.Tensor]
 
@@ -34,40 +34,14 @@ def load(
     return arch, weights
 
 
-def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: those of its index, or the only one."""
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        names = dict.fromkeys(json.loads(index.read_text())["weight_map"].values())
-        files = [directory / name for name in names]
-    elif (single := directory / "model.safetensors").exists():
-        files = [single]
-    else:
-        files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{directory} has no .safetensors file")
-    if missing := [file.name for file in files if not file.exists()]:
-        raise ValueError(f"{directory} lacks {', '.join(missing)}, which its index names")
-    return files
-
-
-def canonical_name(name: str) -> str | None:
-    """A checkpoint's name for a tensor as `parameter_shapes` has it; None: not a weight."""
-    if name.endswith("rotary_emb.inv_freq"):  # a buffer that old checkpoints carry
-        return None
-    if name.startswith(("model.", "lm_head.")):
-        return name
-    return f"model.{name}"  # saved from the model without its head
-
-
 def _read(
     file: Path, arch: Architecture, dtype: torch.dtype, device: torch.device | str
 ) -> Weights:
     weights: Weights = {}
     with safe_open(file, framework="pt") as tensors:
         for stored in tensors.keys():  # noqa: SIM118  (not a dict)
-            name = canonical_name(stored)
-            if name is None or (name == "lm_head.weight" and arch.tie_embeddings):
+            name = parameter_name(stored, arch)
+            if name is None:
                 continue
             weights[name] = tensors.get_tensor(stored).to(device=device, dtype=dtype)
     return weights

