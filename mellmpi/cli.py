@@ -132,8 +132,12 @@ def _from_file(name: str | None) -> dict[str, Any]:
 
     try:
         entries = yaml.safe_load(Path(name).read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise UsageError(f"--config {name} cannot be read: {error}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--config {name} is not UTF-8 text; type  iconv -f LATIN1 -t UTF-8 "
+                         f"{name} > config.yaml  and give that") from error  # fmt: skip
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        why = " ".join(str(error).split())
+        raise UsageError(f"--config {name} cannot be read: {why}") from error
     flags = {flag.name: flag for flag in (*SERVING, *BATCH)}
     if not isinstance(entries, dict) or (unknown := sorted(entries.keys() - flags.keys())):
         wrong = ", ".join(map(str, unknown)) if isinstance(entries, dict) else "no mapping"
@@ -184,20 +188,26 @@ def world_problem(environment: Mapping[str, str], size: int) -> str:
     """
     if size > 1:
         return ""
-    if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+    if _number(environment, "SLURM_STEP_NUM_TASKS") > 1:
         return (
             "srun started several tasks, but MPI sees a world of one rank each. Type\n"
             "  srun --mpi=pmix python -m mellmpi …\n"
             "or, inside the allocation,  mpirun python -m mellmpi …"
         )
     for variable in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE", "MPI_LOCALNRANKS"):
-        if int(environment.get(variable, "1")) > 1:
+        if _number(environment, variable) > 1:
             return (
                 f"mpirun started {environment[variable]} ranks, but mpi4py sees a world of one: "
                 "it uses another MPI than this mpirun. Use the mpirun of the environment that "
                 "mpi4py is installed in, or  MELLMPI_MPI=system bash launch/quickstart.sh"
             )
     return ""
+
+
+def _number(environment: Mapping[str, str], variable: str) -> int:
+    """A variable that a launcher sets; 1 where it is no number."""
+    value = environment.get(variable, "1")
+    return int(value) if value.isdecimal() else 1
 
 
 def is_first(environment: Mapping[str, str]) -> bool:

@@ -38,7 +38,7 @@ def byte_size(text: str) -> int:
     factor = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}.get(number[-1:], 1)
     try:
         return int(float(number.rstrip("kmgt")) * factor)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise ValueError(f"{text!r} is no number of bytes (write 512M or 2G)") from error
 
 

@@ -103,3 +103,33 @@ def test_a_launcher_that_mpi_did_not_hear_of_is_found():
 def test_only_one_process_of_a_launch_speaks():
     assert is_first({}) and is_first({"SLURM_PROCID": "0"})
     assert not is_first({"OMPI_COMM_WORLD_RANK": "1"})
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("seed: 1  # naïve\n".encode("latin-1"), "iconv -f LATIN1 -t UTF-8"),
+        (b"seed: [1\n", "cannot be read"),
+        (b"[" * 5000, "cannot be read"),
+        (b"seed: \x00\n", "cannot be read"),
+        (b"? [a]\n: 1\n", "cannot be read"),
+        (b"- seed\n", "keys are the names of flags"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_refused_in_one_sentence(tmp_path, content, said):
+    file = tmp_path / "c.yaml"
+    file.write_bytes(content)
+    with pytest.raises(UsageError) as caught:
+        read_options(["--config", str(file)], {}, lambda: False)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_sizes_without_end_are_refused():
+    with pytest.raises(UsageError, match="kv-cache-memory-bytes"):
+        read_options(["--kv-cache-memory-bytes", "inf"], {}, lambda: False)
+    with pytest.raises(UsageError, match="is no number of bytes"):
+        read_options([], {"MELLMPI_KV_CACHE_MEMORY_BYTES": "1e999"}, lambda: False)
+
+
+def test_a_launchers_variable_that_is_no_number_says_nothing_about_the_world():
+    assert world_problem({"SLURM_STEP_NUM_TASKS": "", "PMI_SIZE": "many"}, 1) == ""

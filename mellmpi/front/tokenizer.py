@@ -39,6 +39,17 @@ class Tokenizer:
     @classmethod
     def load(cls, directory: Path, chat_template: Path | None = None) -> "Tokenizer":
         """Read `directory`; a `chat_template` file takes the place of the model's own."""
+        try:
+            return cls._load(directory, chat_template)
+        except ValueError:
+            raise
+        except Exception as error:  # whatever a damaged file makes its reader raise
+            why = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(f"the tokenizer in {directory} cannot be read ({why[:300]}); copy or "
+                             "download its files again") from error  # fmt: skip
+
+    @classmethod
+    def _load(cls, directory: Path, chat_template: Path | None) -> "Tokenizer":
         config = _json(directory / "tokenizer_config.json")
         own = template = _own_template(directory, config)
         if chat_template is not None:
@@ -126,11 +137,22 @@ def _backend(directory: Path) -> Backend:
         raise ValueError(f"{directory} has no tokenizer.json, tokenizer.model or vocab.json")
     from transformers import AutoTokenizer  # slow to import, and able to convert older files
 
-    return AutoTokenizer.from_pretrained(str(directory), use_fast=True).backend_tokenizer
+    try:
+        return AutoTokenizer.from_pretrained(str(directory), use_fast=True).backend_tokenizer
+    except ValueError as error:  # of several lines
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 def _json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if not file.exists():
+        return {}
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON ({error}); copy or download it again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} must hold a JSON object; copy or download it again")
+    return value
 
 
 def _read(file: Path, option: str) -> str:

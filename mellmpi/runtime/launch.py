@@ -71,7 +71,7 @@ def _check_installation(job: Any) -> None:
 
 def _prepare(options: Options) -> dict[str, Any]:
     """All that can be found out before the workers start; plain data for every rank."""
-    cache_dir = Path(options.cache_dir or Path.home() / ".cache" / "mellmpi").expanduser()
+    cache_dir = _cache_dir(options.cache_dir)
     said: list[str] = []
     directories: list[str] = []
     try:
@@ -86,6 +86,13 @@ def _prepare(options: Options) -> dict[str, Any]:
         "directories": directories,
         "cache_dir": str(cache_dir.absolute()),
     }
+
+
+def _cache_dir(given: str | None) -> Path:
+    try:
+        return Path(given or "~/.cache/mellmpi").expanduser()
+    except RuntimeError as error:
+        raise UsageError(f"{error}: give a directory with --cache-dir DIR") from error
 
 
 def _resolved(model: ModelConfig, cache_dir: Path, tell: Callable[[str], None]) -> Path:

@@ -129,8 +129,9 @@ class Post:
 
     def share(self, data: Any) -> Any:
         """Give rank 0's plain data to every rank; the data of other ranks is ignored."""
-        packed = msgpack.packb(data) if self.rank == 0 else b""
-        return msgpack.unpackb(self.gather(packed)[0])
+        names = "surrogateescape"  # as Python reads names of files that are no UTF-8
+        packed = msgpack.packb(data, unicode_errors=names) if self.rank == 0 else b""
+        return msgpack.unpackb(self.gather(packed)[0], unicode_errors=names)
 
     def _hear(self, source: int) -> Any:
         pause_s = FIRST_PAUSE_S

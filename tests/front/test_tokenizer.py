@@ -134,6 +134,20 @@ def test_a_model_without_template_says_so(with_template):
         tokenizer.encode_chat(CHATS[0])
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"model": {"type": "Unheard"}}', "\x00", "{}"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_damaged_tokenizer_is_refused_in_one_line(byte_directory, tmp_path, name, content):
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(byte_directory / file, tmp_path)
+    (tmp_path / name).write_text(content)
+    if name == "tokenizer_config.json" and content.endswith("}"):
+        assert Tokenizer.load(tmp_path).encode("a")
+        return
+    with pytest.raises(ValueError, match=str(tmp_path)) as caught:
+        Tokenizer.load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def test_variables_that_transformers_always_passes_are_defined(with_template):
     template = "{{ tools is defined and tools is none and documents is none }}"
     assert render(with_template(template), CHATS[0]) == "True"

@@ -199,3 +199,9 @@ def test_nobody_who_is_lost_is_dismissed():
     channel.failures = [0, 3]
     assert post.dismiss(1)
     assert {request.peer for request in channel.requests} == {0, 3}
+
+
+def test_names_of_files_that_are_no_text_can_be_shared(network):
+    name = b"mod\xe9le".decode("utf-8", "surrogateescape")
+    seen = network.on_all(lambda post: post.share([name] if post.rank == 0 else None))
+    assert list(seen.values()) == [[name]] * SIZE
