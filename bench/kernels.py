@@ -28,8 +28,8 @@ from mellmpi.engine.architecture import Architecture
 from mellmpi.engine.checkpoint import resolve
 from mellmpi.engine.cpu_model import CpuModel
 from mellmpi.engine.kernels.attention import attend, items_of
-from mellmpi.engine.kernels.linear import ADD, GATE_UP, KEEP
-from mellmpi.engine.kernels.panels import storage
+from mellmpi.engine.kernels.linear import ADD, GATE_UP, KEEP, WIDE_ELEMENTS
+from mellmpi.engine.kernels.panels import activations, storage
 from mellmpi.engine.kernels.shapes import Chunks
 from mellmpi.engine.kernels.step import project
 from mellmpi.engine.kernels.team import KERNEL, shares, team
@@ -43,19 +43,20 @@ DEFAULT_CACHE = Path.home() / ".cache" / "mellmpi"
 @njit(**KERNEL)
 def all_linears(team, rows, weights, sizes, width, scratch, logits):
     """The matrix products of one step and nothing else."""
+    wide = np.empty(WIDE_ELEMENTS, np.float32)
     for layer in range(sizes.layers):
         at, normed, inner = 4 * layer, scratch.normed, scratch.inner
         project(team, at, at, normed, sizes.normed_stride, rows, sizes.hidden, weights, sizes.qkv,
-                KEEP, scratch.qkv, sizes.qkv)  # fmt: skip
+                KEEP, scratch.qkv, sizes.qkv, sizes, wide)  # fmt: skip
         project(team, at + 1, at + 1, scratch.attended, sizes.attended_stride, rows, width, weights,
-                sizes.hidden, ADD, scratch.residual, sizes.hidden)  # fmt: skip
+                sizes.hidden, ADD, scratch.residual, sizes.hidden, sizes, wide)  # fmt: skip
         project(team, at + 2, at + 2, normed, sizes.normed_stride, rows, sizes.hidden, weights,
-                2 * sizes.inner, GATE_UP, inner, sizes.inner_stride)  # fmt: skip
+                2 * sizes.inner, GATE_UP, inner, sizes.inner_stride, sizes, wide)  # fmt: skip
         project(team, at + 3, at + 3, inner, sizes.inner_stride, rows, sizes.inner, weights,
-                sizes.hidden, ADD, scratch.residual, sizes.hidden)  # fmt: skip
+                sizes.hidden, ADD, scratch.residual, sizes.hidden, sizes, wide)  # fmt: skip
     last = 4 * sizes.layers
     project(team, last, last, scratch.normed, sizes.normed_stride, rows, sizes.hidden, weights,
-            sizes.vocabulary, KEEP, logits, sizes.vocabulary)  # fmt: skip
+            sizes.vocabulary, KEEP, logits, sizes.vocabulary, sizes, wide)  # fmt: skip
 
 
 @njit(**KERNEL)
@@ -121,7 +122,7 @@ class Bench:
             batch.positions, np.arange(num_seqs), batch.cu_chunks, batch.context_lens,
             batch.block_tables, items_of(batch.cu_chunks, self.arch.num_kv_heads),
         )  # fmt: skip
-        queries = storage(torch.randn(num_seqs * heads * self.arch.head_dim).to(DTYPE))
+        queries = activations(torch.randn(num_seqs * heads * self.arch.head_dim).to(DTYPE))
         told, kv = self.model._heads(self.arena), storage(self.arena.tensor.view(-1))
         arguments = (self.arch.num_layers, queries, kv, chunks, told, np.zeros_like(queries))
         return lambda: self.together(all_attention, self.arch.num_layers, *arguments)

@@ -13,7 +13,7 @@ from mellmpi.engine.architecture import Architecture
 from mellmpi.engine.kernels.attention import items_of
 from mellmpi.engine.kernels.compiled import one_at_a_time
 from mellmpi.engine.kernels.load import sizes_of, take_weights
-from mellmpi.engine.kernels.panels import storage
+from mellmpi.engine.kernels.panels import activation_dtype, storage
 from mellmpi.engine.kernels.rotary import RotaryTable
 from mellmpi.engine.kernels.shapes import Chunks, Heads, Scratch
 from mellmpi.engine.kernels.step import num_phases, step
@@ -126,7 +126,7 @@ class CpuModel:
             return np.zeros(rows * columns, np.float32)
 
         def stored(columns: int) -> np.ndarray:
-            return storage(torch.zeros(rows * columns, dtype=self.dtype))
+            return np.zeros(rows * columns, activation_dtype(self.dtype))
 
         return Scratch(
             residual=floats(sizes.hidden),

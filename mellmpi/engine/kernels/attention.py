@@ -10,8 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
+from mellmpi.engine.kernels.features import MOST_ROWS
 from mellmpi.engine.kernels.team import KERNEL
-from mellmpi.engine.kernels.tile import MOST_ROWS, tile16, tile32, tile64
+from mellmpi.engine.kernels.tile import tile16, tile32, tile64
 from mellmpi.engine.kernels.vectors import (
     LANES,
     exp2,
@@ -37,7 +38,7 @@ class Memory(NamedTuple):
     """What one thread needs for one tile of query rows."""
 
     scores: np.ndarray  # float32 [rows, stride]
-    shares: np.ndarray  # storage type [rows, stride]: their exponentials
+    shares: np.ndarray  # as queries are stored [rows, stride]: their exponentials
     sums: np.ndarray  # float32 [rows, head_dim]: weighted values
     wholes: np.ndarray  # float32 [rows]: sums of the exponentials
     places: np.ndarray  # int64 [2 tiles + AHEAD]: where keys, then values of each tile begin
@@ -50,11 +51,11 @@ def items_of(cu_chunks: np.ndarray, kv_heads: int) -> np.ndarray:
 
 
 @njit(**KERNEL)
-def memory_for(num_positions, head_dim, kv):
+def memory_for(num_positions, head_dim, q):
     tiles = num_positions // LANES + 2
     return Memory(
         np.empty(ROWS * tiles * LANES, np.float32),
-        np.empty(ROWS * tiles * LANES, kv.dtype),
+        np.empty(ROWS * tiles * LANES, q.dtype),
         np.empty(ROWS * head_dim, np.float32),
         np.empty(ROWS, np.float32),
         np.empty(2 * tiles + AHEAD, np.int64),
@@ -71,7 +72,7 @@ def attend(first, last, q, kv, layer_at, chunks, heads, out, out_stride):
     out_stride   elements from row to row of out
     """
     group, chunk = heads.heads // heads.kv_heads, 0
-    memory = memory_for(np.int64(chunks.context_lens.max()), heads.head_dim, kv)
+    memory = memory_for(np.int64(chunks.context_lens.max()), heads.head_dim, q)
     for item in range(first, last):
         while item >= chunks.cu_items[chunk + 1]:
             chunk += 1

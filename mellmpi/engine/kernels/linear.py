@@ -1,14 +1,38 @@
 """All rows of a batch times one packed matrix, each tile handed on while it is still in cache."""
 
 import numpy as np
+import torch
 from numba import njit
 
+from mellmpi.engine.kernels.features import (
+    HAS_AVX512,
+    HAS_BF16_DOT,
+    MOST_ROWS,
+    WIDE_ROWS,
+    WIDE_VECTORS,
+)
 from mellmpi.engine.kernels.panels import PANEL
 from mellmpi.engine.kernels.team import KERNEL, shares
-from mellmpi.engine.kernels.tile import MOST_ROWS, tile32
-from mellmpi.engine.kernels.vectors import LANES, exp2, fill, larger, load, pair_of, store
+from mellmpi.engine.kernels.tile import tile16, tile32
+from mellmpi.engine.kernels.vectors import (
+    LANES,
+    even,
+    exp2,
+    fill,
+    larger,
+    load,
+    odd,
+    pair_of,
+    store,
+)
 
 MOST = MOST_ROWS[2]
+WIDE_COLUMNS = WIDE_VECTORS * LANES  # of a tile over widened weights
+PART = 512  # steps of k that are widened at once: 32 KB for 16 columns, the first-level cache
+NEVER = 1 << 40  # rows
+WIDE_BLOCK = 16 * WIDE_ROWS  # rows for which weights are widened once
+WIDE_ELEMENTS = PART * WIDE_COLUMNS + WIDE_BLOCK * PANEL
+WIDENS = not HAS_BF16_DOT  # numba leaves out what a constant of the module rules out
 ROWS_BYTES = 256 * 1024  # of activations that stay in the second-level cache beside a panel
 LEAST_GATE = np.float32(-87)  # where SiLU is as good as 0 and exp(-gate) still finite
 LOG2E = np.float32(1.4426950408889634)
@@ -74,26 +98,114 @@ def multiply_rows(
 
 
 @njit(**KERNEL)
-def rows_a_block(row_bytes):
-    return max(1, ROWS_BYTES // row_bytes // MOST) * MOST
+def widen(w, at, count, wide):
+    """wide [count, WIDE_COLUMNS] float32 = so many steps of some columns of a panel at w[at]."""
+    for k in range(0, count, 2):
+        for c in range(0, WIDE_COLUMNS, LANES):
+            words = at + k * PANEL + 2 * c
+            store(wide, k * WIDE_COLUMNS + c, even(w, words))
+            store(wide, (k + 1) * WIDE_COLUMNS + c, odd(w, words))
 
 
 @njit(**KERNEL)
-def linear(team, phase, a, a_stride, rows, k, w, w_at, panels, bias, bias_at, how, out, stride):
+def wide_tile(m, a, a_at, a_stride, w, w_at, w_step, places, count, init, init_at, init_stride,
+              out, out_at):  # fmt: skip
+    """A tile over float32 weights, as wide as suits this CPU."""
+    if WIDE_VECTORS == 1:
+        tile16(
+            m, a, a_at, a_stride, w, w_at, w_step, places, 0, 1, 1, count, count,
+            init, init_at, init_stride, out, out_at, PANEL,
+        )  # fmt: skip
+    else:
+        tile32(
+            m, a, a_at, a_stride, w, w_at, w_step, places, 0, 1, 1, count, count,
+            init, init_at, init_stride, out, out_at, PANEL,
+        )  # fmt: skip
+
+
+@njit(**KERNEL)
+def multiply_wide(
+    a, a_stride, row, rows, k, w, w_at, places, bias, bias_at, wide, sums, how, out, stride, panel
+):
+    """`multiply_rows` over weights as float32: those of bfloat16 are widened, once for all rows.
+
+    Every sum adds the same products in the same order, and so has the same bits.
+
+    wide  float32 [PART, WIDE_COLUMNS]
+    sums  float32 [rows, PANEL]
+    """
+    places[1] = 0
+    for column in range(0, PANEL, WIDE_COLUMNS):
+        for first in range(0, k, PART):
+            count = min(PART, k - first)
+            if pair_of(w) == 2:
+                widen(w, w_at + first * PANEL + 2 * column, count, wide)
+            done, tiles = 0, (rows + WIDE_ROWS - 1) // WIDE_ROWS
+            while tiles > 0:
+                m = (rows - done + tiles - 1) // tiles
+                a_at, to = (row + done) * a_stride + first, done * PANEL + column
+                if pair_of(w) == 2 and first == 0:
+                    wide_tile(m, a, a_at, a_stride, wide, 0, WIDE_COLUMNS, places, count,
+                              bias, bias_at + column, 0, sums, to)  # fmt: skip
+                elif pair_of(w) == 2:
+                    wide_tile(m, a, a_at, a_stride, wide, 0, WIDE_COLUMNS, places, count,
+                              sums, to, PANEL, sums, to)  # fmt: skip
+                elif first == 0:
+                    wide_tile(m, a, a_at, a_stride, w, w_at + column, PANEL, places, count,
+                              bias, bias_at + column, 0, sums, to)  # fmt: skip
+                else:
+                    wide_tile(m, a, a_at, a_stride, w, w_at + first * PANEL + column, PANEL,
+                              places, count, sums, to, PANEL, sums, to)  # fmt: skip
+                done, tiles = done + m, tiles - 1
+    finish(how, sums, rows, out, row, stride, panel)
+
+
+@njit(**KERNEL)
+def rows_a_block(row_bytes, multiple):
+    return max(1, ROWS_BYTES // row_bytes // multiple) * multiple
+
+
+def wide_from(dtype: torch.dtype) -> int:
+    """Rows from which `multiply_wide` is the faster one on this CPU.
+
+    Widening takes as long as one and a half rows; tiles of more rows then read weights less often.
+    """
+    if HAS_BF16_DOT or (dtype == torch.float32 and HAS_AVX512):
+        return NEVER
+    return 4
+
+
+@njit(**KERNEL)
+def linear(
+    team, phase, a, a_stride, rows, k, w, w_at, panels, bias, bias_at, how, out, stride, wide_from,
+    wide,
+):  # fmt: skip
     """KEEP, ADD or GATE_UP bias + a @ w for all rows and panels, shared among the threads.
 
-    a          [rows, a_stride] in the storage type, flat; the first k of a row count
+    a          [rows, a_stride] as activations are stored, flat; the first k of a row count
     w, w_at    packed weights; this matrix begins at element `w_at` and has `panels` panels
     bias       float32 [.]; this matrix's begins at `bias_at`; the sums start with it
     out        [rows, stride], flat
+    wide_from  rows from which weights are widened
+    wide       float32 [WIDE_ELEMENTS], this thread's own
     """
     tile, places = np.empty(MOST * PANEL, np.float32), np.zeros(2, np.int64)
-    block = rows_a_block(4 * k // pair_of(w))
+    is_wide = rows >= wide_from
+    block = rows_a_block(a.itemsize * k, WIDE_ROWS if is_wide else MOST)
+    block = min(block, WIDE_BLOCK) if is_wide else block
     # Items are panels of one block of rows, then those of the next block.
     for first, last in shares(team, phase, panels * ((rows + block - 1) // block)):
         for item in range(first, last):
             panel, row = item % panels, item // panels * block
-            multiply_rows(
-                a, a_stride, row, min(block, rows - row), k, w, w_at + panel * PANEL * k, places,
-                bias, bias_at + panel * PANEL, tile, how, out, stride, panel,
-            )  # fmt: skip
+            count, at, bias_of = min(block, rows - row), panel * PANEL * k, panel * PANEL
+            if WIDENS and is_wide:
+                multiply_wide(
+                    a, a_stride, row, count, k, w, w_at + at, places, bias, bias_at + bias_of,
+                    wide[: PART * WIDE_COLUMNS], wide[PART * WIDE_COLUMNS :],
+                    how, out, stride, panel,
+                )  # fmt: skip
+            else:
+                multiply_rows(
+                    a, a_stride, row, count, k, w, w_at + at, places, bias, bias_at + bias_of,
+                    tile, how, out, stride, panel,
+                )  # fmt: skip

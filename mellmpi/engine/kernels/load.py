@@ -6,7 +6,9 @@ import numpy as np
 import torch
 
 from mellmpi.engine.architecture import Architecture
+from mellmpi.engine.kernels.linear import wide_from
 from mellmpi.engine.kernels.panels import (
+    activation_dtype,
     interleaved,
     large_pages,
     packed,
@@ -23,6 +25,7 @@ Tensors = dict[str, torch.Tensor]
 
 def sizes_of(arch: Architecture, dtype: torch.dtype) -> Sizes:
     hidden, inner = padded(arch.hidden_size), padded(arch.intermediate_size)
+    itemsize = activation_dtype(dtype).itemsize
     return Sizes(
         layers=arch.num_layers,
         size=arch.hidden_size,
@@ -30,10 +33,11 @@ def sizes_of(arch: Architecture, dtype: torch.dtype) -> Sizes:
         inner=inner,
         qkv=padded((arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim),
         vocabulary=padded(arch.vocab_size),
-        normed_stride=spread(hidden, dtype.itemsize),
-        attended_stride=spread(arch.num_heads * arch.head_dim, dtype.itemsize),
-        inner_stride=spread(inner, dtype.itemsize),
+        normed_stride=spread(hidden, itemsize),
+        attended_stride=spread(arch.num_heads * arch.head_dim, itemsize),
+        inner_stride=spread(inner, itemsize),
         tied=arch.tie_embeddings,
+        wide_from=wide_from(dtype),
     )
 
 

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
+from mellmpi.engine.kernels.features import HAS_BF16_DOT
+
 PANEL = 32  # columns
 SLACK = 64 * 1024  # bytes after the end, for prefetches that run ahead
 
@@ -38,6 +40,23 @@ def storage(array: torch.Tensor) -> np.ndarray:
     if array.dtype == torch.bfloat16:
         return array.view(torch.int16).numpy().view(np.uint16)
     return array.numpy()
+
+
+def activation_dtype(dtype: torch.dtype) -> np.dtype:
+    """How the kernels store what weights and KV of this dtype are multiplied with.
+
+    A CPU that multiplies bfloat16 takes its bits; others take the same numbers as float32.
+    """
+    if dtype != torch.bfloat16:
+        return np.dtype(np.float32)
+    return np.dtype(np.uint16 if HAS_BF16_DOT else np.uint32)
+
+
+def activations(x: torch.Tensor) -> np.ndarray:
+    """A tensor of weights' dtype, so stored. May share memory."""
+    if activation_dtype(x.dtype) == np.uint32:
+        return x.float().numpy().view(np.uint32)
+    return storage(x)
 
 
 def large_pages(num_elements: int, dtype: torch.dtype) -> torch.Tensor:

@@ -48,6 +48,7 @@ class Sizes(NamedTuple):
     attended_stride: int
     inner_stride: int
     tied: bool  # the output projection is the embedding
+    wide_from: int  # rows from which `linear` widens weights, or takes narrow tiles
 
 
 class Weights(NamedTuple):

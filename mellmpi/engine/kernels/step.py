@@ -5,7 +5,7 @@ from numba import njit
 
 from mellmpi.engine.kernels.attention import attend
 from mellmpi.engine.kernels.compiled import kept
-from mellmpi.engine.kernels.linear import ADD, GATE_UP, KEEP, linear
+from mellmpi.engine.kernels.linear import ADD, GATE_UP, KEEP, WIDE_ELEMENTS, linear
 from mellmpi.engine.kernels.panels import PANEL
 from mellmpi.engine.kernels.rows import embed, normalise, place
 from mellmpi.engine.kernels.team import KERNEL, shares
@@ -29,6 +29,7 @@ def step(team, tokens, last_rows, chunks, weights, sizes, heads, rotary, kv, scr
     logits     float32 [sampled, sizes.vocabulary] flat
     """
     rows, x, hidden = len(tokens), scratch.residual, sizes.hidden
+    wide = np.empty(WIDE_ELEMENTS, np.float32)
     every_row, embedding_at = np.arange(rows), weights.begins[-1] * sizes.tied
     for first, last in shares(team, 0, rows):
         embed(
@@ -37,14 +38,14 @@ def step(team, tokens, last_rows, chunks, weights, sizes, heads, rotary, kv, scr
     for layer in range(sizes.layers):
         phase = 1 + PHASES * layer
         self_attention(
-            team, phase, layer, every_row, chunks, weights, sizes, heads, rotary, kv, scratch
+            team, phase, layer, every_row, chunks, weights, sizes, heads, rotary, kv, scratch, wide
         )
-        mlp(team, phase + 5, layer, every_row, weights, sizes, heads.eps, scratch)
+        mlp(team, phase + 5, layer, every_row, weights, sizes, heads.eps, scratch, wide)
     phase, wanted = 1 + PHASES * sizes.layers, len(last_rows)
     norm(team, phase, last_rows, 2 * sizes.layers, weights, sizes, heads.eps, scratch)
     project(
         team, phase + 1, 4 * sizes.layers, scratch.normed, sizes.normed_stride, wanted, hidden,
-        weights, sizes.vocabulary, KEEP, logits, sizes.vocabulary,
+        weights, sizes.vocabulary, KEEP, logits, sizes.vocabulary, sizes, wide,
     )  # fmt: skip
 
 
@@ -61,7 +62,7 @@ def norm(team, phase, rows, index, weights, sizes, eps, scratch):
 
 @njit(**KERNEL)
 def self_attention(
-    team, phase, layer, every_row, chunks, weights, sizes, heads, rotary, kv, scratch
+    team, phase, layer, every_row, chunks, weights, sizes, heads, rotary, kv, scratch, wide
 ):
     """residual += o(attention(qkv(norm(residual))))"""
     rows, hidden, width = len(every_row), sizes.hidden, heads.heads * heads.head_dim
@@ -69,7 +70,7 @@ def self_attention(
     norm(team, phase, every_row, 2 * layer, weights, sizes, heads.eps, scratch)
     project(
         team, phase + 1, 4 * layer, scratch.normed, sizes.normed_stride, rows, hidden, weights,
-        sizes.qkv, KEEP, scratch.qkv, sizes.qkv,
+        sizes.qkv, KEEP, scratch.qkv, sizes.qkv, sizes, wide,
     )  # fmt: skip
     for first, last in shares(team, phase + 2, rows):
         place(
@@ -81,29 +82,31 @@ def self_attention(
                sizes.attended_stride)  # fmt: skip
     project(
         team, phase + 4, 4 * layer + 1, scratch.attended, sizes.attended_stride, rows, width,
-        weights, hidden, ADD, scratch.residual, hidden,
+        weights, hidden, ADD, scratch.residual, hidden, sizes, wide,
     )  # fmt: skip
 
 
 @njit(**KERNEL)
-def mlp(team, phase, layer, every_row, weights, sizes, eps, scratch):
+def mlp(team, phase, layer, every_row, weights, sizes, eps, scratch, wide):
     """residual += down(SiLU(gate(norm(residual))) * up(norm(residual)))"""
     rows, hidden, inner = len(every_row), sizes.hidden, sizes.inner
     norm(team, phase, every_row, 2 * layer + 1, weights, sizes, eps, scratch)
     project(
         team, phase + 1, 4 * layer + 2, scratch.normed, sizes.normed_stride, rows, hidden, weights,
-        2 * inner, GATE_UP, scratch.inner, sizes.inner_stride,
+        2 * inner, GATE_UP, scratch.inner, sizes.inner_stride, sizes, wide,
     )  # fmt: skip
     project(
         team, phase + 2, 4 * layer + 3, scratch.inner, sizes.inner_stride, rows, inner, weights,
-        hidden, ADD, scratch.residual, hidden,
+        hidden, ADD, scratch.residual, hidden, sizes, wide,
     )  # fmt: skip
 
 
 @njit(**KERNEL)
-def project(team, phase, matrix, a, a_stride, rows, k, weights, width, how, out, stride):
+def project(
+    team, phase, matrix, a, a_stride, rows, k, weights, width, how, out, stride, sizes, wide
+):
     """`linear` with the model's matrix of that number, `width` columns wide."""
     linear(
         team, phase, a, a_stride, rows, k, weights.matrices, weights.begins[matrix], width // PANEL,
-        weights.biases, weights.bias_begins[matrix], how, out, stride,
+        weights.biases, weights.bias_begins[matrix], how, out, stride, sizes.wide_from, wide,
     )  # fmt: skip

@@ -9,9 +9,12 @@ two bfloat16 (k, k + 1), which is what AVX512-BF16 multiplies in one instruction
 
     float32   w[step][column]            a[row][step]
     bfloat16  w[step][column][2]         a[row][step][2]
+    mixed     w[step][column][2]         a[row][step][2], each a float32
 
-Without AVX512-BF16 the two halves are widened and multiplied one after the other in float32; LLVM
-lowers the vectors of 16 to what the CPU has. Bits are equal within one kind of CPU.
+Without AVX512-BF16, activations are kept as float32 (`mixed`), and the two halves of a word of w
+are widened and multiplied one after the other. Weights that were widened beforehand
+(`linear.multiply_wide`) are multiplied in the same order, with the same bits. LLVM lowers the
+vectors of 16 to what the CPU has. Bits are equal within one kind of CPU.
 """
 
 from collections.abc import Callable
@@ -19,10 +22,15 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 from mellmpi.engine.kernels.compiled import link, object_code
+from mellmpi.engine.kernels.features import (
+    HAS_BF16_DOT,
+    MOST_ROWS,
+    WIDE_ROWS,
+    WIDE_VECTORS,
+)
 from mellmpi.engine.kernels.vectors import (
     BYTES,
     F32X16,
@@ -30,6 +38,7 @@ from mellmpi.engine.kernels.vectors import (
     I32X16,
     I64,
     LANES,
+    UPPER,
     Builder,
     Emitted,
     element_pointer,
@@ -46,11 +55,6 @@ from mellmpi.engine.kernels.vectors import (
 )
 
 VECTOR_BYTES = 4 * LANES
-UPPER = 0xFFFF0000  # the half of a word that holds the odd bfloat16
-FEATURES = frozenset(cpu_target.target_context.codegen().magic_tuple()[2].split(","))
-HAS_BF16_DOT = "+avx512bf16" in FEATURES
-# Accumulators fill the registers: 32 of 64 bytes with AVX-512, else 16 or 32 smaller ones.
-MOST_ROWS = {1: 14, 2: 14, 4: 6} if "+avx512f" in FEATURES else {1: 4, 2: 2, 4: 1}
 
 
 class BFloat(ir.Type):
@@ -76,15 +80,6 @@ def _step_bf16_dot(b: Builder, accumulator: Emitted, a: Emitted, w: Emitted) -> 
     name = "llvm.x86.avx512bf16.dpbf16ps.512"
     dot = external(b, name, F32X16, F32X16, BF16X32, BF16X32)
     return b.call(dot, [accumulator, b.bitcast(w, BF16X32), b.bitcast(splat(b, a), BF16X32)])
-
-
-def _step_bf16(b: Builder, accumulator: Emitted, a: Emitted, w: Emitted) -> Emitted:
-    for a_half, w_half in (
-        (b.shl(a, ir.Constant(I32, 16)), b.shl(w, lanes_of(16, I32X16))),
-        (b.and_(a, ir.Constant(I32, UPPER)), b.and_(w, lanes_of(UPPER, I32X16))),
-    ):
-        accumulator = _step_f32(b, accumulator, a_half, w_half)
-    return accumulator
 
 
 def _step_f32(b: Builder, accumulator: Emitted, a: Emitted, w: Emitted) -> Emitted:
@@ -123,6 +118,14 @@ def _repeat(
     return left
 
 
+def _halves(b: Builder, kind: str, columns: list[Emitted]) -> list[list[Emitted]]:
+    """What a step multiplies in turn: the columns, or the two halves of their words."""
+    if kind != "mixed":
+        return [columns]
+    sixteen, upper = lanes_of(16, I32X16), lanes_of(UPPER, I32X16)
+    return [[b.shl(c, sixteen) for c in columns], [b.and_(c, upper) for c in columns]]
+
+
 def _emit_tile(b: Builder, rows: int, width: int, kind: str, p: dict[str, Emitted]) -> None:
     """`rows` rows times `width` vectors of columns: all parts of k, all steps of each."""
     grid = [(row, column) for row in range(rows) for column in range(width)]
@@ -146,14 +149,13 @@ def _emit_tile(b: Builder, rows: int, width: int, kind: str, p: dict[str, Emitte
         columns = [read(b, offset(b, w, i64(VECTOR_BYTES * c)), I32X16) for c in range(width)]
         for c in range(width):
             prefetch_line(b, offset(b, soon, i64(VECTOR_BYTES * c)))
-        results = []
-        for row in range(rows):
-            word = read(b, a.at(b, row), I32)
-            results += [
-                STEPS[kind](b, sums[row * width + c], word, columns[c]) for c in range(width)
+        for half, operands in enumerate(_halves(b, kind, columns)):
+            words = [read(b, offset(b, a.at(b, row), i64(4 * half)), I32) for row in range(rows)]
+            sums = [
+                STEPS[kind](b, sums[row * width + c], words[row], operands[c]) for row, c in grid
             ]
-        moved = [offset(b, base, i64(4)) for base in a.bases]
-        return [offset(b, w, p["w_step"]), offset(b, soon, p["w_step"]), *moved, *results]
+        moved = [offset(b, base, i64(A_BYTES[kind])) for base in a.bases]
+        return [offset(b, w, p["w_step"]), offset(b, soon, p["w_step"]), *moved, *sums]
 
     begin = [read(b, offset(b, init.at(b, r), i64(VECTOR_BYTES * c)), F32X16) for r, c in grid]
     results = _repeat(b, p["num_parts"], [*a.bases, *begin], part)[num_bases:]
@@ -165,7 +167,7 @@ def _emit_choice(b: Builder, width: int, kind: str, p: dict[str, Emitted]) -> No
     """The loops once for each possible number of rows."""
     done = b.append_basic_block("tiled")
     chosen = b.switch(p["rows"], done)
-    for count in range(1, MOST_ROWS[width] + 1):
+    for count in range(1, most_rows(width, kind) + 1):
         block = b.append_basic_block(f"rows{count}")
         chosen.add_case(i64(count), block)
         b.position_at_end(block)
@@ -176,8 +178,26 @@ def _emit_choice(b: Builder, width: int, kind: str, p: dict[str, Emitted]) -> No
 
 # --- machine code --------------------------------------------------------------------------------
 
-STEPS = {"float32": _step_f32, "bfloat16": _step_bf16_dot if HAS_BF16_DOT else _step_bf16}
-SIZES = {"float32": 4, "bfloat16": 2}
+STEPS = {"float32": _step_f32}
+STEPS |= {"bfloat16": _step_bf16_dot} if HAS_BF16_DOT else {"mixed": _step_f32}
+SIZES = {"float32": 4, "mixed": 2, "bfloat16": 2}  # bytes of an element of w
+A_BYTES = {"float32": 4, "mixed": 8, "bfloat16": 4}  # of a, that a step multiplies
+
+
+def most_rows(width: int, kind: str) -> int:
+    """Rows of the largest tile of so many vectors of columns."""
+    wide = width == WIDE_VECTORS and kind == "float32"
+    return max(MOST_ROWS[width], WIDE_ROWS) if wide else MOST_ROWS[width]
+
+
+def kind_of(a: types.Array, w: types.Array) -> str:
+    """How arrays of these dtypes are multiplied."""
+    if not holds_bfloat16(w):
+        assert not holds_bfloat16(a) and w.dtype == types.float32, (a, w)
+        return "float32"
+    return "bfloat16" if holds_bfloat16(a) else "mixed"
+
+
 POINTERS = ("a", "w", "parts", "soon", "init", "out")
 PARAMETERS = (
     "rows", "a", "a_stride", "w", "parts", "soon", "num_parts", "w_step", "steps", "last_steps",
@@ -221,8 +241,8 @@ def _tile(width: int) -> Any:
         steps, last_steps, init, init_at, init_stride, out, out_at, out_stride,
     ):  # fmt: skip
         index, f32 = types.int64, types.float32
-        assert a.dtype == w.dtype and init.dtype == f32 and out.dtype == f32, (a, w, init, out)
-        kind = "bfloat16" if holds_bfloat16(w) else "float32"
+        assert init.dtype == f32 and out.dtype == f32, (a, w, init, out)
+        kind = kind_of(a, w)
         takes = (
             index, a, index, index, w, index, index, parts, index, index, index,
             index, index, init, index, index, out, index, index,
@@ -232,9 +252,9 @@ def _tile(width: int) -> Any:
             def pointer(array, at):
                 return element_pointer(context, b, takes[array], args[array], args[at])
 
-            size = i64(SIZES[kind])
+            size, a_size = i64(SIZES[kind]), i64(a.dtype.bitwidth // 8)
             b.call(external(b, _symbol(width, kind), ir.VoidType(), *TAKES), [
-                args[0], pointer(1, 2), b.mul(args[3], size), pointer(4, 5), pointer(7, 8),
+                args[0], pointer(1, 2), b.mul(args[3], a_size), pointer(4, 5), pointer(7, 8),
                 pointer(7, 9), args[10], b.mul(args[6], size), *args[11:13],
                 pointer(13, 14), b.mul(args[15], i64(4)), pointer(16, 17), b.mul(args[18], i64(4)),
             ])  # fmt: skip
@@ -249,7 +269,7 @@ tile16, tile32, tile64 = (_tile(width) for width in MOST_ROWS)
 """tileN: out[0 : rows, 0 : N] = init + a @ w, added in the order of k.
 
 rows        1 … MOST_ROWS[N / 16]
-a, w        both float32 or both bfloat16 bits; `_at`: index of the first element
+a, w        as `kind_of` takes them; `_at`: index of the first element
 a_stride    elements from row to row
 w_step      elements from one step to the next; the N columns of a step are contiguous
 parts       int64: part i of w begins parts[part_at + i] elements after w_at …

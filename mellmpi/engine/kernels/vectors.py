@@ -4,7 +4,8 @@ LLVM's own vectoriser may sum a loop's body in one order and its tail in another
 operation is one vector instruction written out, none is fast-math, and rows are padded to whole
 vectors: the result of a row cannot depend on where in a batch it stands.
 
-`load` and `store` take 1-D arrays: float32, or uint16 that hold the bits of bfloat16.
+`load` and `store` take 1-D arrays: float32; uint16 that hold the bits of bfloat16; or uint32 that
+hold bfloat16 numbers as float32, which a CPU without bfloat16 products multiplies as they are.
 """
 
 import operator
@@ -25,6 +26,7 @@ BYTES = I8.as_pointer()
 F32X16 = ir.VectorType(F32, LANES)
 I16X16 = ir.VectorType(I16, LANES)
 I32X16 = ir.VectorType(I32, LANES)
+UPPER = 0xFFFF0000  # the half of a word that holds the odd bfloat16
 ALIGNMENT = {I16X16: 2, I64: 8}  # bytes; of all else 4
 
 Builder = ir.IRBuilder
@@ -97,8 +99,8 @@ def element_pointer(context: Any, b: Builder, array: types.Array, value: Any, at
 
 
 def holds_bfloat16(array: types.Array) -> bool:
-    """What an array's elements are, by its dtype: uint16 or float32."""
-    assert array.dtype in (types.uint16, types.float32), array
+    """Are an array's elements the bits of bfloat16? Else each is a float32 in memory."""
+    assert array.dtype in (types.uint16, types.uint32, types.float32), array
     return array.dtype == types.uint16
 
 
@@ -113,6 +115,15 @@ def rounded(b: Builder, wide: Emitted) -> Emitted:
     bits, sixteen = b.bitcast(wide, I32X16), lanes_of(16, I32X16)
     odd = b.and_(b.lshr(bits, sixteen), lanes_of(1, I32X16))
     return b.trunc(b.lshr(b.add(b.add(bits, lanes_of(0x7FFF, I32X16)), odd), sixteen), I16X16)
+
+
+def stored(b: Builder, lanes: Emitted, array: types.Array) -> Emitted:
+    """float32 lanes as an array holds them."""
+    if holds_bfloat16(array):
+        return rounded(b, lanes)
+    if array.dtype == types.uint32:
+        return b.shl(b.zext(rounded(b, lanes), I32X16), lanes_of(16, I32X16))
+    return lanes
 
 
 # --- memory --------------------------------------------------------------------------------------
@@ -137,7 +148,7 @@ def store(typing, array, at, lanes):
 
     def emit(context, b, sig, args):
         pointer = element_pointer(context, b, sig.args[0], *args[:2])
-        write(b, rounded(b, args[2]) if holds_bfloat16(array) else args[2], pointer)
+        write(b, stored(b, args[2], array), pointer)
         return context.get_dummy_value()
 
     return types.void(array, types.int64, float32x16), emit
@@ -155,6 +166,28 @@ def element(typing, array, at):
         return b.bitcast(b.shl(b.zext(half, I32), ir.Constant(I32, 16)), F32)
 
     return types.float32(array, types.int64), emit
+
+
+@intrinsic
+def even(typing, array, at):
+    """The even halves of 16 words from array[at] on, as float32 lanes; for bfloat16 only."""
+
+    def emit(context, b, sig, args):
+        words = read(b, element_pointer(context, b, sig.args[0], *args), I32X16)
+        return b.bitcast(b.shl(words, lanes_of(16, I32X16)), F32X16)
+
+    return float32x16(array, types.int64), emit
+
+
+@intrinsic
+def odd(typing, array, at):
+    """Likewise the odd halves."""
+
+    def emit(context, b, sig, args):
+        words = read(b, element_pointer(context, b, sig.args[0], *args), I32X16)
+        return b.bitcast(b.and_(words, lanes_of(UPPER, I32X16)), F32X16)
+
+    return float32x16(array, types.int64), emit
 
 
 @intrinsic

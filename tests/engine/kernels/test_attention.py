@@ -8,9 +8,10 @@ import torch
 from numba import njit
 
 from mellmpi.engine.kernels.attention import attend, items_of
-from mellmpi.engine.kernels.panels import pair_of, storage
+from mellmpi.engine.kernels.panels import activations, pair_of, storage
 from mellmpi.engine.kernels.shapes import Chunks, Heads
 from mellmpi.engine.kernels.team import KERNEL
+from tests.engine.kernels.stored import empty, values
 
 LENGTH, BLOCKS = 150, 40
 
@@ -61,10 +62,11 @@ class Sequence:
             block_stride=kv[0].numel(), window=self.window,
             scale=np.float32(self.scale * 1.4426950408889634), qk_norm=False, eps=np.float32(0),
         )  # fmt: skip
-        out = torch.zeros(rows, heads, dim, dtype=self.dtype)
-        flat = (storage(x.contiguous()).ravel() for x in (grouped, kv))
-        run(*flat, kv[0, 0].numel(), chunks, told, storage(out).ravel())
-        return out
+        out = empty((rows, heads, dim), self.dtype)
+        q = activations(grouped.contiguous()).ravel()
+        layer = kv[0, 0].numel()
+        run(q, storage(kv.contiguous()).ravel(), layer, chunks, told, out.ravel())
+        return values(out, self.dtype)
 
     def expected(self):
         heads, kv_heads, _, _ = self.shape

@@ -11,8 +11,9 @@ import pytest
 import torch
 from numba import njit
 
-from mellmpi.engine.kernels.panels import pair_of, storage
-from mellmpi.engine.kernels.tile import MOST_ROWS, tile16, tile32, tile64
+from mellmpi.engine.kernels.features import HAS_AVX512, MOST_ROWS
+from mellmpi.engine.kernels.panels import activations, pair_of, storage
+from mellmpi.engine.kernels.tile import tile16, tile32, tile64
 
 DTYPES = [torch.float32, torch.bfloat16]
 ROOT = Path(__file__).parents[3]
@@ -52,7 +53,7 @@ def operands(dtype, columns, k=96, seed=0):
     w = torch.randn(columns, k, generator=generator).to(dtype)
     pair = pair_of(dtype)
     panel = w.view(columns, k // pair, pair).transpose(0, 1).contiguous()
-    return a, w, storage(a).ravel(), storage(panel).ravel(), k // pair, pair
+    return a, w, activations(a).ravel(), storage(panel).ravel(), k // pair, pair
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -121,28 +122,49 @@ def test_parts_of_a_panel_may_lie_anywhere(dtype):
     assert np.array_equal(whole, parts)
 
 
-FOREIGN = """
-import numpy as np, torch
-from mellmpi.engine.kernels.tile import HAS_BF16_DOT, MOST_ROWS
-from tests.engine.kernels.test_tile import operands, run32
-assert not HAS_BF16_DOT and MOST_ROWS[2] == 2
-for dtype in (torch.float32, torch.bfloat16):
-    a, w, flat, panel, steps, pair = operands(dtype, 32)
-    outs = [np.zeros((16, 32), np.float32) for _ in range(3)]
-    for rows in (1, 2):
-        run32(rows, flat, 96, panel, steps, pair, np.zeros(32, np.float32), 0, outs[rows].ravel())
-        assert np.array_equal(outs[rows][:rows - 1], outs[rows - 1][:rows - 1])
-    expected = a.double() @ w.double().T
-    assert np.abs(outs[2][:2] - expected[:2].numpy()).max() < 2e-5
+FILES = [f"tests/engine/kernels/test_{name}.py" for name in ("tile", "linear", "attention")]
+KINDS = {  # CPU and features, as numba compiles for them; on any x86 that has as much
+    "haswell": "+avx2,+fma",
+    "skylake-avx512": "+avx512f,+avx512dq,+avx512bw,+avx512vl,+avx2,+fma",
+}
+
+
+@pytest.mark.skipif("NUMBA_CPU_NAME" in os.environ, reason="this is the imitated CPU")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="it is an x86 that is imitated")
+@pytest.mark.parametrize("cpu", KINDS)
+def test_a_cpu_with_less_computes_the_same_products(cpu):
+    """All of these tests again, as on a CPU without bfloat16 products, or without AVX-512."""
+    if "avx512" in cpu and not HAS_AVX512:
+        pytest.skip("this CPU has no AVX-512")
+    environment = os.environ | {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": KINDS[cpu]}
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", *FILES]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+NEON = """
+from llvmlite import binding as llvm
+from numba.core.codegen import CPUCodegen
+llvm.initialize_all_targets(); llvm.initialize_all_asmprinters()
+KIND = ("aarch64-unknown-linux-gnu", "neoverse-n1", "+neon,+fp-armv8")
+CPUCodegen.magic_tuple = lambda self: KIND
+from mellmpi.engine.kernels import compiled
+code = {}
+compiled.object_code = lambda module: code.setdefault("ir", module())
+compiled.link = lambda text, symbols: None
+from mellmpi.engine.kernels.features import IS_ARM, MOST_ROWS
+from mellmpi.engine.kernels import tile
+assert IS_ARM and MOST_ROWS[1] == 6
+machine = llvm.Target.from_triple("aarch64-unknown-linux-gnu").create_target_machine(
+    cpu="neoverse-n1", features="+neon,+fp-armv8", opt=3)
+text = machine.emit_assembly(llvm.parse_assembly(code["ir"]))
+assert text.count("fmla") > 400
 """
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="it is an x86 that is imitated")
-def test_a_cpu_without_avx512_computes_the_same_products():
-    """As numba compiles for such a CPU; on any x86 that has AVX2."""
-    environment = os.environ | {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+fma"}
-    command = [sys.executable, "-c", FOREIGN]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=120
-    )
+def test_the_tiles_compile_for_arm_too():
+    """Not run: no such CPU is at hand."""
+    done = subprocess.run([sys.executable, "-c", NEON], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
