@@ -39,7 +39,7 @@ def values(hint: object) -> st.SearchStrategy:
         return st.one_of(*map(values, args))
     return {
         int: st.integers(-(2**63), 2**64 - 1), float: st.floats(allow_nan=False), str: st.text(),
-        bool: st.booleans(), type(None): st.none(),
+        bool: st.booleans(), type(None): st.none(), bytes: st.binary(),
     }[hint]  # fmt: skip
 
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from mellmpi.config import BatchConfig
 from mellmpi.core import migration
 from mellmpi.core.requests import State
 from mellmpi.core.sequences import Phase
+from mellmpi.core.step_budget import StepBudget
 from mellmpi.core.view import Move
 from mellmpi.protocol import Cancel
 from mellmpi.runtime import worker as loops
@@ -55,7 +55,7 @@ class Scene:
         if mode == "split":
             monkeypatch.setattr(migration, "split_at", lambda *_: PART)
             batch = self.cell.workers[DST]._batch
-            batch._limits = BatchConfig(max_num_seqs=SMALL_STEP, max_num_batched_tokens=SMALL_STEP)
+            batch._budget = StepBudget(SMALL_STEP)
         self.scheduler, self.network = self.cell.scheduler, self.cell.network
         self.mode, self.begun, self.spoil, self.cut = mode, False, False, False
         self.scheduler.policy = replace(self.scheduler.policy, rebalance=self._once)
