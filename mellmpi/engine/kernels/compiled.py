@@ -82,24 +82,44 @@ def _locked(lock: IO[str]) -> bool:
 
 def object_code(module: Callable[[], str]) -> bytes:
     """An object file for this CPU, of the LLVM assembly that `module` writes."""
-    _, cpu, features = magic = cpu_target.target_context.codegen().magic_tuple()
+
+    def compiled() -> bytes:
+        _, cpu, features = cpu_target.target_context.codegen().magic_tuple()
+        machine = llvm.Target.from_default_triple().create_target_machine(
+            cpu=cpu, features=features, opt=3, jit=True
+        )
+        code: bytes = machine.emit_object(llvm.parse_assembly(module()))
+        return code
+
+    return _kept_file(module, f"{module.__name__}-{{}}.o", compiled)
+
+
+def kept_number(name: str, measure: Callable[[], int]) -> int:
+    """A number that was measured on this kind of CPU with these kernels, or is now."""
+    text = _kept_file(kept_number, f"{name}-{{}}.txt", lambda: str(measure()).encode())
+    return int(text)
+
+
+def _kept_file(owner: Callable[..., Any], form: str, make: Callable[[], bytes]) -> bytes:
+    """What `make` returns, kept where numba would keep the code of `owner`.
+
+    form  the name of the file; {} stands for the state of the sources and the kind of CPU
+    """
+    magic = cpu_target.target_context.codegen().magic_tuple()
     digest = hashlib.sha256(repr((source_stamp(), magic)).encode()).hexdigest()[:16]
     path = None
     with suppress(RuntimeError, OSError):
-        locator = CompileResultCacheImpl(module).locator
+        locator = CompileResultCacheImpl(owner).locator
         locator.ensure_cache_path()
-        path = Path(locator.get_cache_path()) / f"{module.__name__}-{digest}.o"
+        path = Path(locator.get_cache_path()) / form.format(digest)
         return path.read_bytes()
-    machine = llvm.Target.from_default_triple().create_target_machine(
-        cpu=cpu, features=features, opt=3, jit=True
-    )
-    code = machine.emit_object(llvm.parse_assembly(module()))
+    content = make()
     if path is not None:
         with suppress(OSError):
             part = path.with_suffix(f".{uuid4().hex[:12]}")
-            part.write_bytes(code)
+            part.write_bytes(content)
             part.replace(path)
-    return code
+    return content
 
 
 def link(code: bytes, symbols: list[str]) -> llvm.ExecutionEngine:

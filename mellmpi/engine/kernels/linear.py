@@ -1,11 +1,9 @@
 """All rows of a batch times one packed matrix, each tile handed on while it is still in cache."""
 
 import numpy as np
-import torch
 from numba import njit
 
 from mellmpi.engine.kernels.features import (
-    HAS_AVX512,
     HAS_BF16_DOT,
     MOST_ROWS,
     WIDE_ROWS,
@@ -30,7 +28,7 @@ MOST = MOST_ROWS[2]
 WIDE_COLUMNS = WIDE_VECTORS * LANES  # of a tile over widened weights
 PART = 512  # steps of k that are widened at once: 32 KB for 16 columns, the first-level cache
 NEVER = 1 << 40  # rows
-WIDE_BLOCK = 16 * WIDE_ROWS  # rows for which weights are widened once
+WIDE_BLOCK = 512 // WIDE_ROWS * WIDE_ROWS  # rows, at most, for which weights are widened once
 WIDE_ELEMENTS = PART * WIDE_COLUMNS + WIDE_BLOCK * PANEL
 WIDENS = not HAS_BF16_DOT  # numba leaves out what a constant of the module rules out
 ROWS_BYTES = 256 * 1024  # of activations that stay in the second-level cache beside a panel
@@ -140,6 +138,8 @@ def multiply_wide(
             count = min(PART, k - first)
             if pair_of(w) == 2:
                 widen(w, w_at + first * PANEL + 2 * column, count, wide)
+                soon = w.ctypes.data + (w_at + (first + count) * PANEL) * w.itemsize
+                places[1] = (soon - wide.ctypes.data) // wide.itemsize
             done, tiles = 0, (rows + WIDE_ROWS - 1) // WIDE_ROWS
             while tiles > 0:
                 m = (rows - done + tiles - 1) // tiles
@@ -156,23 +156,13 @@ def multiply_wide(
                 else:
                     wide_tile(m, a, a_at, a_stride, w, w_at + first * PANEL + column, PANEL,
                               places, count, sums, to, PANEL, sums, to)  # fmt: skip
-                done, tiles = done + m, tiles - 1
+                done, tiles, places[1] = done + m, tiles - 1, 0
     finish(how, sums, rows, out, row, stride, panel)
 
 
 @njit(**KERNEL)
-def rows_a_block(row_bytes, multiple):
-    return max(1, ROWS_BYTES // row_bytes // multiple) * multiple
-
-
-def wide_from(dtype: torch.dtype) -> int:
-    """Rows from which `multiply_wide` is the faster one on this CPU.
-
-    Widening takes as long as one and a half rows; tiles of more rows then read weights less often.
-    """
-    if HAS_BF16_DOT or (dtype == torch.float32 and HAS_AVX512):
-        return NEVER
-    return 4
+def rows_a_block(row_bytes):
+    return max(1, ROWS_BYTES // row_bytes // MOST) * MOST
 
 
 @njit(**KERNEL)
@@ -191,8 +181,7 @@ def linear(
     """
     tile, places = np.empty(MOST * PANEL, np.float32), np.zeros(2, np.int64)
     is_wide = rows >= wide_from
-    block = rows_a_block(a.itemsize * k, WIDE_ROWS if is_wide else MOST)
-    block = min(block, WIDE_BLOCK) if is_wide else block
+    block = WIDE_BLOCK if is_wide else rows_a_block(a.itemsize * k)
     # Items are panels of one block of rows, then those of the next block.
     for first, last in shares(team, phase, panels * ((rows + block - 1) // block)):
         for item in range(first, last):

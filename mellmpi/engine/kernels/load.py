@@ -6,7 +6,6 @@ import numpy as np
 import torch
 
 from mellmpi.engine.architecture import Architecture
-from mellmpi.engine.kernels.linear import wide_from
 from mellmpi.engine.kernels.panels import (
     activation_dtype,
     interleaved,
@@ -18,6 +17,7 @@ from mellmpi.engine.kernels.panels import (
     storage,
 )
 from mellmpi.engine.kernels.shapes import Sizes, Weights
+from mellmpi.engine.kernels.tuning import wide_from
 from mellmpi.engine.kernels.vectors import LANES
 
 Tensors = dict[str, torch.Tensor]

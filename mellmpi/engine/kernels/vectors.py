@@ -254,6 +254,17 @@ def prefetch_line(b: Builder, pointer: Emitted) -> None:
     b.call(fetch, [pointer, *(ir.Constant(I32, flag) for flag in (0, 2, 1))])  # read, L2, data
 
 
+@intrinsic
+def prefetch(typing, array, at):
+    """Ask for the cache line of array[at]; any index is safe."""
+
+    def emit(context, b, sig, args):
+        prefetch_line(b, element_pointer(context, b, sig.args[0], *args))
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64), emit
+
+
 # --- arithmetic ----------------------------------------------------------------------------------
 
 for symbol, instruction in {

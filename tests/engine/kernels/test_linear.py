@@ -15,7 +15,6 @@ from mellmpi.engine.kernels.linear import (
     PART,
     WIDE_ELEMENTS,
     linear,
-    wide_from,
 )
 from mellmpi.engine.kernels.panels import (
     PANEL,
@@ -25,6 +24,7 @@ from mellmpi.engine.kernels.panels import (
     pad_to,
 )
 from mellmpi.engine.kernels.team import KERNEL, team
+from mellmpi.engine.kernels.tuning import FEW, MANY, crossing, wide_from
 from tests.engine.kernels.stored import empty, values
 
 K, STRIDE, WIDTH = PART + 96, PART + 112, 160
@@ -103,6 +103,12 @@ def test_widened_weights_give_the_same_bits(layer, rows):
     """On a CPU that multiplies bfloat16 weights are never widened."""
     narrow, wide = layer.run(rows, wide=NEVER), layer.run(rows, wide=1)
     assert all(torch.equal(n, w) for n, w in zip(narrow, wide, strict=True))
+
+
+def test_weights_are_widened_from_where_that_is_faster():
+    assert crossing(few=3.0, many=1.0) == NEVER and crossing(few=-1.0, many=-9.0) == FEW
+    assert crossing(few=1.0, many=-1.0) == (FEW + MANY) // 2
+    assert FEW < crossing(few=0.1, many=-1.0) < crossing(few=1.0, many=-0.1) < MANY
 
 
 @pytest.mark.parametrize("threads", [2, 3])
