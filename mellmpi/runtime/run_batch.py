@@ -3,15 +3,16 @@
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mellmpi.config import Config, ModelConfig, UsageError
 from mellmpi.core.cluster import ClusterScheduler
 from mellmpi.core.fleet import Fleet
+from mellmpi.core.ledger import WorkerState
 from mellmpi.core.policies import policy_for
 from mellmpi.engine.architecture import Architecture
-from mellmpi.front.batch import Answered, BatchJob, Counts
+from mellmpi.front.batch import BatchJob, Counts
 from mellmpi.front.destination import Unwritable
 from mellmpi.front.openai import Served, ServedModel
 from mellmpi.front.replay import ReplayJob
@@ -20,6 +21,7 @@ from mellmpi.metrics import Metrics
 from mellmpi.options import Options
 from mellmpi.runtime.batch_files import STDOUT, BatchFiles
 from mellmpi.runtime.batch_front import BatchFront, poisson
+from mellmpi.runtime.demo import demo_load
 from mellmpi.runtime.ending import JobFailed
 from mellmpi.runtime.scheduler import SchedulerLoop
 from mellmpi.runtime.terminal import Terminal
@@ -54,16 +56,17 @@ class Rank0:
             num_workers, cluster, policy_for(cluster.policy, cluster.migrate)
         )
         loop = SchedulerLoop(self.transport, scheduler, metrics, time.perf_counter)
-        is_demo = self.options.command == "demo"
-        terminal = Terminal(self.files.is_quiet, show=3 if is_demo else self.options.show)
+        show = 3 if self._is_demo and not self.options.show else self.options.show
+        terminal = Terminal(self.files.is_quiet, show)
         names = ", ".join(model.name for model in self.config.models)
         with terminal.working(f"starting {num_workers} worker(s), {names}"):
             self._drive(loop, None, lambda: not loop.starting())
         self.ready()
         if not scheduler.fleet.models:
             raise JobFailed("no worker could start")
-        job = self._open(self._served(scheduler), terminal.answered)
-        problems = self._answer(loop, job, terminal)
+        rate = self._demo_rate(scheduler) if self._is_demo else self.options.request_rate
+        job = self._open(self._served(scheduler), terminal)
+        problems = self._answer(loop, job, terminal, rate)
         ended_s = time.perf_counter()
         loop.stop()
         problems += shortcomings(self.files, job.counts)
@@ -74,12 +77,28 @@ class Rank0:
             terminal.say(f"mellmpi: {problem}")
         return 1 if problems or loop.all_lost() else 0
 
-    def _answer(self, loop: SchedulerLoop, job: BatchJob | ReplayJob,
-                terminal: Terminal) -> list[str]:  # fmt: skip
+    @property
+    def _is_demo(self) -> bool:
+        return self.options.command == "demo"
+
+    def _demo_rate(self, scheduler: ClusterScheduler) -> float:
+        """Take as many of the prompts as suit this machine; requests a second."""
+        fleet, requests = scheduler.fleet, self.files.requests
+        assert requests is not None and requests.count is not None
+        steps = [fleet.estimates.steps.seconds(w) for w in fleet.ledger.workers(WorkerState.ACTIVE)]
+        load = demo_load(steps, requests.count)
+        if self.options.request_rate is not None:
+            return self.options.request_rate
+        requests.lines.most = load.count
+        self.files.requests = replace(requests, count=load.count)
+        return load.rate
+
+    def _answer(self, loop: SchedulerLoop, job: BatchJob | ReplayJob, terminal: Terminal,
+                rate: float | None) -> list[str]:  # fmt: skip
         """Do the job to its end, or until answers cannot be written; what went wrong."""
         try:
             with terminal.progress(self.files.num_requests, job.counts) as advance:
-                front = self._front(job, advance)
+                front = self._front(job, advance, rate)
                 self._drive(loop, front, lambda: front.done)
             if self.files.output:
                 self.files.output.flush()
@@ -94,10 +113,10 @@ class Rank0:
             if not (self.beside() or busy) and not done():
                 loop.wait(front)
 
-    def _front(self, job: BatchJob | ReplayJob, advance: Callable[[int], None]) -> BatchFront:
+    def _front(self, job: BatchJob | ReplayJob, advance: Callable[[int], None],
+               rate: float | None) -> BatchFront:  # fmt: skip
         if isinstance(job, ReplayJob):  # holding arrivals back would make it another load
             return BatchFront(job, job.arrivals(), advance, max_open=float("inf"))
-        rate = self.options.request_rate
         arrivals = None if rate is None else poisson(rate, self.config.cluster.seed)
         return BatchFront(job, arrivals, advance)
 
@@ -123,17 +142,19 @@ class Rank0:
         )  # fmt: skip
 
     def _open(self, models: tuple[ServedModel, ...],
-              answered: Callable[[Answered], None]) -> BatchJob | ReplayJob:  # fmt: skip
+              terminal: Terminal) -> BatchJob | ReplayJob:  # fmt: skip
         write = self.files.begin()
         if (workload := self.files.workload) is not None:
             try:
-                return ReplayJob(workload, models, self.config.model.seed, write, answered)
+                return ReplayJob(workload, models, self.config.model.seed, write, terminal.answered)
             except ValueError as error:
                 raise UsageError(str(error)) from error
         served = Served.of(*zip(models, self.tokenizers, strict=True))
         assert self.files.requests is not None
         lines, finished = self.files.requests.lines, self.files.finished
-        return BatchJob(lines, write or (lambda _: None), served, finished, answered)
+        grew = terminal.grew if terminal.shows else None
+        write = write or (lambda _: None)
+        return BatchJob(lines, write, served, finished, terminal.answered, grew)
 
     # --- the end --------------------------------------------------------------------------------
 
@@ -162,7 +183,7 @@ class Rank0:
                 problems.append(str(error))
         named = [(what, file.name) for what, file in written if file.descriptor != STDOUT]
         terminal.summary(report, named)
-        if self.options.command == "demo":
+        if self._is_demo:
             terminal.say(NEXT)
         return problems
 

@@ -5,10 +5,10 @@ import select
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
@@ -57,6 +57,16 @@ class StandardError:
         return os.isatty(self._descriptor)
 
 
+@dataclass
+class Growing:
+    """An answer that is shown while it grows."""
+
+    of: Answered
+    unseen: str = ""  # text that is not shown yet
+    is_begun: bool = False
+    is_ended: bool = False
+
+
 class Terminal:
     """Progress and figures go to standard error, so that answers may go to standard output."""
 
@@ -65,7 +75,8 @@ class Terminal:
         # What users wrote is printed as Text alone: in a str, rich looks for markup and emoji.
         self._console = Console(file=self._stream, width=WIDTH)
         self._quiet = quiet  # answers themselves go to standard output: add nothing to them
-        self._left_to_show = show
+        self._show = 0 if quiet else show  # answers
+        self._growing: dict[int, Growing] = {}  # by line: those that are shown, the first one now
         self._bar: Any = None
         self._num_tokens = 0
 
@@ -83,6 +94,44 @@ class Terminal:
             yield self._advance
             self._show_counts()
 
+    @property
+    def shows(self) -> bool:
+        """Some answers are shown while they grow."""
+        return self._show > 0
+
+    def grew(self, answer: Answered) -> None:
+        """Show the first answers as they grow: one at a time, the others when it has ended."""
+        if answer.number not in self._growing:
+            if self._show == 0:
+                return
+            self._show -= 1
+            self._growing[answer.number] = Growing(answer)
+        growing = self._growing[answer.number]
+        growing.unseen += answer.text
+        if next(iter(self._growing)) == answer.number:
+            self._write(growing)
+
+    def _write(self, growing: "Growing") -> None:
+        if not growing.is_begun:
+            growing.is_begun = True
+            self._bar.clear()
+            title = Text(visible(_short(growing.of.custom_id or "", WIDTH)), style="dim")
+            question = Text(visible_lines(_short(growing.of.prompt, 200)), style="bold")
+            self._console.print(title, question, sep="\n")
+        self._stream.write(visible_lines(growing.unseen))
+        growing.unseen = ""
+
+    def _end_growing(self, number: int) -> None:
+        """An answer has ended: it is followed by those that have grown meanwhile."""
+        if number in self._growing:
+            self._growing[number].is_ended = True
+        while self._growing and (first := next(iter(self._growing.values()))).is_ended:
+            self._write(first)
+            self._stream.write("\n\n")
+            del self._growing[first.of.number]
+        if self._growing:
+            self._write(first)
+
     def _advance(self, num_tokens: int) -> None:
         self._num_tokens += num_tokens
         if self._num_tokens % 16 < num_tokens:
@@ -90,20 +139,17 @@ class Terminal:
             self._show_counts()
 
     def _show_counts(self) -> None:
+        if self._growing:
+            return  # a bar would be drawn into the middle of a sentence
         self._bar.update(self._counts.lines - self._bar.n)
 
     def answered(self, answer: Answered) -> None:
-        """One line of the input is done; the first few, and every failure, are shown."""
+        """One line of the input is done; failures are shown."""
         if self._quiet:
             return
+        self._end_growing(answer.number)
         if answer.error is not None:
             self._print(Text(f"failed: {visible(_short(answer.error, 500))}", style="red"))
-        elif self._left_to_show > 0:
-            self._left_to_show -= 1
-            question = Text(f"{visible_lines(_short(answer.prompt, 200))}\n", style="bold")
-            text = Text(visible_lines(_short(answer.text, 500)))
-            title = Text(visible(_short(answer.custom_id or "", WIDTH)))
-            self._print(Panel(question + text, title=title))
 
     def say(self, text: str) -> None:
         """A line, or several, as they are but for what a terminal would act upon."""

@@ -272,6 +272,16 @@ def test_a_rejected_request_fails_its_line_and_cancels_its_other_choices(run):
     assert job.job.done and len(job.lines) == 2
 
 
+def test_first_choices_are_shown_as_they_grow(run):
+    grown = []
+    job = run([entry("a", prompt="abc", n=2), entry("b", prompt="xy")], grew=grown.append)
+    job.run()
+    texts = {"a": "", "b": ""}
+    for answer in grown:
+        texts[answer.custom_id] += answer.text
+    assert texts == {"a": "cba", "b": "yx"} and {answer.prompt for answer in grown} == {"abc", "xy"}
+
+
 def test_whoever_shows_progress_hears_of_every_line(run):
     chat = entry("c", url="/v1/chat/completions")
     chat["body"] = {"messages": [{"role": "user", "content": "say x"}], "max_tokens": 1}

@@ -53,3 +53,11 @@ def test_a_pipe_without_data_does_not_make_us_wait():
     assert lines.next().data == b"two"
     assert lines.next() is None and lines.exhausted
     os.close(source)
+
+
+def test_only_so_many_lines_are_given_as_are_wanted():
+    pieces = [b"a\nb\n", b"c\n", b""]
+    reader = LineReader(lambda: pieces.pop(0))
+    reader.most = 2
+    assert [reader.next().data, reader.next().data, reader.next()] == [b"a", b"b", None]
+    assert reader.exhausted and pieces == [b"c\n", b""]

@@ -37,7 +37,8 @@ def shown(pipe, show):
 def test_text_of_users_is_shown_as_it_is_and_does_nothing(pipe, text):
     def show(terminal):
         with terminal.working(text), terminal.progress(None, Counts()):
-            terminal.answered(Answered(1, f"id {text}", f"prompt {text}", f"text {text}", None))
+            terminal.grew(Answered(1, f"id {text}", f"prompt {text}", f"text {text}", None))
+            terminal.answered(Answered(1, "", "", "", None))
             terminal.answered(Answered(2, text, "", "", f"wrong {text}"))
         terminal.say(text)
 
@@ -54,7 +55,7 @@ def test_ascii_alone_is_written_where_standard_error_takes_no_more(pipe, monkeyp
 
     def show(terminal):
         with terminal.working("models"), terminal.progress(3, Counts()):
-            terminal.answered(Answered(1, "é", "–", "你", None))
+            terminal.grew(Answered(1, "é", "–", "你", None))
 
     found = shown(pipe, show)
     assert found.isascii() and "models ..." in found and "\\u4f60" in found
@@ -94,3 +95,53 @@ def test_a_closed_standard_error_takes_everything(end):
     assert not stream.isatty()
     if end == "reader":
         os.close(sink)
+
+
+def grown(number, text):
+    return Answered(number, f"id{number}", f"prompt{number}", text, None)
+
+
+def ended(number):
+    return Answered(number, f"id{number}", "", "", None)
+
+
+def test_the_first_answers_are_shown_while_they_grow_one_after_the_other(pipe):
+    seen = []
+
+    def show(terminal):
+        terminal._show = 2
+        with terminal.progress(9, Counts()):
+            for number, text in (
+                (1, "one "),
+                (2, "two "),
+                (3, "three "),
+                (1, "more"),
+                (2, "again "),
+            ):
+                terminal.grew(grown(number, text))
+                seen.append(os.read(pipe[0], 1 << 16).decode() if number == 1 else "")
+            terminal.answered(ended(2))
+            terminal.answered(ended(1))
+            terminal.answered(ended(3))
+
+    found = shown(pipe, show)
+    assert "prompt1\none " in seen[0] and seen[3] == "more"
+    assert "prompt2\ntwo again" in found, "it waited for the first one"
+    assert "three" not in found
+
+
+def test_no_bar_is_drawn_into_an_answer(pipe):
+    def show(terminal):
+        counts = Counts()
+        with terminal.progress(9, counts) as advance:
+            terminal.grew(grown(1, "some "))
+            counts.completed = 5
+            advance(16)
+            terminal.grew(grown(1, "thing"))
+            terminal.answered(ended(1))
+
+    assert "some thing" in shown(pipe, show)
+
+
+def test_where_answers_go_to_the_terminal_themselves_none_is_shown(pipe):
+    assert not Terminal(quiet=True, show=3).shows

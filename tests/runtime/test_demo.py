@@ -1,0 +1,29 @@
+import pytest
+
+from mellmpi.runtime.demo import FASTEST, LEAST_REQUESTS, LONGEST_S, _answer_s, demo_load
+
+FAST = (0.010, 1e-3, 1e-3, 0.0)  # a CPU with bfloat16 products
+SLOW = (0.025, 4e-3, 4e-3, 0.0)  # one with AVX2 alone
+GPU = (0.002, 1e-5, 1e-5, 0.0)
+SNAIL = (0.5, 0.05, 0.1, 0.0)
+
+
+@pytest.mark.parametrize("steps", [FAST, SLOW, GPU])
+@pytest.mark.parametrize("num_workers", [1, 2, 8])
+def test_a_demo_ends_in_time_and_has_enough_to_show(steps, num_workers):
+    load = demo_load([steps] * num_workers, 56)
+    assert LEAST_REQUESTS <= load.count <= 56 and load.rate <= FASTEST
+    assert load.count / load.rate + _answer_s(steps) <= LONGEST_S + 1
+
+
+def test_a_slower_machine_gets_fewer_requests_in_the_same_time():
+    fast, slow = demo_load([FAST] * 2, 56), demo_load([SLOW] * 2, 56)
+    assert slow.rate < fast.rate / 2 and slow.count < fast.count
+
+
+def test_the_slowest_worker_counts():
+    assert demo_load([FAST, SLOW], 56) == demo_load([SLOW, SLOW], 56)
+
+
+def test_a_machine_that_cannot_do_it_in_time_gets_the_least_demo():
+    assert demo_load([SNAIL] * 2, 56).count == LEAST_REQUESTS
