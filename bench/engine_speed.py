@@ -3,12 +3,16 @@
 `mellmpi` is the whole runtime, requests in as JSON lines and answers out; `engine` is its worker's
 own loop without the runtime around it, to see what that costs. Every system loads SmolLM2-135M in
 bfloat16, gets the same seeded token ids, and generates greedily with no end-of-sequence. What is
-timed is one batch from handing it over to having all tokens of all requests (prefill included).
+timed is one batch from handing it over to having all tokens of all requests (prefill included); and
+one prompt alone until its first token, by length: time to first token, and prefill tokens/s.
 Each system is one process of its own on the same cores; loading and one warm-up of every batch size
 are not timed; rounds are interleaved; medians are compared.
 
     bash bench/peers/install.sh                  # once
     python bench/engine_speed.py --json bench/results/engine_speed.json
+    CPU=avx2 bash bench/peers/install.sh ~/.cache/mellmpi-peers-avx2
+    python bench/engine_speed.py --cpu avx2 --peers ~/.cache/mellmpi-peers-avx2 \
+        --json bench/results/engine_speed_avx2.json     # on any x86: what it has more is hidden
 """
 
 import argparse
@@ -32,6 +36,13 @@ SPEEDS = {
     "output_throughput": "output tokens/s, end to end",
     "tokens_per_core_second": "output tokens a second of processor time",
 }
+HIDDEN = {  # what makes libraries use no more than AVX2: numba's LLVM, oneDNN, torch
+    "native": {},
+    "avx2": {
+        "NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+fma,+f16c,+bmi,+bmi2,+popcnt",
+        "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2",
+    },
+}  # fmt: skip
 FIRST_ID, LAST_ID = 100, 49_000  # ordinary tokens of SmolLM2
 
 
@@ -52,7 +63,7 @@ class System:
             self._process = subprocess.Popen(
                 ["taskset", "--cpu-list", args.cores, *_command(name, args)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
-                env=os.environ | {"OMP_NUM_THREADS": str(args.threads)},
+                env=os.environ | HIDDEN[args.cpu] | {"OMP_NUM_THREADS": str(args.threads)},
             )  # fmt: skip
         self.version = self._read()["ready"]
 
@@ -88,7 +99,7 @@ def _command(name: str, args: argparse.Namespace) -> list[str]:
     }[name]
     return [
         *command, "--threads", str(args.threads), "--max-requests", str(max(args.requests)),
-        "--max-len", str(args.num_in + args.num_out + 16),
+        "--max-len", str(max(args.num_in + args.num_out, *args.prefill) + 16),
     ]  # fmt: skip
 
 
@@ -113,6 +124,37 @@ def measure(systems: list[System], args: argparse.Namespace) -> Answers:
                 if round_:
                     answers[n][system.name].append(answer)
     return answers
+
+
+def measure_prefill(systems: list[System], args: argparse.Namespace) -> dict[str, Any]:
+    """{tokens of a prompt: {system: its first token alone}}; medians, the first round not kept."""
+    found: dict[str, Any] = {}
+    for num_in in args.prefill:
+        seconds: dict[str, list[float]] = {system.name: [] for system in systems}
+        for round_ in range(args.rounds + 1):
+            for system in systems:
+                answer = system.answer(make_prompts(1, num_in, 1000 + round_), 1)
+                if round_:
+                    seconds[system.name].append(answer.seconds)
+        found[str(num_in)] = {name: _first_token(num_in, took) for name, took in seconds.items()}
+    return found
+
+
+def _first_token(num_in: int, seconds: list[float]) -> dict[str, Any]:
+    ttft_s = statistics.median(seconds)
+    return {
+        "ttft_ms": round(1000 * ttft_s, 1), "prefill_tokens_per_s": round(num_in / ttft_s, 1),
+        "seconds": [round(s, 4) for s in seconds],
+    }  # fmt: skip
+
+
+def prefill_table(found: dict[str, Any]) -> str:
+    names = list(next(iter(found.values())))
+    lines = ["prefill tokens/s (time to first token, ms)", f"{'prompt':>8s}" + _cells(names)]
+    for num_in, row in found.items():
+        cells = [f"{f['prefill_tokens_per_s']:.0f} ({f['ttft_ms']:.0f})" for f in row.values()]
+        lines.append(f"{num_in:>8s}" + _cells(cells))
+    return "\n".join(lines)
 
 
 def note(text: str) -> None:
@@ -192,6 +234,8 @@ def options() -> argparse.Namespace:
     parser.add_argument("--cores", help="as taskset has it; default: the last --threads cores")
     parser.add_argument("--num-in", type=int, default=128)
     parser.add_argument("--num-out", type=int, default=128)
+    parser.add_argument("--prefill", nargs="+", type=int, default=[128, 1024], metavar="TOKENS")
+    parser.add_argument("--cpu", choices=HIDDEN, default="native", help="what of the CPU is used")
     record.add_json_option(parser)
     args = parser.parse_args()
     available = sorted(os.sched_getaffinity(0))
@@ -208,19 +252,21 @@ def main() -> None:
         note(f"loading {name} …")
         systems.append(System(name, args))
     answers = measure(systems, args)
+    prefill = measure_prefill(systems, args)
     for system in systems:
         system.close()
     results = summarise(answers, args.num_out)
     for speed in SPEEDS:
         note(table(results, speed))
+    note(prefill_table(prefill))
     if busy := disturbed(answers, args.threads):
         note(f"other work had a share of the cores, so tokens/s is low: {', '.join(busy)}")
     config = {
         "model": "SmolLM2-135M-Instruct", "dtype": "bfloat16", "num_in": args.num_in,
-        "num_out": args.num_out, "threads": args.threads, "cores": args.cores,
+        "num_out": args.num_out, "cpu": args.cpu, "threads": args.threads, "cores": args.cores,
         "rounds": args.rounds, "systems": {s.name: s.version for s in systems},
     }  # fmt: skip
-    record.finish(config, results, args.json)
+    record.finish(config, {**results, "prefill": prefill}, args.json)
 
 
 if __name__ == "__main__":

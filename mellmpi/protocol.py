@@ -161,6 +161,7 @@ class WorkerReady:
     target_step_s: float | None  # of a step with decodes and prompts; None: the default rule
     step_s: tuple[float, ...]  # seconds of (a step, a prefilled position, a decoded one, a position
     #                            looked back on), as measured at the start; empty: not measured
+    arithmetic: str  # workers for which it is the same give the same answers, bit for bit
 
 
 @message

@@ -44,7 +44,7 @@ def arrived(m, now, worker, n, request_id=1):
 
 def ready(m, now, worker, capacity=1000):
     kv = p.ModelKv("m", 16, 64)
-    m.observe(now, worker, p.WorkerReady((kv,), capacity, 8, 0, 0.0, 64, None, ()))
+    m.observe(now, worker, p.WorkerReady((kv,), capacity, 8, 0, 0.0, 64, None, (), ""))
 
 
 def state(m, now, worker, name):
@@ -388,7 +388,7 @@ def test_the_costs_of_a_run_give_back_what_its_steps_transfers_and_wakes_took():
                   p.MigrationEnded(1, "transfer", 1, 2, num_bytes, took_s, "moved"))  # fmt: skip
     m.command(5.0, 1, p.Wake())
     kv = p.ModelKv("m", 16, 64)
-    m.observe(6.5, 1, p.WorkerReady((kv,), 1000, 8, 0, 1.5, 64, None, ()))
+    m.observe(6.5, 1, p.WorkerReady((kv,), 1000, 8, 0, 1.5, 64, None, (), ""))
     report = json.loads(json.dumps(m.report(7.0)))
     assert asdict(CostModel.fitted(report["costs"])) == pytest.approx(asdict(truth))
     blocks = {"m": {"block_size": 16, "block_bytes": 64}}
@@ -398,8 +398,8 @@ def test_the_costs_of_a_run_give_back_what_its_steps_transfers_and_wakes_took():
 def test_the_blocks_of_every_model_of_every_worker_are_told():
     m = Metrics()
     first, second, third = (p.ModelKv(name, n, 64) for name, n in (("a", 4), ("b", 8), ("c", 16)))
-    m.observe(0.0, 1, p.WorkerReady((first, second), 640, 8, 0, 0.0, 64, None, ()))
-    m.observe(0.0, 2, p.WorkerReady((second, third), 512, 8, 0, 0.0, 64, None, ()))
+    m.observe(0.0, 1, p.WorkerReady((first, second), 640, 8, 0, 0.0, 64, None, (), ""))
+    m.observe(0.0, 2, p.WorkerReady((second, third), 512, 8, 0, 0.0, 64, None, (), ""))
     told = m.report(1.0)["worker_kv"]
     sizes = {name: kv["block_size"] for name, kv in told["models"].items()}
     assert (told["capacity_bytes"], sizes) == (640, {"a": 4, "b": 8, "c": 16})

@@ -40,6 +40,7 @@ class Fleet:
     def __init__(self, num_workers: int, config: ClusterConfig):
         self.ledger = Ledger(num_workers)
         self.models: dict[str, ModelKv] = {}
+        self.arithmetic: dict[int, str] = {}  # of workers that have been ready
         self.out: Commands = []
         self.in_flight = InFlight()
         self._queued: Counter[int] = Counter()  # by worker: tokens of requests yet to be computed
@@ -145,6 +146,7 @@ class Fleet:
         )
         self.ledger.empty_since_s[worker] = self.view.now
         self.models |= {m.model: m for m in event.models}
+        self.arithmetic[worker] = event.arithmetic
         budget = StepBudget(event.max_batched_tokens, event.target_step_s)
         self.estimates.steps.begin(worker, budget, event.step_s)
         self._changed(worker)

@@ -12,6 +12,7 @@ import torch
 from mellmpi.engine.architecture import Architecture
 from mellmpi.engine.kernels.attention import items_of
 from mellmpi.engine.kernels.compiled import one_at_a_time
+from mellmpi.engine.kernels.features import HAS_BF16_DOT
 from mellmpi.engine.kernels.load import sizes_of, take_weights
 from mellmpi.engine.kernels.panels import activation_dtype, storage
 from mellmpi.engine.kernels.rotary import RotaryTable
@@ -60,6 +61,13 @@ class CpuModel:
         self._rotary = RotaryTable(arch)
         self._scratch = self._make_scratch(1)
         self._helpers = ThreadPoolExecutor(num_threads - 1) if num_threads > 1 else None
+
+    @property
+    def arithmetic(self) -> str:
+        """All CPUs sum in the same order; those that multiply bfloat16 round in another way."""
+        if self.dtype == torch.float32:
+            return "float32 on CPUs"
+        return f"bfloat16 on CPUs {'with' if HAS_BF16_DOT else 'without'} AVX512-BF16"
 
     def forward(self, batch: PackedBatch, arena: KvArena) -> torch.Tensor:
         """Logits of the sampled rows; K and V of all rows are written into the arena.

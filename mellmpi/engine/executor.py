@@ -27,6 +27,8 @@ class Model(Protocol):
 
     arch: Architecture
 
+    @property
+    def arithmetic(self) -> str: ...
     def forward(self, batch: PackedBatch, arena: KvArena) -> torch.Tensor:
         """float32 [num_sampled, vocab]; K and V of all rows written into the arena."""
         ...
@@ -47,6 +49,11 @@ class Executor:
     def fingerprint(self) -> str:
         """Of the KV layout: blocks travel between executors that agree on it."""
         return self.arena.fingerprint
+
+    @property
+    def arithmetic(self) -> str:
+        """Executors for which it is the same give the same answers, bit for bit."""
+        return self.model.arithmetic
 
     @property
     def models(self) -> tuple[HostedModel, ...]:

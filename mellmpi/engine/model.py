@@ -91,6 +91,10 @@ class TorchModel:
         self, arch: Architecture, weights: Weights, dtype: torch.dtype, device: torch.device | str
     ):
         self.arch, self.dtype, self.device = arch, dtype, torch.device(device)
+        kind = torch.cuda.get_device_name(device) if self.device.type == "cuda" else "a CPU"
+        self.arithmetic = (
+            f"{str(dtype).removeprefix('torch.')} by PyTorch {torch.__version__} on {kind}"
+        )
         for name in list(weights):
             weights[name] = weights[name].to(self.device, dtype)
         self.layers = [take_layer(weights, i) for i in range(arch.num_layers)]

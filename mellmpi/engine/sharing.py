@@ -21,6 +21,11 @@ class SharedEngine:
         self.arena = executors[0].arena  # for whoever moves blocks: the same memory for all
 
     @property
+    def arithmetic(self) -> str:
+        """How it computes: see `Executor.arithmetic`."""
+        return next(iter(self._executors.values())).arithmetic
+
+    @property
     def models(self) -> tuple[HostedModel, ...]:
         """As the worker sees them, in the order in which they were given."""
         return tuple(hosted for executor in self._executors.values() for hosted in executor.models)

@@ -62,6 +62,8 @@ class Rank0:
         with terminal.working(f"starting {num_workers} worker(s), {names}"):
             self._drive(loop, None, lambda: not loop.starting())
         self.ready()
+        if warning := mixed_arithmetic(scheduler.fleet.arithmetic):
+            terminal.say(f"mellmpi: {warning}")
         if not scheduler.fleet.models:
             raise JobFailed("no worker could start")
         rate = self._demo_rate(scheduler) if self._is_demo else self.options.request_rate
@@ -191,6 +193,17 @@ class Rank0:
         from mellmpi.timeline import draw  # matplotlib is slow to import
 
         return draw(metrics.series(ended_s), Path(self.options.timeline or "").suffix)
+
+
+def mixed_arithmetic(by_worker: dict[int, str]) -> str:
+    """What answers depend on where workers compute in different ways; "" where they do not."""
+    kinds = dict.fromkeys(by_worker.values())
+    if len(kinds) < 2:
+        return ""
+    workers = {k: [str(w) for w, one in by_worker.items() if one == k] for k in kinds}
+    ways = "; ".join(f"{kind}: worker {', '.join(workers[kind])}" for kind in kinds)
+    return (f"workers compute in different ways ({ways}): the answer to a request may depend on "
+            "the worker that computes it")  # fmt: skip
 
 
 def shortcomings(files: BatchFiles, counts: Counts) -> Iterator[str]:

@@ -51,6 +51,8 @@ class Engine(Protocol):
 
     @property
     def models(self) -> tuple[HostedModel, ...]: ...
+    @property
+    def arithmetic(self) -> str: ...
     def execute(self, plan: StepPlan) -> StepResult: ...
     def release(self) -> None: ...
 
@@ -101,6 +103,7 @@ class Worker:
             max_batched_tokens=self._limits.max_num_batched_tokens,
             target_step_s=self._limits.target_step_s,
             step_s=self._measured if any(self._measured) else (),
+            arithmetic=engine.arithmetic,
         )  # fmt: skip
         self._transport.send(SCHEDULER, ready)
 

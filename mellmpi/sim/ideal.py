@@ -187,7 +187,9 @@ class IdealWorkers:
 
     def ready(self, worker: _Worker) -> WorkerReady:
         worker.said = (-1, -1)
-        return WorkerReady(worker.models, worker.capacity, MANY, worker.acked, 0.0, MANY, None, ())
+        return WorkerReady(
+            worker.models, worker.capacity, MANY, worker.acked, 0.0, MANY, None, (), ""
+        )
 
     def _kv(self, worker: _Worker, model: str) -> int:
         return next(m.block_bytes for m in worker.models if m.model == model)

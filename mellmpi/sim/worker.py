@@ -51,7 +51,7 @@ class SimWorker:
         return WorkerReady(
             spec.models, capacity, spec.batch.max_num_seqs, self.acked, spec.wake_s,
             spec.batch.max_num_batched_tokens, spec.batch.target_step_s,
-            spec.step_s if any(spec.step_s) else (),
+            spec.step_s if any(spec.step_s) else (), "",
         )  # fmt: skip
 
     def handle(self, source: Address, message: Any) -> list[tuple[Address, Any]]:

@@ -83,7 +83,9 @@ class Stage:
 
     def ready(self, worker: int, num_blocks: int = NUM_BLOCKS, acked: int = 0) -> Any:
         capacity = num_blocks * KV.block_bytes
-        return self.tell(worker, WorkerReady((KV,), capacity, MAX_SEQS, acked, 0.5, 64, None, ()))
+        return self.tell(
+            worker, WorkerReady((KV,), capacity, MAX_SEQS, acked, 0.5, 64, None, (), "")
+        )
 
     def room(self, worker: int = 1) -> list[tuple[int, Any]]:
         """The worker has more room than a moment ago: who waits is tried again."""

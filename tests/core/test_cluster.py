@@ -333,7 +333,7 @@ def test_a_queue_without_room_wakes_as_many_workers_as_it_needs_and_no_more(stag
 
 def test_only_a_worker_that_serves_the_model_is_woken(stage):
     other = ModelKv("other", 4, 10)
-    stage.tell(2, WorkerReady((other,), 200, 8, 0, 0.5, 64, None, ()))
+    stage.tell(2, WorkerReady((other,), 200, 8, 0, 0.5, 64, None, (), ""))
     stage.scheduler.fleet.ledger._able["m"][2] = False
     park(stage, 2, 3)
     stage.place_at = None

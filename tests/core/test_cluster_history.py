@@ -107,7 +107,7 @@ class ModelWorker:
                 self.outbox.append(Parked(self.acked))
             case Wake():
                 self.outbox.append(
-                    WorkerReady((KV,), CAPACITY, SEATS, self.acked, 0.1, 64, None, ())
+                    WorkerReady((KV,), CAPACITY, SEATS, self.acked, 0.1, 64, None, (), "")
                 )
 
     def stop(self, epoch: int, links) -> None:
@@ -175,7 +175,7 @@ class ClusterHistory(RuleBasedStateMachine):
         self.epochs, self.moving = set(), Counter()
         self.now = 0.0
         for worker in self.workers.values():
-            self.tell(worker.id, WorkerReady((KV,), CAPACITY, SEATS, 0, 0.1, 64, None, ()))
+            self.tell(worker.id, WorkerReady((KV,), CAPACITY, SEATS, 0, 0.1, 64, None, (), ""))
 
     def place(self, view, row, model):
         ledger = view.workers

@@ -26,7 +26,7 @@ OTHER = ModelKv("other", block_size=4, block_bytes=40)
 def apart():
     """Workers 1 and 2 run one model, worker 3 the other."""
     stage = Stage()
-    stage.tell(3, WorkerReady((OTHER,), 200, 8, 0, 0.5, 64, None, ()))
+    stage.tell(3, WorkerReady((OTHER,), 200, 8, 0, 0.5, 64, None, (), ""))
     stage.scheduler.fleet.ledger._able["m"][3] = False
     return stage
 
@@ -123,7 +123,7 @@ def other(request_id):
 
 
 def test_a_model_whose_workers_are_full_does_not_keep_another_waiting(stage):
-    stage.tell(3, WorkerReady((OTHER,), 200, 8, 0, 0.5, 64, None, ()))
+    stage.tell(3, WorkerReady((OTHER,), 200, 8, 0, 0.5, 64, None, (), ""))
     stage.scheduler.fleet.ledger._able["m"][3] = False
     stage.tell(3, report(free_blocks=0))
     assert assigned(stage.tell(FRONT, Submit(other(1)))) == []
@@ -132,7 +132,7 @@ def test_a_model_whose_workers_are_full_does_not_keep_another_waiting(stage):
 
 
 def test_a_worker_grows_by_the_kv_of_the_models_of_its_requests(stage):
-    stage.tell(3, WorkerReady((KV, OTHER), 400, 8, 0, 0.5, 64, None, ()))
+    stage.tell(3, WorkerReady((KV, OTHER), 400, 8, 0, 0.5, 64, None, (), ""))
     stage.tell(FRONT, Submit(other(1)))  # 10 bytes a token
     stage.scheduler.policy = policy_for("worst_fit", "auto")
     stage.tell(FRONT, Submit(request(2)))  # 2.5 bytes a token

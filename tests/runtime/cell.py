@@ -35,6 +35,7 @@ class HashEngine:
     """Tokens are hashes of the KV they should have seen: wrong blocks give wrong tokens."""
 
     built = 0
+    arithmetic = "hashes"
 
     def __init__(self, num_blocks: int, models=(KV,)):
         type(self).built += 1

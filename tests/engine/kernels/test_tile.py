@@ -11,7 +11,7 @@ import pytest
 import torch
 from numba import njit
 
-from mellmpi.engine.kernels.features import HAS_AVX512, MOST_ROWS
+from mellmpi.engine.kernels.features import HAS_AVX512, HAS_BF16_DOT, MOST_ROWS
 from mellmpi.engine.kernels.panels import activations, pair_of, storage
 from mellmpi.engine.kernels.tile import tile16, tile32, tile64
 
@@ -142,6 +142,33 @@ def test_a_cpu_with_less_computes_the_same_products(cpu):
         command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+DIGEST = """
+import hashlib, sys
+import torch
+from tests.engine.kernels.test_linear import Layer
+for dtype in (torch.float32, torch.bfloat16):
+    digest = hashlib.sha256()
+    for rows in (1, 7, 100):
+        for result in Layer(dtype).run(rows):
+            digest.update(result.float().numpy().tobytes())
+    print(digest.hexdigest())
+"""
+
+
+@pytest.mark.skipif(not HAS_AVX512, reason="only a CPU with AVX-512 imitates both")
+def test_all_cpus_agree_in_float32_and_those_without_bfloat16_products_in_bfloat16():
+    def digests(cpu):
+        named = {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": KINDS[cpu]} if cpu else {}
+        done = subprocess.run([sys.executable, "-c", DIGEST], capture_output=True, text=True,
+                              env=os.environ | named, cwd=ROOT, timeout=120)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+    haswell, skylake, this = map(digests, (*KINDS, None))
+    assert haswell == skylake and haswell[0] == this[0]
+    assert (haswell[1] == this[1]) == (not HAS_BF16_DOT)
 
 
 NEON = """
