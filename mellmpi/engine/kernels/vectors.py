@@ -168,26 +168,22 @@ def element(typing, array, at):
     return types.float32(array, types.int64), emit
 
 
-@intrinsic
-def even(typing, array, at):
-    """The even halves of 16 words from array[at] on, as float32 lanes; for bfloat16 only."""
+def _half(is_odd: bool) -> Any:
+    """Halves of the 16 words from array[at] on, as float32 lanes; for bfloat16 only."""
 
-    def emit(context, b, sig, args):
-        words = read(b, element_pointer(context, b, sig.args[0], *args), I32X16)
-        return b.bitcast(b.shl(words, lanes_of(16, I32X16)), F32X16)
+    @intrinsic
+    def half(typing, array, at):
+        def emit(context, b, sig, args):
+            words = read(b, element_pointer(context, b, sig.args[0], *args), I32X16)
+            words = (b.and_ if is_odd else b.shl)(words, lanes_of(UPPER if is_odd else 16, I32X16))
+            return b.bitcast(words, F32X16)
 
-    return float32x16(array, types.int64), emit
+        return float32x16(array, types.int64), emit
+
+    return half
 
 
-@intrinsic
-def odd(typing, array, at):
-    """Likewise the odd halves."""
-
-    def emit(context, b, sig, args):
-        words = read(b, element_pointer(context, b, sig.args[0], *args), I32X16)
-        return b.bitcast(b.and_(words, lanes_of(UPPER, I32X16)), F32X16)
-
-    return float32x16(array, types.int64), emit
+even, odd = _half(False), _half(True)
 
 
 @intrinsic
@@ -252,17 +248,6 @@ def prefetch_line(b: Builder, pointer: Emitted) -> None:
     """Ask for a cache line in the second-level cache; any address is safe."""
     fetch = external(b, "llvm.prefetch.p0", ir.VoidType(), BYTES, I32, I32, I32)
     b.call(fetch, [pointer, *(ir.Constant(I32, flag) for flag in (0, 2, 1))])  # read, L2, data
-
-
-@intrinsic
-def prefetch(typing, array, at):
-    """Ask for the cache line of array[at]; any index is safe."""
-
-    def emit(context, b, sig, args):
-        prefetch_line(b, element_pointer(context, b, sig.args[0], *args))
-        return context.get_dummy_value()
-
-    return types.void(array, types.int64), emit
 
 
 # --- arithmetic ----------------------------------------------------------------------------------
