@@ -11,21 +11,10 @@ import numpy as np
 from numba import njit
 
 from mellmpi.engine.kernels.features import MOST_ROWS
+from mellmpi.engine.kernels.memory import load, pair_of, store
 from mellmpi.engine.kernels.team import KERNEL
 from mellmpi.engine.kernels.tile import tile16, tile32, tile64
-from mellmpi.engine.kernels.vectors import (
-    LANES,
-    exp2,
-    fill,
-    fma,
-    inside,
-    larger,
-    largest,
-    load,
-    pair_of,
-    store,
-    total,
-)
+from mellmpi.engine.kernels.vectors import LANES, exp2, fill, fma, inside, larger, largest, total
 
 QUERIES = 16  # tokens of a chunk that make one item
 AHEAD = 4  # tiles that are prefetched, keys and then values: blocks lie scattered

@@ -9,20 +9,11 @@ from mellmpi.engine.kernels.features import (
     WIDE_ROWS,
     WIDE_VECTORS,
 )
+from mellmpi.engine.kernels.memory import even, load, odd, pair_of, store
 from mellmpi.engine.kernels.panels import PANEL
 from mellmpi.engine.kernels.team import KERNEL, shares
 from mellmpi.engine.kernels.tile import tile16, tile32
-from mellmpi.engine.kernels.vectors import (
-    LANES,
-    even,
-    exp2,
-    fill,
-    larger,
-    load,
-    odd,
-    pair_of,
-    store,
-)
+from mellmpi.engine.kernels.vectors import LANES, exp2, fill, larger
 
 MOST = MOST_ROWS[2]
 WIDE_COLUMNS = WIDE_VECTORS * LANES  # of a tile over widened weights

@@ -6,21 +6,18 @@ Functions that take `first, last` do rows first … last - 1 (see `team.shares`)
 import numpy as np
 from numba import njit
 
-from mellmpi.engine.kernels.panels import PANEL
-from mellmpi.engine.kernels.team import KERNEL
-from mellmpi.engine.kernels.vectors import (
-    LANES,
+from mellmpi.engine.kernels.memory import (
     element,
-    fill,
-    fma,
     load,
     pair_of,
     store,
     store_odd,
     store_pairs,
     store_words,
-    total,
 )
+from mellmpi.engine.kernels.panels import PANEL
+from mellmpi.engine.kernels.team import KERNEL
+from mellmpi.engine.kernels.vectors import LANES, fill, fma, total
 
 
 @njit(**KERNEL)

@@ -5,20 +5,9 @@ import pytest
 import torch
 from numba import njit
 
+from mellmpi.engine.kernels.memory import element, load, store
 from mellmpi.engine.kernels.panels import storage
-from mellmpi.engine.kernels.vectors import (
-    LANES,
-    element,
-    exp2,
-    fill,
-    fma,
-    inside,
-    larger,
-    largest,
-    load,
-    store,
-    total,
-)
+from mellmpi.engine.kernels.vectors import LANES, exp2, fill, fma, inside, larger, largest, total
 
 
 @njit
