@@ -1,8 +1,8 @@
 """What do decodes wait for while others prefill, and what does the shorter step cost?
 
 One worker in this process serves SmolLM2. `--decoding` requests decode; then prompts of
-`--prompt-tokens` come. The time between two tokens of a request is compared with that before the
-first prompt came: with steps limited by their time, and by 512 tokens alone. Then a saturated batch,
+`--prompt-tokens` come. The time between two tokens of a request is compared with the time before
+the first prompt: with steps limited by their time, and by 512 tokens alone. Then a saturated batch,
 in which nobody waits for anything but the batch: its throughput both ways.
 
     python bench/step_target.py --json bench/results/step_target.json
