@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from tokenizers import Regex, decoders
 from tokenizers import Tokenizer as Backend
 from tokenizers.pre_tokenizers import ByteLevel
 
@@ -18,7 +19,7 @@ _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _CHARACTER_BYTES = 4  # of UTF-8, at most
 _ONE_MARK_A_BYTE = "mellmpi.one_mark_a_byte"  # an error handler of codecs
 
-Piece = Callable[[str], str | bytes]  # one step from a token's name towards its bytes
+Piece = Callable[[str | bytes], str | bytes]  # one step from a token's name towards its bytes
 
 
 def _mark_each_byte(error: UnicodeError) -> tuple[str, int]:
@@ -30,19 +31,19 @@ codecs.register_error(_ONE_MARK_A_BYTE, _mark_each_byte)
 
 
 class TokenBytes:
-    """The bytes of every token of one tokenizer."""
+    """The bytes of every token of one tokenizer. ValueError if its decoder is not supported."""
 
     def __init__(self, backend: Backend):
         self._backend = backend
         added = backend.get_added_tokens_decoder()
         self.special = {i for i, token in added.items() if token.special}
-        self.special_names = [added[i].content for i in self.special]
+        self.added_names = [token.content for token in added.values()]
         self._known: dict[int, bytes] = {}
         state = backend.decoder.__getstate__() if backend.decoder else b"null"  # its JSON
-        decoder = json.loads(state)
-        self._steps = _steps(decoder)
-        self.strips_first = _strips_first(decoder)
-        by_bytes = any(step["type"] == "ByteFallback" for step in _flat(decoder))
+        decoder = _flat(json.loads(state))
+        self._steps = [_step(step) for step in decoder]
+        self._first_steps = [_first_step(step) for step in decoder]
+        by_bytes = any(step["type"] == "ByteFallback" for step in decoder)
         # Bytes that are no text: byte-level decoders mark each broken character, SentencePiece
         # each byte.
         self.errors = _ONE_MARK_A_BYTE if by_bytes else "replace"
@@ -51,25 +52,20 @@ class TokenBytes:
         """What the token adds to a text; nothing for special tokens and ids without a token."""
         found = self._known.get(token)
         if found is None:
-            found = self._known[token] = self._find(token)
+            found = self._known[token] = self._through(self._steps, token)
         return found
 
-    def _find(self, token: int) -> bytes:
+    def first(self, token: int) -> bytes:
+        """The same where a text begins with it."""
+        return self._through(self._first_steps, token)
+
+    def _through(self, steps: list[Piece], token: int) -> bytes:
         if token in self.special or (name := self.name(token)) is None:
             return b""
-        if self._steps is None:
-            return self._decoded(token)
         value: str | bytes = name
-        for step in self._steps:
-            if isinstance(value, str):
-                value = step(value)
+        for step in steps:
+            value = step(value)
         return value if isinstance(value, bytes) else value.encode("utf-8", "replace")
-
-    def _decoded(self, token: int) -> bytes:
-        """For decoders of other kinds: the token's text after some other token."""
-        before = self._backend.decode([token])
-        twice = self._backend.decode([token, token])
-        return twice[len(before) :].encode("utf-8", "replace")
 
     def name(self, token: int) -> str | None:
         """How the vocabulary spells the token; None: there is no such token."""
@@ -106,7 +102,7 @@ class TextStream:
         """The text that this token completes, often a word and sometimes nothing yet."""
         data = self._bytes[token]
         if data and self._at_start:
-            data = self._bytes.strips_first(data)
+            data = self._bytes.first(token)
             self._at_start = False
         if data and self._tail:
             self._continue_tail(data)
@@ -149,45 +145,58 @@ def _flat(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
     return [decoder]
 
 
-def _steps(decoder: dict[str, Any] | None) -> list[Piece] | None:
-    """The steps from a token's name to its bytes; None: a decoder of another kind."""
-    steps = [_step(step) for step in _flat(decoder)]
-    return None if None in steps else [step for step in steps if step is not None]
-
-
-def _step(step: dict[str, Any]) -> Piece | None:
+def _step(step: dict[str, Any]) -> Piece:
+    """One step of a decoder, on one token's name. What is bytes already stays."""
     match step:
         case {"type": "ByteLevel"}:
-            return _byte_level
+            return _on_names(_byte_level)
         case {"type": "ByteFallback"}:
-            return _byte_fallback
+            return _on_names(_byte_fallback)
         case {"type": "Replace", "pattern": {"String": old}, "content": new}:
-            return lambda name: name.replace(old, new)
+            return _on_names(lambda name: name.replace(old, new))
+        case {"type": "Replace", "pattern": {"Regex": regex}, "content": new}:
+            replace = decoders.Replace(Regex(regex), new)
+            return _on_names(lambda name: replace.decode([name]))
         case {"type": "Metaspace", "replacement": mark}:
-            return lambda name: name.replace(mark, " ")
-        case {"type": "Fuse"} | {"type": "Strip", "stop": 0}:
-            return lambda name: name
-    return None
+            return _on_names(lambda name: name.replace(mark, " "))
+        case {"type": "WordPiece", "prefix": prefix}:
+            return _on_names(lambda name: _continued(name, prefix))
+        case {"type": "BPEDecoder", "suffix": suffix}:
+            return _on_names(lambda name: name.replace(suffix, " "))
+        case {"type": "None"}:
+            return _on_names(lambda name: f" {name}")
+        case {"type": "Fuse" | "Strip"}:
+            return lambda value: value
+    raise ValueError(f"the decoder {step['type']!r} of this tokenizer is not supported")
 
 
-def _strips_first(decoder: dict[str, Any] | None) -> Callable[[bytes], bytes]:
-    """What becomes of the bytes of the first token of a text."""
-    if _steps(decoder) is None:
-        return lambda data: _without(data, b" ", 1)
-    for step in _flat(decoder):
-        match step:
-            case {"type": "Metaspace", "prepend_scheme": "always" | "first", "replacement": _}:
-                return lambda data: data.replace(b" ", b"")
-            case {"type": "Strip", "content": content, "start": count}:
-                mark, most = content.encode(), count
-                return lambda data: _without(data, mark, most)
-    return lambda data: data
+def _first_step(step: dict[str, Any]) -> Piece:
+    """The same for the first token of a text."""
+    match step:
+        case {"type": "Metaspace", "prepend_scheme": "always" | "first", "replacement": mark}:
+            return _on_names(lambda name: name.replace(mark, ""))
+        case {"type": "Strip", "content": mark, "start": count}:
+            return lambda value: _without(value, mark, count)
+        case {"type": "WordPiece" | "None"}:
+            return lambda value: value
+    return _step(step)
 
 
-def _without(data: bytes, mark: bytes, most: int) -> bytes:
+def _on_names(step: Callable[[str], str | bytes]) -> Piece:
+    return lambda value: step(value) if isinstance(value, str) else value
+
+
+def _without(value: str | bytes, mark: str, most: int) -> str | bytes:
     for _ in range(most):
-        data = data.removeprefix(mark)
-    return data
+        if isinstance(value, str):
+            value = value.removeprefix(mark)
+        else:
+            value = value.removeprefix(mark.encode())
+    return value
+
+
+def _continued(name: str, prefix: str) -> str:
+    return name.removeprefix(prefix) if name.startswith(prefix) else f" {name}"
 
 
 def _byte_fallback(name: str) -> str | bytes:

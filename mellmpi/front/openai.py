@@ -11,6 +11,7 @@ from mellmpi.protocol import Request, Sampling
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as OpenAI has it; a chat may fill the context
+MAX_ANSWERS = 2048  # of one call: prompts times n
 RESERVED = {"messages", "tools", "documents", "self"}  # template variables that are not the user's
 MAX_STOPS, MAX_LOGPROBS, MAX_CHOICES = 4, 20, 128
 
@@ -90,9 +91,9 @@ def parse(url: str, body: dict[str, Any], served: Served, identity: str) -> Call
     fields.check_names()
     model = served.named(fields.get("model", str))
     tokenizer = served.tokenizers[model.name]
+    n = fields.integer("n", 1, low=1, high=MAX_CHOICES)
     texts_or_ids = _messages(fields, tokenizer) if fields.chat else _prompts(fields, tokenizer)
     prompts = [_checked(tokens, model, fields.chat) for tokens in texts_or_ids]
-    n = fields.integer("n", 1, low=1, high=MAX_CHOICES)
     stops, stop_ids = _stops(fields, tokenizer)
     base = _sampling(fields, model, identity, stop_ids)
     max_tokens = [_max_tokens(fields, len(prompt), model) for prompt in prompts for _ in range(n)]
@@ -166,12 +167,18 @@ def _prompts(fields: Fields, tokenizer: Tokenizer) -> list[list[int]]:
         prompt = [prompt]
     if not prompt:
         raise BadRequest("prompt must be text, or token ids, or a list of either", "prompt")
+    if len(prompt) * (fields.integer("n", 1) or 1) > MAX_ANSWERS:
+        raise BadRequest(f"{len(prompt)} prompts with n choices each are more than {MAX_ANSWERS} "
+                         "answers; use several lines", "prompt")  # fmt: skip
     return [_one_prompt(item, tokenizer) for item in prompt]
 
 
 def _one_prompt(item: Any, tokenizer: Tokenizer) -> list[int]:
     if isinstance(item, str):
-        return tokenizer.encode(_clean(item, "prompt"))
+        try:
+            return tokenizer.encode(_clean(item, "prompt"))
+        except ValueError as error:
+            raise BadRequest(str(error), "prompt") from error
     if isinstance(item, list) and all(type(token) is int for token in item):
         return item
     raise BadRequest("prompt must be text, or token ids, or a list of either", "prompt")
@@ -263,7 +270,11 @@ def _stops(fields: Fields, tokenizer: Tokenizer) -> tuple[tuple[str, ...], tuple
     stops = [stop] if isinstance(stop, str) else stop or []
     if len(stops) > MAX_STOPS or not all(isinstance(text, str) and text for text in stops):
         raise BadRequest(f"stop must be a text or up to {MAX_STOPS} texts, none empty", "stop")
-    ids = {text: tokenizer.special_id(_clean(text, "stop")) for text in stops}
+    ids = {text: tokenizer.special_id(_clean(text, "stop").strip()) for text in stops}
+    for text in (text for text, token in ids.items() if token is None):
+        if inside := tokenizer.special_inside(text):
+            raise BadRequest(f"stop has {inside}, a special token, whose text is in no answer: "
+                             "give that token alone", "stop")  # fmt: skip
     return (
         tuple(text for text in stops if ids[text] is None),
         tuple(token for token in ids.values() if token is not None),

@@ -5,7 +5,7 @@ which imports torch, it takes 2.4 s.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,8 @@ class Tokenizer:
         """Read `directory`; a `chat_template` file takes the place of the model's own."""
         try:
             return cls._load(directory, chat_template)
-        except ValueError:
-            raise
+        except ValueError as error:
+            raise ValueError(" ".join(str(error).split())) from error
         except Exception as error:  # whatever a damaged file makes its reader raise
             why = " ".join(f"{type(error).__name__}: {error}".split())
             raise ValueError(f"the tokenizer in {directory} cannot be read ({why[:300]}); copy or "
@@ -66,8 +66,11 @@ class Tokenizer:
         return self._template is not None
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of plain text, with what the model wants before it (a BOS token, mostly)."""
-        return list(self._backend.encode(text).ids)
+        """Token ids of plain text, with what the model wants before it (a BOS token, mostly).
+
+        ValueError if the tokenizer cannot take the text.
+        """
+        return list(_unpanicked(self._backend.encode, text).ids)
 
     def encode_chat(
         self, messages: list[Message], variables: Mapping[str, Any] | None = None
@@ -80,7 +83,7 @@ class Tokenizer:
             raise ValueError("this model has no chat template; use /v1/completions instead")
         try:
             text = self._render(self._template, messages, variables or {})
-            return list(self._backend.encode(text, add_special_tokens=False).ids)
+            return list(_unpanicked(self._backend.encode, text, add_special_tokens=False).ids)
         except Exception as error:  # the model's code, run on the client's data
             raise ValueError(f"the chat template refuses these messages: {error}") from error
 
@@ -105,6 +108,12 @@ class Tokenizer:
         token = self._backend.token_to_id(text)
         return token if token in self.token_bytes.special else None
 
+    def special_inside(self, text: str) -> str | None:
+        """A special token whose name is part of a text, or None."""
+        special = self.token_bytes.special
+        names = (self.token_bytes.name(token) for token in special)
+        return next((name for name in names if name and name in text), None)
+
     def _end_ids(self, templates: Iterable[str | None]) -> tuple[int, ...]:
         """Tokens that end an answer: the EOS token, and the ends of a turn in the templates."""
         names = [self._special.get("eos_token"), *map(self._end_of_turn, templates)]
@@ -112,7 +121,7 @@ class Tokenizer:
         return tuple(dict.fromkeys(i for i in ids if i is not None))
 
     def _end_of_turn(self, template: str | None) -> str | None:
-        """The special token that a template prints behind an answer."""
+        """The token that a template prints behind an answer: one that was added for it."""
         conversation = [{"role": "user", "content": "x"}, {"role": "assistant", "content": MARK}]
         try:
             compiled = _compiled(template)
@@ -122,8 +131,18 @@ class Tokenizer:
         except Exception:  # a template that refuses this conversation
             return None
         behind = text.rpartition(MARK)[2].lstrip()
-        found = [name for name in self.token_bytes.special_names if behind.startswith(name)]
+        found = [name for name in self.token_bytes.added_names if behind.startswith(name)]
         return max(found, key=len, default=None)
+
+
+def _unpanicked(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Call the library; where its Rust code panics, ValueError instead of a BaseException."""
+    try:
+        return call(*args, **options)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"the tokenizer cannot take this text ({error})") from error
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -132,7 +151,11 @@ class Tokenizer:
 def _backend(directory: Path) -> Backend:
     file = directory / "tokenizer.json"
     if file.exists():
-        return Backend.from_file(str(file))
+        try:
+            return _unpanicked(Backend.from_buffer, file.read_bytes())  # of any name
+        except Exception as error:
+            why = " ".join(str(error).split())[:300]
+            raise ValueError(f"{file} cannot be read ({why}); copy or download it again") from error
     if not any((directory / name).exists() for name in ("tokenizer.model", "vocab.json")):
         raise ValueError(f"{directory} has no tokenizer.json, tokenizer.model or vocab.json")
     from transformers import AutoTokenizer  # slow to import, and able to convert older files
@@ -159,16 +182,20 @@ def _read(file: Path, option: str) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{option} {file} cannot be read: {error}") from error
+        raise ValueError(f"{option} {file} cannot be read ({error}): save it as UTF-8") from error
 
 
 def _own_template(directory: Path, config: dict[str, Any]) -> str | None:
     if (file := directory / "chat_template.jinja").exists():
-        return file.read_text(encoding="utf-8")
+        return _read(file, "the chat template")
     template = _json(directory / "chat_template.json") or config
     found = template.get("chat_template")
     if isinstance(found, list):  # several, by name
-        found = {entry["name"]: entry["template"] for entry in found}.get("default")
+        named = [entry for entry in found if isinstance(entry, dict)]
+        found = {entry.get("name"): entry.get("template") for entry in named}.get("default")
+    if not isinstance(found, str | None):
+        raise ValueError(f"{directory / 'tokenizer_config.json'}: chat_template must be a text or "
+                         "a list of named texts; give another with --chat-template")  # fmt: skip
     return found
 
 

@@ -4,8 +4,9 @@ import random
 import re
 
 import pytest
+from tokenizers import Regex, Tokenizer, decoders, models
 
-from mellmpi.front.detokenizer import TextStream
+from mellmpi.front.detokenizer import TextStream, TokenBytes
 from tests.front.tokenizers_of_each_kind import kinds
 
 KINDS = kinds()
@@ -46,15 +47,9 @@ def test_the_text_of_random_ids_is_that_of_transformers(kind):
     theirs = kind.theirs
     for _, tokens in histories(kind):
         expected = theirs.decode(tokens, skip_special_tokens=True)
-        if whole(kind, tokens) and not begins_inside_a_word(kind, tokens):
+        if whole(kind, tokens):
             assert "".join(streamed(kind, tokens)) == expected
     assert any(whole(kind, tokens) for _, tokens in histories(kind))
-
-
-def begins_inside_a_word(kind, tokens):
-    """WordPiece's decoder shows the marks of a first piece such as `##ing`."""
-    names = [kind.backend.id_to_token(i) for i in tokens if kind.ours.token_bytes[i]]
-    return bool(names) and names[0].startswith("##")
 
 
 def test_bytes_that_are_a_character_are_text_as_in_transformers():
@@ -123,3 +118,48 @@ def test_special_tokens_are_no_text_but_have_a_label(kind):
     token = kind.backend.token_to_id("<|im_end|>")
     assert streamed(kind, [token]) == ["", ""]
     assert kind.ours.token_bytes.label(token) == "<|im_end|>"
+
+
+VOCABULARY = ["a", "b</w>", "▁c", "##d", " ", "<0x41>", "▁", "e</w>"]
+
+
+def decoded(decoder, names):
+    """(our text, the library's) of tokens of these names."""
+    backend = Tokenizer(models.WordLevel({name: i for i, name in enumerate(VOCABULARY)}, "a"))
+    if decoder is not None:
+        backend.decoder = decoder
+    tokens = [VOCABULARY.index(name) for name in names]
+    stream = TextStream(TokenBytes(backend))
+    return "".join([*map(stream.push, tokens), stream.finish()]), backend.decode(tokens)
+
+
+@pytest.mark.parametrize(
+    ("decoder", "names"),
+    [
+        (None, ["a", "##d", "a"]),
+        (decoders.WordPiece(cleanup=False), ["##d", "a", "##d", "a"]),
+        (decoders.BPEDecoder(), ["a", "b</w>", "a", "a"]),
+        (decoders.Metaspace(), ["▁c", "a", "▁c"]),
+        (decoders.Metaspace(), [" ", "▁c"]),
+        (decoders.Metaspace(prepend_scheme="never"), ["▁c", "▁c"]),
+        (decoders.Replace(Regex("[ac]"), "x"), ["a", "▁c"]),
+        (decoders.Sequence([decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)]),
+         ["▁", "▁c", "a"]),
+    ],
+)  # fmt: skip
+def test_decoders_of_every_kind_are_followed(decoder, names):
+    ours, theirs = decoded(decoder, names)
+    assert ours == theirs
+
+
+def test_a_decoder_that_panics_in_the_library_gives_text_all_the_same():
+    steps = [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 1)]
+    backend = Tokenizer(models.WordLevel({name: i for i, name in enumerate(VOCABULARY)}, "a"))
+    backend.decoder = decoders.Sequence(steps)
+    stream = TextStream(TokenBytes(backend))
+    assert stream.push(VOCABULARY.index("▁")) + stream.finish() == ""
+
+
+def test_a_decoder_that_is_not_supported_is_refused_by_name():
+    with pytest.raises(ValueError, match="the decoder 'CTC' of this tokenizer is not supported"):
+        decoded(decoders.CTC(), ["a"])

@@ -66,6 +66,30 @@ def test_ids_beyond_the_models_vocabulary_are_refused_in_every_route(tokenizer, 
             parse(url, body, served, "me")
 
 
+@pytest.mark.parametrize(("prompts", "n"), [(2049, 1), (17, 128)])
+def test_one_line_may_not_ask_for_answers_without_end(completion, prompts, n):
+    assert "use several lines" in refused(completion, ["a"] * prompts, n=n).message
+
+
+def test_a_text_at_which_the_tokenizer_panics_is_refused(completion, tokenizer, monkeypatch):
+    panic = type("PanicException", (BaseException,), {})
+
+    class Backend:
+        def encode(self, text, **_):
+            raise panic("retry-limit-in-match over")
+
+    monkeypatch.setattr(tokenizer, "_backend", Backend())
+    error = refused(completion, "x")
+    assert error.param == "prompt" and "retry-limit-in-match over" in error.message
+    with pytest.raises(ValueError, match="refuses these messages"):
+        tokenizer.encode_chat(USER)
+
+
+def test_a_stop_string_with_a_special_token_in_it_is_refused_or_taken_for_the_token(completion):
+    assert completion(stop="<|im_start|>\n").samplings[0].stop_token_ids == (2, 1)
+    assert "give that token alone" in refused(completion, stop="x<|im_start|>").message
+
+
 def test_a_special_token_as_stop_string_ends_the_answer_by_its_id(completion):
     call = completion(stop=["<|im_start|>", "x"])
     assert call.stops == ("x",) and call.samplings[0].stop_token_ids == (2, 1)

@@ -1,12 +1,15 @@
 """Text to tokens and back as transformers does it, without torch."""
 
 import json
+import os
 import random
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from mellmpi.front.tokenizer import Tokenizer
@@ -146,6 +149,35 @@ def test_a_damaged_tokenizer_is_refused_in_one_line(byte_directory, tmp_path, na
     with pytest.raises(ValueError, match=str(tmp_path)) as caught:
         Tokenizer.load(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("template", [7, {"a": 1}, [3], [{"template": "x"}]])
+def test_a_template_that_is_no_text_is_refused_or_left_out(with_template, template):
+    if isinstance(template, list):
+        assert not with_template(template).has_chat_template
+        return
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: chat_template must be a text"):
+        with_template(template)
+
+
+def test_a_template_file_that_is_no_text_is_refused_by_name(with_template, tmp_path):
+    with_template(None)
+    (tmp_path / "chat_template.jinja").write_bytes("é".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"chat_template\.jinja cannot be read .*UTF-8"):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_directory_of_any_name_can_be_read(byte_directory, tmp_path):
+    odd = Path(os.fsdecode(bytes(tmp_path) + b"/ti\xffny"))
+    shutil.copytree(byte_directory, odd)
+    assert Tokenizer.load(odd).encode("a")
+
+
+def test_a_turn_may_end_with_a_token_that_was_added_as_text(byte_directory):
+    backend = Backend.from_file(str(byte_directory / "tokenizer.json"))
+    backend.add_tokens([AddedToken("<turn>", special=False)])
+    turn = "{% for m in messages %}{{ m.content }}<turn>{% endfor %}"
+    assert Tokenizer(backend, turn, {}).end_ids == (backend.token_to_id("<turn>"),)
 
 
 def test_variables_that_transformers_always_passes_are_defined(with_template):
