@@ -41,8 +41,10 @@ class TokenBytes:
         self._known: dict[int, bytes] = {}
         state = backend.decoder.__getstate__() if backend.decoder else b"null"  # its JSON
         decoder = _flat(json.loads(state))
-        self._steps = [_step(step) for step in decoder]
-        self._first_steps = [_first_step(step) for step in decoder]
+        kinds = [step["type"] for step in decoder]
+        fused = kinds.index("Fuse") if "Fuse" in kinds else len(kinds)  # from here on: whole texts
+        self._steps = [_step(step, i < fused) for i, step in enumerate(decoder)]
+        self._first_steps = [_first_step(step, i < fused) for i, step in enumerate(decoder)]
         by_bytes = any(step["type"] == "ByteFallback" for step in decoder)
         # Bytes that are no text: byte-level decoders mark each broken character, SentencePiece
         # each byte.
@@ -145,8 +147,11 @@ def _flat(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
     return [decoder]
 
 
-def _step(step: dict[str, Any]) -> Piece:
-    """One step of a decoder, on one token's name. What is bytes already stays."""
+def _step(step: dict[str, Any], for_each: bool) -> Piece:
+    """One step of a decoder, on one token's name. What is bytes already stays.
+
+    for_each  it is done to each token, not to the whole text
+    """
     match step:
         case {"type": "ByteLevel"}:
             return _on_names(_byte_level)
@@ -165,12 +170,14 @@ def _step(step: dict[str, Any]) -> Piece:
             return _on_names(lambda name: name.replace(suffix, " "))
         case {"type": "None"}:
             return _on_names(lambda name: f" {name}")
+        case {"type": "Strip", "content": mark, "start": count} if for_each:
+            return lambda value: _without(value, mark, count)
         case {"type": "Fuse" | "Strip"}:
             return lambda value: value
     raise ValueError(f"the decoder {step['type']!r} of this tokenizer is not supported")
 
 
-def _first_step(step: dict[str, Any]) -> Piece:
+def _first_step(step: dict[str, Any], for_each: bool) -> Piece:
     """The same for the first token of a text."""
     match step:
         case {"type": "Metaspace", "prepend_scheme": "always" | "first", "replacement": mark}:
@@ -179,7 +186,7 @@ def _first_step(step: dict[str, Any]) -> Piece:
             return lambda value: _without(value, mark, count)
         case {"type": "WordPiece" | "None"}:
             return lambda value: value
-    return _step(step)
+    return _step(step, for_each)
 
 
 def _on_names(step: Callable[[str], str | bytes]) -> Piece:

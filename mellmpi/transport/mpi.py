@@ -14,6 +14,8 @@ from typing import Any, NoReturn
 
 import mpi4py
 
+from mellmpi.transport.starting import watch_start
+
 mpi4py.rc.thread_level = "serialized"  # one thread at a time calls MPI, see `Turn`
 mpi4py.rc.finalize = False  # by Job.finish alone: after a fault it would hang the exit
 # Over TCP, Open MPI 5.0.11's emulated remote writes leave receives from a dead worker in a list
@@ -25,8 +27,11 @@ os.environ.setdefault("OMPI_MCA_btl_tcp_flags", "313")
 # wrong moment, in MPI_Finalize. Nothing but this timer can end a process there.
 START_LIMIT_S, END_LIMIT_S = 120.0, 5.0
 faulthandler.dump_traceback_later(START_LIMIT_S, exit=True)
+os.environ.setdefault("HOME", os.path.expanduser("~"))  # Open MPI does not start without it
+_started = watch_start()
 from mpi4py import MPI  # noqa: E402
 
+_started()
 faulthandler.cancel_dump_traceback_later()
 
 from mellmpi.protocol import FINGERPRINT, RankFailed  # noqa: E402
@@ -34,7 +39,7 @@ from mellmpi.transport.channel import LinkError  # noqa: E402
 from mellmpi.transport.doorbell import Doorbell  # noqa: E402
 from mellmpi.transport.endpoint import Endpoint, Wakes  # noqa: E402
 from mellmpi.transport.launcher import end_launcher  # noqa: E402
-from mellmpi.transport.post import USAGE, PeerFailed, Post  # noqa: E402
+from mellmpi.transport.post import FAULT, USAGE, PeerFailed, Post  # noqa: E402
 from mellmpi.transport.reading import Proof  # noqa: E402
 from mellmpi.transport.yielding import set_yielding  # noqa: E402
 
@@ -175,7 +180,10 @@ class Job:
         self._comm = MPI.COMM_WORLD
         self.rank, self.size = self._comm.rank, self._comm.size
         self._lock = Turn()
-        channel = MpiChannel(self._comm, self._lock.take, self._lock.leave)
+        try:
+            channel = MpiChannel(self._comm, self._lock.take, self._lock.leave)
+        except MPI.Exception as error:
+            raise PeerFailed(FAULT, f"mellmpi: a rank has died at the start ({error})") from error
         self._post = Post(self.rank, self.size, channel)
         names = self.gather(MPI.Get_processor_name().encode())
         self.hosts = [name.decode() for name in names]  # of every rank

@@ -17,7 +17,7 @@ from mellmpi.protocol import GatherPart, GatherWhole, RankFailed, WorkerLost
 from mellmpi.transport.channel import PeerChannel
 from mellmpi.transport.messages import Dismissed, Mailbox
 
-USAGE = 2  # exit code: the user can do something about it
+FAULT, USAGE = 1, 2  # exit codes; 2: the user can do something about it
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 100e-6, 5e-3  # between looks during a gather; pauses double
 FLUSH_S = 5.0  # longest wait for messages to leave
 SUSPICION_S = 10.0  # an error of MPI that no lost rank explains by then is raised
@@ -138,7 +138,7 @@ class Post:
         while not self._gathered[source]:
             self.look()
             if self._cannot_gather():
-                raise PeerFailed(1, f"rank {min(self.lost)} has died")
+                raise PeerFailed(FAULT, f"mellmpi: rank {min(self.lost)} has died")
             time.sleep(pause_s)
             pause_s = min(LONGEST_PAUSE_S, 2 * pause_s)
         return self._gathered[source].popleft()

@@ -120,6 +120,7 @@ def test_special_tokens_are_no_text_but_have_a_label(kind):
     assert kind.ours.token_bytes.label(token) == "<|im_end|>"
 
 
+REPLACED = [decoders.Replace("▁", " ")]
 VOCABULARY = ["a", "b</w>", "▁c", "##d", " ", "<0x41>", "▁", "e</w>"]
 
 
@@ -144,6 +145,8 @@ def decoded(decoder, names):
         (decoders.Metaspace(prepend_scheme="never"), ["▁c", "▁c"]),
         (decoders.Replace(Regex("[ac]"), "x"), ["a", "▁c"]),
         (decoders.Sequence([decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)]),
+         ["▁c", "▁c", "a"]),
+        (decoders.Sequence([*REPLACED, decoders.Fuse(), decoders.Strip(" ", 1, 0)]),
          ["▁", "▁c", "a"]),
     ],
 )  # fmt: skip

@@ -45,6 +45,22 @@ def test_a_process_that_cannot_join_mpi_ends_the_others_that_wait_for_it(tmp_pat
     assert done.stderr.count("mpirun started 4 ranks, but") == 1, done.stderr
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_rank_that_dies_before_mpi_starts_ends_the_others(wrapped):
+    program = (
+        "import os, sys; sys.exit(3) if os.environ['OMPI_COMM_WORLD_RANK'] == '1' else None; "
+        "from mellmpi.cli import main; sys.exit(main(['doctor']))"
+    )
+    command = [sys.executable, "-c", program]
+    if wrapped:
+        command = ["bash", "-c", f'"{sys.executable}" -c "$0"; exit $?', program]
+    started_s = time.monotonic()
+    done = subprocess.run([launcher_beside(), *FLAGS, "-n", "4", *command], cwd=ROOT,
+                          capture_output=True, text=True, timeout=60)  # fmt: skip
+    assert done.returncode != 0 and time.monotonic() - started_s < 30 + LIMIT_S
+    assert done.stderr.count("a rank has ended before MPI started") == 1, done.stderr
+
+
 def launcher_beside():
     from tests.mpi.harness import mpirun
 
@@ -121,9 +137,15 @@ def test_only_a_launcher_of_jobs_is_ever_asked_to_end_them(monkeypatch):
     killed = []
     monkeypatch.setattr(os, "kill", lambda pid, number: killed.append((pid, number)))
     monkeypatch.setattr(launcher, "OTHERS_FIRST_S", 0.0)
+    monkeypatch.setattr(launcher, "launcher_of", lambda: None)
     launcher.end_launcher()
     assert killed == []
-    own = Path(f"/proc/{os.getppid()}/comm").read_text().strip()
-    monkeypatch.setattr(launcher, "DAEMONS", (own,))
+    monkeypatch.setattr(launcher, "launcher_of", lambda: 17)
     launcher.end_launcher()
-    assert killed == [(os.getppid(), signal.SIGTERM)]
+    assert killed == [(17, signal.SIGTERM)]
+
+
+def test_a_launcher_is_found_among_the_ancestors_by_its_name():
+    own = Path(f"/proc/{os.getppid()}/comm").read_text().strip()
+    assert launcher.launcher_of((own,)) == os.getppid()
+    assert launcher.launcher_of(("no such program",)) is None
