@@ -46,12 +46,24 @@ def _add(parser: argparse.ArgumentParser, flags: Sequence[Flag]) -> None:
             parser.add_argument(*names, action=argparse.BooleanOptionalAction, **common)
         elif flag.is_list:
             parser.add_argument(
-                *names, action="append", type=flag.read, metavar=flag.metavar, **common
+                *names, action="append", type=_typed(flag), metavar=flag.metavar, **common
             )
         else:
             parser.add_argument(
-                *names, type=flag.read, metavar=flag.metavar, choices=flag.choices, **common
+                *names, type=_typed(flag), metavar=flag.metavar, choices=flag.choices, **common
             )
+
+
+def _typed(flag: Flag) -> Callable[[str], Any]:
+    """The reader of a flag, whose ValueError becomes argparse's message, which names the flag."""
+
+    def read(text: str) -> Any:
+        try:
+            return flag.read(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return read
 
 
 class _Parser(argparse.ArgumentParser):
@@ -143,10 +155,11 @@ def _from_file(name: str | None) -> dict[str, Any]:
         why = " ".join(str(error).split())
         raise UsageError(f"--config {name} cannot be read: {why}") from error
     flags = {flag.name: flag for flag in (*SERVING, *BATCH)}
-    if not isinstance(entries, dict) or (unknown := sorted(entries.keys() - flags.keys())):
-        wrong = ", ".join(map(str, unknown)) if isinstance(entries, dict) else "no mapping"
+    if not isinstance(entries, dict) or (unknown := entries.keys() - flags.keys()):
+        wrong = ", ".join(sorted(map(str, unknown))) if isinstance(entries, dict) else "no mapping"
         raise UsageError(f"--config {name}: {wrong}: keys are the names of flags, without dashes")
-    text = {k: ";".join(map(str, v)) if isinstance(v, list) else str(v) for k, v in entries.items()}
+    given = {k: v if isinstance(v, list) else [v] for k, v in entries.items() if v is not None}
+    text = {k: ";".join(map(str, v)) for k, v in given.items()}
     return {flags[k].key: _read(flags[k], v, f"{name}: {k}") for k, v in text.items()}
 
 
