@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,8 @@ class _Parser(argparse.ArgumentParser):
     """Raises instead of exiting: under MPI only rank 0 may speak, and all must end."""
 
     def error(self, message: str) -> Any:
+        if message.startswith("argument COMMAND"):
+            message += "; write the command first, then its flags"
         raise UsageError(f"{message}\n  {self.prog} --help shows what there is")
 
 
@@ -104,7 +107,8 @@ def _simulate(arguments: Sequence[str]) -> int:
 
     try:
         given = vars(make_parser().parse_args(list(arguments)))
-        given.pop("command")
+        if given.pop("command") != arguments[0]:
+            raise UsageError("write the command first: python -m mellmpi simulate --trace FILE …")
         return simulate(SimulateOptions(**given))
     except (UsageError, ValueError) as error:
         sys.stderr.write(f"mellmpi: {error}\n")
@@ -146,8 +150,11 @@ def _from_file(name: str | None) -> dict[str, Any]:
         return {}
     import yaml
 
+    from mellmpi.workload.rows import open_filled
+
     try:
-        entries = yaml.safe_load(Path(name).read_text(encoding="utf-8")) or {}
+        with open_filled(Path(name)) as file:
+            entries = yaml.safe_load(file.read().decode("utf-8-sig")) or {}
     except UnicodeDecodeError as error:
         raise UsageError(f"--config {name} is not UTF-8 text; type  iconv -f LATIN1 -t UTF-8 "
                          f"{name} > config.yaml  and give that") from error  # fmt: skip
@@ -255,14 +262,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     first = is_first(os.environ)
     if {"-h", "--help", "--version"} & set(arguments):
         return _help(arguments) if first else 0
-    if arguments[:1] == ["simulate"]:
+    command = _command(arguments)
+    if command == "simulate":
         return _simulate(arguments)
     from mellmpi.runtime.ending import run_job
 
-    play = _doctor if arguments[:1] == ["doctor"] else _serve
+    play = _doctor if command == "doctor" else _serve
     return run_job(
         lambda job: play(job, arguments), lambda size: world_problem(os.environ, size), first
     )
+
+
+def _command(arguments: Sequence[str]) -> str | None:
+    """The command among arguments, wherever it stands, also where its flags are wrong."""
+    found = argparse.Namespace(command=None)
+    with suppress(UsageError):  # said by the one that reads the options
+        make_parser().parse_args(list(arguments), found)
+    return found.command
 
 
 def _serve(job: Any, arguments: Sequence[str]) -> int:

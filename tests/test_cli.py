@@ -1,8 +1,14 @@
+import os
+import subprocess
+import sys
+
 import pytest
 
-from mellmpi.cli import is_first, read_options, world_problem
+from mellmpi.cli import is_first, main, read_options, world_problem
 from mellmpi.config import UsageError
 from mellmpi.flags import byte_size
+from mellmpi.runtime import doctor
+from mellmpi.workload import rows
 
 
 def options(*arguments, environment=None, piped=False):
@@ -183,3 +189,40 @@ def test_a_key_without_a_value_is_as_if_it_were_not_there(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("max-num-seqs: null\nmodel:\nblock-size: 8\n")
     assert options("--config", str(file)) == options("--block-size", "8")
+
+
+def test_a_pipe_without_a_writer_is_no_configuration(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "FILLED_S", 0.0)
+    pipe = tmp_path / "c.yaml"
+    os.mkfifo(pipe)
+    with pytest.raises(UsageError, match=f"nothing comes from {pipe}"):
+        options("--config", str(pipe))
+
+
+def test_the_doctor_is_found_behind_flags(monkeypatch):
+    asked = []
+    monkeypatch.setattr(doctor, "doctor", lambda config, job: asked.append(config) or 0)
+    assert main(["--model", "tiny", "doctor"]) == 0
+    assert asked[0].model.model == "tiny"
+
+
+@pytest.mark.parametrize("before", [["--seed", "1"], ["--config", "x"], ["--model", "tiny"]])
+def test_simulate_stands_before_its_flags(before, capsys):
+    trace = ["--trace", "/no/such", "--kv-bytes-per-token", "1", "--gpu-kv-gib", "1", "--ideal"]
+    assert main([*before, "simulate", *trace]) == 2
+    assert "write the command first" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="write the command first"):
+        options("--tick-s", "5", "simulate", *trace)
+
+
+def test_a_cache_that_memory_cannot_hold_ends_with_code_2(tmp_path):
+    requests = tmp_path / "in.jsonl"
+    requests.write_text('{"custom_id": "a", "method": "POST", "url": "/v1/completions", '
+                        '"body": {"prompt": "a", "max_tokens": 1}}')  # fmt: skip
+    files = ["-i", str(requests), "-o", str(tmp_path / "out.jsonl")]
+    tiny = ["--model", "random:tiny-llama", "--dtype", "float32", "--device", "cpu"]
+    run = [sys.executable, "-m", "mellmpi", "run-batch", *files, *tiny]
+    done = subprocess.run([*run, "--kv-cache-memory-bytes", "1000T"], capture_output=True,
+                          text=True, timeout=120)  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "--kv-cache-memory-bytes" in done.stderr and "Traceback" not in done.stderr
