@@ -67,8 +67,9 @@ class Real:
 
 
 COUNT, NUMBER, SEED = Whole(1, 2**31 - 1), Whole(0, 2**31 - 1), Whole(0, 2**63 - 1)
-THREADS = Whole(1, 1024)
+THREADS, GPUS = Whole(1, 1024), Whole(1, 100_000)
 POSITIVE, SECONDS = Real(1e-9, 1e9), Real(0, 1e9)
+TICK = Real(1e-3, 1e9)  # seconds; a simulation of shorter ones would not end
 FRACTION, SHARE = Real(0, 1), Real(1e-9, 1)
 LARGEST_TOKEN_BYTES = 2**30  # times the tokens of the longest request, it fits into 63 bits
 
@@ -193,8 +194,8 @@ SIMULATE = (
          "(default), RTX-4090, H100", "GPU"),
     Flag("cost-from", str, "in place of a profile, what a run took: its run-batch --report",
          "REPORT"),
-    Flag("tick-s", POSITIVE, "the policy looks at the whole cluster (default: 0.25)", "S"),
-    Flag("gpus", COUNT, "at most so many (default: as many as it takes)", "MAX"),
+    Flag("tick-s", TICK, "the policy looks at the whole cluster (default: 0.25)", "S"),
+    Flag("gpus", GPUS, "at most so many (default: as many as it takes)", "MAX"),
     Flag("thrift", FRACTION, "of frugal (default: 0.5)", "X"),
     Flag("seed", SEED, "of what is random (default: 0)", "N"),
     Flag("json", str, "write the figures", "OUT"),

@@ -174,7 +174,6 @@ def test_models_differ_in_the_size_of_their_kv(trace, tmp_path):
         (["--kv-bytes-per-token", "a=1,b=1", "--hosts", "a,b", "--gpus", "1"], "--gpus"),
         (["--kv-bytes-per-token", "1", "--json", "/no/such/dir/o.json"], "/no/such/dir"),
         (["--kv-bytes-per-token", "1", "--plot", "o.xyz"], ".png"),
-        (["--kv-bytes-per-token", "1", "--json", "/dev/full"], "--json /dev/full"),
         (["--kv-bytes-per-token", "1", "--json", "/"], "--json / is a directory"),
         (["--kv-bytes-per-token", "1", "--plot", "/no/such/dir/o.png"], "/no/such/dir"),
         (["--kv-bytes-per-token", "2G"], "--kv-bytes-per-token"),
@@ -183,7 +182,8 @@ def test_models_differ_in_the_size_of_their_kv(trace, tmp_path):
             for flag in ("--gpu-kv-gib", "--tick-s", "--decode-rate", "--rate-scale", "--thrift")
             for wrong in ("nan", "inf", "1e300", "-1")
         ),
-        (["--kv-bytes-per-token", "1", "--gpus", "99999999999"], "--gpus"),
+        (["--kv-bytes-per-token", "1", "--gpus", "100001"], "--gpus"),
+        (["--kv-bytes-per-token", "1", "--tick-s", "1e-9"], "from 0.001 to 1e+09"),
         (["--kv-bytes-per-token", "1", "--seed", "-1"], "--seed"),
         (["--tracee", "x"], "--help"),
     ],
@@ -199,6 +199,25 @@ def test_the_trace_is_never_overwritten(tmp_path, capsys, flag):
     path.write_text(TRACE)
     assert simulate(str(path), "--kv-bytes-per-token", "1", flag, str(path)) == 2
     assert "are the same file" in capsys.readouterr().err and path.read_text() == TRACE
+
+
+def test_the_report_of_a_run_is_never_overwritten(trace, tmp_path, capsys):
+    report = tmp_path / "r.json"
+    report.write_text("{}")
+    more = ["--kv-bytes-per-token", "1", "--cost-from", str(report), "--json", str(report)]
+    assert simulate(trace, *more) == 2
+    assert "are the same file" in capsys.readouterr().err and report.read_text() == "{}"
+
+
+def test_a_full_device_is_refused_before_the_trace_is_read(trace, capsys):
+    assert simulate(trace, "--kv-bytes-per-token", "1", "--json", "/dev/full") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("mellmpi: --json /dev/full cannot be written") and said.count("\n") == 1
+
+
+def test_the_memory_of_a_gpu_must_be_given(trace, capsys):
+    assert main(["simulate", "--trace", trace, "--kv-bytes-per-token", "1", "--ideal"]) == 2
+    assert "simulate needs --gpu-kv-gib" in capsys.readouterr().err
 
 
 def test_figures_and_picture_are_different_files_and_neither_is_left_behind(
