@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -46,18 +47,32 @@ def _add(parser: argparse.ArgumentParser, flags: Sequence[Flag]) -> None:
             parser.add_argument(*names, action=argparse.BooleanOptionalAction, **common)
         elif flag.is_list:
             parser.add_argument(
-                *names, action="append", type=flag.read, metavar=flag.metavar, **common
+                *names, action="append", type=_typed(flag), metavar=flag.metavar, **common
             )
         else:
             parser.add_argument(
-                *names, type=flag.read, metavar=flag.metavar, choices=flag.choices, **common
+                *names, type=_typed(flag), metavar=flag.metavar, choices=flag.choices, **common
             )
+
+
+def _typed(flag: Flag) -> Callable[[str], Any]:
+    """The reader of a flag, whose ValueError becomes argparse's message, which names the flag."""
+
+    def read(text: str) -> Any:
+        try:
+            return flag.read(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return read
 
 
 class _Parser(argparse.ArgumentParser):
     """Raises instead of exiting: under MPI only rank 0 may speak, and all must end."""
 
     def error(self, message: str) -> Any:
+        if message.startswith("argument COMMAND"):
+            message += "; write the command first, then its flags"
         raise UsageError(f"{message}\n  {self.prog} --help shows what there is")
 
 
@@ -92,7 +107,8 @@ def _simulate(arguments: Sequence[str]) -> int:
 
     try:
         given = vars(make_parser().parse_args(list(arguments)))
-        given.pop("command")
+        if given.pop("command") != arguments[0]:
+            raise UsageError("write the command first: python -m mellmpi simulate --trace FILE …")
         return simulate(SimulateOptions(**given))
     except (UsageError, ValueError) as error:
         sys.stderr.write(f"mellmpi: {error}\n")
@@ -134,8 +150,11 @@ def _from_file(name: str | None) -> dict[str, Any]:
         return {}
     import yaml
 
+    from mellmpi.workload.rows import open_filled
+
     try:
-        entries = yaml.safe_load(Path(name).read_text(encoding="utf-8")) or {}
+        with open_filled(Path(name)) as file:
+            entries = yaml.safe_load(file.read().decode("utf-8-sig")) or {}
     except UnicodeDecodeError as error:
         raise UsageError(f"--config {name} is not UTF-8 text; type  iconv -f LATIN1 -t UTF-8 "
                          f"{name} > config.yaml  and give that") from error  # fmt: skip
@@ -143,10 +162,11 @@ def _from_file(name: str | None) -> dict[str, Any]:
         why = " ".join(str(error).split())
         raise UsageError(f"--config {name} cannot be read: {why}") from error
     flags = {flag.name: flag for flag in (*SERVING, *BATCH)}
-    if not isinstance(entries, dict) or (unknown := sorted(entries.keys() - flags.keys())):
-        wrong = ", ".join(map(str, unknown)) if isinstance(entries, dict) else "no mapping"
+    if not isinstance(entries, dict) or (unknown := entries.keys() - flags.keys()):
+        wrong = ", ".join(sorted(map(str, unknown))) if isinstance(entries, dict) else "no mapping"
         raise UsageError(f"--config {name}: {wrong}: keys are the names of flags, without dashes")
-    text = {k: ";".join(map(str, v)) if isinstance(v, list) else str(v) for k, v in entries.items()}
+    given = {k: v if isinstance(v, list) else [v] for k, v in entries.items() if v is not None}
+    text = {k: ";".join(map(str, v)) for k, v in given.items()}
     return {flags[k].key: _read(flags[k], v, f"{name}: {k}") for k, v in text.items()}
 
 
@@ -242,14 +262,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     first = is_first(os.environ)
     if {"-h", "--help", "--version"} & set(arguments):
         return _help(arguments) if first else 0
-    if arguments[:1] == ["simulate"]:
+    command = _command(arguments)
+    if command == "simulate":
         return _simulate(arguments)
     from mellmpi.runtime.ending import run_job
 
-    play = _doctor if arguments[:1] == ["doctor"] else _serve
+    play = _doctor if command == "doctor" else _serve
     return run_job(
         lambda job: play(job, arguments), lambda size: world_problem(os.environ, size), first
     )
+
+
+def _command(arguments: Sequence[str]) -> str | None:
+    """The command among arguments, wherever it stands, also where its flags are wrong."""
+    found = argparse.Namespace(command=None)
+    with suppress(UsageError):  # said by the one that reads the options
+        make_parser().parse_args(list(arguments), found)
+    return found.command
 
 
 def _serve(job: Any, arguments: Sequence[str]) -> int:

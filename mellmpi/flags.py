@@ -32,20 +32,68 @@ class Flag:
         return f"MELLMPI_{self.key.upper()}"
 
 
-def byte_size(text: str) -> int:
-    """A number of bytes, such as 512M, 1.5GiB or 2000000; K, M, G and T are powers of 1024."""
+@dataclass(frozen=True)
+class Whole:
+    """Reads whole numbers from `least` to `most`. ValueError says which ones are allowed."""
+
+    least: int
+    most: int
+
+    def __call__(self, text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:  # no number, or one with thousands of digits
+            value = self.least - 1
+        if not self.least <= value <= self.most:
+            raise ValueError(f"{text!r:.60} is no whole number from {self.least} to {self.most}")
+        return value
+
+
+@dataclass(frozen=True)
+class Real:
+    """Reads numbers from `least` to `most`. ValueError says which ones are allowed."""
+
+    least: float
+    most: float
+
+    def __call__(self, text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not self.least <= value <= self.most:  # never true of nan
+            raise ValueError(f"{text!r:.60} is no number from {self.least:g} to {self.most:g}")
+        return value
+
+
+COUNT, NUMBER, SEED = Whole(1, 2**31 - 1), Whole(0, 2**31 - 1), Whole(0, 2**63 - 1)
+THREADS, GPUS = Whole(1, 1024), Whole(1, 100_000)
+POSITIVE, SECONDS = Real(1e-9, 1e9), Real(0, 1e9)
+TICK = Real(1e-3, 1e9)  # seconds; a simulation of shorter ones would not end
+FRACTION, SHARE = Real(0, 1), Real(1e-9, 1)
+LARGEST_TOKEN_BYTES = 2**30  # times the tokens of the longest request, it fits into 63 bits
+
+
+def byte_size(text: str, most: int = 2**60) -> int:
+    """A number of bytes, such as 512M, 1.5GiB or 2000000; K, M, G and T are powers of 1024.
+
+    ValueError if it is below 1 or above `most`.
+    """
     number = text.strip().lower().removesuffix("b").removesuffix("i")
     factor = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}.get(number[-1:], 1)
     try:
-        return int(float(number.rstrip("kmgt")) * factor)
+        size = int(float(number.rstrip("kmgt")) * factor)
     except (ValueError, OverflowError) as error:
-        raise ValueError(f"{text!r} is no number of bytes (write 512M or 2G)") from error
+        raise ValueError(f"{text!r:.60} is no number of bytes (write 512M or 2G)") from error
+    if not 1 <= size <= most:
+        raise ValueError(f"{text!r:.60} is no number of bytes from 1 to {most}")
+    return size
 
 
 def sizes_by_model(text: str) -> dict[str, int]:
     """512K for all, or a=512K,b=128K by model."""
     parts = [part.rpartition("=") for part in text.split(",")]
-    return {name.strip(): byte_size(size) for name, _, size in parts}
+    return {name.strip(): byte_size(size, LARGEST_TOKEN_BYTES) for name, _, size in parts}
 
 
 def known_by_model(text: str) -> dict[str, str]:
@@ -76,29 +124,30 @@ SERVING = (
     Flag("worker-models", str, "names, with commas between, of the models that worker 1 hosts; "
          "again for worker 2 …, then over again (default: all host all)", "NAMES", is_list=True),
     Flag("dtype", str, "of weights and KV (default: bfloat16)", choices=DTYPES),
-    Flag("max-model-len", int, "prompt + output tokens (default: what model and KV allow)", "N"),
+    Flag("max-model-len", COUNT, "prompt + output tokens (default: what model and KV allow)", "N"),
     Flag("chat-template", str, "Jinja file in place of the model's own", "FILE"),
-    Flag("block-size", int, "tokens a KV block (default: 16)", "N"),
+    Flag("block-size", COUNT, "tokens a KV block (default: 16)", "N"),
     Flag("kv-cache-memory-bytes", byte_size, "of each worker, such as 512M (default: a share of "
          "the GPU, 1G on a CPU)", "SIZE"),
-    Flag("gpu-memory-utilization", float, "share of a GPU for weights and KV (default: 0.9)", "X"),
+    Flag("gpu-memory-utilization", SHARE, "share of a GPU for weights and KV (default: 0.9)", "X"),
     Flag("enable-prefix-caching", switch, "reuse the KV of prompts that begin alike",
          is_switch=True),
-    Flag("max-num-seqs", int, "sequences a worker decodes at once (default: 64)", "N"),
-    Flag("max-num-batched-tokens", int, "tokens a worker computes in one step, at most (default: "
+    Flag("max-num-seqs", COUNT, "sequences a worker decodes at once (default: 64)", "N"),
+    Flag("max-num-batched-tokens", COUNT, "tokens a worker computes in one step, at most (default: "
          "512)", "N"),
-    Flag("target-step-ms", float, "a step computes as many prompt tokens as fit into this time "
+    Flag("target-step-ms", POSITIVE, "a step computes as many prompt tokens as fit into this time "
          "beside its decodes (default: twice a step that only decodes, at least 50)", "MS"),
     Flag("policy", str, "who goes where (default: frugal)", choices=POLICIES),
     Flag("migrate", str, "never; auto (default): as the policy decides; stress: at random, for "
          "tests", choices=MIGRATE),
-    Flag("rebalance-every-s", float, "the policy looks at the whole cluster (default: 0.1)", "S"),
-    Flag("migration-limit-s", float, "moves that would take longer wait until others have ended "
+    Flag("rebalance-every-s", SECONDS, "the policy looks at the whole cluster (default: 0.1)", "S"),
+    Flag("migration-limit-s", POSITIVE, "moves that would take longer wait until others have ended "
          "(default: 1)", "S"),
-    Flag("thrift", float, "of frugal: 0 moves the fewest bytes, 1 uses the fewest workers "
+    Flag("thrift", FRACTION, "of frugal: 0 moves the fewest bytes, 1 uses the fewest workers "
          "(default: 0.5)", "X"),
-    Flag("park-after-s", float, "a worker empty for so long may be parked (default: 1)", "S"),
-    Flag("threads", int, "compute threads a worker (default: cores / workers of the host)", "N"),
+    Flag("park-after-s", SECONDS, "a worker empty for so long may be parked (default: 1)", "S"),
+    Flag("threads", THREADS, "compute threads a worker (default: cores / workers of the host)",
+         "N"),
     Flag("device", str, "auto (default), cpu or cuda", choices=("auto", "cpu", "cuda")),
     Flag("oversubscribe-gpus", switch, "let workers share a GPU", is_switch=True),
     Flag("checksums", str, "of KV blocks on their way (default: auto, between hosts; always: "
@@ -107,7 +156,7 @@ SERVING = (
          "passes; never: through host memory", choices=DEVICE_BUFFERS),
     Flag("measure-links", switch, "at the start, in about a second (default: yes)",
          is_switch=True),
-    Flag("seed", int, "of random weights and of --migrate stress (default: 0)", "N"),
+    Flag("seed", SEED, "of random weights and of --migrate stress (default: 0)", "N"),
     Flag("cache-dir", str, "where converted models are kept (default: ~/.cache/mellmpi)", "DIR"),
 )  # fmt: skip
 BATCH = (
@@ -115,40 +164,40 @@ BATCH = (
          "FILE"),
     Flag("output-file", str, "answers, appended as they complete; a second run skips those it "
          "finds; - is a pipe", "FILE"),
-    Flag("request-rate", float, "requests arrive at R a second, Poisson (default: all at once)",
+    Flag("request-rate", POSITIVE, "requests arrive at R a second, Poisson (default: all at once)",
          "R"),
     Flag("replay", str, "in place of -i: arrivals and lengths of a trace, made-up tokens; traces: "
          f"{TRACES}", "TRACE"),
-    Flag("rate-scale", float, "of a replay: requests arrive X times as fast (default: 1)", "X"),
-    Flag("length-scale", float, "of a replay: prompts and answers are X times as long (default: 1)",
-         "X"),
-    Flag("max-requests", int, "of a replay: only the first N (default: all)", "N"),
+    Flag("rate-scale", POSITIVE, "of a replay: requests arrive X times as fast (default: 1)", "X"),
+    Flag("length-scale", POSITIVE, "of a replay: prompts and answers are X times as long (default: "
+         "1)", "X"),
+    Flag("max-requests", COUNT, "of a replay: only the first N (default: all)", "N"),
     Flag("report", str, "write figures of the run as JSON", "FILE"),
     Flag("timeline", str, "draw the run: KV of every worker over time, moves, parked workers",
          "FILE.png"),
-    Flag("show", int, "print so many of the first answers (default: 0)", "N"),
+    Flag("show", NUMBER, "print so many of the first answers (default: 0)", "N"),
 )  # fmt: skip
 SIMULATE = (
     Flag("trace", str, f"arrivals and lengths: {TRACES}", "FILE"),
-    Flag("rate-scale", float, "requests arrive X times as fast (default: 1)", "X"),
+    Flag("rate-scale", POSITIVE, "requests arrive X times as fast (default: 1)", "X"),
     Flag("model", known_by_model, "a known model, for sizes and times; or several, by their names "
          "in the trace: chat=llama-2-7b,code=llama-3-8b", "NAME"),
     Flag("kv-bytes-per-token", sizes_by_model, "of any other model, such as 512K; or, by the names "
          "of models in the trace, a=512K,b=128K", "SIZE"),
     Flag("hosts", hosted, "of several models, which GPU hosts what: a,b,a+b for three GPUs, and so "
          "on from the first (default: every GPU hosts all)", "MODELS"),
-    Flag("gpu-kv-gib", float, "GiB of KV cache a GPU", "G"),
+    Flag("gpu-kv-gib", POSITIVE, "GiB of KV cache a GPU", "G"),
     Flag("policies", str, "to compare, with commas between", "NAMES"),
     Flag("ideal", switch, "prefill, waking and moves take no time", is_switch=True),
-    Flag("decode-rate", float, "tokens/s of every request, with --ideal (default: 30)", "R"),
+    Flag("decode-rate", POSITIVE, "tokens/s of every request, with --ideal (default: 30)", "R"),
     Flag("profile", str, "what steps, transfers and waking take, without --ideal: A100-40G "
          "(default), RTX-4090, H100", "GPU"),
     Flag("cost-from", str, "in place of a profile, what a run took: its run-batch --report",
          "REPORT"),
-    Flag("tick-s", float, "the policy looks at the whole cluster (default: 0.25)", "S"),
-    Flag("gpus", int, "at most so many (default: as many as it takes)", "MAX"),
-    Flag("thrift", float, "of frugal (default: 0.5)", "X"),
-    Flag("seed", int, "of what is random (default: 0)", "N"),
+    Flag("tick-s", TICK, "the policy looks at the whole cluster (default: 0.25)", "S"),
+    Flag("gpus", GPUS, "at most so many (default: as many as it takes)", "MAX"),
+    Flag("thrift", FRACTION, "of frugal (default: 0.5)", "X"),
+    Flag("seed", SEED, "of what is random (default: 0)", "N"),
     Flag("json", str, "write the figures", "OUT"),
     Flag("plot", str, "draw the figures", "OUT.png"),
     Flag("frontier", switch, "run frugal at thrifts from 0 to 1, too", is_switch=True),

@@ -2,17 +2,22 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from mellmpi.config import UsageError
 from mellmpi.core.cost import CostModel
 from mellmpi.core.policies import POLICIES
+from mellmpi.front.destination import Destination, Unwritable, check_different
+from mellmpi.front.visible import visible
 from mellmpi.protocol import ModelKv
 from mellmpi.sim.bound import Load, make_load, mean_context_bytes
 from mellmpi.sim.profiles import (
@@ -63,9 +68,10 @@ class SimulateOptions:
             if model not in MODELS:
                 raise ValueError(f"--model must be one of {', '.join(MODELS)}, not {model}; "
                                  "give others by --kv-bytes-per-token")  # fmt: skip
-        self._check_numbers()
+        if not self.gpu_kv_gib:
+            raise ValueError("simulate needs --gpu-kv-gib G")
         self._check_hosts()
-        self._check_outputs()
+        self._check_picture()
         if unknown := [name for name in self.names if name not in POLICIES]:
             raise ValueError(f"--policies: {', '.join(unknown)} is not one of "
                              f"{', '.join(POLICIES)}")  # fmt: skip
@@ -75,25 +81,10 @@ class SimulateOptions:
             raise ValueError("what steps take depends on the model: give a known one by --model, "
                              "or --cost-from REPORT, or add --ideal")  # fmt: skip
 
-    def _check_numbers(self) -> None:
-        sizes = (("--kv-bytes-per-token", size) for size in self.token_bytes.values())
-        for flag, value in (("--gpu-kv-gib", self.gpu_kv_gib), ("--decode-rate", self.decode_rate),
-                            ("--tick-s", self.tick_s), ("--rate-scale", self.rate_scale),
-                            *sizes):  # fmt: skip
-            if not 0 < value < float("inf"):
-                raise ValueError(f"{flag} must be given, and over 0")
-        if self.gpus is not None and self.gpus < 1:
-            raise ValueError(f"--gpus must be at least 1, not {self.gpus}")
-        if not 0 <= self.thrift <= 1:
-            raise ValueError(f"--thrift must be in [0, 1], not {self.thrift}")
-
-    def _check_outputs(self) -> None:
-        """Now, not after a long run."""
-        for flag, path in (("--json", self.json), ("--plot", self.plot)):
-            if path is not None and not Path(path).absolute().parent.is_dir():
-                raise ValueError(f"{flag}: there is no folder {Path(path).parent}")
-        if self.plot is not None and Path(self.plot).suffix not in PICTURES:
-            raise ValueError(f"--plot must end in one of {', '.join(PICTURES)}, not {self.plot}")
+    def _check_picture(self) -> None:
+        if self.plot is not None and Path(self.plot).suffix.lower() not in PICTURES:
+            raise ValueError(f"--plot {visible(self.plot)}: its name must end with the kind of "
+                             f"picture, one of {' '.join(PICTURES)}")  # fmt: skip
 
     def _check_hosts(self) -> None:
         hosted = {model for models in self.hosts or [] for model in models}
@@ -166,11 +157,12 @@ def _in_blocks(sizes: dict[str, int]) -> dict[str, ModelKv]:
 
 def simulate(options: SimulateOptions) -> int:
     """Run all policies and write what was asked for; the exit code."""
+    figures_file, picture = _outputs(options)
     try:
         scene = read_scene(options)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    sys.stderr.write(f"mellmpi: {scene.source}\n")
+    sys.stderr.write(f"mellmpi: {visible(scene.source)}\n")
     trace = scene.load
     runs = {name: _run(scene, name, options) for name in dict.fromkeys(options.names)}
     report = {
@@ -183,7 +175,11 @@ def simulate(options: SimulateOptions) -> int:
     }  # fmt: skip
     if options.frontier:
         report["frontier"] = _frontier(scene, options)
-    _write(options, trace, report, {name: tally for name, (tally, _) in runs.items()})
+    if figures_file:
+        _write(figures_file, (json.dumps(report, indent=2) + "\n").encode())
+    if picture:
+        tallies = {name: tally for name, (tally, _) in runs.items()}
+        _write(picture, _drawn(picture, trace, report, tallies))
     sys.stdout.write(_table(report))
     return 0
 
@@ -243,19 +239,54 @@ class _progress:
             self.bar.close()
 
 
-def _write(options: SimulateOptions, trace: Load, report: dict[str, Any],
-           tallies: dict[str, Tally]) -> None:  # fmt: skip
-    try:
-        if options.json:
-            Path(options.json).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        if options.plot:
-            from mellmpi.sim.plots import draw
+def _outputs(options: SimulateOptions) -> tuple[Destination | None, Destination | None]:
+    """Where figures and picture go, proved before a long run.
 
-            draw(options.plot, trace, report, tallies)
-    except ImportError as error:
-        raise UsageError("--plot needs matplotlib: pip install 'mellmpi[sim]'") from error
+    UsageError where one cannot be written, or would overwrite an input or the other one.
+    """
+    if options.plot and find_spec("matplotlib") is None:
+        raise UsageError("--plot needs matplotlib: pip install 'mellmpi[sim]'")
+    given = (("--json", options.json), ("--plot", options.plot))
+    figures_file, picture = (Destination(flag, name, name) if name else None
+                             for flag, name in given)  # fmt: skip
+    inputs = [("--trace", options.trace), ("--cost-from", options.cost_from)]
+    found = [_status(flag, name) for flag, name in inputs if name]
+    with ExitStack() as made:
+        for one in filter(None, (figures_file, picture)):
+            found.append((str(one), one.prove(made)))
+            _check_space(one)
+        check_different(found)
+    return figures_file, picture
+
+
+def _check_space(proved: Destination) -> None:
+    """UsageError for a device that takes no bytes, such as /dev/full."""
+    try:
+        if proved.descriptor is not None:
+            os.write(proved.descriptor, b"")
     except OSError as error:
-        raise UsageError(f"cannot write {error.filename}: {error.strerror}") from error
+        raise UsageError(f"{proved} cannot be written: {error.strerror}") from error
+
+
+def _status(flag: str, name: str) -> tuple[str, os.stat_result]:
+    try:
+        return f"{flag} {visible(name)}", os.stat(name)
+    except OSError as error:
+        raise UsageError(f"{flag} {visible(name)} cannot be read: {error.strerror}") from error
+
+
+def _write(destination: Destination, data: bytes) -> None:
+    try:
+        destination.replace(data)
+    except Unwritable as error:
+        raise UsageError(str(error)) from error
+
+
+def _drawn(picture: Destination, trace: Load, report: dict[str, Any],
+           tallies: dict[str, Tally]) -> bytes:  # fmt: skip
+    from mellmpi.sim.plots import draw  # matplotlib is slow to import
+
+    return draw(Path(picture.name).suffix, trace, report, tallies)
 
 
 def _table(report: dict[str, Any]) -> str:

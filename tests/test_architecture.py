@@ -40,8 +40,8 @@ MAY_IMPORT = {  # part of the package -> what of ours it may import, beside itse
     "workload": {"protocol"},
     "timeline": {"protocol", "series"},
     "front": {"protocol", "config", "metrics", "workload"},
-    "sim": {"core"} | DATA,
-    "simulate": {"core", "sim"} | DATA,
+    "sim": {"core", "front"} | DATA,
+    "simulate": {"core", "front", "sim"} | DATA,
     "runtime": PARTS - {"sim", "cli", "flags", "simulate"},
     "cli": PARTS,
 }

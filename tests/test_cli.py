@@ -1,8 +1,14 @@
+import os
+import subprocess
+import sys
+
 import pytest
 
-from mellmpi.cli import is_first, read_options, world_problem
+from mellmpi.cli import is_first, main, read_options, world_problem
 from mellmpi.config import UsageError
 from mellmpi.flags import byte_size
+from mellmpi.runtime import doctor
+from mellmpi.workload import rows
 
 
 def options(*arguments, environment=None, piped=False):
@@ -64,7 +70,7 @@ def test_without_a_command_it_is_the_demo_or_what_is_piped():
         (["--request-rate", "0"], "--request-rate"),
         (["--replay", "t.csv", "-i", "in.jsonl"], "leave one out"),
         (["--replay", "t.csv", "--request-rate", "3"], "--rate-scale"),
-        (["--replay", "t.csv", "--length-scale", "-1"], "--length-scale must be over 0"),
+        (["--replay", "t.csv", "--length-scale", "-1"], "argument --length-scale"),
         (["--rate-scale", "2"], "goes with --replay"),
         (["--model", "a", "--model", "b", "--served-model-name", "c"], "give each model one"),
         (["--model", "a", "--model", "a"], "--served-model-name"),
@@ -133,3 +139,90 @@ def test_sizes_without_end_are_refused():
 
 def test_a_launchers_variable_that_is_no_number_says_nothing_about_the_world():
     assert world_problem({"SLURM_STEP_NUM_TASKS": "", "PMI_SIZE": "many"}, 1) == ""
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        *(("--threads", wrong) for wrong in ("-3", "0", "1.5", "99999999999999", "9" * 5000)),
+        ("--max-num-seqs", "1" + "0" * 23),
+        ("--max-num-batched-tokens", "0"),
+        ("--block-size", "1" + "0" * 18),
+        ("--max-model-len", "1" + "0" * 30),
+        ("--max-requests", "0"),
+        ("--show", "-1"),
+        *(("--seed", wrong) for wrong in ("-1", str(2**63))),
+        *(("--kv-cache-memory-bytes", wrong) for wrong in ("-1", "0", "nan", "99999999T")),
+        *(("--park-after-s", wrong) for wrong in ("-1", "nan", "inf", "1e300", "soon")),
+        ("--rebalance-every-s", "nan"),
+        ("--migration-limit-s", "inf"),
+        ("--target-step-ms", "1e300"),
+        ("--gpu-memory-utilization", "nan"),
+        ("--request-rate", "inf"),
+        ("--rate-scale", "1e-300"),
+        ("--length-scale", "nan"),
+        ("--thrift", "1.1"),
+    ],
+)
+def test_a_number_out_of_bounds_is_refused_by_the_name_of_its_flag(flag, value):
+    with pytest.raises(UsageError, match=f"argument {flag}: .* is no ") as caught:
+        options(flag, value)
+    assert len(str(caught.value)) < 250
+    variable = f"MELLMPI_{flag[2:].replace('-', '_').upper()}"
+    with pytest.raises(UsageError, match=f"{variable}: "):
+        options(environment={variable: value})
+
+
+def test_the_smallest_and_largest_numbers_are_read():
+    assert options("--seed", str(2**63 - 1), "--threads", "1").config.threads == 1
+    assert options("--park-after-s", "0", "--show", "0").config.cluster.park_after_s == 0
+
+
+def test_keys_of_a_file_that_are_no_text_are_named(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("1: a\nfoo: b\n")
+    with pytest.raises(UsageError, match="1, foo: keys are the names of flags"):
+        options("--config", str(file))
+
+
+def test_a_key_without_a_value_is_as_if_it_were_not_there(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("max-num-seqs: null\nmodel:\nblock-size: 8\n")
+    assert options("--config", str(file)) == options("--block-size", "8")
+
+
+def test_a_pipe_without_a_writer_is_no_configuration(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "FILLED_S", 0.0)
+    pipe = tmp_path / "c.yaml"
+    os.mkfifo(pipe)
+    with pytest.raises(UsageError, match=f"nothing comes from {pipe}"):
+        options("--config", str(pipe))
+
+
+def test_the_doctor_is_found_behind_flags(monkeypatch):
+    asked = []
+    monkeypatch.setattr(doctor, "doctor", lambda config, job: asked.append(config) or 0)
+    assert main(["--model", "tiny", "doctor"]) == 0
+    assert asked[0].model.model == "tiny"
+
+
+@pytest.mark.parametrize("before", [["--seed", "1"], ["--config", "x"], ["--model", "tiny"]])
+def test_simulate_stands_before_its_flags(before, capsys):
+    trace = ["--trace", "/no/such", "--kv-bytes-per-token", "1", "--gpu-kv-gib", "1", "--ideal"]
+    assert main([*before, "simulate", *trace]) == 2
+    assert "write the command first" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="write the command first"):
+        options("--tick-s", "5", "simulate", *trace)
+
+
+def test_a_cache_that_memory_cannot_hold_ends_with_code_2(tmp_path):
+    requests = tmp_path / "in.jsonl"
+    requests.write_text('{"custom_id": "a", "method": "POST", "url": "/v1/completions", '
+                        '"body": {"prompt": "a", "max_tokens": 1}}')  # fmt: skip
+    files = ["-i", str(requests), "-o", str(tmp_path / "out.jsonl")]
+    tiny = ["--model", "random:tiny-llama", "--dtype", "float32", "--device", "cpu"]
+    run = [sys.executable, "-m", "mellmpi", "run-batch", *files, *tiny]
+    done = subprocess.run([*run, "--kv-cache-memory-bytes", "1000T"], capture_output=True,
+                          text=True, timeout=120)  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "--kv-cache-memory-bytes" in done.stderr and "Traceback" not in done.stderr

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -173,12 +174,68 @@ def test_models_differ_in_the_size_of_their_kv(trace, tmp_path):
         (["--kv-bytes-per-token", "a=1,b=1", "--hosts", "a,b", "--gpus", "1"], "--gpus"),
         (["--kv-bytes-per-token", "1", "--json", "/no/such/dir/o.json"], "/no/such/dir"),
         (["--kv-bytes-per-token", "1", "--plot", "o.xyz"], ".png"),
+        (["--kv-bytes-per-token", "1", "--json", "/"], "--json / is a directory"),
+        (["--kv-bytes-per-token", "1", "--plot", "/no/such/dir/o.png"], "/no/such/dir"),
+        (["--kv-bytes-per-token", "2G"], "--kv-bytes-per-token"),
+        *(
+            (["--kv-bytes-per-token", "1", flag, wrong], f"argument {flag}: '{wrong}' is no number")
+            for flag in ("--gpu-kv-gib", "--tick-s", "--decode-rate", "--rate-scale", "--thrift")
+            for wrong in ("nan", "inf", "1e300", "-1")
+        ),
+        (["--kv-bytes-per-token", "1", "--gpus", "100001"], "--gpus"),
+        (["--kv-bytes-per-token", "1", "--tick-s", "1e-9"], "from 0.001 to 1e+09"),
+        (["--kv-bytes-per-token", "1", "--seed", "-1"], "--seed"),
         (["--tracee", "x"], "--help"),
     ],
 )
 def test_a_wrong_flag_ends_with_one_clear_message_and_code_2(trace, capsys, more, hint):
     assert simulate(trace, *more) == 2
     assert hint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--json", "--plot"])
+def test_the_trace_is_never_overwritten(tmp_path, capsys, flag):
+    path = tmp_path / "trace.png"
+    path.write_text(TRACE)
+    assert simulate(str(path), "--kv-bytes-per-token", "1", flag, str(path)) == 2
+    assert "are the same file" in capsys.readouterr().err and path.read_text() == TRACE
+
+
+def test_the_report_of_a_run_is_never_overwritten(trace, tmp_path, capsys):
+    report = tmp_path / "r.json"
+    report.write_text("{}")
+    more = ["--kv-bytes-per-token", "1", "--cost-from", str(report), "--json", str(report)]
+    assert simulate(trace, *more) == 2
+    assert "are the same file" in capsys.readouterr().err and report.read_text() == "{}"
+
+
+def test_a_full_device_is_refused_before_the_trace_is_read(trace, capsys):
+    assert simulate(trace, "--kv-bytes-per-token", "1", "--json", "/dev/full") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("mellmpi: --json /dev/full cannot be written") and said.count("\n") == 1
+
+
+def test_the_memory_of_a_gpu_must_be_given(trace, capsys):
+    assert main(["simulate", "--trace", trace, "--kv-bytes-per-token", "1", "--ideal"]) == 2
+    assert "simulate needs --gpu-kv-gib" in capsys.readouterr().err
+
+
+def test_figures_and_picture_are_different_files_and_neither_is_left_behind(
+    trace, tmp_path, capsys
+):
+    out = tmp_path / "o.png"
+    more = ["--kv-bytes-per-token", "1", "--json", str(out), "--plot", str(out)]
+    assert simulate(trace, *more) == 2
+    assert "are the same file" in capsys.readouterr().err and not out.exists()
+
+
+@pytest.mark.parametrize("name", [b"$x^$.csv", b"\xff\x1b.csv"])
+def test_a_trace_of_any_name_can_be_drawn(tmp_path, capsys, name):
+    path, plot = tmp_path / os.fsdecode(name), tmp_path / "o.PNG"
+    path.write_text(TRACE)
+    more = ["--kv-bytes-per-token", "1", "--policies", "best_fit", "--plot", str(plot)]
+    assert simulate(str(path), *more) == 0
+    assert plot.read_bytes().startswith(b"\x89PNG") and "\x1b" not in capsys.readouterr().err
 
 
 def test_sizes_are_for_all_models_or_by_name():

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mellmpi.flags import TRACES
-from mellmpi.workload import gamma, load
+from mellmpi.workload import gamma, load, rows
 from mellmpi.workload.formats import FORMATS, column_name, recognise
 from tests.fuzz_traces import VALID, damaged, outcome
 
@@ -355,6 +355,13 @@ def test_what_is_no_text_is_refused_by_name(tmp_path, content, hint):
 def test_a_directory_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=f"{tmp_path} cannot be read: Is a directory"):
         load(tmp_path)
+
+
+def test_a_pipe_without_a_writer_is_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "FILLED_S", 0.0)
+    os.mkfifo(tmp_path / "trace")
+    with pytest.raises(ValueError, match=f"nothing comes from {tmp_path / 'trace'}"):
+        load(tmp_path / "trace")
 
 
 @pytest.fixture(scope="module")

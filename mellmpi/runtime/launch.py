@@ -1,5 +1,6 @@
 """From a started process to its role: rank 0 schedules, the others work, one alone does both."""
 
+import errno
 import gc
 import os
 import struct
@@ -167,6 +168,11 @@ def make_worker(transport: Transport, config: Config, prepared: dict[str, Any],
             )  # fmt: skip
         except ValueError as error:
             raise UsageError(str(error)) from error
+        except (MemoryError, OSError) as error:
+            if isinstance(error, OSError) and error.errno != errno.ENOMEM:
+                raise
+            raise UsageError("there is too little memory for the KV cache: give less with "
+                             "--kv-cache-memory-bytes SIZE, such as 512M") from error  # fmt: skip
 
     gc.freeze()  # modules stay: a worker that parks need not look through them for what it can free
     most_positions = Architecture.from_directory(directories[0]).max_position

@@ -1,11 +1,13 @@
 """One picture of a simulation: GPUs against the bound, utilisation, moves, the frontier."""
 
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 
+from mellmpi.front.visible import visible
 from mellmpi.sim.bound import Load
 from mellmpi.sim.replay import Tally, sample_times
 
@@ -16,8 +18,8 @@ BIN_S = 60.0
 MOVED, OVER = "migrated_bytes_per_kv_byte", "gpus_over_bound"
 
 
-def draw(path: str, load: Load, report: dict[str, Any], tallies: dict[str, Tally]) -> None:
-    """Write the picture; the ending of `path` says in which format."""
+def draw(suffix: str, load: Load, report: dict[str, Any], tallies: dict[str, Tally]) -> bytes:
+    """The picture, in the format that `suffix` names, such as .png."""
     figure, ((gpus, use), (moves, frontier)) = plt.subplots(2, 2, figsize=(14, 9))
     colors = {name: f"C{i}" for i, name in enumerate(tallies)}
     for name, tally in tallies.items():
@@ -36,10 +38,12 @@ def draw(path: str, load: Load, report: dict[str, Any], tallies: dict[str, Tally
     moves.set_ylim(bottom=0)
     _frontier(frontier, report, colors)
     gpus.legend(fontsize=8, ncols=2)
-    figure.suptitle(_title(report))
+    figure.suptitle(_title(report), parse_math=False)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    picture = BytesIO()
+    figure.savefig(picture, format=suffix.lower().removeprefix("."), dpi=110)
     plt.close(figure)
+    return picture.getvalue()
 
 
 def _over_time(gpus: Any, use: Any, moves: Any, load: Load, name: str, tally: Tally,
@@ -80,8 +84,9 @@ def _title(report: dict[str, Any]) -> str:
     config = report["config"]
     how = "ideal" if config["ideal"] else config["cost_from"] or config["profile"]
     faster = f" ×{config['rate_scale']:g}" if config["rate_scale"] != 1 else ""
-    return (f"{Path(report['trace']).name}{faster}, {report['requests']} requests, "
-            f"{report['gpu_kv_bytes'] / 2**30:g} GiB of KV a GPU, {how}")  # fmt: skip
+    title = (f"{Path(report['trace']).name}{faster}, {report['requests']} requests, "
+             f"{report['gpu_kv_bytes'] / 2**30:g} GiB of KV a GPU, {how}")  # fmt: skip
+    return visible(title)
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:

@@ -4,6 +4,8 @@ import csv
 import gzip
 import io
 import json
+import os
+import select
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ from typing import Any
 
 from mellmpi.workload.formats import column_name
 
+FILLED_S = 5.0  # so long a pipe may be empty at the start
 LONGEST_LINE = 1 << 24  # characters; a prompt of a million tokens has some 500,000 in hash_ids
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 PACKED = {  # first bytes of files that are no text -> what to do
@@ -45,6 +48,20 @@ class _ReadAhead(io.RawIOBase):
         return len(data)
 
 
+def open_filled(path: Path) -> io.BufferedReader:
+    """Open a file to read its bytes. ValueError if it is a pipe that stays empty for `FILLED_S`."""
+    if not path.is_fifo():
+        return path.open("rb")
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # does not wait for a writer
+    file = os.fdopen(descriptor, "rb")
+    if not select.select([descriptor], [], [], FILLED_S)[0]:
+        file.close()
+        raise ValueError(f"nothing comes from {path}: it is a pipe, and its writer must start "
+                         f"within {FILLED_S:g} s")  # fmt: skip
+    os.set_blocking(descriptor, True)
+    return file
+
+
 @dataclass
 class TraceFile:
     """One file; `line` and `separator` are known as far as `rows` has read."""
@@ -56,7 +73,7 @@ class TraceFile:
     def rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Line number and cells of each row, by `column_name`. ValueError names file and line."""
         try:
-            with self.path.open("rb") as file:
+            with open_filled(self.path) as file:
                 yield from self._parsed(self._lines(self._text(file)))
         except (OSError, EOFError, zlib.error) as error:
             why = error.strerror if isinstance(error, OSError) else None
