@@ -12,6 +12,7 @@ LEAST_TARGET_S = 0.05
 MULTIPLE = 2.0  # of a step that only decodes
 WITHOUT_DECODES = 4.0  # targets: no sequence waits for its next token, only messages do
 LEAST_SHARE = 0.2  # of a step that also decodes, for prompts: they never starve
+CLOSING_SHARE = 1 / 3  # likewise, at most, while a moving request is about to stop or to resume
 
 StepSeconds = tuple[float, float, float, float]  # a, b, c, d
 UNKNOWN: StepSeconds = (0.0, 0.0, 0.0, 0.0)
@@ -36,8 +37,8 @@ class StepBudget:
         target_s = self.target_s or max(LEAST_TARGET_S, MULTIPLE * decode_only_s)
         if not num_decoding:
             return max(WITHOUT_DECODES * target_s - step_s, step_s)
-        least_s = decode_only_s * LEAST_SHARE / (1 - LEAST_SHARE)
-        return least_s if closing else max(least_s, target_s - decode_only_s)
+        prompts_s = max(_share_s(LEAST_SHARE, decode_only_s), target_s - decode_only_s)
+        return min(prompts_s, _share_s(CLOSING_SHARE, decode_only_s)) if closing else prompts_s
 
     def num_tokens(self, seconds: StepSeconds, start: int, left_s: float) -> int:
         """Positions from `start` on that can be computed in `left_s`, at least one."""
@@ -56,6 +57,11 @@ class StepBudget:
         left_s = self.prompt_s(seconds, num_decoding)
         most = max(1, self.max_tokens - num_decoding)
         return min(most, self.num_tokens(seconds, start, left_s))
+
+
+def _share_s(share: float, rest_s: float) -> float:
+    """What is this share of a step, where all else takes `rest_s`."""
+    return rest_s * share / (1 - share)
 
 
 def chunk_s(seconds: StepSeconds, start: int, num_tokens: int) -> float:

@@ -184,7 +184,7 @@ def test_a_step_after_which_a_request_leaves_computes_little_of_prompts():
     bench.assign(1, num_prompt=90)
     assert prompts(bench) == [(1, 20)]
     bench.order(SendKv(50, 50, 2, 9, 0))
-    assert prompts(bench) == [(1, 5)]
+    assert prompts(bench) == [(1, 10)], "a third of the step"
 
 
 def test_a_step_while_the_last_blocks_of_a_request_come_computes_little_of_prompts():
@@ -194,7 +194,7 @@ def test_a_step_while_the_last_blocks_of_a_request_come_computes_little_of_promp
     bench.batch.handle(2, header(num_computed=17, outputs=(), last=False))
     assert prompts(bench) == [(1, 20)], "most of it is still to come"
     bench.batch.handle(2, header(17, (), first_block=5, num_blocks=1, last=False, tag=IN + 1))
-    assert prompts(bench) == [(1, 5)]
+    assert prompts(bench) == [(1, 10)]
 
 
 def test_decodes_come_before_prefills_and_sampled_chunks_before_partial_ones():

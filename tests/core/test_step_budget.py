@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mellmpi.core.step_budget import (
+    CLOSING_SHARE,
     LEAST_SHARE,
     LEAST_TARGET_S,
     MULTIPLE,
@@ -52,8 +53,10 @@ def test_a_step_without_decodes_may_take_longer():
 def test_a_step_in_which_a_request_stops_or_resumes_is_kept_short():
     budget = StepBudget(512)
     short_s = budget.prompt_s(SECONDS, 40, closing=True)
-    assert short_s == pytest.approx(0.050 * LEAST_SHARE / (1 - LEAST_SHARE))
+    assert short_s == pytest.approx(0.050 * CLOSING_SHARE / (1 - CLOSING_SHARE))
     assert 0 < short_s < budget.prompt_s(SECONDS, 40)
+    starved = StepBudget(512, 0.001)
+    assert starved.prompt_s(SECONDS, 40, closing=True) == starved.prompt_s(SECONDS, 40)
 
 
 @given(costs, st.integers(0, 100_000), st.floats(1e-4, 10.0))
