@@ -75,6 +75,7 @@ READS_THE_ENVIRONMENT = {
     "cli.py",
     "transport/devices.py",  # hands it to a child
     "transport/mpi.py",  # MPI takes some settings from there alone
+    "transport/starting.py",  # before MPI has started only the launcher's variables tell ranks
 }
 NO_NAME_WITH = ("Manager", "Handler", "Helper", "Util")
 NO_FILE_NAMED = {"utils.py", "util.py", "helpers.py", "common.py", "misc.py"}

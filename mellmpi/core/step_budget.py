@@ -50,7 +50,7 @@ class StepBudget:
             count = left_s / first_s
         else:
             count = (math.sqrt(first_s**2 + 2 * attended_s * left_s) - first_s) / attended_s
-        return max(1, min(self.max_tokens, int(count)))
+        return max(1, min(self.max_tokens, int(count + 1e-9)))
 
     def chunk(self, seconds: StepSeconds, start: int, num_decoding: int) -> int:
         """Positions of one prompt, from `start` on, in a step that decodes so many sequences."""

@@ -53,8 +53,7 @@ def worker_of(rank: int) -> int:
     return rank
 
 
-def rank_of(worker: int) -> int:
-    return worker
+rank_of = worker_of
 
 
 class Turn:
@@ -265,10 +264,7 @@ class Job:
         self._post.starting = not self.survivable
 
     def finish(self) -> list[str]:
-        """All is done: shut MPI down, together. The process can then end as it likes.
-
-        Returns why workers failed meanwhile, at rank 0.
-        """
+        """All is done: shut MPI down, together. Returns why workers failed meanwhile, at rank 0."""
         if MPI.Is_finalized():
             return []
         if self._transport:
@@ -307,8 +303,7 @@ class Job:
         assert exit_code != 0, "the launcher would let the others run on"
         sys.stdout.flush()
         sys.stderr.flush()
-        # Under ULFM mpirun ends nobody (seen with 5.0.11, MPI_Abort and exit codes alike): every
-        # rank has to leave by itself, once it is told.
+        # Under ULFM mpirun ends nobody (seen with 5.0.11): every rank leaves once it is told.
         try:
             if not self._post.dismiss(exit_code):
                 self._end_all(exit_code)
