@@ -15,6 +15,7 @@ import torch
 
 MASS = 2.0**34  # of the likeliest token; with up to 2**18 of them every sum stays below 2**53
 RUN = 256  # masses summed at once
+COLDEST, HOTTEST = 1e-30, 1e30  # temperatures: beyond them float32 has infinities, and no numbers
 
 
 class Draw(NamedTuple):
@@ -62,7 +63,7 @@ def row_masses(logits: np.ndarray, temperature: float) -> np.ndarray:
     numpy's exp, not torch's, which takes another one for what is left over after its vectors.
     """
     scaled = logits - logits.max()
-    scaled /= np.float32(max(temperature, 1e-30))
+    scaled /= np.float32(min(max(temperature, COLDEST), HOTTEST))
     masses = np.exp(scaled, out=scaled).astype(np.float64)
     masses *= MASS
     return np.rint(masses, out=masses)
@@ -127,7 +128,7 @@ def draw_rows(logits: torch.Tensor, hows: list[Draw]) -> torch.Tensor:
     """int64 [n]: a token of each row at random. logits float32 [n, vocab]."""
     columns = torch.tensor(hows, dtype=torch.float64).to(logits.device).split(1, dim=-1)
     uniform, temperature, min_p, top_k, top_p = columns
-    masses = _masses(logits, temperature.float().clamp_(min=1e-30))
+    masses = _masses(logits, temperature.clamp(COLDEST, HOTTEST).float())
     if any(how.min_p > 0 for how in hows):
         masses = masses.where(masses >= min_p * MASS, 0.0)
     if most := min(max(how.top_k for how in hows), masses.shape[1]):

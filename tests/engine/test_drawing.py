@@ -105,3 +105,14 @@ def test_logits_that_are_not_numbers_still_give_a_token(uniform):
         logits = torch.full((1, 50), value)
         assert 0 <= draw_row(logits[0].numpy(), how) < 50
         assert 0 <= draw_rows(logits, [how]).item() < 50
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-40, 1e300, 1.7e308])
+@pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-53])
+def test_the_coldest_and_the_hottest_draw_give_a_token(temperature, uniform):
+    """Beyond what float32 holds, with a logit that can never come."""
+    logits = np.array([1.0, -np.inf, 3.0, 2.0] * 100, np.float32)
+    for how in (Draw(uniform, temperature, 0.0, 0, 1.0), Draw(uniform, temperature, 0.1, 3, 0.9)):
+        token = draw_row(logits, how)
+        assert logits[token] > -np.inf
+        assert draw_rows(torch.from_numpy(logits)[None], [how]).item() == token
