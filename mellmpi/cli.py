@@ -30,6 +30,7 @@ SECTIONS = {
     "transport": TransportConfig,
 }
 STDERR = 2
+AT_ONCE_MS = 1e6  # of a step in a batch whose requests are all there: only tokens limit it
 EXAMPLES = """examples:
   mpirun -np 3 python -m mellmpi                              the demo: a small model, 2 workers
   mpirun -np 3 python -m mellmpi run-batch -i in.jsonl -o out.jsonl --model DIR
@@ -185,6 +186,8 @@ def _read(flag: Flag, text: str, source: str) -> Any:
 def _options(command: str, values: dict[str, Any]) -> Options:
     if command == "demo":
         values = {"kv_cache_memory_bytes": KV_BYTES, **values}
+    if command == "run-batch" and not {"request_rate", "replay"} & values.keys():
+        values = {"target_step_ms": AT_ONCE_MS, **values}  # nobody waits for the next token
     sections: dict[str, Any] = {}
     for name, section in SECTIONS.items():
         mine = {f.name: values[f.name] for f in fields(section) if f.name in values}

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from mellmpi.cli import is_first, main, read_options, world_problem
+from mellmpi.cli import AT_ONCE_MS, is_first, main, read_options, world_problem
 from mellmpi.config import UsageError
 from mellmpi.flags import byte_size
 from mellmpi.runtime import doctor
@@ -226,3 +226,11 @@ def test_a_cache_that_memory_cannot_hold_ends_with_code_2(tmp_path):
                           text=True, timeout=120)  # fmt: skip
     assert done.returncode == 2, done.stderr
     assert "--kv-cache-memory-bytes" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_batch_that_is_there_at_once_limits_its_steps_by_tokens_alone():
+    files = ("-i", "a", "-o", "b")
+    assert options("run-batch", *files).config.batch.target_step_ms == AT_ONCE_MS
+    assert options("run-batch", *files, "--target-step-ms", "70").config.batch.target_step_ms == 70
+    for interactive in (("run-batch", *files, "--request-rate", "4"), ("demo",)):
+        assert options(*interactive).config.batch.target_step_ms is None

@@ -197,9 +197,10 @@ class BatchScheduler:
     def _prompt_s(self, running: list[Sequence]) -> float:
         """Time for prompts in the next step."""
         num_decoding = sum(s.end - s.num_computed == 1 for s in running)
+        num_prompts = len(running) - num_decoding
         closing = self._departures.leaving or self._arrivals.closing
         num_decoding = min(num_decoding, self._limits.max_num_seqs)
-        return self._budget.prompt_s(self.step_seconds, num_decoding, closing)
+        return self._budget.prompt_s(self.step_seconds, num_decoding, num_prompts, closing)
 
     def _chunk(self, sequence: Sequence, end: int) -> Chunk:
         caught_up = end == sequence.num_tokens

@@ -25,10 +25,13 @@ class StepBudget:
     max_tokens: int  # prompt and output tokens together
     target_s: float | None = None  # None: twice a step that only decodes, at least 50 ms
 
-    def prompt_s(self, seconds: StepSeconds, num_decoding: int, closing: bool = False) -> float:
+    def prompt_s(self, seconds: StepSeconds, num_decoding: int, num_prompts: int = 1,
+                 closing: bool = False) -> float:  # fmt: skip
         """Time for prompts in a step that decodes so many sequences; inf where nothing is known.
 
-        closing  a moving request is about to stop or to resume: the step is kept short
+        num_prompts  that have yet to be computed. Where there are more of them than sequences that
+                     decode, these wait as many times as long: fewer wait for fewer steps
+        closing      a moving request is about to stop or to resume: the step is kept short
         """
         step_s, prefill_s, decode_s, _ = seconds
         if prefill_s <= 0:
@@ -38,6 +41,7 @@ class StepBudget:
         if not num_decoding:
             return max(WITHOUT_DECODES * target_s - step_s, step_s)
         prompts_s = max(_share_s(LEAST_SHARE, decode_only_s), target_s - decode_only_s)
+        prompts_s *= max(1.0, num_prompts / num_decoding)
         return min(prompts_s, _share_s(CLOSING_SHARE, decode_only_s)) if closing else prompts_s
 
     def num_tokens(self, seconds: StepSeconds, start: int, left_s: float) -> int:

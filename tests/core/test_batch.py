@@ -158,10 +158,10 @@ def test_prompts_get_the_time_that_a_step_has_beside_its_decodes():
 
 
 def test_a_prompt_that_is_cut_for_time_is_the_last_of_its_step():
-    bench = timed(target_step_ms=100, num_decoding=1)
+    bench = timed(target_step_ms=100, num_decoding=2)
     bench.assign(1, num_prompt=45)
     bench.assign(2, num_prompt=9)
-    assert prompts(bench) == [(1, 40)]
+    assert prompts(bench) == [(1, 35)]
 
 
 def test_prompts_advance_however_little_time_there_is():

@@ -36,6 +36,13 @@ def test_a_step_with_decodes_takes_twice_as_long_as_without_prompts_and_at_least
     assert budget.prompt_s(SECONDS, 5) == pytest.approx(LEAST_TARGET_S - 0.015)
 
 
+def test_few_decodes_wait_longer_while_many_prompts_wait():
+    budget = StepBudget(512)
+    alone_s = budget.prompt_s(SECONDS, 5)
+    assert budget.prompt_s(SECONDS, 5, num_prompts=5) == alone_s
+    assert budget.prompt_s(SECONDS, 5, num_prompts=10) == pytest.approx(2 * alone_s)
+
+
 def test_a_target_of_the_users_is_kept():
     assert StepBudget(512, 0.030).prompt_s(SECONDS, 5) == pytest.approx(0.015)
 
