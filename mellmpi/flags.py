@@ -136,8 +136,8 @@ SERVING = (
     Flag("max-num-batched-tokens", COUNT, "tokens a worker computes in one step, at most (default: "
          "512)", "N"),
     Flag("target-step-ms", POSITIVE, "a step computes as many prompt tokens as fit into this time "
-         "beside its decodes (default: twice a step that only decodes, at least 50; a batch without "
-         "--request-rate: no limit)", "MS"),
+         "beside its decodes (default: twice a step that only decodes, at least 50; no limit in a "
+         "batch without --request-rate)", "MS"),
     Flag("policy", str, "who goes where (default: frugal)", choices=POLICIES),
     Flag("migrate", str, "never; auto (default): as the policy decides; stress: at random, for "
          "tests", choices=MIGRATE),
