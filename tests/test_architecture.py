@@ -56,7 +56,7 @@ MAY_NOT_IMPORT = {  # part -> modules that it must do without
     "sim": IMPURE - {"random", "pathlib"},
 }
 ONLY_IN = {  # module -> the only places that may import it
-    "mpi4py": {"transport/mpi.py", "transport/device_probe.py"},
+    "mpi4py": {"transport/mpi.py", "transport/mpi_channel.py", "transport/device_probe.py"},
     "torch": {"engine/", "transport/devices.py", "transport/device_probe.py"},
     "pickle": set(),
 }

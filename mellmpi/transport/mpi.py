@@ -1,4 +1,4 @@
-"""Workers as MPI ranks. The only module that imports MPI, and the only one that knows ranks."""
+"""Workers as MPI ranks: how MPI starts, what all ranks do together, how a job ends."""
 
 import atexit
 import ctypes
@@ -7,9 +7,6 @@ import os
 import secrets
 import signal
 import sys
-import threading
-import time
-from collections.abc import Callable
 from typing import Any, NoReturn
 
 import mpi4py
@@ -35,133 +32,17 @@ _started()
 faulthandler.cancel_dump_traceback_later()
 
 from mellmpi.protocol import FINGERPRINT, RankFailed  # noqa: E402
-from mellmpi.transport.channel import LinkError  # noqa: E402
 from mellmpi.transport.doorbell import Doorbell  # noqa: E402
 from mellmpi.transport.endpoint import Endpoint, Wakes  # noqa: E402
 from mellmpi.transport.launcher import end_launcher  # noqa: E402
+from mellmpi.transport.mpi_channel import MpiChannel, Turn, worker_of  # noqa: E402
 from mellmpi.transport.post import FAULT, USAGE, PeerFailed, Post  # noqa: E402
 from mellmpi.transport.reading import Proof  # noqa: E402
 from mellmpi.transport.yielding import set_yielding  # noqa: E402
 
 SPIN_S = 200e-6  # look this long before sleeping, while something is going on
 LOCAL_POLL_S = 0.020  # longest sleep where every peer can ring: only failures come unannounced
-LOOKS = 3  # at what is not done: each carries TCP on a bit, and costs less than what is around it
 OPEN_MPI_FT = 12  # MPI_FT in Open MPI's mpi.h; mpi4py has no name for it
-
-
-def worker_of(rank: int) -> int:
-    return rank
-
-
-rank_of = worker_of
-
-
-class Turn:
-    """Whose turn it is to call MPI, for two threads. Messages never wait for more than one call.
-
-    MPI could look after itself (MPI_THREAD_MULTIPLE), but calls are short, and what it does when a
-    worker dies is little tried with several threads in it.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._wanted = False  # by the main thread, that waits
-        self.leave = self._lock.release
-
-    def take(self) -> None:
-        """For messages, in the main thread."""
-        if not self._lock.acquire(blocking=False):
-            self._wanted = True
-            self._lock.acquire()
-            self._wanted = False
-
-    def take_patiently(self) -> None:
-        """For blocks. A lock alone would go to the thread that has just left it."""
-        while self._wanted:
-            time.sleep(0)
-        self._lock.acquire()
-
-
-class MpiChannel:
-    """One communicator of our own: bytes in memory, non-blocking, errors as LinkError."""
-
-    error: Exception | None = None  # the first one
-
-    def __init__(self, comm: MPI.Intracomm, take: Callable[[], None], leave: Callable[[], None]):
-        self._take, self._leave = take, leave  # around every call: see `Turn`
-        self._comm = comm.Dup()
-        self._comm.Set_errhandler(MPI.ERRORS_RETURN)
-        self._group = self._comm.Get_group()
-        self._failed: set[int] = set()  # ranks
-        self._status = MPI.Status()
-        self.num_tags = (comm.Get_attr(MPI.TAG_UB) or 32767) + 1
-
-    def send(self, address: int, num_bytes: int, dst: int, tag: int) -> Any:
-        buffer = MPI.buffer.fromaddress(address, num_bytes)
-        return self._try(self._comm.Isend, buffer, rank_of(dst), tag)
-
-    def receive(self, address: int, num_bytes: int, src: int, tag: int) -> Any:
-        buffer = MPI.buffer.fromaddress(address, num_bytes)
-        return self._try(self._comm.Irecv, buffer, rank_of(src), tag)
-
-    def match(self, src: int, tag: int) -> tuple[MPI.Message, int] | None:
-        message = self._try(self._comm.Improbe, rank_of(src), tag, self._status)
-        return None if message is None else (message, self._status.Get_count(MPI.BYTE))
-
-    def receive_matched(self, message: MPI.Message, address: int, num_bytes: int) -> Any:
-        return self._try(message.Irecv, MPI.buffer.fromaddress(address, num_bytes))
-
-    def finished(self, request: MPI.Request) -> int | None:
-        for _ in range(LOOKS):
-            if self._try(request.Test, self._status):
-                return self._status.Get_count(MPI.BYTE)
-        return None
-
-    def cancel(self, request: MPI.Request) -> None:
-        self._try(request.Cancel)
-
-    def send_bytes(self, data: bytes, dst: int) -> Any:
-        return self._try(self._comm.Isend, data, rank_of(dst), 0)
-
-    def take(self) -> tuple[int, bytearray, MPI.Request] | None:
-        """Begin to receive the next message from anyone: (source, its bytes to be, request)."""
-        message = self._try(self._comm.Improbe, MPI.ANY_SOURCE, MPI.ANY_TAG, self._status)
-        if message is None:
-            return None
-        src, data = worker_of(self._status.source), bytearray(self._status.Get_count(MPI.BYTE))
-        return src, data, self._try(message.Irecv, data)
-
-    def test(self, request: MPI.Request) -> bool:
-        return bool(self._try(request.Test))
-
-    def newly_failed(self) -> list[int]:
-        """Workers that MPI has found dead since the last call. It looks only while probing."""
-        self._take()
-        try:
-            new = self._look_for_failures()
-        finally:
-            self._leave()
-        return [worker_of(rank) for rank in new]
-
-    def _look_for_failures(self) -> list[int]:
-        new = []
-        failed = self._comm.Get_failed()
-        if failed.size > len(self._failed):
-            new = sorted(set(failed.Translate_ranks(None, self._group)) - self._failed)
-            self._failed.update(new)
-            self._comm.Ack_failed(failed.size)  # lets ANY_SOURCE go on between the living
-        failed.Free()
-        return new
-
-    def _try(self, call: Callable[..., Any], *args: Any) -> Any:
-        self._take()
-        try:
-            return call(*args)
-        except MPI.Exception as error:
-            self.error = self.error or error
-            raise LinkError(str(error)) from error
-        finally:
-            self._leave()
 
 
 class MixedInstallation(Exception):

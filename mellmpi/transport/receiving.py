@@ -34,7 +34,9 @@ class Draining(Move):
             return False
         matched, num_bytes = came
         message = message_of(bytearray(num_bytes))
-        message.request = route.channel.receive_matched(matched, message.address, num_bytes)
+        message.request = route.channel.receive_matched(
+            matched, route.peer, message.address, num_bytes
+        )
         self._flying.append(message)
         return self._reap()
 

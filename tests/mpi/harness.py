@@ -101,14 +101,18 @@ def leave_verdict(rank: int, verdict: Any) -> None:
     Path(sys.argv[1], f"{rank}.json").write_text(json.dumps(verdict))
 
 
-def until_verdicts(num_ranks: int, limit_s: float = 30) -> None:
+def until_verdicts(
+    num_ranks: int, meanwhile: Callable[[], Any] = lambda: None, limit_s: float = 30
+) -> None:
     """On a rank: wait until so many have left one.
 
     After a loss nobody waits for the others: who leaves first is the next one to be lost.
+    `meanwhile` looks at MPI, where messages of this rank may still be on their way.
     """
     stop_s = time.monotonic() + limit_s
     while len(list(Path(sys.argv[1]).glob("*.json"))) < num_ranks:
         assert time.monotonic() < stop_s, "not all ranks have left a verdict"
+        meanwhile()
         time.sleep(0.005)
 
 

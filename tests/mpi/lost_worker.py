@@ -130,7 +130,7 @@ def main() -> None:
             die(transport)
         verdict = survive(transport)
         leave_verdict(job.rank, verdict)
-        until_verdicts(job.size - 1)
+        until_verdicts(job.size - 1, transport.poll)
         started_s = time.monotonic()
         job.finish()
         leave_verdict(job.rank, verdict | {"finish_s": time.monotonic() - started_s})

@@ -59,7 +59,7 @@ class FakeChannel:
         data = self.waiting[src, tag].popleft()
         return (src, tag, data), len(data)
 
-    def receive_matched(self, message: Any, address: int, num_bytes: int) -> FakeRequest:
+    def receive_matched(self, message: Any, src: int, address: int, num_bytes: int) -> FakeRequest:
         src, tag, data = message
         request = self._post("receive", src, tag, address, num_bytes)
         assert num_bytes == len(data)
