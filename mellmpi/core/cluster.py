@@ -17,7 +17,7 @@ from mellmpi.core.policies import Policy
 from mellmpi.core.queue import WaitingQueue
 from mellmpi.core.requests import Log, Record, State, TokenLog, aligned, finish_reason
 from mellmpi.core.ring import Ring
-from mellmpi.core.view import Drain, Move, ParkWorker, Proposal, WakeWorker, kv_need
+from mellmpi.core.view import Move, Proposal, kv_need
 from mellmpi.protocol import (
     FRONT,
     OBSERVER,
@@ -259,12 +259,15 @@ class ClusterScheduler:
             self.queue.remove(record)
             self._assign(record, worker)
         elif (why := self.fleet.refusal(record.request, record.num_tokens)) is not None:
-            self.fleet.out.append((FRONT, Rejected(record.request.id, why)))
-            self._forget(record, "refused")
+            self._refuse(record, why)
         elif not self.fleet.undrain(model):
             self._wake_for(model)
             return False
         return True
+
+    def _refuse(self, record: Record, why: str) -> None:
+        self.fleet.out.append((FRONT, Rejected(record.request.id, why)))
+        self._forget(record, "refused")
 
     def _wake_for(self, model: str) -> None:
         waited_s = self.fleet.view.now - self.queue.waits_since_s(model)
@@ -295,20 +298,11 @@ class ClusterScheduler:
     def _enact(self, proposals: list[Proposal]) -> None:
         """Do what can still be done; all moves are decided together."""
         for proposal in proposals:
-            self._change_worker(proposal)
+            self.fleet.obey(proposal)
         moves = [proposal for proposal in proposals if isinstance(proposal, Move)]
         limit_s = self.config.migration_limit_s
         for record, move, plan in planned(moves, self.records, self.fleet, limit_s):
             self._move(record, move, plan)
-
-    def _change_worker(self, proposal: Proposal) -> None:
-        match proposal:
-            case Drain(worker):
-                self.fleet.drain(worker)
-            case ParkWorker(worker):
-                self.fleet.park(worker)
-            case WakeWorker(worker):
-                self.fleet.wake(worker)
 
     def _move(self, record: Record, move: Move, plan: Plan) -> None:
         num_bytes = self._kv_bytes(record)
@@ -344,7 +338,9 @@ class ClusterScheduler:
         self._turn_away(worker)
         # Last first, each to the head of the queue: they wait in the order they came in.
         for record in reversed(list(self.records.values())):
-            if record.worker == worker:
+            if record.worker == worker and (why := record.owner_died()) is not None:
+                self._refuse(record, why)
+            elif record.worker == worker:
                 self._wait_again(record, f"worker {worker} lost")
             elif record.offer is not None and record.offer.dst == worker:
                 self.ring.destination_lost(record, f"worker {worker} lost")

@@ -13,7 +13,7 @@ from mellmpi.core.ledger import ACTIVE, LOST, WITHOUT_ARENA, Ledger, WorkerState
 from mellmpi.core.migration import InFlight
 from mellmpi.core.requests import Record
 from mellmpi.core.step_budget import StepBudget
-from mellmpi.core.view import RequestColumns, View, kv_need
+from mellmpi.core.view import Drain, ParkWorker, Proposal, RequestColumns, View, WakeWorker, kv_need
 from mellmpi.protocol import (
     OBSERVER,
     Address,
@@ -167,6 +167,16 @@ class Fleet:
         self._largest.clear()
         name = WorkerState(int(self.ledger.state[worker])).name.lower()
         self.out.append((OBSERVER, WorkerChanged(worker, name)))
+
+    def obey(self, proposal: Proposal) -> None:
+        """Drain, park or wake a worker; any other proposal is about a request."""
+        match proposal:
+            case Drain(worker):
+                self.drain(worker)
+            case ParkWorker(worker):
+                self.park(worker)
+            case WakeWorker(worker):
+                self.wake(worker)
 
     def drain(self, worker: int) -> None:
         """Nothing new goes there any more; it parks when it is empty.

@@ -17,6 +17,8 @@ class State(Enum):
     SENDING = "sending"  # the source was told to send; the destination answers when it is in place
 
 
+DEATHS = 3  # of workers in a row, without a token between them: then the request is the cause
+
 ALLOWED = {
     State.WAITING: {State.RUNNING},
     State.RUNNING: {State.RESERVING, State.WAITING},
@@ -86,6 +88,7 @@ class Record:
     landed: Plan | None = None  # of the move by which its KV came: until the first token from here
     told_s: float | None = None  # when its owner last reported a token of it
     transfer_failed: bool = False  # under this owner: next time it is recomputed
+    num_deaths: int = 0  # of owners in a row that died before a new token came
     story: deque[str] = field(default_factory=lambda: deque(maxlen=40))  # for people
 
     @property
@@ -102,6 +105,13 @@ class Record:
     def settled(self) -> bool:
         """The log has grown since the owner took it."""
         return len(self.log.tokens) > self.num_placed
+
+    def owner_died(self) -> str | None:
+        """Why the request shall not be tried on another worker, or None."""
+        self.num_deaths = 0 if self.settled else self.num_deaths + 1
+        if self.num_deaths < DEATHS:
+            return None
+        return f"{DEATHS} workers in a row died before its next token"
 
     def move(self, to: State, why: str) -> None:
         """Change state; a transition the table does not have raises with the whole story."""

@@ -7,7 +7,7 @@ import pytest
 from mellmpi.core.cost import CostModel
 from mellmpi.core.ledger import WorkerState
 from mellmpi.core.links import LOOK_AGAIN_S, Link
-from mellmpi.core.requests import State
+from mellmpi.core.requests import DEATHS, State
 from mellmpi.core.view import Drain, Move, ParkWorker, WakeWorker
 from mellmpi.protocol import (
     FRONT,
@@ -204,6 +204,26 @@ def test_requests_of_a_lost_worker_wait_in_the_order_they_came(stage):
         stage.running(i)
     stage.place_at = 2
     assert assigned(stage.tell(1, WorkerLost(1))) == [3, 1, 2]
+
+
+def test_a_request_that_kills_worker_after_worker_is_refused():
+    stage = Stage(DEATHS + 1)
+    stage.running(tokens=())
+    for worker in range(1, DEATHS):
+        stage.place_at = worker + 1
+        assert assigned(stage.tell(worker, WorkerLost(worker))) == [7]
+    [refused] = told(stage.tell(DEATHS, WorkerLost(DEATHS)), Rejected)
+    assert refused.request_id == 7 and "died before its next token" in refused.reason
+    assert_nothing_left(stage.scheduler)
+
+
+def test_a_token_between_deaths_clears_the_request():
+    stage = Stage(DEATHS + 1)
+    record = stage.running(tokens=())
+    for worker in range(1, DEATHS + 1):
+        stage.tell(worker, report((7, record.epoch, worker - 1, (5,))))
+        stage.place_at = worker + 1
+        assert assigned(stage.tell(worker, WorkerLost(worker))) == [7]
 
 
 def test_a_resumed_request_takes_its_tokens_along(stage):
