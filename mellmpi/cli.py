@@ -110,7 +110,12 @@ def _simulate(arguments: Sequence[str]) -> int:
         given = vars(make_parser().parse_args(list(arguments)))
         if given.pop("command") != arguments[0]:
             raise UsageError("write the command first: python -m mellmpi simulate --trace FILE …")
-        return simulate(SimulateOptions(**given))
+        code = simulate(SimulateOptions(**given))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # as of `| head`; the files are written
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (UsageError, ValueError) as error:
         sys.stderr.write(f"mellmpi: {error}\n")
         return 2
@@ -267,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _help(arguments) if first else 0
     command = _command(arguments)
     if command == "simulate":
-        return _simulate(arguments)
+        return _simulate(arguments) if first else 0
     from mellmpi.runtime.ending import run_job
 
     play = _doctor if command == "doctor" else _serve

@@ -250,3 +250,19 @@ def test_it_needs_neither_mpi_nor_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+def test_a_reader_that_has_left_gets_no_traceback(trace):
+    command = [sys.executable, "-m", "mellmpi", "simulate", "--trace", trace]
+    command += ["--kv-bytes-per-token", "1", "--gpu-kv-gib", GIB, "--ideal"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writing)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "Broken" not in done.stderr
+
+
+def test_one_rank_of_a_job_simulates(trace, monkeypatch, capsys):
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "1")
+    assert simulate(trace, "--kv-bytes-per-token", "1") == 0
+    assert capsys.readouterr() == ("", "")
