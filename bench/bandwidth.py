@@ -20,10 +20,10 @@ import numpy as np
 from record import add_json_option, finish
 
 from mellmpi.runtime.gpus import count_gpus
-from mellmpi.transport.base import Arena, Transport
-from mellmpi.transport.devices import DeviceArena, device_buffers_work
-from mellmpi.transport.links import HostArena, Probe
-from mellmpi.transport.mpi import Job
+from mellmpi.transport import Arena, Transport
+from mellmpi.transport.blocks import DeviceArena, device_buffers_work
+from mellmpi.transport.mpi import MpiJob
+from mellmpi.transport.probes import HostArena, Probe
 
 BLOCKS = (65_536, 1 << 20)  # bytes each, of scattered KV
 
@@ -99,7 +99,7 @@ def table(transport: Transport, device: str, path: str,
     return rows
 
 
-def paths(job: Job, args: argparse.Namespace) -> list[tuple[str, str, bool]]:
+def paths(job: MpiJob, args: argparse.Namespace) -> list[tuple[str, str, bool]]:
     """(name, device, whether MPI is handed device memory) of what there is to measure."""
     if args.d == "cpu":
         return [("host memory", "cpu", False)]
@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("-x", type=at_least(0), default=3, help="warm-up iterations a size")
     parser.add_argument("-d", choices=["cpu", "cuda"], default="cpu", help="where the blocks are")
     add_json_option(parser)
-    args, job = parser.parse_args(), Job()
+    args, job = parser.parse_args(), MpiJob()
     if job.size != 2:
         raise SystemExit("two ranks, please: mpirun -n 2 python bench/bandwidth.py")
     found = paths(job, args)

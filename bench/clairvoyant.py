@@ -20,12 +20,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from mellmpi.core.lengths import MEMORY
-from mellmpi.core.policies import frugal_drain, frugal_fleet
+from mellmpi.costs import MEMORY
 from mellmpi.protocol import ModelKv
-from mellmpi.sim.bound import Load, make_load
-from mellmpi.sim.profiles import MODELS
-from mellmpi.sim.replay import NO_COST, IdealReplay, Settings
+from mellmpi.scheduler.policies.frugal import draining as frugal_drain
+from mellmpi.scheduler.policies.frugal import forecast as frugal_fleet
+from mellmpi.sim import MODELS, NO_COST, IdealReplay, Load, Settings, make_load
 from mellmpi.workload import Workload, gamma, load
 
 RATE, TICK_S, THRIFT = 30.0, 0.25, 0.5  # as `simulate --ideal` has them

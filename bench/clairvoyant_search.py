@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numba
 import numpy as np
 
-from mellmpi.core.policies.kernels import emptied, place_on, relief
+from mellmpi.scheduler.policies.kernels import emptied, place_on, relief
 
 SEATS = 512  # requests a worker
 ARRIVALS, RELIEFS, NOTHING = range(3)  # what is left of a step

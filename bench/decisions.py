@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 from record import add_json_option, finish
 
-from mellmpi.core.cost import CostModel
-from mellmpi.core.ledger import Ledger, WorkerState
-from mellmpi.core.policies import POLICIES, policy_for
-from mellmpi.core.view import RequestColumns, View
+from mellmpi.costs import CostModel
 from mellmpi.protocol import ModelKv, Request, Sampling
+from mellmpi.scheduler import Ledger, RequestColumns, View, WorkerState
+from mellmpi.scheduler.policies import POLICIES, policy_for
 
 WORKERS = (10, 30, 100, 300, 1000)
 REQUESTS = 100  # on each worker

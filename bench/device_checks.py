@@ -64,7 +64,7 @@ def kind(device: str) -> str:
 
 
 def self_test(args: argparse.Namespace) -> dict[str, Any]:
-    from mellmpi.transport.devices import device_buffers_work
+    from mellmpi.transport.blocks import device_buffers_work
 
     started_s = time.perf_counter()
     works = device_buffers_work(args.device, MPIRUN)  # by the messaging layer that jobs use
@@ -82,7 +82,7 @@ def copies_right(device: str) -> bool:
     on the word of `still` alone?"""
     import torch
 
-    from mellmpi.transport.devices import CudaCopies, DeviceArena, Staged
+    from mellmpi.transport.blocks import CudaCopies, DeviceArena, Staged
 
     arena = DeviceArena(2 * BLOCKS, 1 << 20, device)
     arena.blocks.random_(0, 256)
@@ -135,10 +135,10 @@ def answer(device: str, args: argparse.Namespace, prompts: list[list[int]], num_
            plain_torch: bool = False) -> list[list[int]]:  # fmt: skip
     """Greedy tokens in float32."""
     from mellmpi.config import BatchConfig, CacheConfig, ModelConfig
-    from mellmpi.core.batch import BatchScheduler
-    from mellmpi.engine.checkpoint import resolve
-    from mellmpi.engine.executor import build_executor
+    from mellmpi.engine import build_executor
+    from mellmpi.models import resolve
     from mellmpi.protocol import SCHEDULER, Assign, Request, Sampling
+    from mellmpi.worker import BatchScheduler
 
     executor = build_executor(
         resolve(args.model, CACHE), ModelConfig(model=args.model, dtype="float32"),
@@ -275,7 +275,7 @@ def usable(model: str | None, rehearse: bool, folder: Path) -> str:
         return model
     if rehearse:
         return TINY
-    from mellmpi.engine.checkpoint import resolve
+    from mellmpi.models import resolve
 
     try:
         resolve(DEFAULT, CACHE)

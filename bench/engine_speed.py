@@ -28,7 +28,7 @@ from typing import Any
 
 import record
 
-from mellmpi.engine.checkpoint import resolve
+from mellmpi.models import resolve
 
 HERE = Path(__file__).resolve().parent
 SYSTEMS = ("mellmpi", "engine", "transformers", "vllm", "llama.cpp")

@@ -23,18 +23,15 @@ import torch
 import torch.nn.functional as F
 from numba import njit
 
-from mellmpi.engine import weights
-from mellmpi.engine.architecture import Architecture
-from mellmpi.engine.checkpoint import resolve
-from mellmpi.engine.cpu_model import CpuModel
-from mellmpi.engine.kernels.attention import attend, items_of
-from mellmpi.engine.kernels.linear import ADD, GATE_UP, KEEP, WIDE_ELEMENTS
-from mellmpi.engine.kernels.panels import activations, storage
-from mellmpi.engine.kernels.shapes import Chunks
-from mellmpi.engine.kernels.step import project
-from mellmpi.engine.kernels.team import KERNEL, shares, team
-from mellmpi.engine.kv_cache import KvArena, KvGeometry
-from mellmpi.engine.packing import PackedBatch
+from mellmpi.engine import KvArena, KvGeometry, PackedBatch, weights
+from mellmpi.engine.cpu import CpuModel
+from mellmpi.engine.cpu.attention import attend, items_of
+from mellmpi.engine.cpu.linear import ADD, GATE_UP, KEEP, WIDE_ELEMENTS
+from mellmpi.engine.cpu.packed_weights import activations, storage
+from mellmpi.engine.cpu.parallel_for import KERNEL, shares, team
+from mellmpi.engine.cpu.shapes import Chunks
+from mellmpi.engine.cpu.step import project
+from mellmpi.models import Architecture, resolve
 
 DTYPE, BLOCK_SIZE, NUM_BLOCKS = torch.bfloat16, 16, 2100
 DEFAULT_CACHE = Path.home() / ".cache" / "mellmpi"

@@ -126,8 +126,8 @@ class Stamped:
 def work(transport: Any, directory: Path) -> None:
     """A worker, until it is told to stop."""
     from mellmpi.config import BatchConfig, CacheConfig, ModelConfig
-    from mellmpi.engine.checkpoint import resolve
-    from mellmpi.engine.executor import build_executor
+    from mellmpi.engine import build_executor
+    from mellmpi.models import resolve
     from mellmpi.runtime.worker import Worker
 
     directory.joinpath("cache").mkdir(exist_ok=True)
@@ -154,10 +154,10 @@ class Mover:
 
     def __init__(self, transport: Any):
         from mellmpi.config import ClusterConfig
-        from mellmpi.core.cluster import ClusterScheduler
-        from mellmpi.core.policies import Policy
-        from mellmpi.metrics import Metrics
         from mellmpi.runtime.scheduler import SchedulerLoop
+        from mellmpi.scheduler import ClusterScheduler
+        from mellmpi.scheduler.policies import Policy
+        from mellmpi.telemetry import Metrics
 
         config = ClusterConfig(rebalance_every_s=1e-3, migration_limit_s=1e6)
         self.moves: list[Any] = []
@@ -215,7 +215,7 @@ class Mover:
         prompt = tuple((7 * i + self.next_id) % SHAPE["vocab_size"] for i in range(num_prompt))
         sampling = Sampling(max_tokens, 0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, (), None)
         self.place_at, self.tokens[self.next_id] = worker, 0
-        model = next(iter(self.scheduler.fleet.models))
+        model = next(iter(self.scheduler.registry.models))
         self._inbox.append(Submit(Request(self.next_id, model, prompt, sampling, None)))
         return self.next_id
 
@@ -254,13 +254,13 @@ class Mover:
         return rows
 
     def move(self, request_id: int, mode: str | None, src: int) -> dict[str, Any]:
-        """Move it to the other worker; the row."""
-        from mellmpi.core.view import Move
+        """MoveProposal it to the other worker; the row."""
+        from mellmpi.scheduler import MoveProposal
 
         settled = self.tokens[request_id] + SETTLE_TOKENS
         self.until(lambda: self.tokens[request_id] >= settled)
         self.started = self.ended = None
-        self.moves = [Move(request_id, 3 - src, "bench", mode)]
+        self.moves = [MoveProposal(request_id, 3 - src, "bench", mode)]
         self.until(lambda: self.ended is not None)
         (began_s, started), (ended_s, ended) = self.started, self.ended
         known = self.tokens[request_id]
@@ -276,10 +276,10 @@ class Mover:
 
 def lead(transport: Any, directory: Path, job: dict[str, Any]) -> None:
     """Rank 0: every context, the ways in turn; the first two rounds only teach the estimates."""
-    from mellmpi.core.ledger import WorkerState
+    from mellmpi.scheduler import WorkerState
 
     mover = Mover(transport)
-    ledger = mover.scheduler.fleet.ledger
+    ledger = mover.scheduler.registry.ledger
     mover.until(lambda: len(ledger.workers(WorkerState.ACTIVE)) == 2)
     others = [(mover.decoded(w), w) for w in job["crowded"] for _ in range(job["others"])]
     for context in (512, 2048) * 2:
@@ -300,9 +300,9 @@ def lead(transport: Any, directory: Path, job: dict[str, Any]) -> None:
 def main() -> None:
     from mellmpi.config import Config
     from mellmpi.runtime.connect import measure
-    from mellmpi.transport.mpi import Job
+    from mellmpi.transport.mpi import MpiJob
 
-    directory, job = Path(sys.argv[1]), Job()
+    directory, job = Path(sys.argv[1]), MpiJob()
     options = Config().transport
     try:
         transport = job.connect(options.idle_poll_s, False, options.checksums)

@@ -93,8 +93,8 @@ class Steps:
 
     def __init__(self, device: str, folder: Path):
         from mellmpi.config import CacheConfig, ModelConfig
-        from mellmpi.engine.checkpoint import resolve
-        from mellmpi.engine.executor import build_executor
+        from mellmpi.engine import build_executor
+        from mellmpi.models import resolve
 
         model = TINY
         if device != "cpu":

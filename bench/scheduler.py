@@ -19,14 +19,11 @@ from typing import Any
 from record import add_json_option, finish
 
 from mellmpi.config import BatchConfig, CacheConfig, ClusterConfig
-from mellmpi.core.cluster import ClusterScheduler
-from mellmpi.core.cost import CostModel
-from mellmpi.metrics import Metrics
+from mellmpi.costs import CostModel
 from mellmpi.protocol import ModelKv, Request, Sampling, StepReport, Submit, decode, encode
-from mellmpi.sim.executor import SilentExecutor
-from mellmpi.sim.network import Network
-from mellmpi.sim.simulator import Simulation
-from mellmpi.sim.worker import WorkerSpec
+from mellmpi.scheduler import ClusterScheduler
+from mellmpi.sim import Network, SilentExecutor, Simulation, WorkerSpec
+from mellmpi.telemetry import Metrics
 
 SEQUENCES, TOKENS_PER_S = 50, 100_000 / 64  # of one worker
 PROMPT, OUTPUT = 100, 200  # tokens of a request

@@ -26,16 +26,12 @@ from rich.console import Console
 from rich.table import Table
 
 from mellmpi.config import Config
-from mellmpi.core.cost import CostModel
-from mellmpi.front.openai import ServedModel
-from mellmpi.front.replay import ReplayJob
-from mellmpi.metrics import Metrics
+from mellmpi.costs import CostModel
+from mellmpi.frontend import ReplayJob, ServedModel
 from mellmpi.protocol import Emit, ModelKv, Rejected, Request
 from mellmpi.runtime.worker import REPORT_EVERY_S
-from mellmpi.sim.executor import SilentExecutor
-from mellmpi.sim.network import Network
-from mellmpi.sim.simulator import Simulation
-from mellmpi.sim.worker import SimWorker, WorkerSpec
+from mellmpi.sim import Network, SilentExecutor, Simulation, SimWorker, WorkerSpec
+from mellmpi.telemetry import Metrics
 from mellmpi.workload import Workload, gamma, load
 
 BARS = {"active_workers_mean": 0.05, "migrations": 0.20}

@@ -72,14 +72,14 @@ class Server:
 
     def __init__(self, directory: Path, threads: int, target_step_ms: float | None):
         from mellmpi.config import BatchConfig, CacheConfig, ClusterConfig, ModelConfig
-        from mellmpi.core.cluster import ClusterScheduler
-        from mellmpi.core.policies import policy_for
-        from mellmpi.engine.sharing import build_engine
-        from mellmpi.metrics import Metrics
+        from mellmpi.engine import build_engine
         from mellmpi.runtime import worker as loops
         from mellmpi.runtime.calibration import measured_steps
         from mellmpi.runtime.scheduler import SchedulerLoop
-        from mellmpi.transport.local import LocalNetwork
+        from mellmpi.scheduler import ClusterScheduler
+        from mellmpi.scheduler.policies import policy_for
+        from mellmpi.telemetry import Metrics
+        from mellmpi.transport import LocalNetwork
 
         loops.REPORT_EVERY_S = 0.0  # every step is told of, so that gaps are those of the steps
         cache = CacheConfig(kv_cache_memory_bytes=1 << 30)
@@ -163,7 +163,7 @@ def main() -> None:
     record.add_json_option(parser)
     args = parser.parse_args()
     os.environ |= HIDDEN[args.cpu]  # before anything of ours is imported
-    from mellmpi.engine.checkpoint import resolve
+    from mellmpi.models import resolve
 
     directory = resolve("smollm2", args.cache_dir)
     servers = {name: Server(directory, args.threads, ms) for name, ms in LIMITS.items()}

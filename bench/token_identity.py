@@ -16,13 +16,13 @@ import transformers
 from record import add_json_option, finish
 
 from mellmpi.config import BatchConfig, CacheConfig, ModelConfig
-from mellmpi.core.batch import BatchScheduler
-from mellmpi.engine.checkpoint import resolve
-from mellmpi.engine.executor import Executor, build_executor
+from mellmpi.engine import Executor, build_executor
+from mellmpi.models import resolve
 from mellmpi.protocol import SCHEDULER, Assign, Request, Sampling
+from mellmpi.worker import BatchScheduler
 
 NEAR_TIE = 1e-4
-DEMO = Path(__file__).parent.parent / "mellmpi" / "front" / "demo_prompts.jsonl"
+DEMO = Path(__file__).parent.parent / "mellmpi" / "frontend" / "demo_prompts.jsonl"
 
 
 @dataclass

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from mellmpi.protocol import Cancel, KvPayload
-from mellmpi.transport.base import Transport
-from mellmpi.transport.links import HostArena
-from mellmpi.transport.yielding import set_yielding
+from mellmpi.transport import Transport
+from mellmpi.transport.mpi import set_yielding
+from mellmpi.transport.probes import HostArena
 
 
 def receive(transport: Transport, between: Callable[[], Any] = lambda: None) -> Any:

@@ -35,8 +35,8 @@ from record import add_json_option, finish
 from transfers import accept, one_message, one_message_beside, receive, send
 
 from mellmpi.protocol import Cancel, Chunk, Sampling, StepPlan, Stop
-from mellmpi.transport.base import Transport
-from mellmpi.transport.links import HostArena
+from mellmpi.transport import Transport
+from mellmpi.transport.probes import HostArena
 
 HERE = Path(__file__).resolve().parent
 OB1 = ["--mca", "pml", "ob1", "--with-ft", "ulfm"]
@@ -90,8 +90,8 @@ class Decoder:
 
     def __init__(self, num_threads: int):
         from mellmpi.config import CacheConfig, ModelConfig
-        from mellmpi.engine.checkpoint import resolve
-        from mellmpi.engine.executor import build_executor
+        from mellmpi.engine import build_executor
+        from mellmpi.models import resolve
 
         directory = resolve("smollm2", Path.home() / ".cache" / "mellmpi")
         self.executor = build_executor(
@@ -225,9 +225,9 @@ def inside(link: str, repeats: int, output: Path) -> None:
     """One rank of a job; worker 1 writes what was found."""
     from mpi4py import MPI
 
-    from mellmpi.transport.mpi import Job
+    from mellmpi.transport.mpi import MpiJob
 
-    job, comm = Job(), MPI.COMM_WORLD
+    job, comm = MpiJob(), MPI.COMM_WORLD
     ends = {
         kind: job.connect(
             0.005, checksums="always" if kind == "checked" else "never", carried=kind != "steps",

@@ -7,6 +7,7 @@ DTYPES = ("float32", "bfloat16")
 MIGRATE = ("never", "auto", "stress")
 DEVICE_BUFFERS = ("auto", "never")
 CHECKSUMS = ("auto", "always", "never")
+DEMO_KV_BYTES = 40 << 20  # of each worker: some seven of the demo's requests
 
 
 class UsageError(Exception):
@@ -164,3 +165,38 @@ class Config:
         given["models"] = tuple(ModelConfig(**model) for model in data["models"])
         given["worker_models"] = tuple(tuple(hosted) for hosted in data["worker_models"])
         return Config(**given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """A command and its files; rank 0 alone needs them."""
+
+    command: str  # "run-batch", "demo" or "pipe"
+    config: Config
+    input_file: str | None = None
+    output_file: str | None = None
+    request_rate: float | None = None  # requests a second; None: all at once
+    replay: str | None = None  # a trace, in place of input_file
+    rate_scale: float | None = None  # of a replay; None: as the trace has it
+    length_scale: float | None = None
+    max_requests: int | None = None
+    report: str | None = None
+    timeline: str | None = None
+    show: int = 0  # answers to print
+    cache_dir: str | None = None  # None: the user's cache directory
+
+    def __post_init__(self) -> None:
+        scales = {"--rate-scale": self.rate_scale, "--length-scale": self.length_scale,
+                  "--max-requests": self.max_requests}  # fmt: skip
+        given = [flag for flag, value in scales.items() if value is not None]
+        if self.replay is None and given:
+            raise ValueError(f"{given[0]} goes with --replay TRACE")
+        if self.replay is not None:
+            self._check_replay()
+
+    def _check_replay(self) -> None:
+        if self.input_file is not None:
+            raise ValueError("requests come from -i FILE or from --replay TRACE: leave one out")
+        if self.request_rate is not None:
+            raise ValueError("a replay has the arrivals of its trace; in place of --request-rate, "
+                             "--rate-scale X makes them X times as fast")  # fmt: skip

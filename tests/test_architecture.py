@@ -4,78 +4,75 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-DATA = {"protocol", "config", "options", "metrics", "activity", "series", "predictions",
-        "workload"}  # fmt: skip
-PARTS = DATA | {
-    "core",
-    "engine",
-    "transport",
-    "timeline",
-    "front",
-    "sim",
-    "runtime",
-    "cli",
-    "flags",
-    "simulate",
-}
-
+ROOMS = {
+    "cli", "protocol", "config", "models", "scheduler", "worker", "costs", "engine", "transport", "frontend",
+    "runtime", "telemetry", "workload", "sim",
+}  # fmt: skip
 MAY_IMPORT = {  # part of the package -> what of ours it may import, beside itself
     "__init__": set(),
     "__main__": {"cli"},
     "protocol": set(),
     "config": set(),
-    "options": {"config"},
-    "flags": {"config"},
-    "core": {"protocol", "config"},
-    "engine": {"protocol", "config"},
+    "costs": {"protocol"},
+    "scheduler": {"protocol", "config", "costs"},
+    "worker": {"protocol", "config", "costs"},
+    "models": set(),
+    "engine": {"protocol", "config", "models"},
     "transport": {"protocol"},
-    "series": {"protocol"},
-    "activity": {"protocol", "series"},
-    "metrics": {"protocol", "series", "activity", "predictions"},
-    "predictions": {"series"},
+    "telemetry": {"protocol"},
     "workload": {"protocol"},
-    "timeline": {"protocol", "series"},
-    "front": {"protocol", "config", "metrics", "workload"},
-    "sim": {"core", "front"} | DATA,
-    "simulate": {"core", "front", "sim"} | DATA,
-    "runtime": PARTS - {"sim", "cli", "flags", "simulate"},
-    "cli": PARTS,
+    "frontend": {"protocol", "config", "telemetry", "workload"},
+    "sim": ROOMS - {"cli", "engine", "transport", "runtime"},
+    "runtime": ROOMS - {"sim", "cli"},
+    "cli": ROOMS,
+}
+COMMANDS = {  # (file, module) past a door: the command line loads the one command that it runs
+    ("cli/parser.py", "runtime/doctor"),
+    ("cli/parser.py", "runtime/ending"),
+    ("cli/parser.py", "runtime/launch"),
 }
 IMPURE = {
     "asyncio", "logging", "mpi4py", "multiprocessing", "os", "pathlib", "random", "secrets",
     "socket", "subprocess", "sys", "threading", "time", "torch",
 }  # fmt: skip
 MAY_NOT_IMPORT = {  # part -> modules that it must do without
-    "core": IMPURE,
+    "scheduler": IMPURE,
+    "worker": IMPURE,
+    "costs": IMPURE,
     "protocol": IMPURE,
     "config": IMPURE,
-    "sim": IMPURE - {"random", "pathlib"},
+    "sim": IMPURE - {"random", "pathlib", "os", "sys", "subprocess", "time"},
 }
 ONLY_IN = {  # module -> the only places that may import it
-    "mpi4py": {"transport/mpi.py", "transport/mpi_channel.py", "transport/device_probe.py"},
-    "torch": {"engine/", "transport/devices.py", "transport/device_probe.py"},
+    "mpi4py": {
+        "transport/mpi/job.py",
+        "transport/mpi/channel.py",
+        "transport/probes/device_buffers.py",
+    },
+    "torch": {"engine/", "transport/blocks/devices.py", "transport/probes/device_buffers.py"},
     "pickle": set(),
 }
 WITHOUT = {  # imports with these modules missing
-    "mellmpi.core.batch": {"torch", "mpi4py"},
-    "mellmpi.core.cluster": {"torch", "mpi4py"},
+    "mellmpi.worker.batch": {"torch", "mpi4py"},
+    "mellmpi.scheduler.cluster": {"torch", "mpi4py"},
     "mellmpi.sim.simulator": {"torch", "mpi4py"},
-    "mellmpi.metrics": {"torch", "mpi4py"},
+    "mellmpi.telemetry.metrics": {"torch", "mpi4py"},
     "mellmpi.runtime.scheduler": {"torch"},  # rank 0 needs no engine
     "mellmpi.runtime.launch": {"torch"},
-    "mellmpi.cli": {"torch", "mpi4py"},
+    "mellmpi.cli.parser": {"torch", "mpi4py"},
 }
 LINES_OF_A_FUNCTION, LINES_OF_A_FILE = 40, 350
-LONGER = {"protocol.py"}  # every message in one file
+LONGER: set[str] = set()
 READS_THE_ENVIRONMENT = {
-    "cli.py",
-    "transport/devices.py",  # hands it to a child
-    "transport/mpi.py",  # MPI takes some settings from there alone
-    "transport/starting.py",  # before MPI has started only the launcher's variables tell ranks
+    "cli/parser.py",
+    "transport/blocks/devices.py",  # hands it to a child
+    "transport/mpi/library.py",  # MPI takes some settings from there alone
+    "transport/mpi/starting.py",  # before MPI has started only the launcher's variables tell ranks
 }
 NO_NAME_WITH = ("Manager", "Handler", "Helper", "Util")
 NO_FILE_NAMED = {"utils.py", "util.py", "helpers.py", "common.py", "misc.py"}
@@ -87,7 +84,7 @@ each_file = pytest.mark.parametrize("name", TREES)
 
 
 def part_of(name: str) -> str:
-    """The first level: "core/batch.py" belongs to "core", "cli.py" to "cli"."""
+    """The first level: "worker/batch.py" belongs to "worker", "config.py" to "config"."""
     return name.split("/")[0].removesuffix(".py")
 
 
@@ -111,8 +108,8 @@ def ours(name: str) -> set[str]:
 
 
 def test_there_is_something_to_look_at():
-    assert {"core/batch.py", "sim/simulator.py", "protocol.py"} <= TREES.keys()
-    assert ours("core/cluster.py") == {"config", "core", "protocol"}
+    assert {"worker/batch.py", "sim/simulator.py", "protocol/wire.py"} <= TREES.keys()
+    assert ours("scheduler/cluster.py") == {"config", "costs", "protocol", "scheduler"}
 
 
 @each_file
@@ -120,6 +117,39 @@ def test_dependencies_point_one_way(name):
     part = part_of(name)
     assert part in MAY_IMPORT, f"{part} has no row in the table"
     assert ours(name) <= MAY_IMPORT[part] | {part}
+
+
+def room_of(name: str) -> str:
+    """The folder of a file: "scheduler/migration" for "scheduler/migration/handover.py"."""
+    return name.rpartition("/")[0]
+
+
+@each_file
+def test_rooms_are_entered_by_their_doors(name):
+    """From another room only what its `__init__` exports; a room within one is not another."""
+    mine = room_of(name)
+    for module in imports(name):
+        path = module.removeprefix("mellmpi.").replace(".", "/")
+        theirs = room_of(path)
+        if not module.startswith("mellmpi.") or not theirs or f"{path}.py" not in TREES:
+            continue
+        inside = mine == theirs or mine.startswith(f"{theirs}/")
+        assert inside or (name, path) in COMMANDS, f"{name} imports {module}"
+
+
+@pytest.mark.parametrize("room", sorted({room_of(name) for name in TREES} - {""}))
+def test_a_room_says_what_it_is_for_and_what_it_does_not_know(room):
+    text = ast.get_docstring(TREES[f"{room}/__init__.py"])
+    assert text and len(text.splitlines()) >= 3, "three lines: its purpose, and what it knows not"
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    """Doors aside: they import what is behind them."""
+    graph = {}
+    for name in TREES:
+        paths = {module.removeprefix("mellmpi.").replace(".", "/") for module in imports(name)}
+        graph[name] = {f"{path}.py" for path in paths} & TREES.keys()
+    TopologicalSorter(graph).prepare()  # raises CycleError
 
 
 @each_file

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from mellmpi.config import CacheConfig, ModelConfig
-from mellmpi.engine import checkpoint
-from mellmpi.engine.executor import build_executor
-from mellmpi.transport import devices
+from mellmpi.engine import build_executor
+from mellmpi.models import checkpoint
+from mellmpi.transport.blocks import devices
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 

@@ -8,9 +8,9 @@ from answer import answer, channel
 
 import mellmpi
 from mellmpi.config import BatchConfig, CacheConfig, ModelConfig
-from mellmpi.core.batch import BatchScheduler
-from mellmpi.engine.executor import Executor, build_executor
+from mellmpi.engine import Executor, build_executor
 from mellmpi.protocol import SCHEDULER, Assign, Request, Sampling
+from mellmpi.worker import BatchScheduler
 
 
 class Worker:

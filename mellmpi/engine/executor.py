@@ -10,13 +10,13 @@ import torch
 
 from mellmpi.config import CacheConfig, ModelConfig
 from mellmpi.engine import weights
-from mellmpi.engine.architecture import Architecture
-from mellmpi.engine.cpu_model import CpuModel, unsupported
+from mellmpi.engine.cpu import CpuModel, unsupported
+from mellmpi.engine.cuda import TorchModel
 from mellmpi.engine.device import choose_device, finish, kv_budget_bytes
-from mellmpi.engine.kv_cache import KvArena, KvGeometry
-from mellmpi.engine.model import TorchModel
+from mellmpi.engine.kv_arena import KvArena, KvGeometry
 from mellmpi.engine.packing import PackedBatch, pack
 from mellmpi.engine.sampler import sample
+from mellmpi.models import Architecture
 from mellmpi.protocol import HostedModel, ModelKv, StepPlan, StepResult
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from mellmpi.engine.drawing import (
+from mellmpi.engine.random_sampling import (
     MASS,
     Draw,
     bound_of_greatest,

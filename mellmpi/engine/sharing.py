@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 
 from mellmpi.config import CacheConfig, ModelConfig
-from mellmpi.engine.architecture import Architecture
 from mellmpi.engine.device import choose_device
 from mellmpi.engine.executor import Executor, as_laid_out, geometry_of, load_model, num_blocks
-from mellmpi.engine.kv_cache import KvArena, shared
+from mellmpi.engine.kv_arena import KvArena, shared
+from mellmpi.models import Architecture
 from mellmpi.protocol import HostedModel, StepPlan, StepResult
 
 

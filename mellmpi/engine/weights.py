@@ -6,10 +6,15 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from mellmpi.engine.architecture import Architecture
-from mellmpi.engine.checkpoint import RANDOM_WEIGHTS
-from mellmpi.engine.parameters import check_parameters, parameter_shapes, tensor_seed
-from mellmpi.engine.weight_files import parameter_name, weight_files
+from mellmpi.models import (
+    RANDOM_WEIGHTS,
+    Architecture,
+    check_parameters,
+    parameter_name,
+    parameter_shapes,
+    tensor_seed,
+    weight_files,
+)
 
 Weights = dict[str, torch.Tensor]
 

@@ -8,13 +8,20 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
-from mellmpi.config import UsageError
-from mellmpi.front.destination import Destination, check_different
-from mellmpi.front.formats import Read, Source
-from mellmpi.front.inputs import Requests, check_input, is_descriptor, open_input, requests_in
-from mellmpi.front.lines import descriptor_reader
-from mellmpi.front.visible import visible
-from mellmpi.options import Options
+from mellmpi.config import Options, UsageError
+from mellmpi.frontend import (
+    Destination,
+    Read,
+    Requests,
+    Source,
+    check_different,
+    check_input,
+    descriptor_reader,
+    is_descriptor,
+    open_input,
+    requests_in,
+    visible,
+)
 from mellmpi.runtime.standard_input import StandardInput, descriptor_path
 from mellmpi.workload import Workload, load
 
@@ -93,7 +100,7 @@ def _prove(name: str, status: os.stat_result, outputs: list[Destination]) -> Non
 
 def demo_input() -> Path:
     """The prompts that ship with the package."""
-    return Path(str(files("mellmpi.front") / "demo_prompts.jsonl"))
+    return Path(str(files("mellmpi.frontend") / "demo_prompts.jsonl"))
 
 
 # --- inputs --------------------------------------------------------------------------------------
@@ -145,7 +152,7 @@ def _output(options: Options) -> Destination | None:
 def _picture(name: str | None) -> Destination | None:
     if not name:
         return None
-    from mellmpi.timeline import SUFFIXES  # matplotlib is slow to import
+    from mellmpi.telemetry import SUFFIXES
 
     if Path(name).suffix.lower() not in SUFFIXES:
         raise UsageError(f"--timeline {visible(name)}: its name must end with the kind of picture, "

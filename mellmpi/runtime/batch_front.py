@@ -20,7 +20,7 @@ def poisson(rate: float, seed: int) -> Iterator[float]:
         now += rng.expovariate(rate)
 
 
-class Job(Protocol):
+class BatchJob(Protocol):
     """Where requests come from and answers go: `BatchJob` or `ReplayJob`."""
 
     @property
@@ -35,7 +35,7 @@ class Job(Protocol):
 class BatchFront:
     """Submits what is due, cancels what nobody waits for, and passes answers to the job."""
 
-    def __init__(self, job: Job, arrivals: Iterator[float] | None,
+    def __init__(self, job: BatchJob, arrivals: Iterator[float] | None,
                  advanced: Callable[[int], None] = lambda _: None,
                  max_open: float = OPEN_REQUESTS):  # fmt: skip
         self._job, self._arrivals, self._advanced = job, arrivals, advanced

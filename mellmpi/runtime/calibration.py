@@ -7,8 +7,7 @@ of a prompt is computed, and the same piece far into a context. No request reads
 from collections.abc import Callable
 from typing import Protocol
 
-from mellmpi.core.step_budget import StepSeconds
-from mellmpi.core.step_times import ATTENDED
+from mellmpi.costs import ATTENDED, StepSeconds
 from mellmpi.protocol import Chunk, HostedModel, Sampling, StepPlan, StepResult
 
 BATCH = 8  # sequences that decode at once

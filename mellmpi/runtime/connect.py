@@ -5,10 +5,10 @@ from typing import Any
 
 from mellmpi.config import Config
 from mellmpi.protocol import SCHEDULER, LinksMeasured
-from mellmpi.runtime.gpus import Seat, count_gpus
-from mellmpi.transport.base import Arena, Transport
-from mellmpi.transport.devices import DeviceArena, device_buffers_work
-from mellmpi.transport.links import BLOCK_BYTES, NUM_BLOCKS, measure_links
+from mellmpi.runtime.gpus import GpuAssignment, count_gpus
+from mellmpi.transport import Arena, Transport
+from mellmpi.transport.blocks import DeviceArena, device_buffers_work
+from mellmpi.transport.probes import BLOCK_BYTES, NUM_BLOCKS, measure_links
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def probe_arena(job: Any, config: Config) -> Arena | None:
     """Blocks where this worker's KV will be, to measure links with; None: host memory will do."""
     if job.rank == SCHEDULER or config.device == "cpu" or not (num_gpus := count_gpus()):
         return None
-    seat = Seat.of(job.rank, job.neighbours, num_gpus)
+    seat = GpuAssignment.of(job.rank, job.neighbours, num_gpus)
     return DeviceArena(NUM_BLOCKS, BLOCK_BYTES, seat.device)
 
 

@@ -7,9 +7,8 @@ all, so that requests move, and few enough that each answer comes while somebody
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mellmpi.core.step_budget import StepSeconds
+from mellmpi.costs import StepSeconds
 
-KV_BYTES = 40 << 20  # of each worker, unless told: some seven requests
 CONCURRENT = 5  # open requests a worker
 LOAD_S = 18.0  # requests arrive for so long
 LONGEST_S = 45.0  # from the first arrival to the last answer, as estimated

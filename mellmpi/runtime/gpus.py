@@ -20,7 +20,7 @@ def count_gpus() -> int:
 
 
 @dataclass(frozen=True)
-class Seat:
+class GpuAssignment:
     """One worker's place on its host."""
 
     index: int  # among the workers of this host
@@ -28,10 +28,10 @@ class Seat:
     num_gpus: int  # on this host
 
     @staticmethod
-    def of(rank: int, neighbours: Sequence[int], num_gpus: int) -> "Seat":
+    def of(rank: int, neighbours: Sequence[int], num_gpus: int) -> "GpuAssignment":
         """A worker's; `neighbours`: all ranks of its host."""
         workers = [other for other in neighbours if other != SCHEDULER]
-        return Seat(workers.index(rank), len(workers), num_gpus)
+        return GpuAssignment(workers.index(rank), len(workers), num_gpus)
 
     @property
     def device(self) -> str:

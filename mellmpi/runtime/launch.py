@@ -12,21 +12,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mellmpi.config import Config, ModelConfig, UsageError
-from mellmpi.engine.architecture import Architecture
-from mellmpi.engine.checkpoint import resolve
-from mellmpi.front.tokenizer import Tokenizer
-from mellmpi.front.visible import visible
-from mellmpi.options import Options
+from mellmpi.config import Config, ModelConfig, Options, UsageError
+from mellmpi.frontend import Tokenizer, visible
+from mellmpi.models import Architecture, resolve
 from mellmpi.runtime.batch_files import open_files
 from mellmpi.runtime.calibration import measured_steps
 from mellmpi.runtime.connect import connect
-from mellmpi.runtime.gpus import Seat, count_gpus
+from mellmpi.runtime.gpus import GpuAssignment, count_gpus
 from mellmpi.runtime.run_batch import Rank0
 from mellmpi.runtime.standard_input import StandardInput
 from mellmpi.runtime.worker import Engine, Worker
-from mellmpi.transport.base import Transport
-from mellmpi.transport.local import LocalNetwork
+from mellmpi.transport import LocalNetwork, Transport
 
 ReadOptions = Callable[[Callable[[], bool]], Options]
 
@@ -126,7 +122,7 @@ def _say(text: str) -> None:
 def _worker(job: Any, prepared: dict[str, Any]) -> int:
     config = Config.from_dict(prepared["config"])
     transport = connect(job, config)
-    seat = Seat.of(job.rank, job.neighbours, count_gpus())
+    seat = GpuAssignment.of(job.rank, job.neighbours, count_gpus())
     worker = make_worker(transport, config, prepared, seat)
     worker.start()
     job.serve()
@@ -139,16 +135,16 @@ def _worker(job: Any, prepared: dict[str, Any]) -> int:
 def _alone(rank0: Callable[..., Rank0], config: Config, prepared: dict[str, Any]) -> int:
     """Scheduler and worker take turns in one process."""
     network = LocalNetwork(1)
-    seat = Seat(index=0, neighbours=1, num_gpus=count_gpus())
+    seat = GpuAssignment(index=0, neighbours=1, num_gpus=count_gpus())
     worker = make_worker(network.transports[1], config, prepared, seat)
     worker.start()
     return rank0(network.transports[0], beside=worker.turn, ready=lambda: None).run()
 
 
 def make_worker(transport: Transport, config: Config, prepared: dict[str, Any],
-                seat: Seat) -> Worker:  # fmt: skip
+                seat: GpuAssignment) -> Worker:  # fmt: skip
     """A worker whose engine is built when it starts, and again whenever it wakes."""
-    from mellmpi.engine.sharing import build_engine  # imports torch
+    from mellmpi.engine import build_engine
 
     directories = [Path(name) for name in prepared["directories"]]
     for i, model in enumerate(config.models):
@@ -200,6 +196,6 @@ def _check_seats(job: Any, config: Config) -> None:
     for host in dict.fromkeys(job.hosts):
         workers = [rank for rank in range(1, job.size) if job.hosts[rank] == host]
         if workers:
-            seat = Seat(0, len(workers), gpus[workers[0]])
+            seat = GpuAssignment(0, len(workers), gpus[workers[0]])
             if problem := seat.problem(host, config.oversubscribe_gpus):
                 raise UsageError(problem)

@@ -6,26 +6,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mellmpi.config import Config, ModelConfig, UsageError
-from mellmpi.core.cluster import ClusterScheduler
-from mellmpi.core.fleet import Fleet
-from mellmpi.core.ledger import WorkerState
-from mellmpi.core.policies import policy_for
-from mellmpi.engine.architecture import Architecture
-from mellmpi.front.batch import BatchJob, Counts
-from mellmpi.front.destination import Unwritable
-from mellmpi.front.openai import Served, ServedModel
-from mellmpi.front.replay import ReplayJob
-from mellmpi.front.tokenizer import Tokenizer
-from mellmpi.metrics import Metrics
-from mellmpi.options import Options
+from mellmpi.config import Config, ModelConfig, Options, UsageError
+from mellmpi.frontend import BatchJob, Counts, ReplayJob, Served, ServedModel, Tokenizer, Unwritable
+from mellmpi.models import Architecture
 from mellmpi.runtime.batch_files import STDOUT, BatchFiles
 from mellmpi.runtime.batch_front import BatchFront, poisson
 from mellmpi.runtime.demo import demo_load
 from mellmpi.runtime.ending import JobFailed
 from mellmpi.runtime.scheduler import SchedulerLoop
 from mellmpi.runtime.terminal import Terminal
-from mellmpi.transport.base import Transport
+from mellmpi.scheduler import ClusterScheduler, WorkerRegistry, WorkerState
+from mellmpi.scheduler.policies import policy_for
+from mellmpi.telemetry import Metrics
+from mellmpi.transport import Transport
 
 NEXT = """
 That was the demo. Requests of your own, one JSON object a line in OpenAI's batch form:
@@ -62,9 +55,9 @@ class Rank0:
         with terminal.working(f"starting {num_workers} worker(s), {names}"):
             self._drive(loop, None, lambda: not loop.starting())
         self.ready()
-        if warning := mixed_arithmetic(scheduler.fleet.arithmetic):
+        if warning := mixed_arithmetic(scheduler.registry.arithmetic):
             terminal.say(f"mellmpi: {warning}")
-        if not scheduler.fleet.models:
+        if not scheduler.registry.models:
             raise JobFailed("no worker could start")
         rate = self._demo_rate(scheduler) if self._is_demo else self.options.request_rate
         job = self._open(self._served(scheduler), terminal)
@@ -85,9 +78,11 @@ class Rank0:
 
     def _demo_rate(self, scheduler: ClusterScheduler) -> float:
         """Take as many of the prompts as suit this machine; requests a second."""
-        fleet, requests = scheduler.fleet, self.files.requests
+        registry, requests = scheduler.registry, self.files.requests
         assert requests is not None and requests.count is not None
-        steps = [fleet.estimates.steps.seconds(w) for w in fleet.ledger.workers(WorkerState.ACTIVE)]
+        steps = [
+            registry.estimates.steps.seconds(w) for w in registry.ledger.workers(WorkerState.ACTIVE)
+        ]
         load = demo_load(steps, requests.count)
         if self.options.request_rate is not None:
             return self.options.request_rate
@@ -127,13 +122,15 @@ class Rank0:
     def _served(self, scheduler: ClusterScheduler) -> tuple[ServedModel, ...]:
         """What clients may ask for: the models' limits, and what fits into a worker's arena."""
         return tuple(
-            self._served_model(scheduler.fleet, model, directory)
+            self._served_model(scheduler.registry, model, directory)
             for model, directory in zip(self.config.models, self.directories, strict=True)
         )
 
-    def _served_model(self, fleet: Fleet, model: ModelConfig, directory: Path) -> ServedModel:
-        arch, ledger = Architecture.from_directory(directory), fleet.ledger
-        if (kv := fleet.models.get(model.name)) is None:
+    def _served_model(
+        self, registry: WorkerRegistry, model: ModelConfig, directory: Path
+    ) -> ServedModel:
+        arch, ledger = Architecture.from_directory(directory), registry.ledger
+        if (kv := registry.models.get(model.name)) is None:
             raise JobFailed(f"no worker could start {model.name}")
         largest = int(ledger.capacity[ledger.able(model.name)].max())
         room = largest // kv.block_bytes * kv.block_size
@@ -190,7 +187,7 @@ class Rank0:
         return problems
 
     def _picture(self, metrics: Metrics, ended_s: float) -> bytes:
-        from mellmpi.timeline import draw  # matplotlib is slow to import
+        from mellmpi.telemetry import draw
 
         return draw(metrics.series(ended_s), Path(self.options.timeline or "").suffix)
 

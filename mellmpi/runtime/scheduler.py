@@ -4,11 +4,10 @@ import logging
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from mellmpi.core.cluster import ClusterScheduler
-from mellmpi.core.ledger import WorkerState
-from mellmpi.metrics import Metrics
 from mellmpi.protocol import FRONT, OBSERVER, Address, RankFailed, Stop
-from mellmpi.transport.base import Transport
+from mellmpi.scheduler import ClusterScheduler, WorkerState
+from mellmpi.telemetry import Metrics
+from mellmpi.transport import Transport
 
 log = logging.getLogger(__name__)
 AT_REST_S = 1.0  # longest sleep where the policy has nothing to look at
@@ -80,11 +79,11 @@ class SchedulerLoop:
 
     def starting(self) -> int:
         """Workers that have not said that they are ready, and are not lost."""
-        return len(self._scheduler.fleet.ledger.workers(WorkerState.STARTING))
+        return len(self._scheduler.registry.ledger.workers(WorkerState.STARTING))
 
     def all_lost(self) -> bool:
         """Nobody is left to serve anything."""
-        states = self._scheduler.fleet.ledger.state[1:]
+        states = self._scheduler.registry.ledger.state[1:]
         return bool((states == WorkerState.LOST).all())
 
     def stop(self) -> None:

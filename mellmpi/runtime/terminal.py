@@ -13,8 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
-from mellmpi.front.batch import Answered, Counts
-from mellmpi.front.visible import visible, visible_lines
+from mellmpi.frontend import Answered, Counts, visible, visible_lines
 
 WIDTH = 100
 STDERR = 2

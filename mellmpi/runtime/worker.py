@@ -7,10 +7,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from mellmpi.config import BatchConfig, CacheConfig
-from mellmpi.core.batch import BatchScheduler
-from mellmpi.core.cost import CostModel
-from mellmpi.core.step_budget import UNKNOWN, StepBudget, StepSeconds
-from mellmpi.core.step_times import StepTimes
+from mellmpi.costs import UNKNOWN, CostModel, StepBudget, StepSeconds, StepTimes
 from mellmpi.protocol import (
     DATA_PLANE,
     SCHEDULER,
@@ -32,7 +29,8 @@ from mellmpi.protocol import (
     WorkerLost,
     WorkerReady,
 )
-from mellmpi.transport.base import Arena, Transfer, Transport
+from mellmpi.transport import Arena, Transfer, Transport
+from mellmpi.worker import BatchScheduler
 
 log = logging.getLogger(__name__)
 

@@ -7,13 +7,13 @@ what several of them do is a sum. A property test holds it to stepping one by on
 from collections.abc import Sequence
 from typing import Any
 
-from mellmpi.core.batch import BatchScheduler
-from mellmpi.core.cost import CostModel
-from mellmpi.core.sequences import Sequence as Live
+from mellmpi.costs import CostModel
 from mellmpi.protocol import Address, HostedModel, StepPlan, StepResult, WorkerReady
 from mellmpi.sim.executor import SilentExecutor
 from mellmpi.sim.progress import STOP, zeros
 from mellmpi.sim.worker import SimWorker, WorkerSpec
+from mellmpi.worker import BatchScheduler
+from mellmpi.worker import Sequence as Live
 
 
 class CountingExecutor(SilentExecutor):
@@ -50,7 +50,7 @@ class FastBatch(BatchScheduler):
     def num_alike(self) -> int:
         """So many steps, the planned one included, are alike if nobody writes."""
         planned = self._planned
-        if self._departures.closing:
+        if self._sender.closing:
             return 1
         computable = [s for s in self.sequences.values() if s.computable]
         left_out = len(computable) - len(planned)
@@ -81,7 +81,7 @@ class FastBatch(BatchScheduler):
         for sequence in self._planned:
             sequence.num_computed += steps
             sequence.outputs += zeros(steps)
-            self._unreported.decoded(sequence, steps)
+            self._reports.decoded(sequence, steps)
             grown = self.tables.grow(sequence, sequence.num_tokens)
             assert grown, f"request {sequence.request.id} was given a step without room"
 

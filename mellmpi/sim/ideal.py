@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from mellmpi.core.view import RequestColumns
 from mellmpi.protocol import (
     Assign,
     KvReceived,
@@ -28,6 +27,7 @@ from mellmpi.protocol import (
     Wake,
     WorkerReady,
 )
+from mellmpi.scheduler import RequestColumns
 from mellmpi.sim.progress import STOP, Progress, zeros
 
 MANY = 1 << 30  # sequences: no bound

@@ -7,7 +7,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from mellmpi.front.visible import visible
+from mellmpi.frontend import visible
 from mellmpi.sim.bound import Load
 from mellmpi.sim.replay import Tally, sample_times
 

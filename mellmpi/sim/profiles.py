@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mellmpi.config import BatchConfig
-from mellmpi.core.cost import CostModel
+from mellmpi.costs import CostModel
 
 FP16 = 2  # bytes
 PREFILL_SHARE = 0.5  # of peak FLOPs in a large prefill: what tuned kernels reach (gpt-fast, vLLM)

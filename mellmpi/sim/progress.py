@@ -9,10 +9,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from mellmpi.core.cluster import ClusterScheduler
-from mellmpi.core.fleet import Commands
-from mellmpi.core.requests import Log
-from mellmpi.core.view import RequestColumns
+from mellmpi.scheduler import ClusterScheduler, Commands, Log, RequestColumns
 
 STOP = 1  # the token that ends an answer; all others are 0
 
@@ -64,18 +61,18 @@ class CountingScheduler(ClusterScheduler):
     """Rank 0 on simulated workers."""
 
     def log_for(self, row: int) -> Log:
-        return CountedLog(self.fleet.view.requests, row)
+        return CountedLog(self.registry.view.requests, row)
 
     def _count(self, rows: list[int], added: list[int]) -> None:
         """The log has done that."""
 
     def advance(self, progress: Progress, now: float) -> Commands:
         """As `handle` of one report a worker. Nobody resumes by it: room has only shrunk."""
-        view, ledger = self.fleet.view, self.fleet.ledger
+        view, ledger = self.registry.view, self.registry.ledger
         view.now = now
         ledger.report_all(progress.workers, progress.acked, progress.free_bytes)
-        self.fleet.decoded(progress.decoded)
+        self.registry.rates.decoded += progress.decoded
         requests = view.requests
         requests.num_tokens[progress.rows] = requests.num_prompt[progress.rows] + progress.outputs
-        self._place_waiting()
-        return self.fleet.take()
+        self.placement.place_waiting()
+        return self.registry.take()

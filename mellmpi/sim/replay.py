@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from mellmpi.config import ClusterConfig
-from mellmpi.core.cost import CostModel
-from mellmpi.core.policies import Policy, policy_for
+from mellmpi.costs import CostModel
 from mellmpi.protocol import (
     FRONT,
     OBSERVER,
@@ -23,6 +22,7 @@ from mellmpi.protocol import (
     Submit,
     WorkerChanged,
 )
+from mellmpi.scheduler.policies import Policy, policy_for
 from mellmpi.sim.bound import SAMPLE_S, Load
 from mellmpi.sim.ideal import IdealWorkers
 from mellmpi.sim.progress import STOP, CountingScheduler, zeros
@@ -92,7 +92,7 @@ class Replay:
         )  # fmt: skip
         policy = timed(policy_for(name, "auto"), self.tally, settings.clock)
         self.scheduler = CountingScheduler(len(hosts), config, policy)
-        self.scheduler.fleet.view.cost = cost
+        self.scheduler.registry.view.cost = cost
         self._kv = {kv.model: kv for kvs in hosts for kv in kvs}
 
     def run(self, progress: Callable[[int], None]) -> Tally:
@@ -108,13 +108,13 @@ class Replay:
 
     def _sleep(self) -> list[tuple[Any, Any]]:
         """Park all workers but the first; the policy wakes what it wants."""
-        fleet = self.scheduler.fleet
-        for w in range(2, len(fleet.ledger.state)):
-            fleet.park(w)
-        return fleet.take()
+        registry = self.scheduler.registry
+        for w in range(2, len(registry.ledger.state)):
+            registry.park(w)
+        return registry.take()
 
     def _check_enough(self) -> None:
-        if not self.settings.may_lack and self.scheduler.fleet.ledger.num_requests[1:].all():
+        if not self.settings.may_lack and self.scheduler.registry.ledger.num_requests[1:].all():
             raise Unserved
 
     def _observe(self, event: Any, now: float) -> None:
@@ -130,8 +130,8 @@ class Replay:
                 tally.rejected += 1
 
     def _sample(self, used_bytes: int) -> None:
-        fleet = self.scheduler.fleet
-        requests, held = fleet.view.requests, fleet.ledger.num_requests > 0
+        registry = self.scheduler.registry
+        requests, held = registry.view.requests, registry.ledger.num_requests > 0
         homes = requests.home[requests.live & (requests.worker == 0)]
         held[homes[homes > 0]] = True
         self.tally.gpus.append(int(held.sum()))
@@ -193,7 +193,7 @@ class IdealReplay(Replay):
         self._report(self.workers.advance(step))
 
     def _progress(self) -> None:
-        progress = self.workers.progress(self.scheduler.fleet.view.requests)
+        progress = self.workers.progress(self.scheduler.registry.view.requests)
         self._route(self.scheduler.advance(progress, self.now))
 
     def _tick(self) -> None:

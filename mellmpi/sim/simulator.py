@@ -8,9 +8,7 @@ from itertools import count
 from typing import Any
 
 from mellmpi.config import ClusterConfig
-from mellmpi.core.cluster import ClusterScheduler
-from mellmpi.core.cost import CostModel
-from mellmpi.core.policies import policy_for
+from mellmpi.costs import CostModel
 from mellmpi.protocol import (
     DATA_PLANE,
     FRONT,
@@ -26,6 +24,8 @@ from mellmpi.protocol import (
     Wake,
     WorkerLost,
 )
+from mellmpi.scheduler import ClusterScheduler
+from mellmpi.scheduler.policies import policy_for
 from mellmpi.sim.data_plane import DataPlane
 from mellmpi.sim.network import Network
 from mellmpi.sim.worker import SimWorker, WorkerSpec

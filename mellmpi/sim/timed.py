@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 
 from mellmpi.config import BatchConfig, CacheConfig
-from mellmpi.core.cost import CostModel
-from mellmpi.core.ledger import WorkerState
+from mellmpi.costs import CostModel
 from mellmpi.protocol import (
     DATA_PLANE,
     FRONT,
@@ -29,6 +28,7 @@ from mellmpi.protocol import (
     Unfreeze,
     Wake,
 )
+from mellmpi.scheduler import WorkerState
 from mellmpi.sim.bound import Load
 from mellmpi.sim.fast import CountingExecutor, FastWorker
 from mellmpi.sim.pace import Clock, Pace, Transfers
@@ -82,7 +82,7 @@ class TimedReplay(Replay):
     def _fall_asleep(self) -> None:
         """At the start, at once."""
         self._route(self._sleep())
-        while self.scheduler.fleet.ledger.workers(WorkerState.PARKING) and self.clock.next():
+        while self.scheduler.registry.ledger.workers(WorkerState.PARKING) and self.clock.next():
             pass
         self.tally.wakes = 0
 

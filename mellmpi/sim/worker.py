@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mellmpi.config import BatchConfig, CacheConfig
-from mellmpi.core.batch import BatchScheduler
-from mellmpi.core.step_budget import UNKNOWN, StepSeconds
+from mellmpi.costs import UNKNOWN, StepSeconds
 from mellmpi.protocol import Address, HostedModel, ModelKv, StepPlan, Stop, Wake, WorkerReady
 from mellmpi.sim.executor import HashExecutor
+from mellmpi.worker import BatchScheduler
 
 
 @dataclass(frozen=True)

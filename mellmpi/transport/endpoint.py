@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mellmpi.transport.base import Arena, Transfer
-from mellmpi.transport.blocks import BlockMover
-from mellmpi.transport.carrier import Carrier
+from mellmpi.transport.blocks import BlockMover, ProgressThread, lane_for
 from mellmpi.transport.channel import PeerChannel
-from mellmpi.transport.devices import lane_for
 from mellmpi.transport.doorbell import Doorbell
 from mellmpi.transport.post import Post
 
@@ -48,7 +46,7 @@ class Endpoint:
         self._post, self._blocks = post, blocks
         is_checked = checked.__contains__
         self._mover = (
-            Carrier(blocks, is_checked, bell.wake, read_by.__contains__)
+            ProgressThread(blocks, is_checked, bell.wake, read_by.__contains__)
             if carried
             else BlockMover(blocks, is_checked, read_by.__contains__)
         )

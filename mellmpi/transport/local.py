@@ -8,8 +8,7 @@ from typing import Any
 
 from mellmpi.protocol import WorkerLost, decode, encode
 from mellmpi.transport.base import Arena, Transfer
-from mellmpi.transport.framing import checksum
-from mellmpi.transport.lanes import bytes_at
+from mellmpi.transport.blocks import bytes_at, checksum
 
 PIECE_BYTES = 32 << 20  # copied by one progress() call, or one block if that is larger
 

@@ -1,6 +1,7 @@
 """Arrivals and lengths: public traces, recognised by their columns, and seeded generators."""
 
 from mellmpi.workload.requests import Workload, gamma
+from mellmpi.workload.rows import open_filled
 from mellmpi.workload.trace import load
 
-__all__ = ["Workload", "gamma", "load"]
+__all__ = ["Workload", "gamma", "load", "open_filled"]

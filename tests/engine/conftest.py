@@ -7,11 +7,10 @@ import pytest
 import torch
 import transformers
 
-from mellmpi.engine.architecture import Architecture
-from mellmpi.engine.cpu_model import CpuModel
-from mellmpi.engine.kv_cache import KvArena, KvGeometry
-from mellmpi.engine.model import TorchModel
-from mellmpi.engine.packing import pack
+from mellmpi.engine import KvArena, KvGeometry, pack
+from mellmpi.engine.cpu import CpuModel
+from mellmpi.engine.cuda import TorchModel
+from mellmpi.models import Architecture
 from mellmpi.protocol import Chunk, Sampling, StepPlan
 
 SHAPE = dict(

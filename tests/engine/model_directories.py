@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from mellmpi.engine.architecture import Architecture
-from mellmpi.engine.parameters import parameter_shapes
-from mellmpi.engine.random_model import write_byte_tokenizer
+from mellmpi.models import Architecture, parameter_shapes
+from mellmpi.models.random_model import write_byte_tokenizer
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama", "num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2,

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from mellmpi.engine.architecture import Architecture, attention_factor, inv_freq
+from mellmpi.models import Architecture, attention_factor, inv_freq
 
 SMALL = {
     "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4,

@@ -1,9 +1,14 @@
 import pytest
 import torch
 
-from mellmpi.engine import attention
-from mellmpi.engine.attention import batched_attention, group_chunks, make_group, paged_attention
-from mellmpi.engine.packing import pack
+from mellmpi.engine import pack
+from mellmpi.engine.cuda import attention
+from mellmpi.engine.cuda.attention import (
+    batched_attention,
+    group_chunks,
+    make_group,
+    paged_attention,
+)
 from mellmpi.protocol import Chunk, StepPlan
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE, NUM_BLOCKS = 6, 2, 8, 4, 128

@@ -12,10 +12,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from mellmpi.engine import checkpoint
-from mellmpi.engine.architecture import Architecture
-from mellmpi.engine.checkpoint import resolve
-from mellmpi.engine.random_model import NAMED
+from mellmpi.models import Architecture, checkpoint, resolve
+from mellmpi.models.random_model import NAMED
 from tests.engine import gguf_files as files
 from tests.engine import model_directories as models
 
@@ -191,7 +189,7 @@ def test_a_directory_without_config_or_safetensors_is_refused(tmp_path):
 # --- the hub -------------------------------------------------------------------------------------
 
 PROGRAM = """
-import sys; from pathlib import Path; from mellmpi.engine.checkpoint import resolve
+import sys; from pathlib import Path; from mellmpi.models.checkpoint import resolve
 try: print("found", resolve(sys.argv[1], Path(sys.argv[2])))
 except ValueError as error: print("refused", error)
 assert "torch" not in sys.modules
@@ -324,7 +322,7 @@ def test_a_vocabulary_too_small_for_bytes_is_refused(tmp_path):
 
 def test_resolving_needs_no_torch():
     program = (
-        "import sys, mellmpi.engine.checkpoint; "
+        "import sys, mellmpi.models.checkpoint; "
         "assert not {'torch', 'transformers'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

@@ -11,9 +11,9 @@ from gguf import GGUFReader
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mellmpi.engine.checkpoint import resolve
-from mellmpi.engine.gguf import convert
-from mellmpi.engine.gguf_file import read_gguf
+from mellmpi.models import resolve
+from mellmpi.models.gguf import convert
+from mellmpi.models.gguf_file import read_gguf
 from tests.engine import gguf_files as files
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 25464248\n"

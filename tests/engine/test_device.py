@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from mellmpi.config import CacheConfig
-from mellmpi.engine.device import choose_device, copy_ints, finish, kv_budget_bytes
+from mellmpi.engine import choose_device, finish, kv_budget_bytes
+from mellmpi.engine.device import copy_ints
 
 GIB = 1 << 30
 CUDA = torch.device("cuda", 1)

@@ -9,10 +9,10 @@ import torch
 import transformers
 
 from mellmpi.config import CacheConfig, ModelConfig
-from mellmpi.engine import checkpoint
-from mellmpi.engine.cpu_model import CpuModel
-from mellmpi.engine.executor import build_executor
-from mellmpi.engine.model import TorchModel
+from mellmpi.engine import build_executor
+from mellmpi.engine.cpu import CpuModel
+from mellmpi.engine.cuda import TorchModel
+from mellmpi.models import checkpoint
 from mellmpi.protocol import Chunk, ModelKv, Sampling, StepPlan
 
 FLOAT32 = ModelConfig(model="tiny", dtype="float32")

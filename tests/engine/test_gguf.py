@@ -11,10 +11,10 @@ from gguf import GGUFReader, dequantize
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mellmpi.engine.checkpoint import _smollm2_file
-from mellmpi.engine.gguf import convert
-from mellmpi.engine.gguf_tokenizer import pre_tokenizer
 from mellmpi.engine.weights import load
+from mellmpi.models.checkpoint import _smollm2_file
+from mellmpi.models.gguf import convert
+from mellmpi.models.gguf_tokenizer import pre_tokenizer
 from tests.engine import gguf_files as files
 
 TEXTS = [

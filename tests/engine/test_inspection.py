@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from mellmpi.engine.architecture import Architecture, attention_factor, inv_freq
-from mellmpi.engine.checkpoint import resolve
+from mellmpi.models import Architecture, attention_factor, inv_freq, resolve
 from tests.engine import model_directories as models
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 25464248\n"
@@ -365,9 +364,9 @@ def test_a_sentencepiece_model_alone_needs_the_packages_that_convert_it(model):
     (model / "tokenizer.json").unlink()
     (model / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mellmpi.engine.tokenizer_files.CONVERTERS", ("no-such-package", "numpy"))
+        patch.setattr("mellmpi.models.tokenizer_files.CONVERTERS", ("no-such-package", "numpy"))
         assert refusal(model).endswith("pip install no-such-package")
-        patch.setattr("mellmpi.engine.tokenizer_files.CONVERTERS", ("numpy",))
+        patch.setattr("mellmpi.models.tokenizer_files.CONVERTERS", ("numpy",))
         assert resolve(str(model), model.parent / "cache") == model
     (model / "tokenizer.model").write_text(POINTER)
     assert "tokenizer.model is a Git LFS pointer" in refusal(model)

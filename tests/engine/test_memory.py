@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mellmpi.engine.packing import pack
+from mellmpi.engine import pack
 from mellmpi.engine.sampler import sample
 from mellmpi.protocol import Chunk, StepPlan
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mellmpi.engine.packing import pack
+from mellmpi.engine import pack
 from mellmpi.protocol import StepPlan
 
 TOLERANCE = dict(rtol=1e-4, atol=1e-4)

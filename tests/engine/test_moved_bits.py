@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from mellmpi.engine.executor import Executor, as_laid_out
-from mellmpi.engine.kv_cache import KvArena, KvGeometry
-from mellmpi.engine.packing import pack
+from mellmpi.engine import Executor, KvArena, KvGeometry, pack
+from mellmpi.engine.executor import as_laid_out
 from mellmpi.protocol import Chunk, StepPlan
 from tests.engine.conftest import MAKERS
 from tests.engine.test_executor import Live, Loop, mixed_requests, random_prompts

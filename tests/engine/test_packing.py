@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from mellmpi.engine.packing import pack
+from mellmpi.engine import pack
 from mellmpi.protocol import Chunk, StepPlan
 
 BLOCK_SIZE = 4

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from mellmpi.engine.safetensors_header import LONGEST_HEADER, Stored, read_header
+from mellmpi.models.safetensors_header import LONGEST_HEADER, Stored, read_header
 
 WHOLE = save(
     {"a": np.zeros((2, 3), np.float32), "b": np.zeros((4,), np.float16), "c": np.zeros((0,))},

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from mellmpi.config import BatchConfig, CacheConfig, ModelConfig
-from mellmpi.core.batch import BatchScheduler
-from mellmpi.engine import checkpoint
-from mellmpi.engine.sharing import build_engine
+from mellmpi.engine import build_engine
+from mellmpi.models import checkpoint
 from mellmpi.protocol import SCHEDULER, Assign, Request, Sampling
+from mellmpi.worker import BatchScheduler
 
 NAMES = ("tiny-llama", "tiny-qwen3")  # the heads of the second are twice as wide
 CACHE = CacheConfig(kv_cache_memory_bytes=1 << 20)

@@ -6,11 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mellmpi.engine.architecture import Architecture
-from mellmpi.engine.checkpoint import resolve
-from mellmpi.engine.parameters import parameter_shapes
-from mellmpi.engine.random_model import NAMED
 from mellmpi.engine.weights import load
+from mellmpi.models import Architecture, parameter_shapes, resolve
+from mellmpi.models.random_model import NAMED
 from tests.engine import gguf_files as files
 
 SOME = "model.layers.1.mlp.up_proj.weight"

@@ -9,13 +9,13 @@ import sys
 
 import pytest
 
-from mellmpi.transport.base import Transfer, Transport
-from mellmpi.transport.mpi import Job
+from mellmpi.transport import Transfer, Transport
+from mellmpi.transport.mpi import MpiJob
 from tests.mpi.harness import leave_verdict, or_abort
 from tests.transport.conformance import SCENARIOS, HostArena, Post
 
 
-def connect(job: Job) -> Transport:
+def connect(job: MpiJob) -> Transport:
     """With "steps" no thread carries blocks; with "messages" none are read out of memory."""
     return job.connect(
         idle_poll_s=0.005, checksums="always", carried="steps" not in sys.argv,
@@ -25,7 +25,7 @@ def connect(job: Job) -> Transport:
 
 @pytest.fixture(scope="module")
 def post():
-    job = Job()
+    job = MpiJob()
     atexit.register(job.finish)  # pytest-mpi still talks at the end
     return Post(connect(job))
 
@@ -47,7 +47,7 @@ def leave_open(transport: Transport) -> list[Transfer]:
 
 
 def main() -> None:
-    job = Job()
+    job = MpiJob()
     passed: list[str] = []
 
     def program() -> None:

@@ -9,15 +9,15 @@ import signal
 import sys
 import time
 
-from mellmpi.transport.links import measure_links
-from mellmpi.transport.mpi import Job
+from mellmpi.transport.mpi import MpiJob
+from mellmpi.transport.probes import measure_links
 from tests.mpi.harness import leave_verdict, or_abort
 
 HOSTS = ["a", "a", "b", "c", "c"]
 
 
 def main() -> None:
-    job = Job()
+    job = MpiJob()
 
     def program() -> None:
         transport = job.connect(idle_poll_s=0.005, reading="messages" not in sys.argv)

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from mellmpi.protocol import Cancel, WorkerLost
-from mellmpi.transport.base import Transport
-from mellmpi.transport.mpi import Job
+from mellmpi.transport import Transport
+from mellmpi.transport.mpi import MpiJob
 from tests.mpi.harness import leave_verdict, or_abort, until_verdicts
 from tests.transport.conformance import LIMIT_S, HostArena, Post
 
@@ -122,7 +122,7 @@ def talk(survivor: Survivor, arena: HostArena) -> None:
 
 
 def main() -> None:
-    job = Job()
+    job = MpiJob()
 
     def program() -> None:
         transport = job.connect(idle_poll_s=0.005, reading="messages" not in sys.argv)

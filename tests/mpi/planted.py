@@ -16,16 +16,16 @@ from types import ModuleType
 START = (  # calls of every rank until it serves
     "mellmpi.runtime.ending:_join",
     "mellmpi.transport.post:Post.__init__",
-    "mellmpi.transport.mpi:MpiChannel.__init__",
+    "mellmpi.transport.mpi.job:MpiChannel.__init__",
     "mellmpi.transport.post:Post.gather",
-    "mellmpi.transport.mpi:Job.check_installation",
+    "mellmpi.transport.mpi.job:MpiJob.check_installation",
     "mellmpi.runtime.connect:device_buffers_proven",
-    "mellmpi.transport.mpi:Job.connect",
+    "mellmpi.transport.mpi.job:MpiJob.connect",
     "mellmpi.transport.doorbell:Doorbell.__init__",
     "mellmpi.transport.doorbell:Doorbell.find",
-    "mellmpi.transport.mpi:set_yielding",
+    "mellmpi.transport.mpi.job:set_yielding",
     "mellmpi.runtime.connect:measure",
-    "mellmpi.transport.mpi:Job.serve",
+    "mellmpi.transport.mpi.job:MpiJob.serve",
 )
 RUN = (
     "mellmpi.transport.endpoint:Endpoint.poll",
@@ -36,18 +36,18 @@ RUN = (
 )
 END = (
     "mellmpi.transport.endpoint:Endpoint.close",
-    "mellmpi.transport.mpi:Job.finish",
+    "mellmpi.transport.mpi.job:MpiJob.finish",
 )
 SCHEDULER = (
     "mellmpi.runtime.launch:StandardInput.is_piped",
-    "mellmpi.cli:read_options",
+    "mellmpi.cli.parser:read_options",
     "mellmpi.runtime.launch:_prepare",
-    "mellmpi.engine.checkpoint:resolve",
+    "mellmpi.models.checkpoint:resolve",
     "mellmpi.runtime.run_batch:Rank0.run",
     "mellmpi.runtime.run_batch:Rank0._open",
     "mellmpi.runtime.scheduler:SchedulerLoop.turn",
-    "mellmpi.core.cluster:ClusterScheduler.handle",
-    "mellmpi.core.cluster:ClusterScheduler.tick",
+    "mellmpi.scheduler.cluster:ClusterScheduler.handle",
+    "mellmpi.scheduler.cluster:ClusterScheduler.tick",
     "mellmpi.runtime.batch_front:BatchFront.inbox",
     "mellmpi.runtime.batch_front:BatchFront.deliver",
     "mellmpi.runtime.scheduler:SchedulerLoop.stop",
@@ -59,20 +59,20 @@ WORKER = (
     "mellmpi.runtime.worker:Worker.start",
     "mellmpi.runtime.worker:Worker.turn",
     "tests.runtime.cell:HashEngine.execute",
-    "mellmpi.core.batch:BatchScheduler.plan",
-    "mellmpi.core.batch:BatchScheduler.commit",
-    "mellmpi.core.batch:BatchScheduler.handle",
+    "mellmpi.worker.batch:BatchScheduler.plan",
+    "mellmpi.worker.batch:BatchScheduler.commit",
+    "mellmpi.worker.batch:BatchScheduler.handle",
 )
 
 
 REPEATED = {  # calls that every run makes several times
     "mellmpi.transport.post:Post.gather", *RUN, "mellmpi.runtime.scheduler:SchedulerLoop.turn",
-    "mellmpi.core.cluster:ClusterScheduler.handle", "mellmpi.core.cluster:ClusterScheduler.tick",
+    "mellmpi.scheduler.cluster:ClusterScheduler.handle", "mellmpi.scheduler.cluster:ClusterScheduler.tick",
     "mellmpi.runtime.batch_front:BatchFront.inbox",
     "mellmpi.runtime.batch_front:BatchFront.deliver",
     "mellmpi.runtime.worker:Worker.turn", "tests.runtime.cell:HashEngine.execute",
-    "mellmpi.core.batch:BatchScheduler.plan", "mellmpi.core.batch:BatchScheduler.commit",
-    "mellmpi.core.batch:BatchScheduler.handle",
+    "mellmpi.worker.batch:BatchScheduler.plan", "mellmpi.worker.batch:BatchScheduler.commit",
+    "mellmpi.worker.batch:BatchScheduler.handle",
 }  # fmt: skip
 
 

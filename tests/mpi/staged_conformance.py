@@ -8,10 +8,9 @@ import ctypes
 
 import numpy as np
 
-from mellmpi.transport import endpoint
-from mellmpi.transport.base import Arena
-from mellmpi.transport.devices import Staged
-from mellmpi.transport.lanes import Lane
+from mellmpi.transport import Arena, endpoint
+from mellmpi.transport.blocks import Staged
+from mellmpi.transport.blocks.staging import Lane
 from tests.transport.conformance import (
     SCENARIOS,
     a_bit_that_flips_on_the_way_is_found_and_no_other_transfer_suffers,

@@ -5,13 +5,12 @@ import time
 from typing import Any
 
 from mellmpi.protocol import FINGERPRINT, WorkerLost
-from mellmpi.transport.mpi import Job, MixedInstallation
-from mellmpi.transport.yielding import set_yielding
+from mellmpi.transport.mpi import MixedInstallation, MpiJob, set_yielding
 from tests.mpi.harness import leave_verdict, or_abort, until_verdicts
 from tests.transport.conformance import LIMIT_S
 
 
-def share(job: Job) -> Any:
+def share(job: MpiJob) -> Any:
     """What everyone knows once the job has begun; rank 2 has another version in its second half."""
     data = {"config": {"threads": None, "share": 0.5}, "names": ["a", "b"]}
     shared = job.share(data if job.rank == 0 else None)
@@ -35,7 +34,7 @@ def share(job: Job) -> Any:
     return verdict
 
 
-def listen(job: Job) -> Any:
+def listen(job: MpiJob) -> Any:
     """Wait for the worst: what was heard until then."""
     transport = job.connect(idle_poll_s=0.005)
     stop_s = time.monotonic() + LIMIT_S
@@ -53,7 +52,7 @@ def listen(job: Job) -> Any:
 
 
 def main() -> None:
-    job, case = Job(), sys.argv[2]
+    job, case = MpiJob(), sys.argv[2]
 
     def program() -> None:
         if case == "alone":

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 
 from mellmpi.config import BatchConfig, CacheConfig, ClusterConfig
-from mellmpi.core.cluster import ClusterScheduler
-from mellmpi.core.policies import policy_for
-from mellmpi.metrics import Metrics
 from mellmpi.protocol import Emit, HostedModel, ModelKv, Rejected, Request, Sampling, Submit
 from mellmpi.runtime.scheduler import SchedulerLoop
 from mellmpi.runtime.worker import Worker
+from mellmpi.scheduler import ClusterScheduler
+from mellmpi.scheduler.policies import policy_for
 from mellmpi.sim.executor import HashExecutor
-from mellmpi.transport.local import LocalNetwork
+from mellmpi.telemetry import Metrics
+from mellmpi.transport import LocalNetwork
 
 BLOCK_SIZE = 4
 KV = ModelKv("hash", BLOCK_SIZE, block_bytes=64)

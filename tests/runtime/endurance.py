@@ -101,7 +101,7 @@ def endure(num_moves: int, seed: int = 0) -> dict[str, Any]:
         "moves": cell.metrics.report(1.0)["migrations"],
         "outcomes": cell.metrics.report(1.0)["migration_outcomes"],
         "left": [left(worker) for worker in cell.workers.values()],
-        "in_flight": sum(map(abs, cell.scheduler.fleet.in_flight.bytes_between.values())),
+        "in_flight": sum(map(abs, cell.scheduler.registry.in_flight.bytes_between.values())),
         "rss_mb": [round(kb / 1024, 1) for kb in rss],
     }  # fmt: skip
 

@@ -14,19 +14,18 @@ from typing import Any
 import psutil
 
 from mellmpi.config import BatchConfig, CacheConfig, ClusterConfig, Config, ModelConfig
-from mellmpi.core.cluster import ClusterScheduler
-from mellmpi.core.policies import policy_for
-from mellmpi.engine.checkpoint import resolve
-from mellmpi.metrics import Metrics
+from mellmpi.models import resolve
 from mellmpi.protocol import Request
 from mellmpi.runtime.connect import connect
-from mellmpi.runtime.gpus import Seat
+from mellmpi.runtime.gpus import GpuAssignment
 from mellmpi.runtime.launch import make_worker
 from mellmpi.runtime.scheduler import SchedulerLoop
 from mellmpi.runtime.worker import Worker
-from mellmpi.transport.base import Transport
-from mellmpi.transport.local import LocalNetwork
-from mellmpi.transport.mpi import Job
+from mellmpi.scheduler import ClusterScheduler
+from mellmpi.scheduler.policies import policy_for
+from mellmpi.telemetry import Metrics
+from mellmpi.transport import LocalNetwork, Transport
+from mellmpi.transport.mpi import MpiJob
 from tests.mpi.harness import leave_verdict, or_abort
 from tests.runtime.cell import ListFront, request
 from tests.runtime.endurance import EndlessFront, left, moves
@@ -117,7 +116,7 @@ def schedule(transport: Transport, expected: dict[int, list[int]], num_moves: in
         **front.found(), "moves": report["migrations"], "outcomes": report["migration_outcomes"],
         "preemptions": report["preemptions"], "migrated_bytes": report["migrated_bytes"],
         "records": len(scheduler.records), "seconds": round(time.monotonic() - began_s, 1),
-        "in_flight": sum(map(abs, scheduler.fleet.in_flight.bytes_between.values())),
+        "in_flight": sum(map(abs, scheduler.registry.in_flight.bytes_between.values())),
         "rss_mb": memory.quarters_mb(),
     }  # fmt: skip
 
@@ -140,12 +139,12 @@ def num_verdicts() -> int:
 
 
 def main() -> None:
-    job = Job()
+    job = MpiJob()
 
     def program() -> None:
         cache_dir = Path(sys.argv[1], "cache")
         prepared = {"directories": [str(resolve(MODEL, cache_dir))], "cache_dir": str(cache_dir)}
-        seat = Seat(index=0, neighbours=job.size - 1, num_gpus=0)
+        seat = GpuAssignment(index=0, neighbours=job.size - 1, num_gpus=0)
         if job.rank == 0:
             network = LocalNetwork(1)
             alone = make_worker(network.transports[1], CONFIG, prepared, seat)

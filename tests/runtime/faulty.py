@@ -13,9 +13,9 @@ from typing import Any
 
 from mellmpi.cli import main
 from mellmpi.protocol import KvPayload
-from mellmpi.transport import reading, receiving
-from mellmpi.transport.endpoint import Endpoint
-from mellmpi.transport.framing import checksum
+from mellmpi.transport import Endpoint
+from mellmpi.transport.blocks import checksum, receiving
+from mellmpi.transport.blocks import cross_memory as reading
 
 EVERY = 7
 

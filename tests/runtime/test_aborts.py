@@ -5,18 +5,18 @@ from dataclasses import replace
 
 import pytest
 
-from mellmpi.core import migration
-from mellmpi.core.requests import State
-from mellmpi.core.sequences import Phase
-from mellmpi.core.step_budget import StepBudget
-from mellmpi.core.view import Move
+from mellmpi.costs import StepBudget
 from mellmpi.protocol import Cancel
 from mellmpi.runtime import worker as loops
+from mellmpi.scheduler import MoveProposal
+from mellmpi.scheduler import planner as migration
+from mellmpi.scheduler.requests import State
 from mellmpi.sim.executor import expected_outputs
 from mellmpi.transport import local
 from mellmpi.transport.local import LocalTransport
-from tests.core.stage import assert_nothing_left, check
+from mellmpi.worker.sequences import Phase
 from tests.runtime.cell import HashArena, ListFront, hashing, request
+from tests.scheduler.stage import assert_nothing_left, check
 
 MOVING, SRC, DST = 7, 1, 2
 WHILE = 25  # turns without room, then there is room again
@@ -74,7 +74,7 @@ class Scene:
         if self.begun or record is None or len(record.log.tokens) < 2 or not record.settled:
             return []  # it would not be split yet
         self.begun = True
-        return [Move(MOVING, DST, "test", self.mode)]
+        return [MoveProposal(MOVING, DST, "test", self.mode)]
 
     def _copying(self, copy):
         def copying(transport, offer, want):
@@ -160,7 +160,7 @@ class Scene:
 
     def check_nothing_left(self):
         assert_nothing_left(self.scheduler)
-        assert not any(self.scheduler.fleet.in_flight.bytes_between.values())
+        assert not any(self.scheduler.registry.in_flight.bytes_between.values())
         for worker, loop in self.cell.workers.items():
             if worker not in self.network.lost:
                 batch = loop._batch

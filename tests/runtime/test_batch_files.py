@@ -5,8 +5,7 @@ import os
 
 import pytest
 
-from mellmpi.config import Config, ModelConfig, UsageError
-from mellmpi.options import Options
+from mellmpi.config import Config, ModelConfig, Options, UsageError
 from mellmpi.runtime.batch_files import open_files
 from tests.runtime.jobs import line
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mellmpi.core.step_times import ATTENDED
+from mellmpi.costs import ATTENDED
 from mellmpi.protocol import HostedModel, ModelKv, StepResult
 from mellmpi.runtime.calibration import measured_steps
 

@@ -7,7 +7,7 @@ import pytest
 from mellmpi.protocol import ROUNDS, Assign, KvPayload, ReceiveKv, SendKv, StepReport
 from mellmpi.runtime import worker as worker_module
 from mellmpi.sim.executor import expected_outputs
-from mellmpi.transport.base import Transfer
+from mellmpi.transport import Transfer
 from tests.runtime.cell import ListFront, hashing, request
 
 REQUESTS = [request(i, num_prompt=3 + i % 7, max_tokens=10 + 5 * (i % 9)) for i in range(40)]
@@ -76,7 +76,7 @@ def test_orders_from_before_a_nap_are_not_taken_for_unread_afterwards():
         cell.run(idle, until=lambda: sum(w._engine is None for w in cell.workers.values()) == 1)
     awake = [w for w, worker in cell.workers.items() if worker._engine is not None]
     assert cell.metrics.report(1.0)["wakes"]
-    assert not cell.scheduler.fleet.ledger.ordered[awake].any()
+    assert not cell.scheduler.registry.ledger.ordered[awake].any()
 
 
 def test_a_stop_ends_the_worker():

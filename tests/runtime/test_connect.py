@@ -7,8 +7,8 @@ from mellmpi.config import Config, TransportConfig
 from mellmpi.protocol import LinksMeasured
 from mellmpi.runtime import connect as connecting
 from mellmpi.runtime.connect import connect, lines, path
-from mellmpi.transport.links import HostArena
-from mellmpi.transport.local import LocalNetwork
+from mellmpi.transport import LocalNetwork
+from mellmpi.transport.probes import HostArena
 
 
 class FakeJob:

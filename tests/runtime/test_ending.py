@@ -12,8 +12,8 @@ import pytest
 from mellmpi.config import UsageError
 from mellmpi.runtime import ending
 from mellmpi.runtime.ending import FAULT, INTERRUPTED, USAGE, explain, run_job
-from mellmpi.transport import launcher
-from mellmpi.transport.post import PeerFailed
+from mellmpi.transport import PeerFailed
+from mellmpi.transport.mpi import launcher
 from tests.mpi.harness import FLAGS, ROOT, WITHOUT_ULFM
 from tests.runtime.planted_everywhere import LIMIT_S, cases, run
 
@@ -34,7 +34,7 @@ def test_a_process_that_cannot_join_mpi_ends_the_others_that_wait_for_it(tmp_pat
     program = (
         "import os, sys; rank = os.environ['OMPI_COMM_WORLD_RANK']; "
         "sys.modules.update({'mpi4py': None} if rank == '2' else {}); "
-        "from mellmpi.cli import main; sys.exit(main(['doctor']))"
+        "from mellmpi.cli.parser import main; sys.exit(main(['doctor']))"
     )
     started_s = time.monotonic()
     done = subprocess.run(
@@ -49,7 +49,7 @@ def test_a_process_that_cannot_join_mpi_ends_the_others_that_wait_for_it(tmp_pat
 def test_a_rank_that_dies_before_mpi_starts_ends_the_others(wrapped):
     program = (
         "import os, sys; sys.exit(3) if os.environ['OMPI_COMM_WORLD_RANK'] == '1' else None; "
-        "from mellmpi.cli import main; sys.exit(main(['doctor']))"
+        "from mellmpi.cli.parser import main; sys.exit(main(['doctor']))"
     )
     command = [sys.executable, "-c", program]
     if wrapped:

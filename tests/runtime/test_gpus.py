@@ -1,16 +1,21 @@
 import pytest
 
-from mellmpi.runtime.gpus import Seat
+from mellmpi.runtime.gpus import GpuAssignment
 
 
 def test_workers_of_a_host_take_its_gpus_in_turn():
-    assert [Seat(i, 4, 2).device for i in range(4)] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
-    assert Seat(0, 4, 0).device == "cpu"
+    assert [GpuAssignment(i, 4, 2).device for i in range(4)] == [
+        "cuda:0",
+        "cuda:1",
+        "cuda:0",
+        "cuda:1",
+    ]
+    assert GpuAssignment(0, 4, 0).device == "cpu"
 
 
 def test_the_scheduler_takes_no_seat():
-    assert Seat.of(1, [0, 1, 2], 2) == Seat(0, 2, 2)
-    assert Seat.of(5, [3, 4, 5], 2) == Seat(2, 3, 2)
+    assert GpuAssignment.of(1, [0, 1, 2], 2) == GpuAssignment(0, 2, 2)
+    assert GpuAssignment.of(5, [3, 4, 5], 2) == GpuAssignment(2, 3, 2)
 
 
 @pytest.mark.parametrize(
@@ -18,12 +23,12 @@ def test_the_scheduler_takes_no_seat():
     [(0, 3, 2, 2), (1, 3, 2, 1), (2, 3, 2, 2), (0, 5, 1, 5), (0, 1, 4, 1), (1, 2, 0, 1)],
 )
 def test_those_who_share_a_gpu_know_how_many_they_are(index, neighbours, gpus, sharers):
-    assert Seat(index, neighbours, gpus).sharers == sharers
+    assert GpuAssignment(index, neighbours, gpus).sharers == sharers
 
 
 def test_more_workers_than_gpus_are_refused_with_what_to_type_instead():
-    problem = Seat(0, 3, 2).problem("node7", oversubscribe=False)
+    problem = GpuAssignment(0, 3, 2).problem("node7", oversubscribe=False)
     assert "node7" in problem and "-np 3" in problem and "--oversubscribe-gpus" in problem
-    assert not Seat(0, 3, 2).problem("node7", oversubscribe=True)
-    assert not Seat(0, 2, 2).problem("node7", oversubscribe=False)
-    assert not Seat(0, 9, 0).problem("node7", oversubscribe=False)
+    assert not GpuAssignment(0, 3, 2).problem("node7", oversubscribe=True)
+    assert not GpuAssignment(0, 2, 2).problem("node7", oversubscribe=False)
+    assert not GpuAssignment(0, 9, 0).problem("node7", oversubscribe=False)

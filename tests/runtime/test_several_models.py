@@ -5,8 +5,8 @@ from functools import partial
 import pytest
 
 from mellmpi.config import CacheConfig, ModelConfig
-from mellmpi.engine import checkpoint
-from mellmpi.engine.sharing import build_engine
+from mellmpi.engine import build_engine
+from mellmpi.models import checkpoint
 from mellmpi.protocol import ModelKv
 from mellmpi.sim.executor import expected_outputs
 from tests.runtime.cell import Cell, HashEngine, ListFront, request

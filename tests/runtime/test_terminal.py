@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from mellmpi.front.batch import Answered, Counts
+from mellmpi.frontend import Answered, Counts
 from mellmpi.runtime.terminal import StandardError, Terminal
 
 WILD = ["[red]", "[/]", ":smile:", "\x1b[31m\x07", "\ud800", "\u202e", "x" * 9000, "a\r\nb", ""]

@@ -7,7 +7,7 @@ import pytest
 from mellmpi.config import BatchConfig, CacheConfig
 from mellmpi.protocol import ROUNDS, Assign, KvPayload, KvReceived, ReceiveKv, StepReport
 from mellmpi.runtime.worker import Worker
-from mellmpi.transport.local import LocalNetwork
+from mellmpi.transport import LocalNetwork
 from tests.runtime.cell import BLOCK_SIZE, HashEngine, request
 
 TAG = ROUNDS * 9

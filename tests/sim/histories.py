@@ -4,13 +4,10 @@ import random
 from functools import partial
 
 from mellmpi.config import BatchConfig, CacheConfig, ClusterConfig
-from mellmpi.core.cost import CostModel
-from mellmpi.core.step_budget import UNKNOWN
+from mellmpi.costs import UNKNOWN, CostModel
 from mellmpi.protocol import ModelKv, Request, Sampling
+from mellmpi.sim import Network, Simulation, WorkerSpec
 from mellmpi.sim.executor import HashExecutor, expected_outputs, logprob
-from mellmpi.sim.network import Network
-from mellmpi.sim.simulator import Simulation
-from mellmpi.sim.worker import WorkerSpec
 
 KV = ModelKv("hash", block_size=4, block_bytes=64)
 OTHERS = [ModelKv("other", size, block_bytes=64) for size in (4, 6)]
@@ -98,8 +95,8 @@ def check(sim: Simulation, requests: list[Request]) -> None:
 
 def nothing_left(sim: Simulation) -> None:
     assert not sim.scheduler.records and not len(sim.scheduler.queue)
-    assert sim.scheduler.queue.kv_bytes == 0 and not sim.scheduler.fleet.view.requests.live.any()
-    ledger = sim.scheduler.fleet.ledger
+    assert sim.scheduler.queue.kv_bytes == 0 and not sim.scheduler.registry.view.requests.live.any()
+    ledger = sim.scheduler.registry.ledger
     assert not ledger.num_requests.any(), ledger.num_requests
     assert not sim.data_plane.sends and not sim.data_plane.receives
     for worker in sim.workers.values():

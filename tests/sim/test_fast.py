@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mellmpi.config import BatchConfig, CacheConfig
-from mellmpi.core.cost import CostModel
+from mellmpi.costs import CostModel
 from mellmpi.protocol import (
     DATA_PLANE,
     SCHEDULER,
@@ -23,10 +23,10 @@ from mellmpi.protocol import (
     StepReport,
     Unfreeze,
 )
+from mellmpi.sim import SimWorker, WorkerSpec
 from mellmpi.sim.data_plane import DataPlane
 from mellmpi.sim.fast import CountingExecutor, FastWorker
 from mellmpi.sim.pace import Clock, Pace, Transfers
-from mellmpi.sim.worker import SimWorker, WorkerSpec
 
 BLOCK_S = 7.0710678e-4  # never a number of steps
 COST = CostModel(

@@ -6,13 +6,10 @@ from collections import Counter
 import pytest
 
 from mellmpi.config import BatchConfig, CacheConfig, ClusterConfig
-from mellmpi.core.cost import CostModel
+from mellmpi.costs import CostModel
 from mellmpi.protocol import MigrationEnded, ModelKv, Preempted, WorkerChanged
-from mellmpi.sim.executor import SilentExecutor
-from mellmpi.sim.network import Network
-from mellmpi.sim.simulator import Simulation
-from mellmpi.sim.worker import WorkerSpec
-from tests.core.stage import request
+from mellmpi.sim import Network, SilentExecutor, Simulation, WorkerSpec
+from tests.scheduler.stage import request
 
 KV = ModelKv("m", block_size=16, block_bytes=16)
 COST = CostModel(prefill_token_s=2e-4, step_s=2e-2, decode_token_s=1e-4, link_latency_s=5e-4)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from mellmpi.protocol import ModelKv
-from mellmpi.sim.bound import make_load
-from mellmpi.sim.replay import IdealReplay, Settings, figures
+from mellmpi.sim import IdealReplay, Settings, make_load
+from mellmpi.sim.replay import figures
 from mellmpi.workload import gamma
 
 

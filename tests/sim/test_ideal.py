@@ -4,9 +4,9 @@ import random
 
 from mellmpi.config import BatchConfig, CacheConfig
 from mellmpi.protocol import SCHEDULER, Assign, ModelKv, Release, Request, Sampling
+from mellmpi.sim import SimWorker, WorkerSpec
 from mellmpi.sim.fast import CountingExecutor
 from mellmpi.sim.ideal import IdealWorkers
-from mellmpi.sim.worker import SimWorker, WorkerSpec
 
 STEPS = 150
 LIMITS = BatchConfig(max_num_seqs=1000, max_num_batched_tokens=10**6)

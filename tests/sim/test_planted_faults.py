@@ -6,25 +6,24 @@ from itertools import count
 
 import pytest
 
-from mellmpi.core import block_tables
-from mellmpi.core.arrivals import Arrivals
-from mellmpi.core.batch import BatchScheduler
-from mellmpi.core.blocks import BlockPool
-from mellmpi.core.cluster import ClusterScheduler
-from mellmpi.core.departures import Departures
-from mellmpi.core.holdings import Holdings
-from mellmpi.core.ledger import Ledger
-from mellmpi.core.requests import Record, TokenLog
-from mellmpi.core.ring import Ring
-from mellmpi.core.sequences import Phase, Stream
-from mellmpi.core.unreported import Unreported
 from mellmpi.protocol import ROUNDS, KvReceived, Release
-from mellmpi.sim.network import Network
+from mellmpi.scheduler import ClusterScheduler, Ledger
+from mellmpi.scheduler.migration import Handover
+from mellmpi.scheduler.placement import Placement
+from mellmpi.scheduler.requests import Record, TokenLog
+from mellmpi.sim import Network
+from mellmpi.worker import BatchScheduler
+from mellmpi.worker.kv_receiver import Arrivals
+from mellmpi.worker.kv_sender import Departures
+from mellmpi.worker.kvcache import BlockPool, block_tables
+from mellmpi.worker.report_buffer import Unreported
+from mellmpi.worker.sequence_table import Holdings
+from mellmpi.worker.sequences import Phase, Stream
 from tests.core import test_cluster, test_transition_table
 from tests.core import test_live_migration as moving
-from tests.core.stage import Stage
-from tests.core.test_batch import Bench
+from tests.scheduler.stage import Stage
 from tests.sim.histories import check, random_history
+from tests.worker.test_batch import Bench
 
 SEEDS = 1000
 
@@ -185,35 +184,35 @@ def test_a_directed_test_catches(plant, test, monkeypatch):
 
 @fault
 def no_epoch_check_of_answers(monkeypatch):
-    answer = Ring.answer
+    answer = Handover.answer
 
     def careless(self, record, source, event):
         epoch = record.offer.epoch if record.offer else 0
         return answer(self, record, source, replace(event, epoch=epoch))
 
-    monkeypatch.setattr(Ring, "answer", careless)
+    monkeypatch.setattr(Handover, "answer", careless)
 
 
 @fault
 def an_epoch_is_reused_as_e_plus_1(monkeypatch):
-    assign, offer = ClusterScheduler._assign, Ring.offer
+    assign, offer = Placement.assign, Handover.offer
     latest: dict[Record, int] = {}  # epoch of its last owner
 
-    def count_on(fleet, record):
+    def count_on(registry, record):
         first = 1000 * (record.request.id + 1)  # workers know epochs only: keep requests apart
-        fleet._epochs = count((record.epoch or latest.get(record, first)) + 1)
+        registry._epochs = count((record.epoch or latest.get(record, first)) + 1)
 
     def reusing_assign(self, record, worker):
-        count_on(self.fleet, record)
+        count_on(self.registry, record)
         assign(self, record, worker)
         latest[record] = record.epoch
 
     def reusing_offer(self, record, move, num_bytes):
-        count_on(self.fleet, record)
+        count_on(self.registry, record)
         offer(self, record, move, num_bytes)
 
-    monkeypatch.setattr(ClusterScheduler, "_assign", reusing_assign)
-    monkeypatch.setattr(Ring, "offer", reusing_offer)
+    monkeypatch.setattr(Placement, "assign", reusing_assign)
+    monkeypatch.setattr(Handover, "offer", reusing_offer)
 
 
 @fault
@@ -226,16 +225,16 @@ def no_suffix_merge(monkeypatch):
 
 
 def without_release(monkeypatch, name):
-    """`Ring.name` does all that it does, but the Release it sends is lost."""
-    method = getattr(Ring, name)
+    """`Handover.name` does all that it does, but the Release it sends is lost."""
+    method = getattr(Handover, name)
 
     def forgetful(self, *args):
-        before = len(self.fleet.out)
+        before = len(self.registry.out)
         method(self, *args)
-        new = self.fleet.out[before:]
-        self.fleet.out[before:] = [c for c in new if not isinstance(c[1], Release)]
+        new = self.registry.out[before:]
+        self.registry.out[before:] = [c for c in new if not isinstance(c[1], Release)]
 
-    monkeypatch.setattr(Ring, name, forgetful)
+    monkeypatch.setattr(Handover, name, forgetful)
 
 
 @fault
@@ -250,18 +249,18 @@ def the_destination_is_not_released(monkeypatch):
 
 @fault
 def no_unfreeze(monkeypatch):
-    monkeypatch.setattr(Ring, "_thaw", lambda self, record: None)
+    monkeypatch.setattr(Handover, "_thaw", lambda self, record: None)
 
 
 @fault
 def an_offer_is_not_counted(monkeypatch):
-    offer = Ring.offer
+    offer = Handover.offer
 
     def uncounted(self, record, move, num_bytes):
         offer(self, record, move, num_bytes)
-        self.fleet.ledger.num_requests[move.dst] -= 1
+        self.registry.ledger.num_requests[move.dst] -= 1
 
-    monkeypatch.setattr(Ring, "offer", uncounted)
+    monkeypatch.setattr(Handover, "offer", uncounted)
 
 
 @fault

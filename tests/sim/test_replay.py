@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
 
-from mellmpi.core.policies import POLICIES
 from mellmpi.protocol import ModelKv
-from mellmpi.sim.bound import live_bytes, make_load
-from mellmpi.sim.replay import IdealReplay, Settings, figures
+from mellmpi.scheduler.policies import POLICIES
+from mellmpi.sim import IdealReplay, Settings, make_load
+from mellmpi.sim.bound import live_bytes
+from mellmpi.sim.replay import figures
 from mellmpi.workload import Workload, gamma
 
 

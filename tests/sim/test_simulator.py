@@ -15,10 +15,9 @@ from mellmpi.protocol import (
     SendBlocks,
     StepPlan,
 )
+from mellmpi.sim import Network, SimWorker, WorkerSpec
 from mellmpi.sim.data_plane import DataPlane
 from mellmpi.sim.executor import HashExecutor, expected_outputs
-from mellmpi.sim.network import Network
-from mellmpi.sim.worker import SimWorker, WorkerSpec
 from tests.sim.histories import KV, random_history, random_request
 
 SPEC = WorkerSpec((KV,), 8, BatchConfig(), CacheConfig(block_size=4), wake_s=0.1)

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from mellmpi.config import BatchConfig
-from mellmpi.core.cost import CostModel
-from mellmpi.core.policies import POLICIES
+from mellmpi.costs import CostModel
 from mellmpi.protocol import ModelKv
-from mellmpi.sim.bound import make_load
-from mellmpi.sim.profiles import MODELS, PROFILES, cost_from, cost_of
-from mellmpi.sim.replay import IdealReplay, Settings, figures
+from mellmpi.scheduler.policies import POLICIES
+from mellmpi.sim import MODELS, IdealReplay, Settings, make_load
+from mellmpi.sim.profiles import PROFILES, cost_from, cost_of
+from mellmpi.sim.replay import figures
 from mellmpi.sim.timed import TimedReplay
 from mellmpi.workload import gamma
 

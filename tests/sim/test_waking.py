@@ -6,14 +6,11 @@ from functools import partial
 import pytest
 
 from mellmpi.config import BatchConfig, CacheConfig, ClusterConfig
-from mellmpi.core.cost import CostModel
-from mellmpi.core.ledger import WorkerState
+from mellmpi.costs import CostModel
 from mellmpi.protocol import ModelKv, Request
-from mellmpi.sim.executor import SilentExecutor
-from mellmpi.sim.network import Network
-from mellmpi.sim.simulator import Simulation
-from mellmpi.sim.worker import WorkerSpec
-from tests.core.stage import request
+from mellmpi.scheduler import WorkerState
+from mellmpi.sim import Network, SilentExecutor, Simulation, WorkerSpec
+from tests.scheduler.stage import request
 
 MODELS = [ModelKv("a", 16, 16), ModelKv("b", 8, 16)]
 COST = CostModel(prefill_token_s=1e-4, step_s=2e-2, decode_token_s=1e-4, link_latency_s=5e-4)
@@ -29,15 +26,15 @@ class Watched(Simulation):
 
     def _tick(self) -> None:
         super()._tick()
-        fleet, queue = self.scheduler.fleet, self.scheduler.queue
+        registry, queue = self.scheduler.registry, self.scheduler.queue
         for model in queue._lanes:
-            able, state = fleet.ledger.able(model), fleet.ledger.state
+            able, state = registry.ledger.able(model), registry.ledger.state
             waking = able & (state == WorkerState.WAKING)
-            lacking = queue.lane_bytes(model) - fleet.ledger.capacity[waking].sum()
+            lacking = queue.lane_bytes(model) - registry.ledger.capacity[waking].sum()
             if (able & (state == WorkerState.PARKED)).any() and lacking > 0:
                 self.deferred += 1
                 waited_s = self.now - queue.waits_since_s(model)
-                assert waited_s < fleet.view.cost.wake_s, f"{model} is left to wait {waited_s} s"
+                assert waited_s < registry.view.cost.wake_s, f"{model} is left to wait {waited_s} s"
 
 
 def arriving(i: int, rng: random.Random) -> Request:

@@ -4,8 +4,6 @@ import re
 from collections import Counter
 from typing import Any
 
-from mellmpi.core.requests import Record
-from mellmpi.core.sequences import Phase
 from mellmpi.protocol import (
     ROUNDS,
     Address,
@@ -24,11 +22,12 @@ from mellmpi.protocol import (
     Wake,
     WorkerLost,
 )
-from mellmpi.sim.simulator import Simulation
-from mellmpi.sim.worker import SimWorker
+from mellmpi.scheduler.requests import Record
+from mellmpi.sim import Simulation, SimWorker
+from mellmpi.worker.sequences import Phase
 
 # As records tell it: state -> state: why. The commands of each are proved one by one in
-# tests/core/test_transition_table.py.
+# tests/scheduler/test_transition_table.py.
 ROWS = {
     "waiting -> running: assigned",
     "running -> reserving: offered",
@@ -85,7 +84,8 @@ class Witness(Simulation):
         self._met: set[int] = set()  # epochs
         self._streamed: dict[int, int] = {}  # positions when the newest round but the last began
         self._turn_of: dict[int, str] = {}  # model of the last step, by worker
-        self._forget, self.scheduler._forget = self.scheduler._forget, self._over
+        placement = self.scheduler.placement
+        self._forget, placement.forget = placement.forget, self._over
 
     def _over(self, record: Record, outcome: str) -> None:
         """A request is about to be forgotten: its story has the rows it went through."""

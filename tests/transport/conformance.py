@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mellmpi.protocol import ROUNDS, Cancel, KvReserved, Parked, Request, Sampling, Submit, Wake
-from mellmpi.transport.base import Transfer, Transport
+from mellmpi.transport import Transfer, Transport
 
 LIMIT_S = 20.0  # for one thing to come; far more than it takes
 BLOCK_BYTES = 40_000  # above the eager limit of MPI, and no multiple of a page

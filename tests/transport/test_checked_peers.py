@@ -7,10 +7,10 @@ from tests.mpi.harness import ROOT
 PROGRAM = """
 import json
 from types import SimpleNamespace
-from mellmpi.transport.mpi import Job
+from mellmpi.transport.mpi.job import MpiJob
 job = SimpleNamespace(size=4, neighbours=[0, 1])
 kinds = "auto", "always", "never"
-print(json.dumps({kind: sorted(Job._checked(job, kind)) for kind in kinds}))
+print(json.dumps({kind: sorted(MpiJob._checked(job, kind)) for kind in kinds}))
 """
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mellmpi.transport.devices import CudaCopies, Staged, lane_for
+from mellmpi.transport.blocks import CudaCopies, Staged, lane_for
 from tests.transport.conformance import HostArena
 
 SIZE = 4096

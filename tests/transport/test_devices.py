@@ -1,7 +1,7 @@
 import sys
 
-from mellmpi.transport.devices import device_buffers_work, lane_for
-from mellmpi.transport.lanes import InPlace
+from mellmpi.transport.blocks import device_buffers_work, lane_for
+from mellmpi.transport.blocks.staging import InPlace
 from tests.mpi.harness import FLAGS, mpirun
 from tests.transport.conformance import HostArena
 

@@ -3,10 +3,10 @@ import itertools
 import pytest
 
 from mellmpi.protocol import Cancel, WorkerLost, encode
+from mellmpi.transport import Endpoint, Post, Wakes
 from mellmpi.transport.blocks import BlockMover
-from mellmpi.transport.endpoint import BUSY_POLL_S, Endpoint, Wakes
-from mellmpi.transport.framing import Opening
-from mellmpi.transport.post import Post
+from mellmpi.transport.blocks.framing import TransferHeader
+from mellmpi.transport.endpoint import BUSY_POLL_S
 from tests.transport.conformance import BLOCK_BYTES, HostArena
 from tests.transport.fakes import FakeBell, FakeChannel
 
@@ -75,7 +75,7 @@ def test_a_wait_goes_on_while_blocks_move_until_a_transfer_ends():
     busy.attach(HostArena(8))
     transfers = [busy.receive_blocks(2, tag, range(4 * tag, 4 * tag + 4)) for tag in (0, 1)]
     for tag in (0, 1):
-        blocks.waiting[2, tag].append(bytes(Opening(4, BLOCK_BYTES, False).pack()))
+        blocks.waiting[2, tag].append(bytes(TransferHeader(4, BLOCK_BYTES, False).pack()))
     sleep = bell.sleep
 
     def a_block_comes(timeout_s):

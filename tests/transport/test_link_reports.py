@@ -2,9 +2,10 @@ import threading
 
 import pytest
 
-from mellmpi.transport import links as measuring
-from mellmpi.transport.links import BLOCK_BYTES, LIMIT_S, NUM_BLOCKS, Measured, Probe, measure_links
-from mellmpi.transport.local import LocalNetwork
+from mellmpi.transport import LocalNetwork
+from mellmpi.transport.probes import BLOCK_BYTES, NUM_BLOCKS, Probe, measure_links
+from mellmpi.transport.probes import links as measuring
+from mellmpi.transport.probes.links import LIMIT_S, Measured
 
 FOUND = {1: Measured(1e-4, 5e9), 2: Measured(3e-4, 2e9), 3: Measured(2e-4, 1e9)}
 

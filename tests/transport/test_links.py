@@ -2,8 +2,9 @@ import threading
 
 import pytest
 
-from mellmpi.transport.links import Places, measure_links
-from mellmpi.transport.local import LocalNetwork
+from mellmpi.transport import LocalNetwork
+from mellmpi.transport.probes import measure_links
+from mellmpi.transport.probes.links import Places
 from tests.mpi import harness
 from tests.mpi.harness import run_job
 

@@ -4,7 +4,7 @@ import traceback
 import pytest
 
 from mellmpi.protocol import Cancel, WorkerLost
-from mellmpi.transport.local import LocalNetwork
+from mellmpi.transport import LocalNetwork
 from tests.transport.conformance import LIMIT_S, SCENARIOS, HostArena, Post
 
 

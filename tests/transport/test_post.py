@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from mellmpi.protocol import Cancel, GatherPart, RankFailed, WorkerLost, encode
+from mellmpi.transport import PeerFailed, Post
 from mellmpi.transport import post as post_module
-from mellmpi.transport.post import PeerFailed, Post
 from tests.transport.fakes import FakeChannel
 
 SIZE = 3

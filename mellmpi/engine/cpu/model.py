@@ -1,0 +1,157 @@
+"""The fast CPU path: one compiled call a step, over weights packed once and the paged arena.
+
+Every row's result has the same bits whatever else is in the batch, however its prompt was cut into
+chunks, wherever its blocks lie and however many threads compute (see `kernels.tile`).
+"""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from mellmpi.engine.cpu.attention import items_of
+from mellmpi.engine.cpu.disk_cache import one_at_a_time
+from mellmpi.engine.cpu.features import HAS_BF16_DOT
+from mellmpi.engine.cpu.load import sizes_of, take_weights
+from mellmpi.engine.cpu.packed_weights import activation_dtype, storage
+from mellmpi.engine.cpu.parallel_for import team
+from mellmpi.engine.cpu.rope import RotaryTable
+from mellmpi.engine.cpu.shapes import Chunks, Heads, Scratch
+from mellmpi.engine.cpu.step import num_phases, step
+from mellmpi.engine.cpu.vectors import LANES
+from mellmpi.engine.kv_arena import KvArena, KvGeometry
+from mellmpi.engine.packing import PackedBatch
+from mellmpi.models import Architecture
+
+LOG2E = 1.4426950408889634
+NO_WINDOW = 1 << 40
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def unsupported(arch: Architecture, dtype: torch.dtype, block_size: int) -> str | None:
+    """Why `CpuModel` cannot run this model (`TorchModel` can), or None."""
+    if dtype not in DTYPES:
+        return f"the CPU kernels compute in float32 or bfloat16, not {dtype}"
+    if arch.head_dim % LANES:
+        return f"the CPU kernels take head_dim in multiples of {LANES}, not {arch.head_dim}"
+    if block_size % LANES:
+        return f"the CPU kernels take --block-size in multiples of {LANES}, not {block_size}"
+    return None
+
+
+class CpuModel:
+    """One decoder and its packed weights; `weights` is emptied, to hold them only once.
+
+    In bfloat16 weights, KV and the inputs of matrix products are bfloat16; sums, norms, softmax
+    and the residual stream are float32. The arena's blocks have their own inner order
+    (`kernels.shapes.Heads`): another kind of model cannot read them.
+    """
+
+    def __init__(
+        self,
+        arch: Architecture,
+        weights: dict[str, torch.Tensor],
+        dtype: torch.dtype,
+        num_threads: int = 1,
+    ):
+        if reason := unsupported(arch, dtype, LANES):
+            raise ValueError(reason)
+        self.arch, self.dtype, self.num_threads = arch, dtype, num_threads
+        self._sizes, self._weights = sizes_of(arch, dtype), take_weights(arch, weights, dtype)
+        self._rotary = RotaryTable(arch)
+        self._scratch = self._make_scratch(1)
+        self._helpers = ThreadPoolExecutor(num_threads - 1) if num_threads > 1 else None
+
+    @property
+    def arithmetic(self) -> str:
+        """All CPUs sum in the same order; those that multiply bfloat16 round in another way."""
+        if self.dtype == torch.float32:
+            return "float32 on CPUs"
+        return f"bfloat16 on CPUs {'with' if HAS_BF16_DOT else 'without'} AVX512-BF16"
+
+    def forward(self, batch: PackedBatch, arena: KvArena) -> torch.Tensor:
+        """Logits of the sampled rows; K and V of all rows are written into the arena.
+
+        returns  float32 [num_sampled, vocab]
+        """
+        rows, sizes = len(batch.tokens), self._sizes
+        if rows * sizes.hidden > len(self._scratch.residual):
+            self._scratch = self._make_scratch(rows)
+        logits = np.empty((batch.num_sampled, sizes.vocabulary), np.float32)
+        self._run(
+            batch.tokens, batch.last_rows, _chunks(batch, self.arch.num_kv_heads), self._weights,
+            sizes, self._heads(arena), self._rotary.upto(int(batch.context_lens.max())),
+            storage(arena.elements), self._scratch, logits.ravel(),
+        )  # fmt: skip
+        return torch.from_numpy(logits)[:, : self.arch.vocab_size]
+
+    def warm_up(self) -> None:
+        """Compile, or load from disk, all code that a step runs: some 10 s, or 0.2 s."""
+        arch = self.arch
+        geometry = KvGeometry(
+            model="", dtype=self.dtype, num_layers=arch.num_layers, num_kv_heads=arch.num_kv_heads,
+            block_size=LANES, head_dim=arch.head_dim,
+        )  # fmt: skip
+        one, zero = np.ones(1, np.int32), np.zeros(1, np.int32)
+        batch = PackedBatch(zero, zero, np.array([0, 1], np.int32), one, zero[None], num_sampled=1)
+        with one_at_a_time(step):
+            self.forward(batch, KvArena(geometry, 1))
+
+    def _run(self, *arguments) -> None:
+        """One step by all threads; whoever comes late finds nothing left to do."""
+        shared, counters = team(num_phases(self._sizes.layers), self.num_threads)
+        helping: list[Future[None]] = []
+        if self._helpers is not None:
+            helping = [
+                self._helpers.submit(step, shared, *arguments) for _ in range(self.num_threads - 1)
+            ]
+        step(shared, *arguments)
+        for future in helping:
+            if not future.cancel():
+                future.result()
+        del counters  # held until here: the kernels have its address
+
+    def _heads(self, arena: KvArena) -> Heads:
+        arch, block_size = self.arch, arena.block_size
+        if reason := unsupported(arch, self.dtype, block_size):
+            raise ValueError(reason)
+        return Heads(
+            heads=arch.num_heads,
+            kv_heads=arch.num_kv_heads,
+            head_dim=arch.head_dim,
+            block_size=block_size,
+            block_stride=arena.block_bytes // self.dtype.itemsize,
+            window=arch.sliding_window or NO_WINDOW,
+            scale=np.float32(LOG2E / arch.head_dim**0.5),
+            qk_norm=arch.qk_norm,
+            eps=np.float32(arch.rms_norm_eps),
+        )
+
+    def _make_scratch(self, rows: int) -> Scratch:
+        sizes = self._sizes
+
+        def floats(columns: int) -> np.ndarray:
+            return np.zeros(rows * columns, np.float32)
+
+        def stored(columns: int) -> np.ndarray:
+            return np.zeros(rows * columns, activation_dtype(self.dtype))
+
+        return Scratch(
+            residual=floats(sizes.hidden),
+            normed=stored(sizes.normed_stride),
+            qkv=floats(sizes.qkv),
+            queries=stored(self.arch.num_heads * self.arch.head_dim),
+            attended=stored(sizes.attended_stride),
+            inner=stored(sizes.inner_stride),
+        )
+
+
+def _chunks(batch: PackedBatch, kv_heads: int) -> Chunks:
+    return Chunks(
+        positions=batch.positions,
+        row_chunks=np.repeat(np.arange(batch.num_chunks), np.diff(batch.cu_chunks)),
+        cu_chunks=batch.cu_chunks,
+        context_lens=batch.context_lens,
+        tables=batch.block_tables,
+        cu_items=items_of(batch.cu_chunks, kv_heads),
+    )

@@ -1,0 +1,132 @@
+"""Bodies of finished answers, in OpenAI's form."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from mellmpi.frontend.openai import CHAT, Call
+from mellmpi.frontend.outputs import Output
+from mellmpi.frontend.tokenizer import Tokenizer
+from mellmpi.protocol import TokenLogprob
+
+Json = dict[str, Any]
+
+
+def answer_body(
+    call: Call, outputs: Sequence[Output], tokenizer: Tokenizer, answer_id: str, created: int
+) -> Json:
+    """The body for one call whose outputs, one a choice, are all finished. `created`: unix s."""
+    chat = call.url == CHAT
+    choices = [
+        (_chat_choice if chat else _completion_choice)(index, call, output, tokenizer)
+        for index, output in enumerate(outputs)
+    ]
+    return {
+        "id": f"{'chatcmpl' if chat else 'cmpl'}-{answer_id}",
+        "object": "chat.completion" if chat else "text_completion",
+        "created": created,
+        "model": call.model,
+        "choices": choices,
+        "usage": usage(call, outputs),
+    }
+
+
+def usage(call: Call, outputs: Sequence[Output]) -> dict[str, int]:
+    """Token counts; a prompt with several samples counts once."""
+    prompt = sum(len(tokens) for tokens in call.prompts)
+    completion = sum(len(output.tokens) for output in outputs)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+    }
+
+
+def _completion_choice(index: int, call: Call, output: Output, tokenizer: Tokenizer) -> Json:
+    wanted = call.samplings[index].num_logprobs is not None
+    return {
+        "index": index,
+        "text": output.text,
+        "logprobs": completion_logprobs(output, tokenizer) if wanted else None,
+        "finish_reason": output.finish_reason,
+        **_token_ids(index, call, output),
+    }
+
+
+def _chat_choice(index: int, call: Call, output: Output, tokenizer: Tokenizer) -> Json:
+    wanted = call.samplings[index].num_logprobs is not None
+    return {
+        "index": index,
+        "message": {"role": "assistant", "content": output.text, "refusal": None},
+        "logprobs": {"content": chat_logprobs(output, tokenizer)} if wanted else None,
+        "finish_reason": output.finish_reason,
+        **_token_ids(index, call, output),
+    }
+
+
+def _token_ids(index: int, call: Call, output: Output) -> Json:
+    if not call.return_token_ids:
+        return {}
+    return {
+        "token_ids": list(output.tokens),
+        "prompt_token_ids": list(call.prompts[index // call.n]),
+    }
+
+
+def completion_logprobs(output: Output, tokenizer: Tokenizer) -> Json:
+    """Four lists, one entry a token each; the tokens joined are the text of the answer."""
+    texts = output.token_texts
+    rows = list(zip(output.tokens, texts, output.logprobs, strict=True))
+    return {
+        "tokens": texts,
+        "token_logprobs": [_finite(logprob) for _, _, (logprob, _, _) in rows],
+        "top_logprobs": [_alternatives(*row, tokenizer) for row in rows],
+        "text_offset": output.offsets[:-1],
+    }
+
+
+def _alternatives(token: int, text: str, row: TokenLogprob, tokenizer: Tokenizer) -> Json:
+    """Logprobs by text. The token itself is always there, which can make one more than asked for.
+
+    Other tokens of a text that is there already go by their ids.
+    """
+    found = {text: _finite(row[0])}
+    for other, value in _top(row):
+        if other != token:
+            label = tokenizer.token_bytes.label(other)
+            found[f"token_id:{other}" if label in found else label] = value
+    return found
+
+
+def chat_logprobs(output: Output, tokenizer: Tokenizer) -> list[Json]:
+    """One object a token, with its likeliest alternatives; the bytes joined are the text."""
+    return [
+        {
+            **_entry(token, row[0], data, tokenizer),
+            "top_logprobs": [
+                _entry(i, value, data if i == token else tokenizer.token_bytes[i], tokenizer)
+                for i, value in _top(row)
+            ],
+        }
+        for token, data, row in zip(output.tokens, output.token_bytes, output.logprobs, strict=True)
+    ]
+
+
+def _top(row: TokenLogprob) -> list[tuple[int, float]]:
+    return [(token, _finite(value)) for token, value in zip(row[1], row[2], strict=True)]
+
+
+def _finite(logprob: float) -> float:
+    """JSON has no infinity; OpenAI's servers write this for a token that could not come.
+
+    Also for what is no number, as broken weights give.
+    """
+    return logprob if -9999.0 < logprob < math.inf else -9999.0
+
+
+def _entry(token: int, logprob: float, data: bytes, tokenizer: Tokenizer) -> Json:
+    return {
+        "token": tokenizer.token_bytes.label(token),
+        "logprob": _finite(logprob),
+        "bytes": list(data),
+    }

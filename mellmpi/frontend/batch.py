@@ -1,0 +1,278 @@
+"""Batch files in OpenAI's form: lines of requests in, lines of answers out as they complete."""
+
+import hashlib
+import itertools
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from mellmpi.frontend.answers import answer_body
+from mellmpi.frontend.fields import BadRequest
+from mellmpi.frontend.lines import Line, LineReader
+from mellmpi.frontend.openai import CHAT, COMPLETIONS, Call, Served, parse
+from mellmpi.frontend.outputs import Output
+from mellmpi.protocol import Emit, Rejected, Request
+
+log = logging.getLogger(__name__)
+Json = dict[str, Any]
+
+# Valid inside a JSON string, but Python's `splitlines`, and not it alone, ends a line at each.
+LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """One line of the input and what became of it, for whoever shows progress."""
+
+    number: int  # line of the input, from 1
+    custom_id: str | None
+    prompt: str  # for people: the text, or what the user said last
+    text: str  # of the first choice; empty if it failed
+    error: str | None
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A line whose requests are under way."""
+
+    number: int
+    custom_id: str
+    prompt: str
+    call: Call
+    request_ids: tuple[int, ...]
+    outputs: list[Output]
+
+
+@dataclass(slots=True)
+class Counts:
+    """Lines of the input so far."""
+
+    completed: int = 0
+    failed: int = 0
+    skipped: int = 0  # answered by an earlier run
+    reasons: Counter[str] = field(default_factory=Counter)  # error code -> lines that failed
+    examples: dict[str, str] = field(default_factory=dict)  # error code -> the first such message
+
+    @property
+    def lines(self) -> int:
+        return self.completed + self.failed + self.skipped
+
+    def fail(self, code: str, message: str) -> None:
+        """Count a line that failed."""
+        self.failed += 1
+        self.reasons[code] += 1
+        self.examples.setdefault(code, message)
+
+
+@dataclass
+class BatchJob:
+    """A batch as a machine without a clock: requests out, emits in, lines written.
+
+    Never waits: where the input is a pipe, `requests` ends when nothing has come yet, and can be
+    called again until `exhausted`. Draw only as many as the scheduler can use: each one drawn is
+    tokenized. Every line is written in one piece as soon as its last token is known.
+    """
+
+    lines: LineReader
+    write: Callable[[bytes], Any]
+    served: Served
+    finished: frozenset[str] = frozenset()  # custom_ids to skip
+    answered: Callable[[Answered], None] = lambda _: None
+    grew: Callable[[Answered], None] | None = None  # its `text`: what a first choice grew by
+    now: Callable[[], float] = time.time  # unix seconds, for `created`
+    counts: Counts = field(default_factory=Counts)
+    _ids: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+    _seen: dict[str, int] = field(default_factory=dict)  # custom_id -> line number
+    _drawn: list[Request] = field(default_factory=list)  # next one last
+    _open: dict[int, tuple[_Pending, int]] = field(default_factory=dict)  # id -> (line, choice)
+
+    @property
+    def exhausted(self) -> bool:
+        """Every request has been drawn."""
+        return self.lines.exhausted and not self._drawn
+
+    @property
+    def done(self) -> bool:
+        """Every line of the input is answered."""
+        return self.exhausted and not self._open
+
+    def requests(self) -> Iterator[Request]:
+        """Requests to submit; bad lines are answered on the way."""
+        while True:
+            while self._drawn:
+                yield self._drawn.pop()
+            line = self.lines.next()
+            if line is None:
+                return
+            self._drawn = self._read(line)[::-1]
+
+    def emit(self, event: Emit) -> tuple[int, ...]:
+        """Take new tokens; ids of requests nobody waits for any more (a stop string was found)."""
+        if event.request_id not in self._open:
+            return ()  # tokens under way while we cancelled
+        pending, choice = self._open[event.request_id]
+        output = pending.outputs[choice]
+        try:
+            grown = output.take(event)
+            if self.grew is not None and choice == 0 and grown:
+                of = pending.number, pending.custom_id, pending.prompt
+                self.grew(Answered(*of, grown, None))
+            if output.finish_reason is None:
+                return ()
+            ended = all(output.finish_reason for output in pending.outputs)
+            line = self._answer_line(pending) if ended else None
+        except Exception as error:
+            left = self._drop(pending, _fault(pending.custom_id, error))
+            return tuple(i for i in left if i != event.request_id or not event.finish_reason)
+        del self._open[event.request_id]
+        if line is not None:
+            self._complete(pending, line)
+        return () if event.finish_reason else (event.request_id,)
+
+    def rejected(self, event: Rejected) -> tuple[int, ...]:
+        """A request cannot be served: its line fails; ids of its other choices, to cancel."""
+        if event.request_id not in self._open:
+            return ()
+        pending, _ = self._open[event.request_id]
+        left = self._drop(pending, BadRequest(event.reason, code="rejected"))
+        return tuple(i for i in left if i != event.request_id)
+
+    def _drop(self, pending: _Pending, error: BadRequest) -> tuple[int, ...]:
+        """A line fails; ids of its requests that are still open."""
+        left = tuple(i for i in pending.request_ids if self._open.pop(i, None) is not None)
+        self._fail(pending.number, pending.custom_id, error)
+        return left
+
+    # --- one line --------------------------------------------------------------------------------
+
+    def _read(self, line: Line) -> list[Request]:
+        if line.is_blank:
+            return []
+        custom_id = None
+        try:
+            entry = parse_line(line)
+            custom_id = _custom_id(entry)
+            if self._is_finished(custom_id, line.number):
+                return []
+            return self._start(line.number, custom_id, entry)
+        except BadRequest as error:
+            self._fail(line.number, custom_id, error)
+        except Exception as error:  # one line never harms another
+            self._fail(line.number, custom_id, _fault(custom_id, error))
+        return []
+
+    def _is_finished(self, custom_id: str, number: int) -> bool:
+        first = self._seen.setdefault(custom_id, number)
+        if first != number:
+            raise BadRequest(
+                f"custom_id {custom_id!r} was already used on line {first}", "custom_id",
+                "duplicate_custom_id",
+            )  # fmt: skip
+        self.counts.skipped += custom_id in self.finished
+        return custom_id in self.finished
+
+    def _start(self, number: int, custom_id: str, entry: Json) -> list[Request]:
+        url, body = _envelope(entry)
+        call = parse(url, body, self.served, custom_id)
+        if call.stream:
+            raise BadRequest("a batch cannot stream; leave stream out", "stream")
+        requests = call.requests(self._ids)
+        tokenizer = self.served.tokenizers[call.model]
+        outputs = [Output(tokenizer, r.sampling, call.stops, r.prompt) for r in requests]
+        ids = tuple(r.id for r in requests)
+        pending = _Pending(number, custom_id, prompt_text(body), call, ids, outputs)
+        self._open |= {request_id: (pending, choice) for choice, request_id in enumerate(ids)}
+        return requests
+
+    def _answer_line(self, pending: _Pending) -> bytes:
+        answer_id = _digest(pending.custom_id)
+        created = int(self.now())
+        tokenizer = self.served.tokenizers[pending.call.model]
+        body = answer_body(pending.call, pending.outputs, tokenizer, answer_id, created)
+        return batch_line(pending.custom_id, answer_id, 200, body, None)
+
+    def _complete(self, pending: _Pending, line: bytes) -> None:
+        self.write(line)
+        self.counts.completed += 1
+        text = pending.outputs[0].text
+        self.answered(Answered(pending.number, pending.custom_id, pending.prompt, text, None))
+
+    def _fail(self, number: int, custom_id: str | None, bad: BadRequest) -> None:
+        # In the response for readers of OpenAI's form, and beside it, where many look first.
+        error = {**bad.error, "message": f"line {number}: {bad.message}"}
+        answer_id = _digest(f"{number}/{custom_id}")
+        self.write(batch_line(custom_id, answer_id, bad.status, {"error": error}, error))
+        self.counts.fail(bad.error["code"] or "invalid_request", error["message"])
+        self.answered(Answered(number, custom_id, "", "", error["message"]))
+
+
+def batch_line(
+    custom_id: str | None, answer_id: str, status: int, body: Json, error: Json | None
+) -> bytes:
+    """One line of the output, in OpenAI's form."""
+    line = {
+        "id": f"batch_req_{answer_id}",
+        "custom_id": custom_id,
+        "response": {"status_code": status, "request_id": f"req_{answer_id}", "body": body},
+        "error": error,
+    }
+    text = json.dumps(line, ensure_ascii=False, allow_nan=False).translate(LINE_ENDS)
+    # A lone surrogate in a custom_id goes back as the JSON escape it came as.
+    return text.encode("utf-8", "backslashreplace") + b"\n"
+
+
+def _fault(custom_id: str | None, error: Exception) -> BadRequest:
+    """An error of ours while we dealt with one request, as that request's error."""
+    log.exception("request %r failed", custom_id, exc_info=error)
+    return BadRequest(f"an internal error ({type(error).__name__}: {error})",
+                      code="internal_error", status=500)  # fmt: skip
+
+
+def parse_line(line: Line) -> Json:
+    """The object that a line of the input holds."""
+    if line.data is None:
+        raise BadRequest("the line is too long", code="invalid_json")
+    try:
+        entry = json.loads(line.data.decode("utf-8-sig" if line.number == 1 else "utf-8"))
+    except UnicodeDecodeError as error:
+        raise BadRequest(f"not UTF-8 text ({error.reason})", code="invalid_json") from error
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(f"not valid JSON ({error})", code="invalid_json") from error
+    if not isinstance(entry, dict):
+        raise BadRequest("not a JSON object", code="invalid_json")
+    return entry
+
+
+def _custom_id(entry: Json) -> str:
+    custom_id = entry.get("custom_id")
+    if not isinstance(custom_id, str) or not custom_id:
+        raise BadRequest("custom_id is missing, or is not a text", "custom_id")
+    return custom_id
+
+
+def _envelope(entry: Json) -> tuple[str, Json]:
+    if entry.get("method", "POST") != "POST":
+        raise BadRequest(f"method must be POST, not {entry['method']!r}", "method")
+    url, body = entry.get("url"), entry.get("body")
+    if url not in (COMPLETIONS, CHAT):
+        raise BadRequest(f"url must be {COMPLETIONS} or {CHAT}, not {url!r}", "url")
+    if not isinstance(body, dict):
+        raise BadRequest("body is missing, or is not an object", "body")
+    return url, body
+
+
+def prompt_text(body: Json) -> str:
+    """What was asked, for people: the last message, or the prompt."""
+    messages = body.get("messages")
+    asked = messages[-1]["content"] if messages else body["prompt"]
+    first = asked[0] if isinstance(asked, list) and asked else asked
+    text = first.get("text") if isinstance(first, dict) else first
+    return text if isinstance(text, str) else "(token ids)"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:24]

@@ -1,0 +1,281 @@
+"""Bodies of /v1/completions and /v1/chat/completions, checked and turned into requests."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mellmpi.frontend.fields import BadRequest, Fields
+from mellmpi.frontend.tokenizer import Message, Tokenizer
+from mellmpi.protocol import Request, Sampling
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as OpenAI has it; a chat may fill the context
+MAX_ANSWERS = 2048  # of one call: prompts times n
+RESERVED = {"messages", "tools", "documents", "self"}  # template variables that are not the user's
+MAX_STOPS, MAX_LOGPROBS, MAX_CHOICES = 4, 20, 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedModel:
+    """What the front must know of a model."""
+
+    name: str
+    max_model_len: int  # prompt and output tokens together
+    vocab_size: int
+    eos_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Served:
+    """Models and their tokenizers by name; the first is for requests that name none."""
+
+    models: dict[str, ServedModel]
+    tokenizers: dict[str, Tokenizer]
+
+    @staticmethod
+    def of(*pairs: tuple[ServedModel, Tokenizer]) -> "Served":
+        """These, in this order. A model's answers also end where its tokenizer says."""
+        models = {m.name: _ending(m, t) for m, t in pairs}
+        return Served(models, {m.name: t for m, t in pairs})
+
+    def named(self, name: str | None) -> ServedModel:
+        """The one that a request is for. BadRequest says which there are."""
+        name = name or next(iter(self.models))
+        if name not in self.models:
+            raise BadRequest(
+                f"the model {name!r} does not exist here; this server has "
+                + ", ".join(map(repr, self.models)),
+                param="model", code="model_not_found", status=404,
+            )  # fmt: skip
+        return self.models[name]
+
+
+def _ending(model: ServedModel, tokenizer: Tokenizer) -> ServedModel:
+    ids = dict.fromkeys((*model.eos_ids, *tokenizer.end_ids))
+    return replace(model, eos_ids=tuple(i for i in ids if i < model.vocab_size))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One body, checked: choice i is sample i % n of prompt i // n."""
+
+    url: str
+    model: str
+    prompts: tuple[tuple[int, ...], ...]
+    samplings: tuple[Sampling, ...]  # one a choice
+    stops: tuple[str, ...]
+    stream: bool
+    include_usage: bool  # at the end of a stream
+    return_token_ids: bool
+
+    @property
+    def n(self) -> int:
+        return len(self.samplings) // len(self.prompts)
+
+    def requests(self, ids: Iterator[int]) -> list[Request]:
+        """One request a choice, in the order of the choices."""
+        return [
+            Request(next(ids), self.model, self.prompts[index // self.n], sampling, None)
+            for index, sampling in enumerate(self.samplings)
+        ]
+
+
+def parse(url: str, body: dict[str, Any], served: Served, identity: str) -> Call:
+    """Check a body and tokenize its prompts; BadRequest says what is wrong with it.
+
+    `identity` names the request within its run. Where the body gives no seed, one is made of it,
+    so that the same file answers alike again.
+    """
+    fields = Fields(body, chat=url == CHAT)
+    fields.check_names()
+    model = served.named(fields.get("model", str))
+    tokenizer = served.tokenizers[model.name]
+    n = fields.integer("n", 1, low=1, high=MAX_CHOICES)
+    texts_or_ids = _messages(fields, tokenizer) if fields.chat else _prompts(fields, tokenizer)
+    prompts = [_checked(tokens, model, fields.chat) for tokens in texts_or_ids]
+    stops, stop_ids = _stops(fields, tokenizer)
+    base = _sampling(fields, model, identity, stop_ids)
+    max_tokens = [_max_tokens(fields, len(prompt), model) for prompt in prompts for _ in range(n)]
+    samplings = tuple(
+        # Choices of one call differ in their seeds; the first has the one that was asked for.
+        replace(base, max_tokens=count, seed=(base.seed + index) % 2**64)
+        for index, count in enumerate(max_tokens)
+    )
+    options = fields.get("stream_options", dict) or {}
+    return Call(
+        url=url,
+        model=model.name,
+        prompts=tuple(prompts),
+        samplings=samplings,
+        stops=stops,
+        stream=fields.boolean("stream"),
+        include_usage=bool(options.get("include_usage")),
+        return_token_ids=fields.boolean("return_token_ids"),
+    )
+
+
+# --- prompts -------------------------------------------------------------------------------------
+
+
+def _messages(fields: Fields, tokenizer: Tokenizer) -> list[list[int]]:
+    messages = fields.get("messages", list)
+    if not messages:
+        raise BadRequest("messages must be a list of at least one message", "messages")
+    plain = [_message(message, index) for index, message in enumerate(messages)]
+    variables = dict(fields.get("chat_template_kwargs", dict) or {})
+    if taken := RESERVED & variables.keys():
+        raise BadRequest(f"chat_template_kwargs may not have {min(taken)}", "chat_template_kwargs")
+    variables.setdefault("add_generation_prompt", fields.boolean("add_generation_prompt", True))
+    try:
+        return [tokenizer.encode_chat(plain, variables)]
+    except ValueError as error:
+        raise BadRequest(str(error), "messages") from error
+
+
+def _message(message: Any, index: int) -> Message:
+    where = f"messages[{index}]"
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise BadRequest(f"{where} must be an object with a role", where)
+    if message.get("tool_calls") or message.get("function_call"):
+        raise BadRequest(f"{where}: tool calls are not supported", where)
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "".join(_text_part(part, where) for part in content)
+    if not isinstance(content, str):
+        raise BadRequest(f"{where}.content must be text", f"{where}.content")
+    return {**message, "role": _clean(message["role"], where), "content": _clean(content, where)}
+
+
+def _text_part(part: Any, where: str) -> str:
+    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    raise BadRequest(f"{where}: only parts of type text are supported", f"{where}.content")
+
+
+def _clean(text: str, where: str) -> str:
+    """JSON can escape half a surrogate pair, which is no character and has no tokens."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise BadRequest(f"{where} has a lone surrogate, which is no valid text", where)
+    return text
+
+
+def _prompts(fields: Fields, tokenizer: Tokenizer) -> list[list[int]]:
+    """`prompt` is a text, texts, token ids, or lists of token ids."""
+    prompt = fields.get("prompt", (str, list))
+    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
+        prompt = [prompt]
+    if not prompt:
+        raise BadRequest("prompt must be text, or token ids, or a list of either", "prompt")
+    if len(prompt) * (fields.integer("n", 1) or 1) > MAX_ANSWERS:
+        raise BadRequest(f"{len(prompt)} prompts with n choices each are more than {MAX_ANSWERS} "
+                         "answers; use several lines", "prompt")  # fmt: skip
+    return [_one_prompt(item, tokenizer) for item in prompt]
+
+
+def _one_prompt(item: Any, tokenizer: Tokenizer) -> list[int]:
+    if isinstance(item, str):
+        try:
+            return tokenizer.encode(_clean(item, "prompt"))
+        except ValueError as error:
+            raise BadRequest(str(error), "prompt") from error
+    if isinstance(item, list) and all(type(token) is int for token in item):
+        return item
+    raise BadRequest("prompt must be text, or token ids, or a list of either", "prompt")
+
+
+def _checked(tokens: list[int], model: ServedModel, chat: bool) -> tuple[int, ...]:
+    param = "messages" if chat else "prompt"
+    if not tokens:
+        raise BadRequest(f"{param}: there is not one token to continue", param)
+    if wrong := [token for token in tokens if not 0 <= token < model.vocab_size]:
+        raise BadRequest(
+            f"token id {wrong[0]} is not in the vocabulary of {model.vocab_size}", param
+        )
+    return tuple(tokens)
+
+
+# --- sampling ------------------------------------------------------------------------------------
+
+
+def _max_tokens(fields: Fields, prompt_len: int, model: ServedModel) -> int:
+    name, asked = "max_tokens", fields.integer("max_tokens", None, low=1)
+    if fields.chat and (newer := fields.integer("max_completion_tokens", None, low=1)) is not None:
+        name, asked = "max_completion_tokens", newer
+    left, limit = model.max_model_len - prompt_len, model.max_model_len
+    param = "messages" if fields.chat else "prompt"
+    if left < 1:
+        raise BadRequest(
+            f"this model's context is {limit} tokens, and the prompt alone has {prompt_len}; "
+            "at least one must be left for the answer",
+            param, "context_length_exceeded",
+        )  # fmt: skip
+    if asked is None:
+        return left if fields.chat else min(DEFAULT_MAX_TOKENS, left)
+    if asked > left:
+        raise BadRequest(
+            f"this model's context is {limit} tokens, but {prompt_len + asked} were asked for: "
+            f"{prompt_len} in the prompt and {name} {asked}",
+            param, "context_length_exceeded",
+        )  # fmt: skip
+    return asked
+
+
+def _sampling(
+    fields: Fields, model: ServedModel, identity: str, stop_ids: tuple[int, ...]
+) -> Sampling:
+    """All but `max_tokens`, which depends on the prompt."""
+    top_k = fields.integer("top_k", 0, low=-1)
+    extra = fields.get("stop_token_ids", list) or []
+    if not all(type(token) is int and 0 <= token < model.vocab_size for token in extra):
+        raise BadRequest("stop_token_ids must be token ids of the model", "stop_token_ids")
+    ends = () if fields.boolean("ignore_eos") else model.eos_ids
+    return Sampling(
+        max_tokens=0,
+        temperature=fields.number("temperature", 1.0, low=0.0),
+        top_k=top_k if 0 < top_k < model.vocab_size else 0,  # others cut nothing
+        top_p=fields.number("top_p", 1.0, low=0.0, high=1.0, low_open=True),
+        min_p=fields.number("min_p", 0.0, low=0.0, high=1.0),
+        repetition_penalty=fields.number("repetition_penalty", 1.0, low=0.0, low_open=True),
+        presence_penalty=fields.number("presence_penalty", 0.0, low=-2.0, high=2.0),
+        frequency_penalty=fields.number("frequency_penalty", 0.0, low=-2.0, high=2.0),
+        seed=_seed(fields, identity),
+        stop_token_ids=tuple(dict.fromkeys((*ends, *extra, *stop_ids))),
+        num_logprobs=_num_logprobs(fields),
+    )
+
+
+def _seed(fields: Fields, identity: str) -> int:
+    given = fields.integer("seed", None, low=-(2**63), high=2**64 - 1)
+    if given is not None:
+        return given
+    digest = hashlib.sha256(identity.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "little")
+
+
+def _num_logprobs(fields: Fields) -> int | None:
+    if not fields.chat:
+        return fields.integer("logprobs", None, low=0, high=MAX_LOGPROBS)
+    top = fields.integer("top_logprobs", None, low=0, high=MAX_LOGPROBS)
+    if fields.boolean("logprobs"):
+        return top or 0
+    if top:
+        raise BadRequest("top_logprobs needs logprobs to be true", "top_logprobs")
+    return None
+
+
+def _stops(fields: Fields, tokenizer: Tokenizer) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Stop strings; and special tokens, whose text is in no answer, by their ids."""
+    stop = fields.get("stop", (str, list))
+    stops = [stop] if isinstance(stop, str) else stop or []
+    if len(stops) > MAX_STOPS or not all(isinstance(text, str) and text for text in stops):
+        raise BadRequest(f"stop must be a text or up to {MAX_STOPS} texts, none empty", "stop")
+    ids = {text: tokenizer.special_id(_clean(text, "stop").strip()) for text in stops}
+    for text in (text for text, token in ids.items() if token is None):
+        if inside := tokenizer.special_inside(text):
+            raise BadRequest(f"stop has {inside}, a special token, whose text is in no answer: "
+                             "give that token alone", "stop")  # fmt: skip
+    return (
+        tuple(text for text in stops if ids[text] is None),
+        tuple(token for token in ids.values() if token is not None),
+    )

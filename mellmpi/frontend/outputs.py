@@ -1,0 +1,73 @@
+"""The answer to one request as it grows: tokens, their text, and why it ended."""
+
+import itertools
+from collections.abc import Sequence
+
+from mellmpi.frontend.stops import StopStrings
+from mellmpi.frontend.tokenizer import Tokenizer
+from mellmpi.protocol import Emit, Sampling, TokenLogprob
+
+
+class Output:
+    """Fed with the `Emit`s of one request until `finish_reason` is set; deaf from then on."""
+
+    def __init__(self, tokenizer: Tokenizer, sampling: Sampling, stops: tuple[str, ...],
+                 prompt: Sequence[int] = ()):  # fmt: skip
+        self.tokens: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.token_bytes: list[bytes] = []  # what each token adds to the text
+        self._starts: list[int] = []  # where its text begins, stop strings included
+        self.text = ""
+        self.finish_reason: str | None = None
+        self._stream = tokenizer.stream(prompt)
+        self._length = 0  # characters so far, stop strings included
+        self._stops = StopStrings(stops)
+        self._stop_tokens = frozenset(sampling.stop_token_ids)
+
+    def take(self, emit: Emit) -> str:
+        """Add new tokens; the text that is certain now. Tokens after a stop string are dropped."""
+        if self.finish_reason is not None:
+            return ""
+        assert emit.first == len(self.tokens), f"tokens out of order: {emit}"
+        before = len(self.text)
+        for index, token in enumerate(emit.tokens):
+            self.tokens.append(token)
+            self.logprobs += emit.logprobs[index : index + 1]
+            self._starts.append(self._length)
+            # A token that ends the answer is counted, but is no part of its text.
+            if token in self._stop_tokens:
+                self.token_bytes.append(b"")
+            else:
+                self._add(self._stream.push(token))
+                self.token_bytes.append(self._stream.data)
+            if self._stops.found:
+                return self.text[before:]
+        if emit.finish_reason is not None:
+            self._finish(emit.finish_reason)
+        return self.text[before:]
+
+    @property
+    def offsets(self) -> list[int]:
+        """Where in the text that of each token begins, in characters; and the text's length."""
+        length = len(self.text)
+        return [*(min(start, length) for start in self._starts), length]
+
+    @property
+    def token_texts(self) -> list[str]:
+        """What each token added to the text; joined they are the text.
+
+        A character of several tokens belongs to the last of them.
+        """
+        offsets = self.offsets
+        return [self.text[a:b] for a, b in itertools.pairwise(offsets)]
+
+    def _add(self, text: str) -> None:
+        self._length += len(text)
+        self.text += self._stops.push(text)
+        if self._stops.found:
+            self.finish_reason = "stop"
+
+    def _finish(self, reason: str) -> None:
+        self.finish_reason = reason
+        self._add(self._stream.finish())
+        self.text += self._stops.finish()

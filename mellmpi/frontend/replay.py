@@ -1,0 +1,156 @@
+"""A trace as a batch job: its arrivals and lengths, made-up tokens, answers of forced length."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from mellmpi.frontend.batch import Answered, Counts, batch_line
+from mellmpi.frontend.openai import ServedModel
+from mellmpi.protocol import Emit, Rejected, Request, Sampling
+from mellmpi.workload import Workload
+
+SHOWN_REFUSALS = 3  # a trace may have thousands
+TOO_LONG = "too_long"
+
+
+@dataclass(slots=True)
+class _Open:
+    request: Request
+    tokens: list[int] = field(default_factory=list)
+
+
+@dataclass
+class ReplayJob:
+    """What `BatchJob` is for a file, for a trace; needs no tokenizer.
+
+    One model answers all, whatever the trace calls it; of several, the one that the trace names,
+    or the first where it names none. ValueError where it names another.
+
+    A prompt depends only on the seed and the request's row in the trace; its answer has as many
+    tokens as the trace says. What no worker can hold fails, and is counted.
+    """
+
+    workload: Workload
+    models: tuple[ServedModel, ...]
+    seed: int
+    write: Callable[[bytes], Any] | None = None  # None: answers are only counted
+    answered: Callable[[Answered], None] = lambda _: None
+    counts: Counts = field(default_factory=Counts)
+    _next: int = 0  # of `_rows`
+    _open: dict[int, _Open] = field(default_factory=dict)
+    _told: bool = False  # what is too long has failed
+
+    def __post_init__(self) -> None:
+        total = self.workload.prompt_tokens + self.workload.output_tokens
+        limits = np.array([self._model(row).max_model_len for row in range(len(total))], np.int64)
+        self._rows = np.flatnonzero(total <= limits)
+
+    def _model(self, row: int) -> ServedModel:
+        """Who answers this row of the trace."""
+        name = self.workload.model[row]
+        if len(self.models) == 1 or not name:
+            return self.models[0]
+        if (found := next((m for m in self.models if m.name == name), None)) is None:
+            raise ValueError(f"--replay: the trace asks for {name}; give some --model the "
+                             f"--served-model-name {name}")  # fmt: skip
+        return found
+
+    @property
+    def exhausted(self) -> bool:
+        """Every request has been drawn."""
+        return self._told and self._next == len(self._rows)
+
+    @property
+    def done(self) -> bool:
+        """Every request has ended."""
+        return self.exhausted and not self._open
+
+    def arrivals(self) -> Iterator[float]:
+        """Seconds from the start at which to draw the next request; endless, as it is asked once
+        more than there are requests."""
+        times = self.workload.arrival_s
+        yield from (times[self._rows] - times[0]).tolist()
+        while True:
+            yield 0.0
+
+    def requests(self) -> Iterator[Request]:
+        """Requests to submit, in the order of arrival."""
+        if not self._told:
+            self._fail_too_long()
+        while self._next < len(self._rows):
+            request = self._request(int(self._rows[self._next]))
+            self._next += 1
+            self._open[request.id] = _Open(request)
+            yield request
+
+    def emit(self, event: Emit) -> tuple[int, ...]:
+        """Take new tokens. Nobody ever stops waiting: no ids to cancel."""
+        row = self._open[event.request_id]
+        if self.write is not None:
+            row.tokens += event.tokens
+        if event.finish_reason is not None:
+            del self._open[event.request_id]
+            self._complete(row)
+        return ()
+
+    def rejected(self, event: Rejected) -> tuple[int, ...]:
+        """No worker can serve it."""
+        del self._open[event.request_id]
+        self._fail(event.request_id, "rejected", event.reason)
+        if self.counts.reasons["rejected"] <= SHOWN_REFUSALS:
+            self._show(event.request_id, event.reason)
+        return ()
+
+    # --- one row of the trace -------------------------------------------------------------------
+
+    def _request(self, row: int) -> Request:
+        rng = np.random.default_rng((self.seed, row))
+        length = int(self.workload.prompt_tokens[row])
+        model = self._model(row)
+        prompt = tuple(rng.integers(0, model.vocab_size, length).tolist())
+        sampling = Sampling(
+            max_tokens=int(self.workload.output_tokens[row]), temperature=0.0, top_k=0, top_p=1.0,
+            min_p=0.0, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0,
+            seed=row, stop_token_ids=(), num_logprobs=None,
+        )  # fmt: skip
+        return Request(row + 1, model.name, prompt, sampling, None)
+
+    def _complete(self, row: _Open) -> None:
+        self.counts.completed += 1
+        if self.write is not None:
+            name, prompt = _name(row.request.id), len(row.request.prompt)
+            choice = {"index": 0, "text": "", "token_ids": row.tokens, "finish_reason": "length"}
+            usage = {"prompt_tokens": prompt, "completion_tokens": len(row.tokens),
+                     "total_tokens": prompt + len(row.tokens)}  # fmt: skip
+            body = {"id": f"cmpl-{name}", "object": "text_completion", "model": row.request.model,
+                    "choices": [choice], "usage": usage}  # fmt: skip
+            self.write(batch_line(name, name, 200, body, None))
+
+    def _fail_too_long(self) -> None:
+        self._told = True
+        failed = np.setdiff1d(np.arange(len(self.workload)), self._rows).tolist()
+        longest = max(model.max_model_len for model in self.models)
+        why = f"longer than {longest} tokens, prompt and output together"
+        for row in failed:
+            self._fail(row + 1, TOO_LONG, why)
+        if failed:
+            limits = "which is what the model or the KV cache of a worker can hold"
+            hint = "--length-scale makes requests shorter"
+            self._show(failed[0] + 1, f"{len(failed)} of {len(self.workload)} requests are {why}, "
+                       f"{limits}; {hint}")  # fmt: skip
+
+    def _fail(self, number: int, code: str, why: str) -> None:
+        self.counts.fail(code, why)
+        if self.write is not None:
+            error = {"message": why, "type": "invalid_request_error", "param": None, "code": code}
+            name = _name(number)
+            self.write(batch_line(name, name, 400, {"error": error}, error))
+
+    def _show(self, number: int, why: str) -> None:
+        self.answered(Answered(number, _name(number), "", "", why))
+
+
+def _name(number: int) -> str:
+    return f"row-{number}"

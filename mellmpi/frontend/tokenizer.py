@@ -1,0 +1,247 @@
+"""Text to tokens and back, with `tokenizers` and jinja2 alone: rank 0 needs no torch for it.
+
+Reading the demo model's tokenizer so takes 0.2 s of start-up; through transformers' AutoTokenizer,
+which imports torch, it takes 2.4 s.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Template, TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer as Backend
+
+from mellmpi.frontend.detokenizer import TextStream, TokenBytes
+
+Message = dict[str, Any]
+
+MARK = "mellmpi-answer"  # stands for an answer where a template is tried
+
+
+class Tokenizer:
+    """The tokenizer and chat template of one model directory."""
+
+    def __init__(self, backend: Backend, template: str | None, special: dict[str, str],
+                 own_template: str | None = None):  # fmt: skip
+        """`own_template`: the model's own, where `template` takes its place."""
+        backend.no_truncation()  # a saved tokenizer may carry either, and both would
+        backend.no_padding()  # change prompts silently
+        self._backend, self._special = backend, special
+        self.token_bytes = TokenBytes(backend)
+        self._template = _compiled(template)
+        self.end_ids = self._end_ids((template, own_template))
+
+    @classmethod
+    def load(cls, directory: Path, chat_template: Path | None = None) -> "Tokenizer":
+        """Read `directory`; a `chat_template` file takes the place of the model's own."""
+        try:
+            return cls._load(directory, chat_template)
+        except ValueError as error:
+            raise ValueError(" ".join(str(error).split())) from error
+        except Exception as error:  # whatever a damaged file makes its reader raise
+            why = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(f"the tokenizer in {directory} cannot be read ({why[:300]}); copy or "
+                             "download its files again") from error  # fmt: skip
+
+    @classmethod
+    def _load(cls, directory: Path, chat_template: Path | None) -> "Tokenizer":
+        config = _json(directory / "tokenizer_config.json")
+        own = template = _own_template(directory, config)
+        if chat_template is not None:
+            template = _read(chat_template, "--chat-template")
+        special = _special_tokens(_json(directory / "special_tokens_map.json") | config)
+        try:
+            return cls(_backend(directory), template, special, own)
+        except TemplateError as error:
+            source = chat_template or directory
+            raise ValueError(f"the chat template of {source} is not valid: {error}") from error
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._template is not None
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of plain text, with what the model wants before it (a BOS token, mostly).
+
+        ValueError if the tokenizer cannot take the text.
+        """
+        return list(_unpanicked(self._backend.encode, text).ids)
+
+    def encode_chat(
+        self, messages: list[Message], variables: Mapping[str, Any] | None = None
+    ) -> list[int]:
+        """Token ids of a conversation, ready for the model's turn.
+
+        ValueError if there is no template, or if the template refuses these messages.
+        """
+        if self._template is None:
+            raise ValueError("this model has no chat template; use /v1/completions instead")
+        try:
+            text = self._render(self._template, messages, variables or {})
+            return list(_unpanicked(self._backend.encode, text, add_special_tokens=False).ids)
+        except Exception as error:  # the model's code, run on the client's data
+            raise ValueError(f"the chat template refuses these messages: {error}") from error
+
+    def _render(
+        self, template: Template, messages: list[Message], variables: Mapping[str, Any]
+    ) -> str:
+        # What transformers passes to every template: a variable that is None is defined.
+        always = {"tools": None, "documents": None, "add_generation_prompt": True}
+        return template.render({**always, **self._special, **variables, "messages": messages})
+
+    def decode(self, tokens: list[int]) -> str:
+        """Text of tokens, special ones left out."""
+        stream = self.stream()
+        return "".join([*map(stream.push, tokens), stream.finish()])
+
+    def stream(self, prompt: Sequence[int] = ()) -> TextStream:
+        """A decoder for tokens that arrive one after the other, after a prompt."""
+        return TextStream(self.token_bytes, prompt)
+
+    def special_id(self, text: str) -> int | None:
+        """The special token that is spelled so, or None."""
+        token = self._backend.token_to_id(text)
+        return token if token in self.token_bytes.special else None
+
+    def special_inside(self, text: str) -> str | None:
+        """A special token whose name is part of a text, or None."""
+        special = self.token_bytes.special
+        names = (self.token_bytes.name(token) for token in special)
+        return next((name for name in names if name and name in text), None)
+
+    def _end_ids(self, templates: Iterable[str | None]) -> tuple[int, ...]:
+        """Tokens that end an answer: the EOS token, and the ends of a turn in the templates."""
+        names = [self._special.get("eos_token"), *map(self._end_of_turn, templates)]
+        ids = (self._backend.token_to_id(name) for name in names if name)
+        return tuple(dict.fromkeys(i for i in ids if i is not None))
+
+    def _end_of_turn(self, template: str | None) -> str | None:
+        """The token that a template prints behind an answer: one that was added for it."""
+        conversation = [{"role": "user", "content": "x"}, {"role": "assistant", "content": MARK}]
+        try:
+            compiled = _compiled(template)
+            if compiled is None:
+                return None
+            text = self._render(compiled, conversation, {"add_generation_prompt": False})
+        except Exception:  # a template that refuses this conversation
+            return None
+        behind = text.rpartition(MARK)[2].lstrip()
+        found = [name for name in self.token_bytes.added_names if behind.startswith(name)]
+        return max(found, key=len, default=None)
+
+
+def _unpanicked(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Call the library; where its Rust code panics, ValueError instead of a BaseException."""
+    try:
+        return call(*args, **options)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"the tokenizer cannot take this text ({error})") from error
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def _backend(directory: Path) -> Backend:
+    file = directory / "tokenizer.json"
+    if file.exists():
+        try:
+            return _unpanicked(Backend.from_buffer, file.read_bytes())  # of any name
+        except Exception as error:
+            why = " ".join(str(error).split())[:300]
+            raise ValueError(f"{file} cannot be read ({why}); copy or download it again") from error
+    if not any((directory / name).exists() for name in ("tokenizer.model", "vocab.json")):
+        raise ValueError(f"{directory} has no tokenizer.json, tokenizer.model or vocab.json")
+    from transformers import AutoTokenizer  # slow to import, and able to convert older files
+
+    try:
+        return AutoTokenizer.from_pretrained(str(directory), use_fast=True).backend_tokenizer
+    except ValueError as error:  # of several lines
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def _json(file: Path) -> dict[str, Any]:
+    if not file.exists():
+        return {}
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON ({error}); copy or download it again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} must hold a JSON object; copy or download it again")
+    return value
+
+
+def _read(file: Path, option: str) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{option} {file} cannot be read ({error}): save it as UTF-8") from error
+
+
+def _own_template(directory: Path, config: dict[str, Any]) -> str | None:
+    if (file := directory / "chat_template.jinja").exists():
+        return _read(file, "the chat template")
+    template = _json(directory / "chat_template.json") or config
+    found = template.get("chat_template")
+    if isinstance(found, list):  # several, by name
+        named = [entry for entry in found if isinstance(entry, dict)]
+        found = {entry.get("name"): entry.get("template") for entry in named}.get("default")
+    if not isinstance(found, str | None):
+        raise ValueError(f"{directory / 'tokenizer_config.json'}: chat_template must be a text or "
+                         "a list of named texts; give another with --chat-template")  # fmt: skip
+    return found
+
+
+def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
+    """`bos_token` and its like, which templates may print."""
+    found = {}
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        value = config.get(name)
+        text = value.get("content") if isinstance(value, dict) else value
+        if isinstance(text, str):
+            found[name] = text
+    return found
+
+
+# --- the environment in which chat templates are written (that of transformers) ------------------
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks what the model said, for training: here it is only text."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
+
+
+def _compiled(template: str | None) -> Template | None:
+    return None if template is None else _environment().from_string(template)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **more: Any) -> str:
+    # jinja2's own escapes HTML, which models were not trained on.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **more)
+
+
+def _raise(message: str) -> None:
+    raise TemplateError(message)

@@ -1,0 +1,72 @@
+"""What to do with a directory that holds a model in a form that cannot be served as it is."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from mellmpi.models.model_files import read_json, short
+
+UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".aria2")
+
+
+def advice(directory: Path) -> str | None:
+    """What `directory` holds in place of safetensors weights, and what to do; None: nothing known.
+
+    The text continues a sentence that names the directory.
+    """
+    for patterns, say in FORMS:
+        files = [file for pattern in patterns for file in sorted(directory.glob(pattern))]
+        if files:
+            return say(directory, files)
+    return None
+
+
+def elsewhere(directory: Path) -> list[Path]:
+    """Model directories below `directory`, such as the snapshots of a Hugging Face cache."""
+    if (main := directory / "refs" / "main").is_file():
+        snapshot = directory / "snapshots" / main.read_text(errors="replace").strip()
+        if (snapshot / "config.json").is_file():
+            return [snapshot]
+    found = [file for pattern in ("*", "snapshots/*", "*/snapshots/*")
+             for file in directory.glob(f"{pattern}/config.json")]  # fmt: skip
+    return sorted(file.parent for file in found)
+
+
+def _unfinished(directory: Path, files: list[Path]) -> str:
+    return f"holds an unfinished download ({files[0].name}): download the model again"
+
+
+def _gguf(directory: Path, files: list[Path]) -> str:
+    return f"holds GGUF: give the file, --model {files[0]}"
+
+
+def _adapter(directory: Path, files: list[Path]) -> str:
+    settings = directory / "adapter_config.json"
+    base = read_json(settings).get("base_model_name_or_path") if settings.is_file() else None
+    return (
+        f"holds an adapter (LoRA), not a model: merge it into its base model "
+        f"{short(base) if base else ''} with peft's merge_and_unload, and give the merged model"
+    )
+
+
+def _bin(directory: Path, files: list[Path]) -> str:
+    return (
+        f"holds PyTorch's {files[0].name}, which is not read here: convert it with python -c "
+        '"from transformers import AutoModelForCausalLM as M; '
+        f"M.from_pretrained('{directory}').save_pretrained('{directory}')\""
+    )
+
+
+def _consolidated(directory: Path, files: list[Path]) -> str:
+    return (
+        f"holds {files[0].name}, the maker's own format: get the model in Hugging Face's format, "
+        "with config.json and model*.safetensors"
+    )
+
+
+FORMS: list[tuple[list[str], Callable[[Path, list[Path]], str]]] = [
+    ([f"*.safetensors{ending}" for ending in UNFINISHED], _unfinished),
+    (["adapter_model.safetensors", "adapter_model.bin"], _adapter),
+    (["*.gguf"], _gguf),
+    (["pytorch_model*.bin"], _bin),
+    (["consolidated*.safetensors", "*.pth"], _consolidated),
+]

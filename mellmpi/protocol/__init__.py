@@ -1,0 +1,150 @@
+"""Every message that crosses a rank boundary, and the plain data that both sides of it share.
+
+Knows nothing else of the package. Units are in the comments. Fields are appended at the end, never
+reordered; `FINGERPRINT` lets ranks refuse a mixed installation.
+"""
+
+import hashlib
+from dataclasses import fields
+from typing import Final
+
+from mellmpi.protocol.migration import (
+    BlocksArrived,
+    BlocksSent,
+    DrainBlocks,
+    KvFailed,
+    KvPayload,
+    KvReceived,
+    KvRefused,
+    KvReserved,
+    PartComputed,
+    ReceiveBlocks,
+    ReceiveKv,
+    SendBlocks,
+    SendKv,
+    Unfreeze,
+)
+from mellmpi.protocol.placement import (
+    Assign,
+    Release,
+    StepReport,
+)
+from mellmpi.protocol.request import (
+    Cancel,
+    Emit,
+    Rejected,
+    Request,
+    Sampling,
+    Submit,
+    TokenLogprob,
+    finish_reason,
+)
+from mellmpi.protocol.steps import (
+    Chunk,
+    HostedModel,
+    StepPlan,
+    StepResult,
+)
+from mellmpi.protocol.telemetry import (
+    MigrationEnded,
+    MigrationStarted,
+    Preempted,
+    WorkerChanged,
+)
+from mellmpi.protocol.wire import (
+    DATA_PLANE,
+    FRONT,
+    OBSERVER,
+    ROUNDS,
+    SCHEDULER,
+    TYPES,
+    Address,
+    decode,
+    encode,
+    message,
+)
+from mellmpi.protocol.workers import (
+    GatherPart,
+    GatherWhole,
+    LinkProbe,
+    LinkProbed,
+    LinksMeasured,
+    ModelKv,
+    Park,
+    Parked,
+    RankFailed,
+    Stop,
+    Wake,
+    WorkerLost,
+    WorkerReady,
+    blocks_for,
+    kv_need,
+)
+
+__all__ = [
+    "DATA_PLANE",
+    "FINGERPRINT",
+    "FRONT",
+    "OBSERVER",
+    "ROUNDS",
+    "SCHEDULER",
+    "TYPES",
+    "Address",
+    "Assign",
+    "BlocksArrived",
+    "BlocksSent",
+    "Cancel",
+    "Chunk",
+    "DrainBlocks",
+    "Emit",
+    "GatherPart",
+    "GatherWhole",
+    "HostedModel",
+    "KvFailed",
+    "KvPayload",
+    "KvReceived",
+    "KvRefused",
+    "KvReserved",
+    "LinkProbe",
+    "LinkProbed",
+    "LinksMeasured",
+    "MigrationEnded",
+    "MigrationStarted",
+    "ModelKv",
+    "Park",
+    "Parked",
+    "PartComputed",
+    "Preempted",
+    "RankFailed",
+    "ReceiveBlocks",
+    "ReceiveKv",
+    "Rejected",
+    "Release",
+    "Request",
+    "Sampling",
+    "SendBlocks",
+    "SendKv",
+    "StepPlan",
+    "StepReport",
+    "StepResult",
+    "Stop",
+    "Submit",
+    "TokenLogprob",
+    "Unfreeze",
+    "Wake",
+    "WorkerChanged",
+    "WorkerLost",
+    "WorkerReady",
+    "blocks_for",
+    "decode",
+    "encode",
+    "finish_reason",
+    "kv_need",
+    "message",
+]
+
+FINGERPRINT: Final = hashlib.sha256(
+    repr(
+        [(name, [(f.name, str(f.type)) for f in fields(cls)]) for name, cls in TYPES.items()]
+    ).encode()
+).hexdigest()[:16]

@@ -1,0 +1,78 @@
+"""What a client asks, and what the front and the scheduler say about it."""
+
+from collections.abc import Sequence
+
+from mellmpi.protocol.wire import message
+
+
+@message
+class Sampling:
+    """How the next token is chosen; all of it is fixed when the request is made."""
+
+    max_tokens: int  # at least 1
+    temperature: float  # 0: greedy
+    top_k: int  # 0: off
+    top_p: float  # 1: off
+    min_p: float  # 0: off
+    repetition_penalty: float  # 1: off; over prompt and output
+    presence_penalty: float  # 0: off; over output
+    frequency_penalty: float  # 0: off; over output
+    seed: int  # 0 … 2**64 - 1; with the position, the only source of randomness
+    stop_token_ids: tuple[int, ...]  # one of these ends the output and is its last token
+    num_logprobs: int | None  # alternatives to report a token; None: no logprobs at all
+
+
+@message
+class Request:
+    """What a client asked; immutable, and all that any worker needs to compute the answer."""
+
+    id: int
+    model: str
+    prompt: tuple[int, ...]  # token ids, at least one
+    sampling: Sampling
+    adapter: str | None
+
+
+TokenLogprob = tuple[float, tuple[int, ...], tuple[float, ...]]
+"""(logprob of the token, ids of the likeliest tokens, their logprobs); natural logarithms."""
+
+
+@message
+class Submit:
+    """Front → scheduler: serve this request."""
+
+    request: Request
+
+
+@message
+class Cancel:
+    """Front → scheduler: nobody waits for more tokens of this request."""
+
+    request_id: int
+    reason: str  # "stop": a stop string completed the answer; "gone": the client left
+
+
+@message
+class Emit:
+    """Scheduler → front: new tokens of a request, in order, none twice."""
+
+    request_id: int
+    first: int  # index of the first of these tokens in the output
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]  # one a token, or empty
+    finish_reason: str | None  # "stop" or "length" with the last tokens
+
+
+@message
+class Rejected:
+    """Scheduler → front: this request can never be served here, and why."""
+
+    request_id: int
+    reason: str
+
+
+def finish_reason(request: Request, outputs: Sequence[int]) -> str | None:
+    """Why the output is complete, or None. A function of request and tokens: all ranks agree."""
+    if outputs and outputs[-1] in request.sampling.stop_token_ids:
+        return "stop"
+    return "length" if len(outputs) >= request.sampling.max_tokens else None

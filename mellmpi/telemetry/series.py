@@ -1,0 +1,152 @@
+"""What a run leaves behind, as plain data in bounded memory."""
+
+import math
+from array import array
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+INACTIVE = frozenset({"parked", "lost"})  # worker states that hold no device
+EXACT_SAMPLES = 16_384  # of one distribution, before it falls back on bins
+TRACK_SAMPLES = 2_048  # of one worker's series
+LIST_SAMPLES = 20_000  # migrations, preemptions
+SUMMED_AT_ONCE = 256
+
+_SMALLEST_S, _BIN, _NUM_BINS = 1e-6, math.log(1.01), 2_560  # 1 µs … 32 h in steps of 1 %
+
+
+class Distribution:
+    """Samples in seconds. Percentiles are exact up to 16,384 samples, then within 1 %."""
+
+    def __init__(self) -> None:
+        self._exact: list[float] = []
+        self._bins = np.zeros(_NUM_BINS, np.int64)
+
+    def add(self, value_s: float) -> None:
+        self._exact.append(value_s)
+        if len(self._exact) >= EXACT_SAMPLES:
+            self._bins = self._folded()
+            self._exact.clear()
+
+    def percentiles_ms(self) -> dict[str, float | None]:
+        """{"p50", "p99"} in milliseconds; None without samples."""
+        return {f"p{q}": self._percentile_ms(q) for q in (50, 99)}
+
+    def _folded(self) -> np.ndarray:
+        logs = np.log(np.maximum(self._exact, _SMALLEST_S) / _SMALLEST_S)
+        bins = np.minimum((logs / _BIN).astype(np.int64), _NUM_BINS - 1)
+        return self._bins + np.bincount(bins, minlength=_NUM_BINS)
+
+    def _percentile_ms(self, q: float) -> float | None:
+        if not self._bins.any():
+            return round(float(np.percentile(self._exact, q)) * 1e3, 3) if self._exact else None
+        counts = self._folded().cumsum()
+        index = int(np.searchsorted(counts, q / 100 * counts[-1]))
+        return round(_SMALLEST_S * math.exp((index + 0.5) * _BIN) * 1e3, 3)
+
+
+class Track:
+    """A step function of time in bounded memory: over the limit, neighbours in time are merged."""
+
+    def __init__(self, limit: int = TRACK_SAMPLES) -> None:
+        self.times, self.values = array("d"), list[Any]()
+        self._limit, self._gap_s = limit, 0.0
+
+    def add(self, now: float, value: Any) -> None:
+        if self.times and now - self.times[-1] <= self._gap_s:
+            self.values[-1] = value
+            return
+        self.times.append(now)
+        self.values.append(value)
+        if len(self.times) > self._limit:
+            self._thin()
+
+    def _thin(self) -> None:
+        times, values = self.times, self.values
+        self._gap_s = 2 * (times[-1] - times[0]) / self._limit
+        self.times, self.values = array("d"), []
+        for now, value in zip(times, values, strict=True):
+            self.add(now, value)
+
+
+class Sample:
+    """Every item, or over the limit every second, fourth … one."""
+
+    def __init__(self, limit: int = LIST_SAMPLES) -> None:
+        self.items: list[Any] = []
+        self._seen, self._stride, self._limit = 0, 1, limit
+
+    def add(self, item: Any) -> None:
+        if self._seen % self._stride == 0:
+            self.items.append(item)
+        self._seen += 1
+        if len(self.items) > self._limit:
+            self.items = self.items[::2]
+            self._stride *= 2
+
+
+class Sums:
+    """What a least-squares fit of y by x needs to know of the samples, however many."""
+
+    def __init__(self, *names: str) -> None:
+        self.names, self.count = names, 0
+        self._xx, self._xy = np.zeros((len(names), len(names))), np.zeros(len(names))
+        self._new: list[tuple[float, ...]] = []  # (*x, y, weight): many cost little more than one
+
+    def add(self, x: tuple[float, ...], y: float, weight: float = 1.0) -> None:
+        """`weight`: one over the variance of y, in any unit."""
+        self._new.append((*x, y, weight))
+        self.count += 1
+        if len(self._new) >= SUMMED_AT_ONCE:
+            self._fold()
+
+    def _fold(self) -> None:
+        rows, n = np.array(self._new, np.float64), len(self.names)
+        weighted = rows[:, :n].T * rows[:, n + 1]
+        self._xx += weighted @ rows[:, :n]
+        self._xy += weighted @ rows[:, n]
+        self._new.clear()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: `xx` is the matrix of the normal equations, `xy` their right side."""
+        if self._new:
+            self._fold()
+        return {"of": list(self.names), "samples": self.count, "xx": self._xx.tolist(),
+                "xy": self._xy.tolist()}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class MoveRecord:
+    """One migration as rank 0 saw it; `outcome` as in MigrationEnded."""
+
+    request_id: int
+    mode: str
+    src: int
+    dst: int
+    start_s: float
+    end_s: float
+    num_bytes: int
+    outcome: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSeries:
+    """Step functions of one worker: value i holds from time i to time i + 1."""
+
+    capacity_bytes: int
+    kv_times_s: list[float]
+    kv_bytes: list[int]
+    state_times_s: list[float]
+    states: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """What a timeline shows. All times in seconds after the first Submit; some may be negative."""
+
+    end_s: float
+    workers: dict[int, WorkerSeries]
+    moves: list[MoveRecord]
+    preemptions: list[tuple[float, int]]  # (time, worker)
+    report: dict[str, Any]

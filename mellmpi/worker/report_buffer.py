@@ -1,0 +1,63 @@
+"""What a worker has done and the scheduler has not yet heard of."""
+
+from itertools import chain
+
+from mellmpi.protocol import StepReport, TokenLogprob
+from mellmpi.worker.sequences import Sequence
+
+
+class ReportBuffer:
+    """Gathers tokens, preemptions and work until the driver asks for a report."""
+
+    def __init__(self) -> None:
+        self._forget()
+        self._said = (0, 0)  # acked, free bytes in the last report
+
+    def _forget(self) -> None:
+        self._runs: dict[int, Sequence] = {}  # by epoch; perhaps already ended
+        self._preempted: list[tuple[int, int]] = []
+        self._prefill_tokens = self._decode_tokens = self._attended = 0
+
+    def token(self, sequence: Sequence) -> None:
+        self._runs[sequence.epoch] = sequence
+
+    def decoded(self, sequence: Sequence, num_tokens: int) -> None:
+        """In as many steps of one position each."""
+        self._runs[sequence.epoch] = sequence
+        self._decode_tokens += num_tokens
+
+    def preempted(self, sequence: Sequence) -> None:
+        self._preempted.append((sequence.request.id, sequence.epoch))
+
+    def computed(self, start: int, num_positions: int, sampled: bool) -> None:
+        """Positions from `start` on; if sampled, the last of them was a decode."""
+        prefilled = num_positions - sampled
+        self._prefill_tokens += prefilled
+        self._decode_tokens += sampled
+        self._attended += prefilled * start + prefilled * (prefilled - 1) // 2
+
+    def report(self, steps: int, step_s: float, free_bytes: int, acked: int) -> StepReport | None:
+        """All of it as one message, and forgotten; None if nothing happened."""
+        if not (self._runs or self._preempted) and self._said == (acked, free_bytes):
+            return None
+        runs = list(self._runs.values())
+        news = [s.outputs[s.num_reported :] for s in runs]
+        report = StepReport(
+            steps=steps, step_s=step_s,
+            prefill_tokens=self._prefill_tokens, decode_tokens=self._decode_tokens,
+            free_bytes=free_bytes, acked=acked,
+            request_ids=tuple(s.request.id for s in runs), epochs=tuple(s.epoch for s in runs),
+            firsts=tuple(s.num_reported for s in runs), counts=tuple(map(len, news)),
+            tokens=tuple(chain.from_iterable(news)), logprobs=_logprobs(runs),
+            preempted=tuple(self._preempted), attended=self._attended,
+        )  # fmt: skip
+        for sequence in runs:
+            sequence.num_reported = len(sequence.outputs)
+        self._forget()
+        self._said = (acked, free_bytes)
+        return report
+
+
+def _logprobs(runs: list[Sequence]) -> tuple[tuple[int, tuple[TokenLogprob, ...]], ...]:
+    """(run index, its logprobs) of the sequences that have any."""
+    return tuple((i, s.logprobs_from(s.num_reported)) for i, s in enumerate(runs) if s.logprobs)

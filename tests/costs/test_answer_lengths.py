@@ -1,0 +1,19 @@
+from mellmpi.costs import MEMORY, AnswerLengths
+
+
+def test_the_last_answers_are_remembered_and_the_oldest_forgotten_first():
+    lengths = AnswerLengths()
+    lengths.add(3, 7)
+    assert (len(lengths), lengths.prompt[0], lengths.output[0]) == (1, 3, 7)
+    for i in range(MEMORY):
+        lengths.add(i, i + 1)
+    assert len(lengths) == MEMORY and lengths.total == MEMORY + 1
+    assert sorted(lengths.output) == list(range(1, MEMORY + 1))
+
+
+def test_the_mean_is_that_of_the_answers_remembered():
+    lengths = AnswerLengths()
+    assert lengths.mean_output(128.0) == 128.0
+    for i in range(MEMORY + 100):
+        lengths.add(3, i)
+    assert lengths.mean_output(128.0) == lengths.output.mean()

@@ -1,0 +1,143 @@
+"""Planted coefficients come back out of the reports, noise or not."""
+
+import math
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from mellmpi.costs import CostModel, StepBudget, StepTimes
+from tests.scheduler.stage import report
+
+PRIOR = CostModel()
+TRUTH = np.array([4e-3, 2e-4, 7e-4, 5e-8])
+
+
+def steps(rng: random.Random, truth=TRUTH, noise: float = 0.0, prefills: float = 0.3):
+    """A report such as a busy worker makes."""
+    n, decoding = rng.randint(1, 4), rng.randint(0, 12)
+    prefill = rng.choice([16, 64, 300, 512]) * n if rng.random() < prefills else 0
+    attended = prefill * rng.choice([100, 1000, 4000])
+    x = np.array([n, prefill, n * decoding, attended], float)
+    took_s = float(x @ truth) * (rng.lognormvariate(0, noise) if noise else 1.0)
+    return replace(report(), steps=n, prefill_tokens=prefill, decode_tokens=n * decoding,
+                   attended=attended, step_s=took_s)  # fmt: skip
+
+
+def taught(num_reports: int, worker: int = 1, seed: int = 0, times=None, **kwargs) -> StepTimes:
+    times, rng = times or StepTimes(PRIOR), random.Random(seed)
+    for i in range(num_reports):
+        times.add(worker, steps(rng, **kwargs))
+        if i % 5 == 4:
+            times.fold()
+    times.fold()
+    return times
+
+
+def test_planted_coefficients_are_found():
+    assert taught(300).coefficients(1) == pytest.approx(TRUTH, rel=0.02)
+
+
+def predicted_s(times: StepTimes) -> list[float]:
+    return [
+        times.prefill_s(1, n, num_decoding) for n in (200, 2000, 6000) for num_decoding in (0, 8)
+    ]
+
+
+@pytest.mark.parametrize("factor", [1e-3, 0.1, 10.0, 100.0])
+def test_however_far_the_prior_is_off_predictions_are_right_in_the_end(factor):
+    found = predicted_s(taught(600, truth=TRUTH * factor))
+    assert found == pytest.approx([factor * s for s in predicted_s(taught(300))], rel=0.15)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_noise_leaves_predictions_of_long_prefills_within_a_quarter(seed):
+    times = taught(600, seed=seed, noise=0.3)
+    true_s = taught(300).prefill_s(1, 2000, num_decoding=4)
+    assert times.prefill_s(1, 2000, num_decoding=4) == pytest.approx(true_s, rel=0.25)
+
+
+def test_a_process_that_slept_now_and_then_spoils_nothing():
+    times, rng = StepTimes(PRIOR), random.Random(3)
+    for i in range(600):
+        told = steps(rng)
+        times.add(1, replace(told, step_s=told.step_s * (50 if i % 20 == 19 else 1)))
+        times.fold()
+    assert times.prefill_s(1, 2000) == pytest.approx(taught(300).prefill_s(1, 2000), rel=0.3)
+
+
+def test_what_prefilling_takes_is_not_forgotten_while_only_decoding_goes_on():
+    times = taught(300)
+    before = times.coefficients(1)[1]
+    taught(3000, times=times, prefills=0.0)
+    assert times.coefficients(1)[1] == pytest.approx(before, rel=0.1)
+
+
+def test_what_was_never_seen_goes_with_the_scale_of_the_rest():
+    fast = np.array([PRIOR.step_s, PRIOR.prefill_token_s, PRIOR.decode_token_s, 0.0]) / 50
+    times = taught(300, truth=fast, prefills=0.0)
+    assert times.coefficients(1)[1] == pytest.approx(fast[1], rel=0.1)
+
+
+def test_a_change_of_the_machine_is_followed():
+    times = taught(300)
+    taught(800, times=times, truth=2 * TRUTH, seed=1)
+    assert predicted_s(times) == pytest.approx([2 * s for s in predicted_s(taught(300))], rel=0.1)
+
+
+def test_each_worker_has_its_own_times_and_a_silent_one_those_of_all():
+    times = taught(300, worker=1)
+    taught(300, worker=2, truth=3 * TRUTH, times=times, seed=1)
+    assert times.coefficients(1) == pytest.approx(TRUTH, rel=0.05)
+    assert times.coefficients(2) == pytest.approx(3 * TRUTH, rel=0.05)
+    assert (times.coefficients(3) == times.coefficients()).all()
+
+
+def test_reports_without_steps_say_nothing():
+    times = StepTimes(PRIOR)
+    times.add(1, replace(report(), steps=0))
+    times.add(1, replace(report(), step_s=0.0))
+    assert not times.fold()
+    assert times.coefficients(1)[:3] == pytest.approx(
+        [PRIOR.step_s, PRIOR.prefill_token_s, PRIOR.decode_token_s]
+    )
+
+
+def test_a_long_prefill_is_steps_positions_and_what_they_look_back_on():
+    times = StepTimes(CostModel(prefill_token_s=8.192, step_s=2.0, decode_token_s=0.5))
+    chunks = 3  # of 100 less 4 decoding
+    expected = chunks * (2.0 + 4 * 0.5) + 200 * 8.192 + 200 * 200 / 2 * 1e-3
+    times.begin(1, StepBudget(100, math.inf), ())
+    assert times.prefill_s(1, 200, num_decoding=4) == pytest.approx(expected)
+    assert times.prefill_s(1, 0) == 0.0
+
+
+# --- what a step takes just now ------------------------------------------------------------------
+
+
+def paced(*reports) -> StepTimes:
+    times = StepTimes(PRIOR)
+    for num_steps, step_s in reports:
+        times.add(1, replace(report(), steps=num_steps, step_s=num_steps * step_s))
+    return times
+
+
+def test_of_an_unknown_worker_no_step_is_known_to_take_anything():
+    assert paced().pace_s(1) == 0.0 and paced((1, 0.02)).pace_s(2) == 0.0
+
+
+def test_one_long_prefill_does_not_change_what_a_step_takes_and_the_third_does():
+    usual = [(4, 0.02)] * 5
+    assert paced(*usual, (1, 0.8)).pace_s(1) == pytest.approx(0.02)
+    assert paced(*usual, *[(1, 0.8)] * 3).pace_s(1) == pytest.approx(0.8)
+
+
+def test_a_report_without_steps_says_nothing_of_them():
+    assert paced((4, 0.02), (0, 0.0), (0, 1.0)).pace_s(1) == pytest.approx(0.02)
+
+
+def test_where_steps_are_free_by_the_prior_nothing_waits_for_them():
+    times = StepTimes(replace(PRIOR, step_s=0.0))
+    times.add(1, replace(report(), steps=2, step_s=0.08))
+    assert times.pace_s(1) == 0.0

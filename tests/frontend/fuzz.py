@@ -1,0 +1,301 @@
+"""Lines and token streams that nobody would think of, against the batch front.
+
+`python -m tests.frontend.fuzz 100000` tries that many lines and token streams, and says how they end.
+Whatever a line holds and whatever a model says, that line gets an answer or an error, and the lines
+around it get the answers that they would have got alone.
+"""
+
+import copy
+import json
+import logging
+import math
+import random
+import sys
+import warnings
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from mellmpi.engine.sampler import sample
+from mellmpi.frontend import BatchJob, Served, ServedModel, Tokenizer
+from mellmpi.frontend.lines import LineReader
+from mellmpi.frontend.openai import CHAT, COMPLETIONS
+from mellmpi.protocol import Chunk, Emit, Rejected, Request, Submit, decode, encode
+from tests.frontend.tokenizers_of_each_kind import Kind, kinds
+
+TEMPLATES = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}",
+    "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}{{ mood }}",
+    "{{ raise_exception('roles must alternate') if messages|length > 1 else messages[0].content }}",
+    "{% if tools is not none %}{{ tools[0].name }}{% endif %}{{ messages[-1]['content'][0] }}",
+    "{{ messages[0].content * 3 }}{{ 1 // (messages|length - 1) }}",
+)
+STRINGS = (
+    "",
+    "x",
+    "Hello",
+    "\x00",
+    "\x1b[31m",
+    "[red]",
+    "[/]",
+    "{{ 7 * 7 }}",
+    "<|im_end|>",
+    "</s>",
+    "\ud800",
+    "\udfff\ud800",
+    "é" * 50,
+    "👍🏽",
+    "\u2028",
+    "../../etc/passwd",
+    "self",
+    "a" * 5000,
+    "null",
+    "\ufffd",
+    "-1",
+    "1e400",
+    " ",
+    "\n\n",
+)
+NUMBERS = (
+    0,
+    1,
+    -1,
+    2,
+    7,
+    2**31,
+    2**32,
+    2**63 - 1,
+    2**63,
+    2**64,
+    -(2**63),
+    -(2**64),
+    10**400,
+    0.0,
+    -0.0,
+    1.0,
+    0.5,
+    1e-300,
+    5e-324,
+    1e300,
+    math.inf,
+    -math.inf,
+    math.nan,
+)
+NAMES = (
+    "model",
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "n",
+    "stop",
+    "seed",
+    "stop_token_ids",
+    "ignore_eos",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "logprobs",
+    "top_logprobs",
+    "stream",
+    "stream_options",
+    "return_token_ids",
+    "messages",
+    "prompt",
+    "max_completion_tokens",
+    "add_generation_prompt",
+    "chat_template_kwargs",
+    "tools",
+    "echo",
+    "user",
+    "logit_bias",
+    "response_format",
+    "best_of",
+    "self",
+    "request",
+    "",
+)
+SENTINEL = "sentinel"
+
+
+@dataclass
+class Fuzzer:
+    """One run over one kind of tokenizer."""
+
+    kind: Kind
+    rng: random.Random
+    ends: Counter[str] = field(default_factory=Counter)
+    written: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        template = self.rng.choice(TEMPLATES)
+        special = {"bos_token": "<s>", "eos_token": "</s>"}
+        tokenizer = Tokenizer(self.kind.backend, template, special)
+        self.vocab_size = self.kind.backend.get_vocab_size() + self.rng.choice((0, 0, 40, -40))
+        model = ServedModel(
+            name="tiny", max_model_len=120, vocab_size=self.vocab_size, eos_ids=(2,)
+        )
+        self.source: deque[bytes] = deque()
+        reader = LineReader(lambda: self.source.popleft() if self.source else b"")
+        self.job = BatchJob(reader, self.write, Served.of((model, tokenizer)), now=lambda: 0.0)
+
+    def write(self, data: bytes) -> None:
+        assert data.endswith(b"\n") and data.count(b"\n") == 1
+        self.written.append(json.loads(data))
+
+    # --- lines ----------------------------------------------------------------------------------
+
+    def value(self, depth: int = 0) -> Any:
+        rng = self.rng
+        kind = rng.randrange(8 if depth < 3 else 4)
+        if kind < 2:
+            return rng.choice(STRINGS)
+        if kind == 2:
+            return rng.choice(NUMBERS)
+        if kind == 3:
+            return rng.choice((None, True, False, [], {}))
+        if kind < 6:
+            return [self.value(depth + 1) for _ in range(rng.randrange(4))]
+        return {
+            rng.choice((*NAMES, *STRINGS)): self.value(depth + 1) for _ in range(rng.randrange(4))
+        }
+
+    def body(self, chat: bool) -> dict[str, Any]:
+        """A valid body."""
+        rng = self.rng
+        body: dict[str, Any] = {"max_tokens": rng.randint(1, 30)}
+        if chat:
+            body["messages"] = [{"role": "user", "content": rng.choice(STRINGS)}]
+        else:
+            body["prompt"] = rng.choice((rng.choice(STRINGS), [5, 6, 7], ["a", "b"], [[5], [6]]))
+        optional = {
+            "logprobs": True if chat else rng.randint(0, 20),
+            "n": rng.randint(1, 3),
+            "stop": rng.choice(("x", ["<|im_end|>"], ["\n", "the"])),
+            "top_k": rng.choice(NUMBERS),
+            "temperature": rng.random(),
+            "seed": rng.choice(NUMBERS),
+            "top_p": rng.random(),
+            "repetition_penalty": rng.choice(NUMBERS),
+            "stop_token_ids": [5, 3],
+            "return_token_ids": True,
+            "presence_penalty": 1.0,
+        }
+        return body | {
+            name: optional[name] for name in rng.sample(list(optional), rng.randrange(5))
+        }
+
+    def line(self, number: int) -> bytes:
+        """A line that is wrong in none or several places."""
+        rng = self.rng
+        chat = rng.random() < 0.5
+        entry: Any = {"custom_id": f"{number}", "method": "POST",
+                      "url": CHAT if chat else COMPLETIONS, "body": self.body(chat)}  # fmt: skip
+        for _ in range(rng.choice((0, 0, 1, 1, 2, 3))):
+            where = rng.random()
+            if where < 0.75:
+                entry["body"][rng.choice(NAMES)] = self.value()
+            elif where < 0.85 and chat and isinstance(entry["body"].get("messages"), list):
+                entry["body"]["messages"].append(self.value())
+            elif where < 0.95:
+                entry[rng.choice(("custom_id", "method", "url", "extra"))] = self.value()
+            else:
+                entry["body"] = self.value()
+                break
+        data = json.dumps(entry).encode()
+        if rng.random() < 0.1:
+            at = rng.randrange(len(data))
+            data = (
+                data[:at]
+                + rng.choice((b"", rng.randbytes(3), b"\xff", b"[" * 3000))
+                + data[at + 1 :]
+            )
+        return data.replace(b"\n", b" ")
+
+    # --- answers --------------------------------------------------------------------------------
+
+    def answer(self, request: Request) -> None:
+        """Sample some tokens, say others at random, end somewhere."""
+        rng = self.rng
+        assert decode(encode(Submit(request))) == Submit(request), "it could not travel"
+        if rng.random() < 0.02:
+            self.deliver(Rejected(request.id, rng.choice(STRINGS)))
+            return
+        first, length = 0, rng.randint(1, min(12, request.sampling.max_tokens))
+        while first < length:
+            count = rng.randint(1, length - first)
+            rows = [self.token(request, first + i) for i in range(count)]
+            ended = rng.choice(("stop", "length")) if first + count == length else None
+            logprobs = tuple(row for _, row in rows) if rows[0][1] is not None else ()
+            self.deliver(Emit(request.id, first, tuple(t for t, _ in rows), logprobs, ended))
+            first += count
+
+    def deliver(self, event: Emit | Rejected) -> None:
+        if isinstance(event, Emit):
+            self.job.emit(event)
+        else:
+            self.job.rejected(event)
+
+    def token(self, request: Request, position: int) -> tuple[int, Any]:
+        rng, size = self.rng, self.vocab_size
+        logits = np.float32(rng.gauss(0, 3)) + np.zeros((1, size), np.float32)
+        logits[0, rng.randrange(size)] = rng.choice((9.0, math.nan, math.inf, -math.inf))
+        if rng.random() < 0.05:
+            logits[:] = rng.choice((math.nan, math.inf, -math.inf))
+        chunk = Chunk(
+            request.id, position, (1,), [], request.sampling, (request.prompt[-8:], [1, 2])
+        )
+        result = sample(torch.from_numpy(logits), [chunk])
+        token = result.tokens[0]
+        assert 0 <= token < size
+        # Any token of the tokenizer, and ids beyond it.
+        return (token if rng.random() < 0.3 else rng.randrange(size + 20)), result.logprobs[0]
+
+    def run(self, num_lines: int) -> None:
+        good = {"custom_id": SENTINEL, "method": "POST", "url": COMPLETIONS,
+                "body": {"prompt": [9, 10], "max_tokens": 3}}  # fmt: skip
+        for number in range(num_lines):
+            self.source.append(self.line(number) + b"\n")
+            entry = copy.deepcopy(good)
+            entry["custom_id"] = f"{SENTINEL} {number}"
+            self.source.append(json.dumps(entry).encode() + b"\n")
+        tokens = tuple(self.kind.backend.encode("the x").ids[:3])
+        for request in self.job.requests():
+            if request.prompt == (9, 10) and request.sampling.max_tokens == 3:
+                self.deliver(Emit(request.id, 0, tokens, (), "length"))
+            else:
+                self.answer(request)
+        self.check(num_lines)
+
+    def check(self, num_lines: int) -> None:
+        assert self.job.done and len(self.written) == 2 * num_lines
+        texts = set()
+        for entry in self.written:
+            response = entry["response"]
+            status = response["status_code"]
+            self.ends[f"{status}"] += 1
+            assert (entry["error"] is None) == (status == 200) and status != 500, entry
+            if str(entry["custom_id"]).startswith(SENTINEL):
+                texts.add(response["body"]["choices"][0]["text"])
+        assert len(texts) == 1, texts
+
+
+def fuzz(num_lines: int, seed: int = 0) -> Counter[str]:
+    """Fuzz all kinds of tokenizers with so many lines in all; how many ended with which status."""
+    warnings.simplefilter("ignore", RuntimeWarning)
+    ends: Counter[str] = Counter()
+    batch, every = 100, kinds()
+    for number in range(math.ceil(num_lines / batch)):
+        fuzzer = Fuzzer(every[number % len(every)], random.Random(f"{seed}/{number}"))
+        fuzzer.run(batch)
+        ends += fuzzer.ends
+    return ends
+
+
+if __name__ == "__main__":
+    logging.basicConfig()
+    print(dict(fuzz(int(sys.argv[1]), seed=int(sys.argv[2]) if len(sys.argv) > 2 else 0)))

@@ -1,0 +1,381 @@
+"""Batch files: every line is answered once, and a bad one harms no other."""
+
+import functools
+import json
+import os
+import pkgutil
+import random
+from dataclasses import replace
+
+import pytest
+
+from mellmpi.frontend import BatchJob, Destination, Served, descriptor_reader
+from mellmpi.frontend.lines import LineReader
+from mellmpi.protocol import Emit, Rejected
+
+
+def entry(custom_id="a", url="/v1/completions", method="POST", **body):
+    return {"custom_id": custom_id, "method": method, "url": url, "body": {"prompt": "hi", **body}}
+
+
+def text_of(entries) -> bytes:
+    return b"".join(e if isinstance(e, bytes) else json.dumps(e).encode() + b"\n" for e in entries)
+
+
+class Run:
+    """A job over lines in memory, answered by a model that repeats the prompt, reversed."""
+
+    def __init__(self, tokenizer, model, entries, **options):
+        pieces = [text_of(entries), b""]
+        self.written, self.shown = b"", []
+        reader = LineReader(lambda: pieces.pop(0))
+        self.job = BatchJob(
+            reader, self.write, Served.of((model, tokenizer)), answered=self.shown.append,
+            now=lambda: 7.5, **options,
+        )  # fmt: skip
+        self.tokenizer = tokenizer
+
+    def write(self, data: bytes) -> None:
+        assert data.endswith(b"\n") and data.count(b"\n") == 1  # a line at once
+        self.written += data
+
+    @property
+    def lines(self):
+        return [json.loads(line) for line in self.written.decode().splitlines()]
+
+    def answer(self, request, finish="length"):
+        tokens = request.prompt[::-1][: request.sampling.max_tokens]
+        for index, token in enumerate(tokens[:-1]):
+            if self.job.emit(Emit(request.id, index, (token,), (), None)):
+                return
+        self.job.emit(Emit(request.id, len(tokens) - 1, tokens[-1:], (), finish))
+
+    def run(self):
+        for request in self.job.requests():
+            self.answer(request)
+        assert self.job.done
+        return self.lines
+
+
+@pytest.fixture
+def run(tokenizer, model):
+    return lambda entries, **options: Run(tokenizer, model, entries, **options)
+
+
+def texts(lines):
+    return {
+        line["custom_id"]: [c["text"] for c in line["response"]["body"]["choices"]]
+        for line in lines
+        if line["error"] is None
+    }
+
+
+def errors(lines):
+    return [(line["custom_id"], line["error"]["message"]) for line in lines if line["error"]]
+
+
+def test_an_answer_has_the_form_of_openais_batches(run):
+    (line,) = run([entry(prompt="abc")]).run()
+    assert line.keys() == {"id", "custom_id", "response", "error"}
+    assert line["custom_id"] == "a" and line["error"] is None
+    assert line["id"].startswith("batch_req_")
+    response = line["response"]
+    assert response["status_code"] == 200 and response["request_id"].startswith("req_")
+    assert response["body"]["created"] == 7
+    assert response["body"]["choices"][0]["text"] == "cba"
+
+
+def test_answers_are_written_as_they_complete_whatever_the_order(run):
+    job = run([entry("a", prompt="abc"), entry("b", prompt="xy")])
+    first, second = job.job.requests()
+    assert job.job.exhausted and not job.job.done
+    job.answer(second)
+    assert [line["custom_id"] for line in job.lines] == ["b"] and not job.job.done
+    job.answer(first)
+    assert [line["custom_id"] for line in job.lines] == ["b", "a"] and job.job.done
+
+
+def test_requests_are_drawn_one_at_a_time(run):
+    job = run([entry("a"), b"garbage\n", entry("b", n=2)]).job
+    drawn = job.requests()
+    assert next(drawn).id == 1 and job.counts.failed == 0
+    assert next(job.requests()).id == 2  # a new iterator goes on where the old one was
+    assert [r.id for r in job.requests()] == [3]
+
+
+BAD = [
+    (b'{"custom_id": "x", \n', "not valid JSON"),
+    (b"garbage\n", "not valid JSON"),
+    (b"\xff\xfe\x00\x01\x80\n", "not UTF-8 text"),
+    (b"[1, 2]\n", "not a JSON object"),
+    (b"null\n", "not a JSON object"),
+    (b"[" * 100000 + b"\n", "not valid JSON"),
+    ({"method": "POST", "url": "/v1/completions", "body": {"prompt": "x"}}, "custom_id is missing"),
+    (entry(7), "custom_id is missing, or is not a text"),
+    (entry(""), "custom_id is missing"),
+    (entry("x", url="/v1/embeddings"), "url must be /v1/completions or /v1/chat/completions"),
+    (entry("x", method="GET"), "method must be POST, not 'GET'"),
+    ({"custom_id": "x", "url": "/v1/completions"}, "body is missing"),
+    ({"custom_id": "x", "url": ["u"], "body": {}}, "url must be"),
+    ({"custom_id": "x", "url": "/v1/completions", "body": "hi"}, "body is missing, or is not an"),
+    (entry("x", model="other"), "the model 'other' does not exist here"),
+    (entry("x", prompt="y" * 500), "the prompt alone has 500"),
+    (entry("x", max_tokens=-5), "max_tokens must be at least 1, not -5"),
+    (entry("x", stream=True), "a batch cannot stream"),
+    (entry("x", temperature="hot"), "temperature must be a number"),
+    (entry("x", stop="\ud800"), "stop has a lone surrogate"),
+    (
+        entry("x", "/v1/chat/completions", prompt=None, chat_template_kwargs={"self": 1},
+              messages=[{"role": "user", "content": "hi"}]),
+        "chat_template_kwargs may not have self",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("bad", "said"), BAD)
+def test_a_bad_line_gets_an_error_and_all_others_complete(run, bad, said):
+    lines = run([entry("before"), bad, entry("after")]).run()
+    assert texts(lines) == {"before": ["ih"], "after": ["ih"]}
+    ((custom_id, message),) = errors(lines)
+    assert message.startswith("line 2: ") and said in message
+    assert custom_id == ("x" if isinstance(bad, dict) and bad.get("custom_id") == "x" else None)
+
+
+@pytest.mark.parametrize("odd", [{"messages": None}, {"top_k": 2**64}, {"top_k": 10**400}])
+def test_what_asks_for_nothing_changes_nothing(run, odd):
+    lines = run([entry("before"), entry("x", **odd), entry("after")]).run()
+    assert texts(lines) == {"before": ["ih"], "x": ["ih"], "after": ["ih"]}
+
+
+@pytest.mark.parametrize("broken", ["mellmpi.frontend.batch.parse", "mellmpi.frontend.batch.prompt_text",
+                                    "mellmpi.frontend.batch.answer_body",
+                                    "mellmpi.frontend.outputs.Output.take"])  # fmt: skip
+def test_an_error_of_ours_costs_the_line_that_it_is_about(run, monkeypatch, caplog, broken):
+    call, calls = pkgutil.resolve_name(broken), iter(range(99))
+
+    @functools.wraps(call)
+    def fails_once(*args):
+        if next(calls) == 1:
+            raise RuntimeError("a bug")
+        return call(*args)
+
+    monkeypatch.setattr(broken, fails_once)
+    job = run([entry("a"), entry("b", n=2), entry("c")])
+    lines = job.run()
+    assert len(lines) == 3 and len(texts(lines)) == 2 and job.job.counts.failed == 1
+    ((custom_id, message),) = errors(lines)
+    assert "an internal error (RuntimeError: a bug)" in message and repr(custom_id) in caplog.text
+    assert [line["response"]["status_code"] for line in lines if line["error"]] == [500]
+
+
+def test_an_answer_that_cannot_be_written_down_cancels_its_other_choices(run, monkeypatch):
+    job = run([entry("a", n=3)])
+    first, second, third = job.job.requests()
+
+    def fails(*_):
+        raise RuntimeError
+
+    monkeypatch.setattr("mellmpi.frontend.outputs.Output.take", fails)
+    assert job.job.emit(Emit(second.id, 0, (1,), (), None)) == (first.id, second.id, third.id)
+    assert job.job.done and len(errors(job.lines)) == 1
+
+
+def test_an_answer_that_has_ended_needs_no_cancel_when_it_fails(run, monkeypatch):
+    job = run([entry("a", n=2)])
+    first, second = job.job.requests()
+
+    def fails(*_):
+        raise RuntimeError
+
+    monkeypatch.setattr("mellmpi.frontend.outputs.Output.take", fails)
+    assert job.job.emit(Emit(second.id, 0, (1,), (), "length")) == (first.id,)
+
+
+def test_an_error_is_openais_in_the_response_and_beside_it(run):
+    (line,) = run([entry(model="other")]).run()
+    error = {
+        "message": "line 1: the model 'other' does not exist here; this server has 'tiny'",
+        "type": "not_found_error", "param": "model", "code": "model_not_found",
+    }  # fmt: skip
+    assert line["error"] == error
+    assert line["response"]["status_code"] == 404
+    assert line["response"]["body"] == {"error": error}  # wrapped once
+
+
+def test_all_bad_lines_together_leave_the_good_ones_whole(run):
+    entries = []
+    for index, (bad, _) in enumerate(BAD):
+        entries += [bad, entry(f"good-{index}")]
+    job = run(entries)
+    lines = job.run()
+    assert len(texts(lines)) == len(BAD) and len(errors(lines)) == len(BAD)
+    assert (job.job.counts.completed, job.job.counts.failed) == (len(BAD), len(BAD))
+
+
+def test_a_custom_id_used_again_is_an_error_of_the_later_line(run):
+    lines = run([entry("a"), entry("b"), entry("a", prompt="other")]).run()
+    assert texts(lines) == {"a": ["ih"], "b": ["ih"]}
+    assert errors(lines) == [("a", "line 3: custom_id 'a' was already used on line 1")]
+
+
+def test_blank_lines_windows_ends_and_a_byte_order_mark_are_harmless(run):
+    a, b = json.dumps(entry("a")).encode(), json.dumps(entry("b")).encode()
+    job = run([b"\xef\xbb\xbf" + a + b"\r\n\n  \r\n" + b])
+    assert texts(job.run()) == {"a": ["ih"], "b": ["ih"]} and job.job.counts.failed == 0
+
+
+def test_ids_of_any_characters_come_back_as_they_were(run):
+    ids = ["né 日本\n\u2028\u2029\x85", "\ud800", '"quoted"', "\x00"]
+    assert list(texts(run([entry(i) for i in ids]).run())) == ids
+
+
+def test_choices_of_one_line_are_written_together(run):
+    job = run([entry(prompt=["ab", "c"], n=2)])
+    requests = list(job.job.requests())
+    for request in reversed(requests):
+        assert not job.lines
+        job.answer(request)
+    assert texts(job.lines) == {"a": ["ba", "ba", "c", "c"]}
+
+
+def test_a_stop_string_ends_the_text_and_cancels_the_request(run, tokenizer):
+    job = run([entry(stop="END", max_tokens=50)])
+    (request,) = job.job.requests()
+    tokens = tuple(tokenizer.encode("one END two"))
+    assert job.job.emit(Emit(request.id, 0, tokens[:5], (), None)) == ()
+    assert job.job.emit(Emit(request.id, 5, tokens[5:], (), None)) == (request.id,)
+    (choice,) = job.lines[0]["response"]["body"]["choices"]
+    assert (choice["text"], choice["finish_reason"]) == ("one ", "stop")
+    assert job.lines[0]["response"]["body"]["usage"]["completion_tokens"] == len("one END")
+    assert job.job.emit(Emit(request.id, 11, tokens, (), "length")) == ()  # was under way
+    assert len(job.lines) == 1
+
+
+def test_a_stop_string_in_the_last_tokens_needs_no_cancel(run, tokenizer):
+    job = run([entry(stop="END")])
+    (request,) = job.job.requests()
+    tokens = tuple(tokenizer.encode("one END"))
+    assert job.job.emit(Emit(request.id, 0, tokens, (), "length")) == ()
+    assert job.lines[0]["response"]["body"]["choices"][0]["finish_reason"] == "stop"
+
+
+def test_a_rejected_request_fails_its_line_and_cancels_its_other_choices(run):
+    job = run([entry("a", n=3), entry("b")])
+    first, second, third, other = job.job.requests()
+    job.answer(first)
+    assert job.job.rejected(Rejected(second.id, "too long for any worker")) == (third.id,)
+    assert job.job.rejected(Rejected(third.id, "late")) == ()
+    assert errors(job.lines) == [("a", "line 1: too long for any worker")]
+    job.answer(other)
+    assert job.job.done and len(job.lines) == 2
+
+
+def test_first_choices_are_shown_as_they_grow(run):
+    grown = []
+    job = run([entry("a", prompt="abc", n=2), entry("b", prompt="xy")], grew=grown.append)
+    job.run()
+    texts = {"a": "", "b": ""}
+    for answer in grown:
+        texts[answer.custom_id] += answer.text
+    assert texts == {"a": "cba", "b": "yx"} and {answer.prompt for answer in grown} == {"abc", "xy"}
+
+
+def test_whoever_shows_progress_hears_of_every_line(run):
+    chat = entry("c", url="/v1/chat/completions")
+    chat["body"] = {"messages": [{"role": "user", "content": "say x"}], "max_tokens": 1}
+    job = run([entry("a", prompt="abc"), b"bad\n", chat, entry("t", prompt=[70, 71])])
+    job.run()
+    seen = [(s.number, s.custom_id, s.prompt, s.text, bool(s.error)) for s in job.shown]
+    assert seen[:2] == [(1, "a", "abc", "cba", False), (2, None, "", "", True)]
+    assert seen[2][2] == "say x" and seen[3][2] == "(token ids)"
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def go(tmp_path, tokenizer, model):
+    """(entries, limit) -> lines of the output after answering at most `limit` requests."""
+    sink = tmp_path / "out.jsonl"
+
+    def run(entries, limit=None):
+        output = Destination("-o", str(sink), str(sink), os.O_RDWR)
+        finished = output.resume()
+        answers = Run(tokenizer, model, entries, finished=finished)
+        answers.job.write = output.append
+        for count, request in enumerate(answers.job.requests()):
+            if count == limit:
+                break
+            answers.answer(request)
+        os.close(output.descriptor)
+        return answers.job, [json.loads(line) for line in sink.read_text().splitlines()]
+
+    run.sink = sink
+    return run
+
+
+def test_a_restart_does_what_is_left_and_nothing_twice(go):
+    entries = [entry(str(n)) for n in range(6)]
+    _, lines = go(entries, limit=2)
+    assert list(texts(lines)) == ["0", "1"]
+    with go.sink.open("a") as stream:
+        stream.write('{"id": "batch_req_17", "custom_id": "2", "respo')  # killed while writing
+    job, lines = go(entries)
+    assert [line["custom_id"] for line in lines] == ["0", "1", "2", "3", "4", "5"]
+    assert (job.counts.skipped, job.counts.completed) == (2, 4)
+    job, lines = go(entries)
+    assert len(lines) == 6 and job.done and job.counts.skipped == 6
+
+
+def test_a_restart_tries_failures_again_and_answers_them_once(go):
+    entries = [entry("a", model="other"), b"garbage\n", entry("b"), entry("b")]
+    _, lines = go(entries)
+    assert len(lines) == 4 and len(errors(lines)) == 3
+    _, again = go([entry("a"), *entries[1:]])
+    assert texts(again) == {"a": ["ih"], "b": ["ih"]} and len(again) == 4
+    assert len(errors(again)) == 2
+
+
+def test_answers_do_not_depend_on_when_they_were_drawn(go, run):
+    entries = [entry(str(n), prompt=f"p{n}") for n in range(9)]
+    whole = [request.sampling.seed for request in run(entries).job.requests()]
+    mixed = random.Random(0).sample(entries, 9)
+    seeds = {e["custom_id"]: r.sampling.seed
+             for e, r in zip(mixed, run(mixed).job.requests(), strict=True)}  # fmt: skip
+    assert [seeds[e["custom_id"]] for e in entries] == whole
+
+
+def test_pipes_are_answered_while_their_writer_is_still_there(tokenizer, model):
+    source, writer = os.pipe()
+    reader, sink = os.pipe()
+    lines, served = LineReader(descriptor_reader(source)), Served.of((model, tokenizer))
+    job = BatchJob(lines, lambda data: os.write(sink, data), served)
+    assert list(job.requests()) == [] and not job.exhausted
+    os.write(writer, text_of([entry("a", prompt="abc")]))
+    (request,) = job.requests()
+    job.emit(Emit(request.id, 0, request.prompt, (), "length"))
+    assert json.loads(os.read(reader, 1 << 16))["custom_id"] == "a"
+    assert not job.done
+    os.close(writer)
+    assert list(job.requests()) == [] and job.done
+    for descriptor in (source, reader, sink):
+        os.close(descriptor)
+
+
+def test_a_line_is_for_the_model_that_it_names_or_else_for_the_first(tokenizer, model):
+    other = replace(model, name="other", max_model_len=7)
+    served = Served.of((model, tokenizer), (other, tokenizer))
+    pieces, written = [text_of([
+        entry("a", model="other"), entry("b"), entry("c", model="tiny"), entry("d", model="third"),
+        entry("e", model="other", prompt="too long for it"),
+    ]), b""], []  # fmt: skip
+    job = BatchJob(LineReader(lambda: pieces.pop(0)), written.append, served)
+    asked = list(job.requests())
+    assert [request.model for request in asked] == ["other", "tiny", "tiny"]
+    for request in asked:
+        job.emit(Emit(request.id, 0, request.prompt, (), "length"))
+    said = {line["custom_id"]: line["response"] for line in map(json.loads, written)}
+    assert said["a"]["body"]["model"] == "other" and said["b"]["body"]["model"] == "tiny"
+    assert said["d"]["status_code"] == 404
+    assert "this server has 'tiny', 'other'" in said["d"]["body"]["error"]["message"]
+    assert said["e"]["status_code"] == 400

@@ -1,0 +1,284 @@
+"""Bodies of OpenAI's two endpoints: what they mean, and what is wrong with them."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+
+from mellmpi.frontend import Served
+from mellmpi.frontend.fields import UNSUPPORTED, BadRequest
+from mellmpi.frontend.openai import CHAT, COMPLETIONS, parse
+from mellmpi.protocol import decode, encode
+
+USER = [{"role": "user", "content": "hi"}]
+
+
+@pytest.fixture
+def completion(tokenizer, model):
+    def call(prompt="abc", identity="me", **body):
+        return parse(
+            COMPLETIONS, {"prompt": prompt, **body}, Served.of((model, tokenizer)), identity
+        )
+
+    return call
+
+
+@pytest.fixture
+def chat(tokenizer, model):
+    def call(messages=USER, identity="me", **body):
+        return parse(CHAT, {"messages": messages, **body}, Served.of((model, tokenizer)), identity)
+
+    return call
+
+
+def refused(call, *args, **body) -> BadRequest:
+    with pytest.raises(BadRequest) as caught:
+        call(*args, **body)
+    return caught.value
+
+
+# --- prompts -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompt", "texts"),
+    [("abc", ["abc"]), (["ab", "c"], ["ab", "c"]), ([70, 71], [[70, 71]]),
+     ([[70], [71, 72]], [[70], [71, 72]]), (["ab", [70]], ["ab", [70]])],
+)  # fmt: skip
+def test_a_prompt_is_text_or_tokens_or_a_list_of_either(completion, tokenizer, prompt, texts):
+    expected = [tokenizer.encode(t) if isinstance(t, str) else t for t in texts]
+    assert [list(p) for p in completion(prompt).prompts] == expected
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [None, 7, {}, [], "", [[]], [1.5], [True], [70, "x"], [512], [-1], ["a", None], ["a", ""],
+     "\ud800", [["a"]], 10**400],
+)  # fmt: skip
+def test_any_other_prompt_is_refused(completion, prompt):
+    assert refused(completion, prompt).param == "prompt"
+
+
+def test_ids_beyond_the_models_vocabulary_are_refused_in_every_route(tokenizer, model):
+    """The tokenizer has more tokens than the model has embeddings."""
+    served = Served.of((replace(model, vocab_size=50), tokenizer))
+    for url, body in ((COMPLETIONS, {"prompt": "abc"}), (CHAT, {"messages": USER})):
+        with pytest.raises(BadRequest, match="is not in the vocabulary of 50"):
+            parse(url, body, served, "me")
+
+
+@pytest.mark.parametrize(("prompts", "n"), [(2049, 1), (17, 128)])
+def test_one_line_may_not_ask_for_answers_without_end(completion, prompts, n):
+    assert "use several lines" in refused(completion, ["a"] * prompts, n=n).message
+
+
+def test_a_text_at_which_the_tokenizer_panics_is_refused(completion, tokenizer, monkeypatch):
+    panic = type("PanicException", (BaseException,), {})
+
+    class Backend:
+        def encode(self, text, **_):
+            raise panic("retry-limit-in-match over")
+
+    monkeypatch.setattr(tokenizer, "_backend", Backend())
+    error = refused(completion, "x")
+    assert error.param == "prompt" and "retry-limit-in-match over" in error.message
+    with pytest.raises(ValueError, match="refuses these messages"):
+        tokenizer.encode_chat(USER)
+
+
+def test_a_stop_string_with_a_special_token_in_it_is_refused_or_taken_for_the_token(completion):
+    assert completion(stop="<|im_start|>\n").samplings[0].stop_token_ids == (2, 1)
+    assert "give that token alone" in refused(completion, stop="x<|im_start|>").message
+
+
+def test_a_special_token_as_stop_string_ends_the_answer_by_its_id(completion):
+    call = completion(stop=["<|im_start|>", "x"])
+    assert call.stops == ("x",) and call.samplings[0].stop_token_ids == (2, 1)
+
+
+def test_a_chat_is_rendered_with_the_models_template(chat, tokenizer):
+    assert list(chat().prompts[0]) == tokenizer.encode_chat(USER)
+    parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
+    assert chat([{"role": "user", "content": parts}]).prompts == chat().prompts
+    cut = chat(add_generation_prompt=False).prompts[0]
+    assert list(cut) == tokenizer.encode_chat(USER, {"add_generation_prompt": False})
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [None, [], "hi", {}, ["hi"], [{"content": "x"}], [{"role": "user"}],
+     [{"role": 1, "content": ""}],
+     [{"role": "user", "content": 5}], [{"role": "user", "content": [{"type": "image_url"}]}],
+     [{"role": "user", "content": [{"type": "text"}]}], [{"role": "user", "content": "\udfff"}],
+     [{"role": "assistant", "content": "x", "tool_calls": [{}]}]],
+)  # fmt: skip
+def test_any_other_messages_are_refused(chat, messages):
+    assert refused(chat, messages).param.startswith("messages")
+
+
+def test_a_template_may_have_switches_but_not_other_messages(chat):
+    assert chat(chat_template_kwargs={"enable_thinking": False}).prompts == chat().prompts
+    for name in ("messages", "tools", "documents", "self"):
+        assert refused(chat, chat_template_kwargs={name: []}).param == "chat_template_kwargs"
+    assert chat(chat_template_kwargs={"bos_token": "x", "no name": 1}).prompts == chat().prompts
+
+
+# --- lengths -------------------------------------------------------------------------------------
+
+
+def test_a_completion_has_16_tokens_unless_asked_or_out_of_room(completion):
+    assert completion().samplings[0].max_tokens == 16
+    assert completion(max_tokens=None).samplings[0].max_tokens == 16
+    assert completion(max_tokens=97).samplings[0].max_tokens == 97
+    assert completion("x" * 95).samplings[0].max_tokens == 5
+
+
+def test_a_chat_may_fill_the_context(chat):
+    length = len(chat().prompts[0])
+    assert chat().samplings[0].max_tokens == 100 - length
+    assert chat(max_tokens=7).samplings[0].max_tokens == 7
+    assert chat(max_completion_tokens=8).samplings[0].max_tokens == 8
+    assert chat(max_tokens=7, max_completion_tokens=8).samplings[0].max_tokens == 8
+
+
+@pytest.mark.parametrize("value", [0, -1, -(10**30), 1.5, "5", True, [], float("nan")])
+def test_max_tokens_is_an_integer_of_at_least_one(completion, chat, value):
+    error = refused(completion, max_tokens=value)
+    assert error.param == "max_tokens" and error.status == 400
+    assert refused(chat, max_completion_tokens=value).param == "max_completion_tokens"
+
+
+def test_what_does_not_fit_the_context_is_refused_with_the_numbers(completion, chat):
+    assert completion("x" * 99).samplings[0].max_tokens == 1
+    long = refused(completion, "x" * 100)
+    assert long.code == "context_length_exceeded" and "the prompt alone has 100" in str(long)
+    asked = refused(completion, max_tokens=98)
+    assert asked.code == "context_length_exceeded" and "101 were asked for" in str(asked)
+    assert refused(chat, [{"role": "user", "content": "x" * 200}]).param == "messages"
+
+
+# --- sampling ------------------------------------------------------------------------------------
+
+
+def test_defaults_are_those_of_openai(completion):
+    s = completion().samplings[0]
+    assert (s.temperature, s.top_p, s.top_k, s.min_p) == (1.0, 1.0, 0, 0.0)
+    assert (s.presence_penalty, s.frequency_penalty, s.repetition_penalty) == (0.0, 0.0, 1.0)
+    assert s.stop_token_ids == (2,) and s.num_logprobs is None
+
+
+def test_every_sampling_field_arrives(completion):
+    body = dict(
+        temperature=0, top_p=0.5, top_k=7, min_p=0.1, presence_penalty=-1, frequency_penalty=2,
+        repetition_penalty=1.5, seed=9, stop_token_ids=[5, 2], max_tokens=3, logprobs=4,
+    )  # fmt: skip
+    s = completion(**body).samplings[0]
+    assert (s.temperature, s.top_p, s.top_k, s.min_p) == (0.0, 0.5, 7, 0.1)
+    assert (s.presence_penalty, s.frequency_penalty, s.repetition_penalty) == (-1.0, 2.0, 1.5)
+    assert (s.seed, s.stop_token_ids, s.max_tokens, s.num_logprobs) == (9, (2, 5), 3, 4)
+    assert completion(top_k=-1).samplings[0].top_k == 0
+    assert completion(ignore_eos=True, stop_token_ids=[5]).samplings[0].stop_token_ids == (5,)
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("temperature", [-0.1, "1", True, float("nan"), float("inf"), 10**400, []]),
+        ("top_p", [0, -1, 1.1, "x"]),
+        ("top_k", [-2, 1.5, True]),
+        ("min_p", [-0.1, 1.1]),
+        ("presence_penalty", [-2.1, 2.1]),
+        ("frequency_penalty", [-2.1, 2.1, {}]),
+        ("repetition_penalty", [0, -1]),
+        ("seed", [1.5, "x", 2**64, -(2**63) - 1]),
+        ("n", [0, -1, 129, 1.0]),
+        ("logprobs", [-1, 21, 1.5, True]),
+        ("stop", [5, [""], ["a"] * 5, [None], "", {}]),
+        ("stop_token_ids", [5, [512], [-1], ["a"], [True]]),
+        ("ignore_eos", ["yes", 1]),
+        ("stream", ["yes", 1]),
+        ("stream_options", [5]),
+        ("model", [5]),
+    ],
+)
+def test_values_out_of_range_are_refused_by_their_field(completion, field, values):
+    for value in values:
+        error = refused(completion, **{field: value})
+        assert error.param == field, value
+        assert set(error.error) == {"message", "type", "param", "code"}
+        assert error.error["type"] == "invalid_request_error"
+
+
+def test_null_means_absent(completion):
+    fields = ("temperature", "top_p", "n", "stop", "seed", "logprobs", "model", "stream", "user")
+    assert completion(**dict.fromkeys(fields)) == completion()
+
+
+def test_stop_is_a_text_or_up_to_four(completion):
+    assert completion(stop="x").stops == ("x",)
+    assert completion(stop=["a", "b", "c", "d"]).stops == ("a", "b", "c", "d")
+    assert completion(stop=[]).stops == ()
+
+
+def test_logprobs_of_a_chat_are_a_switch_and_a_number(chat):
+    assert chat().samplings[0].num_logprobs is None
+    assert chat(logprobs=False).samplings[0].num_logprobs is None
+    assert chat(logprobs=True).samplings[0].num_logprobs == 0
+    assert chat(logprobs=True, top_logprobs=3).samplings[0].num_logprobs == 3
+    assert refused(chat, top_logprobs=3).param == "top_logprobs"
+    assert refused(chat, logprobs=3).param == "logprobs"
+
+
+def test_a_seed_is_made_of_the_identity_where_none_is_given(completion):
+    seed = completion(identity="a").samplings[0].seed
+    assert seed == completion(identity="a").samplings[0].seed
+    assert seed != completion(identity="b").samplings[0].seed
+    assert seed == 14608863320967583690  # for ever, so that a rerun answers alike
+    assert completion(seed=-1).samplings[0].seed == 2**64 - 1
+
+
+# --- choices -------------------------------------------------------------------------------------
+
+
+def test_choices_are_samples_of_prompts_with_seeds_of_their_own(completion):
+    call = completion(["ab", "c"], n=2, seed=2**64 - 1, max_tokens=5)
+    requests = call.requests(itertools.count(10))
+    assert [r.id for r in requests] == [10, 11, 12, 13]
+    assert [r.prompt for r in requests] == [call.prompts[i] for i in (0, 0, 1, 1)]
+    assert [r.sampling.seed for r in requests] == [2**64 - 1, 0, 1, 2]
+    assert all(r.model == "tiny" and r.adapter is None for r in requests)
+
+
+def test_requests_survive_the_wire(completion):
+    request = completion(stop_token_ids=[7], logprobs=2).requests(itertools.count())[0]
+    assert decode(encode(request)) == request
+
+
+# --- models and fields ---------------------------------------------------------------------------
+
+
+def test_another_model_is_not_found(completion, chat):
+    for call in (completion, chat):
+        error = refused(call, model="gpt-9")
+        assert (error.status, error.code, error.param) == (404, "model_not_found", "model")
+        assert "this server has 'tiny'" in str(error)
+    assert completion(model="tiny").model == "tiny"
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_what_is_not_supported_is_refused_unless_it_asks_for_nothing(completion, name):
+    completion(**{name: None})
+    for nothing in UNSUPPORTED[name]:
+        completion(**{name: nothing})
+    error = refused(completion, **{name: {"something": 1}})
+    assert error.param == name and error.code == "unsupported" and name in str(error)
+
+
+def test_an_unknown_field_is_refused_with_the_likely_one(completion, chat):
+    assert "did you mean 'max_tokens'?" in str(refused(completion, max_token=5))
+    assert refused(completion, messages=USER).param == "messages"
+    assert refused(chat, prompt="x").param == "prompt"
+
+
+def test_bookkeeping_fields_are_let_through(completion):
+    assert completion(user="me", metadata={"a": "b"}, store=False) == completion()

@@ -1,0 +1,74 @@
+"""The answer to one request grows from its emits and ends where it should."""
+
+from dataclasses import replace
+
+import pytest
+
+from mellmpi.frontend.outputs import Output
+from mellmpi.protocol import Emit, Sampling
+
+SAMPLING = Sampling(
+    max_tokens=9, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
+    presence_penalty=0.0, frequency_penalty=0.0, seed=0, stop_token_ids=(2,), num_logprobs=None,
+)  # fmt: skip
+
+
+@pytest.fixture
+def output(tokenizer):
+    return lambda *stops: Output(tokenizer, SAMPLING, stops)
+
+
+def emit(tokenizer, first, text, finish_reason=None, tokens=()):
+    return Emit(1, first, (*tokenizer.encode(text), *tokens), (), finish_reason)
+
+
+def test_text_grows_with_the_tokens(output, tokenizer):
+    out = output()
+    assert out.take(emit(tokenizer, 0, "ab")) == "ab" and out.finish_reason is None
+    assert out.take(emit(tokenizer, 2, "c", "length")) == "c"
+    assert (out.text, out.finish_reason, len(out.tokens)) == ("abc", "length", 3)
+
+
+def test_the_token_that_ends_an_answer_counts_but_is_no_text(output, tokenizer):
+    visible = tokenizer.encode("!")[0]
+    for end in (2, visible):
+        sampling = replace(SAMPLING, stop_token_ids=(2, visible))
+        out = Output(tokenizer, sampling, ())
+        out.take(emit(tokenizer, 0, "ab", "stop", tokens=(end,)))
+        assert (out.text, out.finish_reason, len(out.tokens)) == ("ab", "stop", 3)
+
+
+def test_tokens_after_a_stop_string_are_dropped_with_their_logprobs(output, tokenizer):
+    out = output("END")
+    tokens = tuple(tokenizer.encode("one END two"))
+    rows = tuple((-float(n), (), ()) for n in range(len(tokens)))
+    assert out.take(Emit(1, 0, tokens, rows, None)) == "one "
+    assert (out.text, out.finish_reason) == ("one ", "stop")
+    assert len(out.tokens) == len(out.logprobs) == len("one END")
+    assert out.take(emit(tokenizer, 99, "late", "length")) == ""
+    assert (out.text, out.finish_reason) == ("one ", "stop")
+
+
+def test_a_stop_string_may_come_over_several_emits(output, tokenizer):
+    out = output("\n\n")
+    assert out.take(emit(tokenizer, 0, "a\n")) == "a"
+    assert out.take(emit(tokenizer, 2, "\nb")) == ""
+    assert (out.text, out.finish_reason) == ("a", "stop")
+
+
+def test_what_only_began_a_stop_string_belongs_to_the_text(output, tokenizer):
+    out = output("\n\nQ")
+    out.take(emit(tokenizer, 0, "a\n\n", "length"))
+    assert (out.text, out.finish_reason) == ("a\n\n", "length")
+
+
+def test_half_a_character_at_the_end_is_marked(output, tokenizer):
+    out = output("never")
+    tokens = tuple(tokenizer.encode("ok é"))
+    out.take(Emit(1, 0, tokens[:-1], (), "length"))
+    assert out.text == "ok �"
+
+
+def test_a_gap_in_the_tokens_is_a_bug_and_raises(output, tokenizer):
+    with pytest.raises(AssertionError, match="out of order"):
+        output().take(emit(tokenizer, 1, "b"))

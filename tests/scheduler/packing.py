@@ -1,0 +1,88 @@
+"""MELL's rules on items of given sizes: operations in, moves out. For tests of the theory."""
+
+import numpy as np
+
+from mellmpi.scheduler.policies.mell.epoch import epoch
+from mellmpi.scheduler.policies.mell.kernels import OPENED, Bins, fill_in, target
+from mellmpi.scheduler.policies.mell.policy import items_of
+
+SPARE = 4  # empty bins that there always are
+MANY = 1 << 30
+
+
+def bins_of(ages, base=None):
+    """Bins that hold nothing, but for a `base` share that is no item."""
+    n = len(ages)
+    load = np.zeros(n) if base is None else np.array(base, float)
+    return Bins(
+        load=load, soft=np.zeros(n), num=np.zeros((5, n), np.int64),
+        age=np.array(ages, np.int64), seats=np.full(n, MANY), usable=np.ones(n, bool),
+        held=load > 0, now=load.copy(),
+    )  # fmt: skip
+
+
+class Packing:
+    """Bins without end. `moves` has, for each epoch, the number of moves; a bundle is one."""
+
+    def __init__(self):
+        self.size: dict[int, float] = {}
+        self.where: dict[int, int] = {}
+        self.age: dict[int, int] = {}  # of the bins in use
+        self.newest = 0
+        self.total = 0  # items that ever arrived
+        self.operations = 0  # arrivals and departures since the last epoch
+        self.moves: list[int] = []
+
+    def bins(self):
+        """[sizes] of the bins in use."""
+        held: dict[int, list[float]] = {}
+        for item, b in self.where.items():
+            held.setdefault(b, []).append(self.size[item])
+        return list(held.values())
+
+    def arrive(self, item, size):
+        b = int(target(self._filled(), size, 1, -1, True, OPENED))
+        assert b >= 0
+        self.total += 1
+        self.operations += 1
+        self.size[item] = size
+        self._put(item, b)
+
+    def depart(self, item):
+        self.operations += 1
+        del self.size[item], self.where[item]
+
+    def grow(self, item, size):
+        self.size[item] = size
+
+    def epoch(self):
+        """Make the moves of one epoch; how many, a bundle to one place counted as one."""
+        ids, (items, bins) = list(self.size), self._arrays()
+        before = items.where.copy()
+        epoch(items, bins, OPENED, self.operations)
+        self.operations = 0
+        moved = [i for i in range(len(ids)) if items.where[i] != before[i]]
+        made = {(int(items.piece[i]), int(before[i]), int(items.where[i])) for i in moved}
+        for i in moved:
+            self._put(ids[i], int(items.where[i]))
+        self.moves.append(len(made))
+        return len(made)
+
+    def _put(self, item, b):
+        if b not in self.where.values():
+            self.newest += 1
+            self.age[b] = self.newest
+        self.where[item] = b
+
+    def _arrays(self):
+        num = max([*self.where.values(), -1]) + 1 + SPARE
+        bins = bins_of([self.age.get(b, 0) for b in range(num)])
+        bins.held[list(set(self.where.values()))] = True
+        ids = list(self.size)
+        size, where = np.array([self.size[i] for i in ids]), [self.where[i] for i in ids]
+        return items_of(size, np.array(where, np.int64), np.zeros(len(ids), bool), num), bins
+
+    def _filled(self):
+        items, bins = self._arrays()
+        fill_in(items, bins)
+        return bins

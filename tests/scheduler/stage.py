@@ -1,0 +1,211 @@
+"""A small cluster whose policy does what the test says, and what must hold of it at any time."""
+
+from typing import Any
+
+from mellmpi.config import ClusterConfig
+from mellmpi.protocol import (
+    FRONT,
+    KvReceived,
+    KvReserved,
+    ModelKv,
+    Request,
+    Sampling,
+    StepReport,
+    Submit,
+    WorkerReady,
+)
+from mellmpi.scheduler import ClusterScheduler, MoveProposal, View, WorkerState
+from mellmpi.scheduler.policies import Policy
+from mellmpi.scheduler.requests import Record, State
+from mellmpi.scheduler.view import Proposal
+
+KV = ModelKv("m", block_size=4, block_bytes=10)
+NUM_BLOCKS, MAX_SEQS = 20, 8
+
+
+def request(request_id: int, num_prompt: int = 3, max_tokens: int = 10, **sampling: Any) -> Request:
+    """Greedy; `sampling` replaces what else it needs."""
+    fields = {
+        "max_tokens": max_tokens, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0,
+        "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "seed": 0,
+        "stop_token_ids": (), "num_logprobs": None,
+    }  # fmt: skip
+    return Request(request_id, KV.model, tuple(range(num_prompt)),
+                   Sampling(**(fields | sampling)), None)  # fmt: skip
+
+
+def report(*runs: tuple[int, int, int, tuple[int, ...]], acked: int = 0, free_blocks: int = 20,
+           preempted: tuple[tuple[int, int], ...] = (), logprobs: Any = (),
+           decode_tokens: int = 0) -> StepReport:  # fmt: skip
+    """Runs are (request id, epoch, first, tokens)."""
+    ids, epochs, firsts, tokens = zip(*runs, strict=True) if runs else ((), (), (), ())
+    return StepReport(
+        steps=1, step_s=0.01, prefill_tokens=0, decode_tokens=decode_tokens,
+        free_bytes=free_blocks * KV.block_bytes, acked=acked, request_ids=ids, epochs=epochs,
+        firsts=firsts, counts=tuple(map(len, tokens)), tokens=sum(tokens, ()),
+        logprobs=logprobs, preempted=preempted, attended=0,
+    )  # fmt: skip
+
+
+class Stage:
+    """Places each request at `place_at` (None: nowhere); a tick enacts `proposals`, once."""
+
+    def __init__(self, num_workers: int = 3):
+        self.place_at: int | None = 1
+        self.proposals: list[Proposal] = []
+        self.place = lambda view, row: self.place_at
+        policy = Policy(lambda view, row, model: self.place(view, row), self._rebalance)
+        config = ClusterConfig(rebalance_every_s=1.0)
+        self.scheduler = ClusterScheduler(num_workers, config, policy)
+        self.now = 0.0
+        for worker in range(1, num_workers + 1):
+            self.ready(worker)
+
+    def _rebalance(self, view: View) -> list[Proposal]:
+        proposals, self.proposals = self.proposals, []
+        return proposals
+
+    def tell(self, source: Any, event: Any) -> list[tuple[Any, Any]]:
+        """One event; the commands, and the invariants checked."""
+        self.now += 0.01
+        commands = self.scheduler.handle(source, event, self.now)
+        check(self.scheduler)
+        return commands
+
+    def tick(self, *proposals: Proposal) -> list[tuple[Any, Any]]:
+        """Let the policy propose just this."""
+        self.now += 1.0
+        self.proposals = list(proposals)
+        commands = self.scheduler.tick(self.now)
+        check(self.scheduler)
+        return commands
+
+    def ready(self, worker: int, num_blocks: int = NUM_BLOCKS, acked: int = 0) -> Any:
+        capacity = num_blocks * KV.block_bytes
+        return self.tell(
+            worker, WorkerReady((KV,), capacity, MAX_SEQS, acked, 0.5, 64, None, (), "")
+        )
+
+    def room(self, worker: int = 1) -> list[tuple[int, Any]]:
+        """The worker has more room than a moment ago: who waits is tried again."""
+        self.tell(worker, report(free_blocks=NUM_BLOCKS - 1))
+        return self.tell(worker, report())
+
+    # --- a request in each state ----------------------------------------------------------------
+
+    def waiting(self, request_id: int = 7, **kwargs: Any) -> Record:
+        self.place_at, place_at = None, self.place_at
+        self.tell(FRONT, Submit(request(request_id, **kwargs)))
+        self.place_at = place_at
+        return self.scheduler.records[request_id]
+
+    def running(self, request_id: int = 7, tokens: tuple[int, ...] = (5,), **kwargs: Any) -> Record:
+        """On worker `place_at`, with these tokens reported."""
+        self.tell(FRONT, Submit(request(request_id, **kwargs)))
+        record = self.scheduler.records[request_id]
+        if tokens:
+            self.tell(record.worker, report((request_id, record.epoch, 0, tokens)))
+        return record
+
+    def reserving(self, dst: int = 2, **kwargs: Any) -> Record:
+        record = self.running(**kwargs)
+        self.tick(MoveProposal(record.request.id, dst, "test", "transfer"))
+        assert record.state is State.RESERVING
+        return record
+
+    def sending(self, dst: int = 2, **kwargs: Any) -> Record:
+        record = self.reserving(dst, **kwargs)
+        self.tell(dst, KvReserved(record.request.id, record.offer.epoch, record.offer.start))
+        assert record.state is State.SENDING
+        return record
+
+    def state(self, record: Record) -> State | None:
+        """None: gone."""
+        return record.state if self.scheduler.records.get(record.request.id) is record else None
+
+
+def received(record: Record, first: int = 0, tokens: tuple[int, ...] = (), **fields: Any) -> Any:
+    """The destination's word that it owns the request."""
+    return KvReceived(
+        record.request.id, record.offer.epoch, first, tokens, fields.get("logprobs", ()),
+        fields.get("num_bytes", 20), fields.get("transfer_s", 0.1),
+    )  # fmt: skip
+
+
+def to_workers(commands: list[tuple[Any, Any]]) -> list[tuple[int, Any]]:
+    """What leaves rank 0."""
+    return [(to, command) for to, command in commands if isinstance(to, int)]
+
+
+def told(commands: list[tuple[Any, Any]], kind: type) -> list[Any]:
+    """Commands of one kind, to whomever."""
+    return [command for _, command in commands if isinstance(command, kind)]
+
+
+# --- what always holds ---------------------------------------------------------------------------
+
+
+def check(scheduler: ClusterScheduler) -> None:
+    """Records, columns, queue and ledger tell the same story."""
+    epochs = []
+    for record in scheduler.records.values():
+        _check_record(record)
+        epochs += [e for e in (record.epoch, record.offer and record.offer.epoch) if e]
+    assert len(epochs) == len(set(epochs)), "one epoch for two"
+    _check_columns(scheduler)
+    _check_queue(scheduler)
+    _check_ledger(scheduler)
+
+
+def _check_record(record: Record) -> None:
+    owned = record.worker is not None
+    assert owned == (record.epoch is not None) == (record.state is not State.WAITING)
+    assert (record.offer is not None) == (record.state in (State.RESERVING, State.SENDING))
+    assert record.offer is None or record.offer.dst != record.worker
+    assert record.moved_from is None or record.state is not State.WAITING
+
+
+def _check_columns(scheduler: ClusterScheduler) -> None:
+    columns = scheduler.registry.view.requests
+    slots = {record.slot: record for record in scheduler.records.values()}
+    assert set(columns.live.nonzero()[0]) == set(slots) and len(slots) == len(scheduler.records)
+    assert not columns.worker[~columns.live].any() and not columns.movable[~columns.live].any()
+    for slot, record in slots.items():
+        assert columns.request_id[slot] == record.request.id
+        assert columns.worker[slot] == (record.worker or 0)
+        assert columns.movable[slot] == (record.state is State.RUNNING)
+        assert columns.num_tokens[slot] == record.num_tokens
+
+
+def _check_queue(scheduler: ClusterScheduler) -> None:
+    queue = scheduler.queue
+    waiting = {id for id, r in scheduler.records.items() if r.state is State.WAITING}
+    assert set(queue._waiting) == waiting
+    assert queue.kv_bytes == sum(w.kv_bytes for w in queue._waiting.values())
+    homes = {w.record.slot: w.home for w in queue._waiting.values()}
+    registry = scheduler.registry
+    for record in scheduler.records.values():
+        assert registry.view.requests.home[record.slot] == homes.get(record.slot, 0)
+    for worker in range(len(registry.ledger.state)):
+        assert registry.ledger.num_returning[worker] == len(queue.returning(worker))
+
+
+def _check_ledger(scheduler: ClusterScheduler) -> None:
+    ledger = scheduler.registry.ledger
+    expected = [0] * len(ledger.state)
+    for record in scheduler.records.values():
+        for worker in (record.worker, record.offer and record.offer.dst):
+            if worker is not None:
+                expected[worker] += 1
+    assert ledger.num_requests.tolist() == expected
+    unacked = [sum(size for _, size in orders) for orders in ledger._unacked]
+    assert ledger.ordered.tolist() == unacked
+    away = (WorkerState.PARKED, WorkerState.LOST, WorkerState.PARKING, WorkerState.WAKING)
+    assert all(expected[w] == 0 for state in away for w in ledger.workers(state))
+
+
+def assert_nothing_left(scheduler: ClusterScheduler) -> None:
+    """No request is known any more: nothing of any of them is, either."""
+    check(scheduler)
+    assert not scheduler.records and not scheduler.queue
+    assert not scheduler.registry.view.requests.live.any()

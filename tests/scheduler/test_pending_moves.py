@@ -1,0 +1,40 @@
+"""What moves under way still ask of links and workers counts for those that are decided later."""
+
+import pytest
+
+from mellmpi.costs import CostModel
+from mellmpi.protocol import KvRefused, MigrationStarted
+from mellmpi.scheduler import MoveProposal
+from mellmpi.scheduler.requests import State
+from tests.scheduler.stage import Stage, told
+
+
+@pytest.fixture
+def stage():
+    """Its only link carries 5 bytes a second: a large move takes longer than any limit."""
+    stage = Stage()
+    stage.scheduler.registry.view.cost = CostModel(1.0, 0.01, 1e-9, 5.0, 0.0)
+    stage.scheduler.registry._estimates = None
+    return stage
+
+
+def test_a_move_waits_for_one_that_began_in_an_earlier_round(stage):
+    first, second = stage.running(7, num_prompt=39), stage.running(8, num_prompt=3)
+    stage.tick(MoveProposal(7, 2, "test"))
+    assert first.state is State.RESERVING
+    stage.tick(MoveProposal(8, 2, "test"))
+    assert second.state is State.RUNNING
+    stage.tell(2, KvRefused(7, first.offer.epoch))
+    stage.tick(MoveProposal(8, 2, "test"))
+    assert second.state is State.RESERVING
+
+
+def test_what_is_under_way_lengthens_what_a_later_move_is_expected_to_take(stage):
+    for request_id, num_prompt in ((7, 39), (8, 11), (9, 11)):
+        stage.running(request_id, num_prompt=num_prompt)
+    [alone] = told(stage.tick(MoveProposal(8, 2, "test", "transfer")), MigrationStarted)
+    record = stage.scheduler.records[8]
+    stage.tell(2, KvRefused(8, record.offer.epoch))
+    stage.tick(MoveProposal(7, 2, "test", "transfer"))
+    [behind] = told(stage.tick(MoveProposal(9, 2, "test", "transfer")), MigrationStarted)
+    assert behind.num_bytes == alone.num_bytes and behind.predicted_s > 1.5 * alone.predicted_s
