@@ -16,9 +16,13 @@ def within(limit_s: float, command: list[str]) -> tuple[str, str, int | None]:
     path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         job = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True,
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+            start_new_session=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
-        )  # fmt: skip
+        )
         code: int | None = None
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = job.wait(limit_s)

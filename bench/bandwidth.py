@@ -56,8 +56,9 @@ def arena_on(device: str, num_blocks: int, block_bytes: int) -> Arena:
     return DeviceArena(num_blocks, block_bytes, device)
 
 
-def bandwidth(probe: Probe, arena: Arena, scattered: bool,
-              args: argparse.Namespace) -> tuple[float, float] | None:  # fmt: skip
+def bandwidth(
+    probe: Probe, arena: Arena, scattered: bool, args: argparse.Namespace
+) -> tuple[float, float] | None:
     """(seconds a transfer, seconds a small message one way) at rank 0, medians; None at rank 1."""
     probe.transport.attach(arena)
     order = np.random.default_rng(0)
@@ -77,8 +78,9 @@ def bandwidth(probe: Probe, arena: Arena, scattered: bool,
     return result
 
 
-def table(transport: Transport, device: str, path: str,
-          args: argparse.Namespace) -> list[dict[str, Any]]:  # fmt: skip
+def table(
+    transport: Transport, device: str, path: str, args: argparse.Namespace
+) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     probe = Probe(transport)  # one for all sizes: it may hear the next one's question early
     for block_bytes in (None, *BLOCKS):
@@ -94,8 +96,9 @@ def table(transport: Transport, device: str, path: str,
                 continue
             MBps, latency_us = size / measured[0] / 1e6, measured[1] * 1e6
             print(f"{size:<12}{MBps:>16.2f}{latency_us:>16.2f}", flush=True)
-            rows.append({"path": path, "kind": kind, "size": size, "MBps": MBps,
-                         "latency_us": latency_us})  # fmt: skip
+            rows.append(
+                {"path": path, "kind": kind, "size": size, "MBps": MBps, "latency_us": latency_us}
+            )
     return rows
 
 
@@ -125,8 +128,9 @@ def main() -> None:
         raise SystemExit("two ranks, please: mpirun -n 2 python bench/bandwidth.py")
     found = paths(job, args)
     if not found and job.rank == 0:
-        print("no GPU on both ranks: nothing to measure; -d cpu measures host memory",
-              file=sys.stderr)  # fmt: skip
+        print(
+            "no GPU on both ranks: nothing to measure; -d cpu measures host memory", file=sys.stderr
+        )
     rows = []
     for path, device, device_buffers in found:
         transport = job.connect(0.005, device_buffers, checksums="never")

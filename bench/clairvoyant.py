@@ -83,17 +83,27 @@ def rule_of(load: Load, mean: float) -> Rule:
     every = round(TICK_S * load.rate)
     capacity = float(load.capacity // load.token_bytes[""])
     view: Any = SimpleNamespace(
-        thrift=THRIFT, period_s=every / load.rate, cost=NO_COST, token_rate=load.rate,
-        answer_tokens=mean, lengths=SimpleNamespace(mean_output=lambda unknown: unknown),
+        thrift=THRIFT,
+        period_s=every / load.rate,
+        cost=NO_COST,
+        token_rate=load.rate,
+        answer_tokens=mean,
+        lengths=SimpleNamespace(mean_output=lambda unknown: unknown),
         workers=SimpleNamespace(capacity=np.array([0.0, capacity])),
-    )  # fmt: skip
+    )
     return Rule(
-        capacity, load.rate, every, frugal_fleet.leaves(view), frugal_fleet.price(view, 1),
-        frugal_fleet.least_s(view), frugal_fleet.LEAD_TICKS * view.period_s,
+        capacity,
+        load.rate,
+        every,
+        frugal_fleet.leaves(view),
+        frugal_fleet.price(view, 1),
+        frugal_fleet.least_s(view),
+        frugal_fleet.LEAD_TICKS * view.period_s,
         frugal_fleet.scale(view) * frugal_drain.FLEET_S,
-        frugal_fleet.scale(view) * frugal_drain.FURTHER, frugal_drain.LOOKS,
+        frugal_fleet.scale(view) * frugal_drain.FURTHER,
+        frugal_drain.LOOKS,
         frugal_fleet.strain_of(view),
-    )  # fmt: skip
+    )
 
 
 def part(case: Case, load: Load) -> tuple[int, int, int]:
@@ -114,16 +124,22 @@ def over_bound(case: Case, load: Load, gpus: np.ndarray) -> float:
 def empty_cell(num_workers: int, capacity: float) -> Cell:
     rows = num_workers + 1
     return Cell(
-        np.full(rows, capacity), np.zeros(rows), np.zeros(rows), np.zeros(rows, np.int64),
-        np.zeros((rows, SEATS), np.int64), np.ones(rows, np.bool_), np.zeros(rows, np.bool_),
-    )  # fmt: skip
+        np.full(rows, capacity),
+        np.zeros(rows),
+        np.zeros(rows),
+        np.zeros(rows, np.int64),
+        np.zeros((rows, SEATS), np.int64),
+        np.ones(rows, np.bool_),
+        np.zeros(rows, np.bool_),
+    )
 
 
 def by_search(case: Case, load: Load, choices: int) -> dict[str, Any]:
     """The compiled rule, or with more than one choice, the search."""
     first, last, arrivals = part(case, load)
-    search = Search(int(first - LEAD_IN_S * load.rate), choices, int(case.horizon_s * load.rate),
-                    case.gpu_moves)  # fmt: skip
+    search = Search(
+        int(first - LEAD_IN_S * load.rate), choices, int(case.horizon_s * load.rate), case.gpu_moves
+    )
     requests = Requests(load.arrivals, load.prompts, load.arrivals + load.outputs)
     rule = rule_of(load, mean_answer(load, first))
     num_workers = int(1.25 * load.bound.max()) + 8
@@ -133,10 +149,12 @@ def by_search(case: Case, load: Load, choices: int) -> dict[str, Any]:
     gpus, done = run(Play(requests, rule, search, *cells), samples)
     moves, tokens, overflows = done[first - load.arrivals[0] :].sum(axis=0).tolist()
     return {
-        "gpus_over_bound": over_bound(case, load, gpus), "moves_per_request": moves / arrivals,
-        "moved_tokens_per_request": tokens / arrivals, "overflows": int(overflows),
+        "gpus_over_bound": over_bound(case, load, gpus),
+        "moves_per_request": moves / arrivals,
+        "moved_tokens_per_request": tokens / arrivals,
+        "overflows": int(overflows),
         "seconds": time.perf_counter() - began_s,
-    }  # fmt: skip
+    }
 
 
 def by_package(case: Case, load: Load) -> dict[str, Any]:
@@ -156,7 +174,7 @@ def by_package(case: Case, load: Load) -> dict[str, Any]:
         "moves_per_request": len(moved) / arrivals,
         "moved_tokens_per_request": sum(moved) / load.token_bytes[""] / arrivals,
         "seconds": time.perf_counter() - began_s,
-    }  # fmt: skip
+    }
 
 
 def table(results: dict[str, Any]) -> Table:
@@ -168,10 +186,11 @@ def table(results: dict[str, Any]) -> Table:
         case = found["case"]
         shown.add_row(
             f"{name}, {case['from_s']:g} to {case['until_s']:g} s",
-            cell(found["package"]), cell(found["rule"]),
+            cell(found["package"]),
+            cell(found["rule"]),
             f"{case['choices']} choices, {case['horizon_s']:g} s, g = {case['gpu_moves']:g}",
             cell(found["search"]),
-        )  # fmt: skip
+        )
     return shown
 
 
@@ -181,11 +200,14 @@ def cell(found: dict[str, float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--traces", type=Path, default=os.environ.get("MELLMPI_TRACES"),
-                        help="folder of the traces (default: $MELLMPI_TRACES); "
-                        "without one, a generated load is searched")  # fmt: skip
-    parser.add_argument("--parts", nargs="+", choices=CASES, default=list(CASES),
-                        help="only these")  # fmt: skip
+    parser.add_argument(
+        "--traces",
+        type=Path,
+        default=os.environ.get("MELLMPI_TRACES"),
+        help="folder of the traces (default: $MELLMPI_TRACES); "
+        "without one, a generated load is searched",
+    )
+    parser.add_argument("--parts", nargs="+", choices=CASES, default=list(CASES), help="only these")
     parser.add_argument("--choices", type=int, help="choices tried at each decision")
     parser.add_argument("--horizon-s", type=float, help="how far each is played")
     parser.add_argument("--gpu-moves", type=float, help="moves that a GPU for a second is worth")
@@ -199,9 +221,11 @@ def main() -> None:
         case = replace(base, **{key: value for key, value in given.items() if value is not None})
         trace = load_of(case, workload_of(case, args.traces))
         results[name] = {
-            "case": asdict(case), "package": by_package(case, trace),
-            "rule": by_search(case, trace, 1), "search": by_search(case, trace, case.choices),
-        }  # fmt: skip
+            "case": asdict(case),
+            "package": by_package(case, trace),
+            "rule": by_search(case, trace, 1),
+            "search": by_search(case, trace, case.choices),
+        }
     console.print(table(results))
     config = {"decode_rate": RATE, "tick_s": TICK_S, "thrift": THRIFT, "lead_in_s": LEAD_IN_S}
     finish(config, results, args.json)

@@ -146,9 +146,25 @@ def places(cell, rule, size, choices):
     state, takes = np.zeros(rows, np.int8), np.ones(rows, np.bool_)
     found, n = np.zeros((choices, 2), np.int64), 0
     while n < choices:
-        w = place_on(cell.room, none, cell.number, most, one, one, state, takes, cell.growth, takes,
-                     size, rule.rate, rule.leaves, rule.rate, 0.0, rule.keep_s,
-                     rule.par)  # fmt: skip
+        w = place_on(
+            cell.room,
+            none,
+            cell.number,
+            most,
+            one,
+            one,
+            state,
+            takes,
+            cell.growth,
+            takes,
+            size,
+            rule.rate,
+            rule.leaves,
+            rule.rate,
+            0.0,
+            rule.keep_s,
+            rule.par,
+        )
         if w == 0:
             break
         found[n, 1], takes[w] = w, False
@@ -177,9 +193,21 @@ def reliefs(cell, requests, rule, step, src, choices):
     may[src] = False
     found, n, opened = np.zeros((choices, 2), np.int64), 0, False
     while n < choices:
-        i, dst = relief(size, grow, model, runs, cell.room, cell.growth, cell.leaving, may, src,
-                        rule.leaves, rule.price, 0.0 if opened else rule.keep_s,
-                        rule.par)  # fmt: skip
+        i, dst = relief(
+            size,
+            grow,
+            model,
+            runs,
+            cell.room,
+            cell.growth,
+            cell.leaving,
+            may,
+            src,
+            rule.leaves,
+            rule.price,
+            0.0 if opened else rule.keep_s,
+            rule.par,
+        )
         if dst:
             found[n, 0], found[n, 1], may[dst] = i, dst, False
             n += 1
@@ -226,8 +254,23 @@ def empty(cell, requests, rule, step, w, takes, seats):
     order, n = np.argsort(-size, kind="mergesort"), cell.number[w]
     dst = np.zeros(n, np.int64)
     takes[w] = False
-    if not emptied(size[order], grow, model, runs, cell.room, cell.growth, cell.leaving, seats,
-                   takes, w, rule.leaves, rule.price, rule.keep_s, rule.par, dst):  # fmt: skip
+    if not emptied(
+        size[order],
+        grow,
+        model,
+        runs,
+        cell.room,
+        cell.growth,
+        cell.leaving,
+        seats,
+        takes,
+        w,
+        rule.leaves,
+        rule.price,
+        rule.keep_s,
+        rule.par,
+        dst,
+    ):
         takes[w] = True
         return 0, 0.0
     for k in range(n):  # the columns of the destinations are up to date
@@ -294,8 +337,12 @@ def choose(play, found, arrived, step, src, stage):
 def drain_or_not(play, arrived, step, choices):
     """(requests, tokens) moved."""
     cell, trial, requests, rule, search = (
-        play.cell, play.trial, play.requests, play.rule, play.search
-    )  # fmt: skip
+        play.cell,
+        play.trial,
+        play.requests,
+        play.rule,
+        play.search,
+    )
     if choices > 1:
         copy(cell, trial)
         moves = drain(trial, requests, rule, step)[0]

@@ -30,8 +30,11 @@ NEAR, WORST, SPLIT, ERROR = 1.10, 1.30, 0.75, 0.25  # the bars
 
 def median_s(rows: list[dict[str, Any]], asked: str, mode: str | None = None) -> float | None:
     """Of the moves that were asked for so and went this way, or any; None: none did."""
-    took = [r["took_s"] for r in rows if r["asked"] == asked and r["outcome"] == "moved"
-            and mode in (None, r["mode"])]  # fmt: skip
+    took = [
+        r["took_s"]
+        for r in rows
+        if r["asked"] == asked and r["outcome"] == "moved" and mode in (None, r["mode"])
+    ]
     return statistics.median(took) if took else None
 
 
@@ -53,18 +56,24 @@ def cell(rows: list[dict[str, Any]]) -> dict[str, Any]:
     known = {way: s for way, s in forced.items() if s is not None}
     chosen = [r["mode"] for r in rows if r["asked"] == "chosen"]
     mode = statistics.mode(chosen)
-    errors = [abs(r["predicted_s"] - r["took_s"]) / r["took_s"] for r in rows
-              if r["asked"] == "chosen" and r["outcome"] == "moved"]  # fmt: skip
+    errors = [
+        abs(r["predicted_s"] - r["took_s"]) / r["took_s"]
+        for r in rows
+        if r["asked"] == "chosen" and r["outcome"] == "moved"
+    ]
     better = min(s for way, s in known.items() if way != "split")
     worse = max(s for way, s in known.items() if way != "split")
     return {
-        "forced_s": forced, "chosen": mode, "chosen_all": chosen,
+        "forced_s": forced,
+        "chosen": mode,
+        "chosen_all": chosen,
         "chosen_s": median_s(rows, "chosen"),
         "chosen_over_best": statistics.median(known[m] for m in chosen) / min(known.values()),
         "prediction_error": statistics.median(errors),
         "split_over_better": known["split"] / better if "split" in known else None,
-        "near_each_other": worse <= 1.5 * better, "moves": len(rows),
-    }  # fmt: skip
+        "near_each_other": worse <= 1.5 * better,
+        "moves": len(rows),
+    }
 
 
 def verdict(cells: list[dict[str, Any]]) -> dict[str, Any]:
@@ -160,8 +169,9 @@ def main() -> None:
         moves = measured(link, args.contexts, args.repeats, args.more)
         grid[link] = {str(n): cell(rows) for n, rows in moves.items()}
     results = {
-        "verdict": verdict([c for cells in grid.values() for c in cells.values()]), "grid": grid
-    }  # fmt: skip
+        "verdict": verdict([c for cells in grid.values() for c in cells.values()]),
+        "grid": grid,
+    }
     config = {k: v for k, v in vars(args).items() if k not in ("json", "figure", "draw")}
     finish(config, results, args.json)
     if args.figure is not None:

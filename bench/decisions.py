@@ -47,10 +47,20 @@ def make_view(num_workers: int, seed: int) -> View:
     rates = np.zeros(len(ledger.state))
     rates[1 : num_workers + 1] = growth
     return View(
-        now=100.0, workers=ledger, requests=columns, waiting_bytes=0, growth_Bps=rates,
-        token_rate=TOKENS_PER_S, answer_tokens=ANSWER_TOKENS, horizon_s=1.0, park_after_s=1.0,
-        seed=seed, tick=1, period_s=PERIOD_S, cost=CostModel(wake_s=0.0),
-    )  # fmt: skip
+        now=100.0,
+        workers=ledger,
+        requests=columns,
+        waiting_bytes=0,
+        growth_Bps=rates,
+        token_rate=TOKENS_PER_S,
+        answer_tokens=ANSWER_TOKENS,
+        horizon_s=1.0,
+        park_after_s=1.0,
+        seed=seed,
+        tick=1,
+        period_s=PERIOD_S,
+        cost=CostModel(wake_s=0.0),
+    )
 
 
 def fill(columns: RequestColumns, left: np.ndarray) -> tuple[np.ndarray, int]:
@@ -94,9 +104,11 @@ def measure(name: str, num_workers: int, seed: int) -> dict[str, float]:
         policy.place(view, row, KV.model)
     place_s = (time.process_time() - began) / PLACEMENTS
     return {
-        "us_per_placement": place_s * 1e6, "placements_per_s": 1 / place_s,
-        "ms_per_pass": statistics.median(rounds) * 1e3, "proposals": len(proposals),
-    }  # fmt: skip
+        "us_per_placement": place_s * 1e6,
+        "placements_per_s": 1 / place_s,
+        "ms_per_pass": statistics.median(rounds) * 1e3,
+        "proposals": len(proposals),
+    }
 
 
 def draw(path: Path, results: dict[str, dict[int, dict[str, float]]]) -> None:
@@ -141,9 +153,13 @@ def main() -> None:
             key: round(statistics.median(r[key] for r in found), 2) for key in found[0]
         }
     config: dict[str, Any] = {
-        "requests_per_worker": REQUESTS, "mean_tokens": MEAN_TOKENS, "period_s": PERIOD_S,
-        "full_within_s": FULL_WITHIN_S, "repeats": REPEATS, "clock": "CPU time",
-    }  # fmt: skip
+        "requests_per_worker": REQUESTS,
+        "mean_tokens": MEAN_TOKENS,
+        "period_s": PERIOD_S,
+        "full_within_s": FULL_WITHIN_S,
+        "repeats": REPEATS,
+        "clock": "CPU time",
+    }
     if args.plot:
         draw(args.plot, results)
     finish(config, {"by_policy": results}, args.json)

@@ -35,16 +35,32 @@ from roofline import TINY, copies
 from roofline import roofline as near_the_roof
 
 HERE = Path(__file__).resolve().parent
-LIMITS_S = {"self_test": 80, "doctor": 40, "bandwidth": 90, "tokens": 70, "migration": 120,
-            "roofline": 70}  # fmt: skip
+LIMITS_S = {
+    "self_test": 80,
+    "doctor": 40,
+    "bandwidth": 90,
+    "tokens": 70,
+    "migration": 120,
+    "roofline": 70,
+}
 CACHE = Path.home() / ".cache" / "mellmpi"
 DEFAULT = "smollm2"
 ITS_SHAPE = {  # for where it cannot be had
-    "model_type": "llama", "num_hidden_layers": 30, "hidden_size": 576, "head_dim": 64,
-    "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 1536,
-    "vocab_size": 49_152, "max_position_embeddings": 8192, "rope_theta": 100_000.0,
-    "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": True,
-}  # fmt: skip
+    "model_type": "llama",
+    "num_hidden_layers": 30,
+    "hidden_size": 576,
+    "head_dim": 64,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "intermediate_size": 1536,
+    "vocab_size": 49_152,
+    "max_position_embeddings": 8192,
+    "rope_theta": 100_000.0,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": True,
+}
 BLOCKS = 64  # of the trial of copies; a MiB each
 
 
@@ -70,8 +86,12 @@ def self_test(args: argparse.Namespace) -> dict[str, Any]:
     works = device_buffers_work(args.device, MPIRUN)  # by the messaging layer that jobs use
     took_s = round(time.perf_counter() - started_s, 1)
     path = "by MPI, from device to device" if works else "through pinned host memory"
-    found: dict[str, Any] = {"ok": True, "device_buffers_work": works, "path": path,
-                             "test_took_s": took_s}  # fmt: skip
+    found: dict[str, Any] = {
+        "ok": True,
+        "device_buffers_work": works,
+        "path": path,
+        "test_took_s": took_s,
+    }
     if args.device != "cpu":
         found["ok"] = found["copies_right"] = copies_right(args.device)
     return found
@@ -106,10 +126,20 @@ def copies_right(device: str) -> bool:
 
 def doctor(args: argparse.Namespace) -> dict[str, Any]:
     done = subprocess.run(
-        [*launcher(3), "-m", "mellmpi", "doctor", "--device", kind(args.device),
-         "--oversubscribe-gpus"],
-        check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [
+            *launcher(3),
+            "-m",
+            "mellmpi",
+            "doctor",
+            "--device",
+            kind(args.device),
+            "--oversubscribe-gpus",
+        ],
+        check=True,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     said = done.stdout.splitlines()
     return {"ok": any(line.startswith("blocks ") for line in said), "said": said}
 
@@ -118,9 +148,21 @@ def bandwidth(args: argparse.Namespace) -> dict[str, Any]:
     own = copies(args.device)
     with tempfile.NamedTemporaryFile(suffix=".json") as output:
         subprocess.run(
-            [*launcher(2), str(HERE / "bandwidth.py"), "-m", f"{16 << 20}:{64 << 20}", "-i", "9",
-             "-d", kind(args.device), "--json", output.name], check=True, stdout=subprocess.DEVNULL,
-        )  # fmt: skip
+            [
+                *launcher(2),
+                str(HERE / "bandwidth.py"),
+                "-m",
+                f"{16 << 20}:{64 << 20}",
+                "-i",
+                "9",
+                "-d",
+                kind(args.device),
+                "--json",
+                output.name,
+            ],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
         rows = json.loads(output.read())["results"]
     slowest = min(own["to_host"], own["from_host"])
     best = {
@@ -131,8 +173,13 @@ def bandwidth(args: argparse.Namespace) -> dict[str, Any]:
     return {"ok": bool(rows), "copies_GBps": own, "rows": rows, "of_the_slower_copy": shares}
 
 
-def answer(device: str, args: argparse.Namespace, prompts: list[list[int]], num_out: int,
-           plain_torch: bool = False) -> list[list[int]]:  # fmt: skip
+def answer(
+    device: str,
+    args: argparse.Namespace,
+    prompts: list[list[int]],
+    num_out: int,
+    plain_torch: bool = False,
+) -> list[list[int]]:
     """Greedy tokens in float32."""
     from mellmpi.config import BatchConfig, CacheConfig, ModelConfig
     from mellmpi.engine import build_executor
@@ -141,9 +188,12 @@ def answer(device: str, args: argparse.Namespace, prompts: list[list[int]], num_
     from mellmpi.worker import BatchScheduler
 
     executor = build_executor(
-        resolve(args.model, CACHE), ModelConfig(model=args.model, dtype="float32"),
-        CacheConfig(kv_cache_memory_bytes=1 << 30), device=device, plain_torch=plain_torch,
-    )  # fmt: skip
+        resolve(args.model, CACHE),
+        ModelConfig(model=args.model, dtype="float32"),
+        CacheConfig(kv_cache_memory_bytes=1 << 30),
+        device=device,
+        plain_torch=plain_torch,
+    )
     batch = BatchScheduler(
         executor.models, executor.arena.num_blocks, 0, BatchConfig(), CacheConfig()
     )
@@ -167,9 +217,11 @@ def same_tokens(a: list[list[int]], b: list[list[int]]) -> dict[str, Any]:
     pairs = list(zip(a, b, strict=True))
     same = sum(x == y for one, two in pairs for x, y in zip(one, two, strict=False))
     return {
-        "answers": len(pairs), "answers_alike": sum(one == two for one, two in pairs),
-        "tokens": sum(len(one) for one in a), "tokens_alike": same,
-    }  # fmt: skip
+        "answers": len(pairs),
+        "answers_alike": sum(one == two for one, two in pairs),
+        "tokens": sum(len(one) for one in a),
+        "tokens_alike": same,
+    }
 
 
 def tokens(args: argparse.Namespace) -> dict[str, Any]:
@@ -182,17 +234,40 @@ def tokens(args: argparse.Namespace) -> dict[str, Any]:
     return {"ok": alike["answers_alike"] >= len(prompts) - 1, **alike}
 
 
-def batch_run(args: argparse.Namespace, folder: Path, name: str, num_ranks: int,
-              *flags: str) -> tuple[list[list[int]], dict[str, Any]]:  # fmt: skip
+def batch_run(
+    args: argparse.Namespace, folder: Path, name: str, num_ranks: int, *flags: str
+) -> tuple[list[list[int]], dict[str, Any]]:
     """`run-batch` on the device: (answers in order, report)."""
     out, report = folder / f"{name}.jsonl", folder / f"{name}.json"
     subprocess.run(
-        [*launcher(num_ranks), "-m", "mellmpi", "run-batch", "-i", str(folder / "in.jsonl"), "-o",
-         str(out), "--report", str(report), "--model", args.model, "--dtype", "float32",
-         "--device", kind(args.device), "--oversubscribe-gpus", "--gpu-memory-utilization", "0.3",
-         "--kv-cache-memory-bytes", "256M", *flags],
-        check=True, cwd=ROOT, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+        [
+            *launcher(num_ranks),
+            "-m",
+            "mellmpi",
+            "run-batch",
+            "-i",
+            str(folder / "in.jsonl"),
+            "-o",
+            str(out),
+            "--report",
+            str(report),
+            "--model",
+            args.model,
+            "--dtype",
+            "float32",
+            "--device",
+            kind(args.device),
+            "--oversubscribe-gpus",
+            "--gpu-memory-utilization",
+            "0.3",
+            "--kv-cache-memory-bytes",
+            "256M",
+            *flags,
+        ],
+        check=True,
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+    )
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     answers = {
         int(line["custom_id"]): line["response"]["body"]["choices"][0]["token_ids"]
@@ -220,28 +295,49 @@ def write_requests(file: Path) -> None:
     with open(file, "w") as requests:
         for i in range(24):
             prompt = [rng.randrange(3, 250) for _ in range(rng.randint(20, 300))]
-            body = {"prompt": prompt, "max_tokens": 150, "temperature": 0, "ignore_eos": True,
-                    "return_token_ids": True}  # fmt: skip
+            body = {
+                "prompt": prompt,
+                "max_tokens": 150,
+                "temperature": 0,
+                "ignore_eos": True,
+                "return_token_ids": True,
+            }
             line = {"custom_id": str(i), "method": "POST", "url": "/v1/completions"}
             requests.write(json.dumps({**line, "body": body}) + "\n")
 
 
-def moved(args: argparse.Namespace, folder: Path, still: list[list[int]],
-          device_buffers: str) -> dict[str, Any]:  # fmt: skip
+def moved(
+    args: argparse.Namespace, folder: Path, still: list[list[int]], device_buffers: str
+) -> dict[str, Any]:
     """The same requests, moved at random; with checksums where they can be had."""
     checksums = "always" if device_buffers == "never" else "auto"
     answers, report = batch_run(
-        args, folder, f"moved-{device_buffers}", 3, "--migrate", "stress", "--policy", "worst_fit",
-        "--rebalance-every-s", "0.03", "--checksums", checksums, "--device-buffers", device_buffers,
-    )  # fmt: skip
+        args,
+        folder,
+        f"moved-{device_buffers}",
+        3,
+        "--migrate",
+        "stress",
+        "--policy",
+        "worst_fit",
+        "--rebalance-every-s",
+        "0.03",
+        "--checksums",
+        checksums,
+        "--device-buffers",
+        device_buffers,
+    )
     alike, moves = same_tokens(still, answers), report["migrations"]
     return {
-        "ok": alike["answers_alike"] >= 0.9 * alike["answers"] and moves["transfer"] > 0, **alike,
-        "migrations": moves, "outcomes": report["migration_outcomes"],
+        "ok": alike["answers_alike"] >= 0.9 * alike["answers"] and moves["transfer"] > 0,
+        **alike,
+        "migrations": moves,
+        "outcomes": report["migration_outcomes"],
         "migrated_bytes": report["migrated_bytes"],
         "prediction_error": report["migration_prediction_error"],
-        "downtime_ms": report["downtime_ms"], "tpot_ms": report["tpot_ms"],
-    }  # fmt: skip
+        "downtime_ms": report["downtime_ms"],
+        "tpot_ms": report["tpot_ms"],
+    }
 
 
 def roofline(args: argparse.Namespace) -> dict[str, Any]:
@@ -303,8 +399,14 @@ def gpu(device: str) -> dict[str, Any]:
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help=f"for tokens and migration (default: {DEFAULT})")
-    parser.add_argument("--only", nargs="+", choices=CHECKS, default=list(CHECKS), metavar="CHECK",
-                        help=", ".join(CHECKS))  # fmt: skip
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=CHECKS,
+        default=list(CHECKS),
+        metavar="CHECK",
+        help=", ".join(CHECKS),
+    )
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, small")
     parser.add_argument("--one", choices=CHECKS, help=argparse.SUPPRESS)
     parser.add_argument("--direct", action="store_true", help=argparse.SUPPRESS)
@@ -332,8 +434,12 @@ def main() -> int:
             args.direct |= found.get("device_buffers_work", False)
             state = "holds" if found["ok"] else f"FAILS: {found.get('why', found)}"
             print(f"{name:<12}{state}  ({found['took_s']} s)", file=sys.stderr)
-    config = {"model": args.model, "gpu": gpu(args.device), "load": round(os.getloadavg()[0], 1),
-              "took_s": round(time.perf_counter() - started_s, 1)}  # fmt: skip
+    config = {
+        "model": args.model,
+        "gpu": gpu(args.device),
+        "load": round(os.getloadavg()[0], 1),
+        "took_s": round(time.perf_counter() - started_s, 1),
+    }
     finish(config, results, args.json)
     return 0 if all(result["ok"] for result in results.values()) else 1
 

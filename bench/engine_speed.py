@@ -39,10 +39,12 @@ SPEEDS = {
 HIDDEN = {  # what makes libraries use no more than AVX2: numba's LLVM, oneDNN, torch
     "native": {},
     "avx2": {
-        "NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+fma,+f16c,+bmi,+bmi2,+popcnt",
-        "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2",
+        "NUMBA_CPU_NAME": "haswell",
+        "NUMBA_CPU_FEATURES": "+avx2,+fma,+f16c,+bmi,+bmi2,+popcnt",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "ATEN_CPU_CAPABILITY": "avx2",
     },
-}  # fmt: skip
+}
 FIRST_ID, LAST_ID = 100, 49_000  # ordinary tokens of SmolLM2
 
 
@@ -62,9 +64,12 @@ class System:
         with open(self._log, "w") as log:
             self._process = subprocess.Popen(
                 ["taskset", "--cpu-list", args.cores, *_command(name, args)],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
                 env=os.environ | HIDDEN[args.cpu] | {"OMP_NUM_THREADS": str(args.threads)},
-            )  # fmt: skip
+            )
         self.version = self._read()["ready"]
 
     def answer(self, prompts: list[list[int]], num_out: int) -> Answer:
@@ -98,9 +103,14 @@ def _command(name: str, args: argparse.Namespace) -> list[str]:
         "llama.cpp": [ours, f"{HERE}/peers/llama_cpp.py", "--model", gguf, "--server", server],
     }[name]
     return [
-        *command, "--threads", str(args.threads), "--max-requests", str(max(args.requests)),
-        "--max-len", str(max(args.num_in + args.num_out, *args.prefill) + 16),
-    ]  # fmt: skip
+        *command,
+        "--threads",
+        str(args.threads),
+        "--max-requests",
+        str(max(args.requests)),
+        "--max-len",
+        str(max(args.num_in + args.num_out, *args.prefill) + 16),
+    ]
 
 
 def make_prompts(num_requests: int, num_in: int, seed: int) -> list[list[int]]:
@@ -143,9 +153,10 @@ def measure_prefill(systems: list[System], args: argparse.Namespace) -> dict[str
 def _first_token(num_in: int, seconds: list[float]) -> dict[str, Any]:
     ttft_s = statistics.median(seconds)
     return {
-        "ttft_ms": round(1000 * ttft_s, 1), "prefill_tokens_per_s": round(num_in / ttft_s, 1),
+        "ttft_ms": round(1000 * ttft_s, 1),
+        "prefill_tokens_per_s": round(num_in / ttft_s, 1),
         "seconds": [round(s, 4) for s in seconds],
-    }  # fmt: skip
+    }
 
 
 def prefill_table(found: dict[str, Any]) -> str:
@@ -262,10 +273,16 @@ def main() -> None:
     if busy := disturbed(answers, args.threads):
         note(f"other work had a share of the cores, so tokens/s is low: {', '.join(busy)}")
     config = {
-        "model": "SmolLM2-135M-Instruct", "dtype": "bfloat16", "num_in": args.num_in,
-        "num_out": args.num_out, "cpu": args.cpu, "threads": args.threads, "cores": args.cores,
-        "rounds": args.rounds, "systems": {s.name: s.version for s in systems},
-    }  # fmt: skip
+        "model": "SmolLM2-135M-Instruct",
+        "dtype": "bfloat16",
+        "num_in": args.num_in,
+        "num_out": args.num_out,
+        "cpu": args.cpu,
+        "threads": args.threads,
+        "cores": args.cores,
+        "rounds": args.rounds,
+        "systems": {s.name: s.version for s in systems},
+    }
     record.finish(config, {**results, "prefill": prefill}, args.json)
 
 

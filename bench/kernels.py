@@ -43,17 +43,87 @@ def all_linears(team, rows, weights, sizes, width, scratch, logits):
     wide = np.empty(WIDE_ELEMENTS, np.float32)
     for layer in range(sizes.layers):
         at, normed, inner = 4 * layer, scratch.normed, scratch.inner
-        project(team, at, at, normed, sizes.normed_stride, rows, sizes.hidden, weights, sizes.qkv,
-                KEEP, scratch.qkv, sizes.qkv, sizes, wide)  # fmt: skip
-        project(team, at + 1, at + 1, scratch.attended, sizes.attended_stride, rows, width, weights,
-                sizes.hidden, ADD, scratch.residual, sizes.hidden, sizes, wide)  # fmt: skip
-        project(team, at + 2, at + 2, normed, sizes.normed_stride, rows, sizes.hidden, weights,
-                2 * sizes.inner, GATE_UP, inner, sizes.inner_stride, sizes, wide)  # fmt: skip
-        project(team, at + 3, at + 3, inner, sizes.inner_stride, rows, sizes.inner, weights,
-                sizes.hidden, ADD, scratch.residual, sizes.hidden, sizes, wide)  # fmt: skip
+        project(
+            team,
+            at,
+            at,
+            normed,
+            sizes.normed_stride,
+            rows,
+            sizes.hidden,
+            weights,
+            sizes.qkv,
+            KEEP,
+            scratch.qkv,
+            sizes.qkv,
+            sizes,
+            wide,
+        )
+        project(
+            team,
+            at + 1,
+            at + 1,
+            scratch.attended,
+            sizes.attended_stride,
+            rows,
+            width,
+            weights,
+            sizes.hidden,
+            ADD,
+            scratch.residual,
+            sizes.hidden,
+            sizes,
+            wide,
+        )
+        project(
+            team,
+            at + 2,
+            at + 2,
+            normed,
+            sizes.normed_stride,
+            rows,
+            sizes.hidden,
+            weights,
+            2 * sizes.inner,
+            GATE_UP,
+            inner,
+            sizes.inner_stride,
+            sizes,
+            wide,
+        )
+        project(
+            team,
+            at + 3,
+            at + 3,
+            inner,
+            sizes.inner_stride,
+            rows,
+            sizes.inner,
+            weights,
+            sizes.hidden,
+            ADD,
+            scratch.residual,
+            sizes.hidden,
+            sizes,
+            wide,
+        )
     last = 4 * sizes.layers
-    project(team, last, last, scratch.normed, sizes.normed_stride, rows, sizes.hidden, weights,
-            sizes.vocabulary, KEEP, logits, sizes.vocabulary, sizes, wide)  # fmt: skip
+    project(
+        team,
+        last,
+        last,
+        scratch.normed,
+        sizes.normed_stride,
+        rows,
+        sizes.hidden,
+        weights,
+        sizes.vocabulary,
+        KEEP,
+        logits,
+        sizes.vocabulary,
+        sizes,
+        wide,
+    )
 
 
 @njit(**KERNEL)
@@ -89,9 +159,13 @@ class Bench:
         self.arch, self.threads = arch, threads
         self.model = CpuModel(arch, tensors, DTYPE, threads)
         geometry = KvGeometry(
-            model="", dtype=DTYPE, num_layers=arch.num_layers, num_kv_heads=arch.num_kv_heads,
-            block_size=BLOCK_SIZE, head_dim=arch.head_dim,
-        )  # fmt: skip
+            model="",
+            dtype=DTYPE,
+            num_layers=arch.num_layers,
+            num_kv_heads=arch.num_kv_heads,
+            block_size=BLOCK_SIZE,
+            head_dim=arch.head_dim,
+        )
         self.arena = KvArena(geometry, NUM_BLOCKS)
         self._pool = ThreadPoolExecutor(threads)
 
@@ -116,9 +190,13 @@ class Bench:
     def attention(self, num_seqs: int, context: int) -> Callable[[], Any]:
         batch, heads = make_batch([context - 1] * num_seqs, [1] * num_seqs), self.arch.num_heads
         chunks = Chunks(
-            batch.positions, np.arange(num_seqs), batch.cu_chunks, batch.context_lens,
-            batch.block_tables, items_of(batch.cu_chunks, self.arch.num_kv_heads),
-        )  # fmt: skip
+            batch.positions,
+            np.arange(num_seqs),
+            batch.cu_chunks,
+            batch.context_lens,
+            batch.block_tables,
+            items_of(batch.cu_chunks, self.arch.num_kv_heads),
+        )
         queries = activations(torch.randn(num_seqs * heads * self.arch.head_dim).to(DTYPE))
         told, kv = self.model._heads(self.arena), storage(self.arena.tensor.view(-1))
         arguments = (self.arch.num_layers, queries, kv, chunks, told, np.zeros_like(queries))

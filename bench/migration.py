@@ -26,14 +26,15 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     steps = np.array([row["pause_s"] / row["step_s"] - 1 for row in moved])
     found = {f"p{q}": round(float(np.percentile(steps, q)), 2) for q in (50, 99)}
     return {
-        "moves": len(moved), "failed": len(rows) - len(moved),
+        "moves": len(moved),
+        "failed": len(rows) - len(moved),
         "step_ms": round(1e3 * float(np.median([row["step_s"] for row in moved])), 2),
         "pause_ms": round(1e3 * float(np.median([row["pause_s"] for row in moved])), 2),
         "took_ms": round(1e3 * float(np.median([row["took_s"] for row in moved])), 2),
         "downtime_steps": found,
         "others_slower": {"source": slower(moved, "src"), "destination": slower(moved, "dst")},
         "holds": all(found[name] <= bar for name, bar in BARS.items()),
-    }  # fmt: skip
+    }
 
 
 def slower(rows: list[dict[str, Any]], end: str) -> float | None:
@@ -53,8 +54,14 @@ def main() -> None:
     add_json_option(parser)
     args = parser.parse_args()
     rounds = max(1, args.moves // ROUND)
-    rows = run(args.link, args.contexts, [args.mode] * ROUND, rounds, args.others,
-               crowded=tuple(args.crowded))  # fmt: skip
+    rows = run(
+        args.link,
+        args.contexts,
+        [args.mode] * ROUND,
+        rounds,
+        args.others,
+        crowded=tuple(args.crowded),
+    )
     results = {
         str(context): summary([row for row in rows if row["context"] == context])
         for context in args.contexts

@@ -20,11 +20,20 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 SHAPE = {  # much KV (32 KiB a token in float32) for little to compute
-    "model_type": "llama", "num_hidden_layers": 4, "hidden_size": 64, "head_dim": 64,
-    "num_attention_heads": 16, "num_key_value_heads": 16, "intermediate_size": 64,
-    "vocab_size": 512, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "bos_token_id": 1,
-    "eos_token_id": 2, "tie_word_embeddings": False,
-}  # fmt: skip
+    "model_type": "llama",
+    "num_hidden_layers": 4,
+    "hidden_size": 64,
+    "head_dim": 64,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "intermediate_size": 64,
+    "vocab_size": 512,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
 FLAGS = ["--mca", "pml", "ob1", "--with-ft", "ulfm"]
 LINKS = {  # flags of mpirun
     "shm": [*FLAGS, "--mca", "btl", "sm,self,tcp", "--map-by", ":OVERSUBSCRIBE"],
@@ -42,32 +51,51 @@ LIMIT_S = 60.0  # for anything to happen
 # --- in the benchmark's own process --------------------------------------------------------------
 
 
-def run(link: str, contexts: list[int], modes: list[str | None], repeats: int,
-        others: int = 0, rates: dict[int, str] | None = None,
-        crowded: tuple[int, ...] = (1, 2)) -> list[dict[str, Any]]:  # fmt: skip
+def run(
+    link: str,
+    contexts: list[int],
+    modes: list[str | None],
+    repeats: int,
+    others: int = 0,
+    rates: dict[int, str] | None = None,
+    crowded: tuple[int, ...] = (1, 2),
+) -> list[dict[str, Any]]:
     """One row a move, over this link; modes in turn, since the load of the host changes.
 
     others   requests that each crowded worker decodes meanwhile
     rates    of the link between the two hosts from this repeat on, such as "1gbit"
     """
-    job = {"contexts": contexts, "modes": modes, "repeats": repeats, "others": others,
-           "crowded": crowded, "rates": rates or {}}  # fmt: skip
+    job = {
+        "contexts": contexts,
+        "modes": modes,
+        "repeats": repeats,
+        "others": others,
+        "crowded": crowded,
+        "rates": rates or {},
+    }
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         (directory / "config.json").write_text(json.dumps(SHAPE))
         (directory / "job.json").write_text(json.dumps(job))
         program = ["-n", "3", sys.executable, str(Path(__file__).resolve()), name]
         if link == "shm":
-            mpirun = [str(Path(sys.executable).with_name("mpirun")), "--allow-run-as-root",
-                      "--bind-to", "none"]  # fmt: skip
+            mpirun = [
+                str(Path(sys.executable).with_name("mpirun")),
+                "--allow-run-as-root",
+                "--bind-to",
+                "none",
+            ]
         else:
             subprocess.run([str(HERE / "two_hosts.sh"), "up", link], check=True)
             mpirun = ["bash", str(HERE / "two_hosts.sh"), "mpirun"]
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path}
         try:
-            subprocess.run(["timeout", "-k", "5", "1800", *mpirun, *LINKS[link], *program],
-                           env=environment, check=True)  # fmt: skip
+            subprocess.run(
+                ["timeout", "-k", "5", "1800", *mpirun, *LINKS[link], *program],
+                env=environment,
+                check=True,
+            )
         finally:
             if link != "shm":
                 subprocess.run([str(HERE / "two_hosts.sh"), "down"], check=True)
@@ -266,12 +294,19 @@ class Mover:
         known = self.tokens[request_id]
         self.until(lambda: self.tokens[request_id] > known)
         return {
-            "asked": mode or "chosen", "mode": started.mode, "src": src,
-            "dst": 3 - src, "request": request_id, "start": started.start, "began_s": began_s,
-            "took_s": ended_s - began_s, "predicted_s": started.predicted_s,
-            "num_bytes": ended.num_bytes, "transfer_s": ended.transfer_s,
+            "asked": mode or "chosen",
+            "mode": started.mode,
+            "src": src,
+            "dst": 3 - src,
+            "request": request_id,
+            "start": started.start,
+            "began_s": began_s,
+            "took_s": ended_s - began_s,
+            "predicted_s": started.predicted_s,
+            "num_bytes": ended.num_bytes,
+            "transfer_s": ended.transfer_s,
             "outcome": ended.outcome,
-        }  # fmt: skip
+        }
 
 
 def lead(transport: Any, directory: Path, job: dict[str, Any]) -> None:

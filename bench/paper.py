@@ -35,33 +35,47 @@ SETUPS = {"LLaMA-2-13B, A100-40G": ("llama-2-13b", 16), "LLaMA-2-7B, RTX 4090": 
 PAPER: dict[str, dict[str, dict[str, list[float]]]] = {  # in the order of WORKLOADS
     "LLaMA-2-13B, A100-40G": {
         "gpus": {
-            "best_fit": [33.6, 53.2, 75.0, 54.4], "worst_fit": [34.1, 53.0, 73.2, 53.8],
-            "load_balance": [32.5, 48.7, 66.8, 50.0], "mell": [29.4, 43.0, 56.8, 44.5],
+            "best_fit": [33.6, 53.2, 75.0, 54.4],
+            "worst_fit": [34.1, 53.0, 73.2, 53.8],
+            "load_balance": [32.5, 48.7, 66.8, 50.0],
+            "mell": [29.4, 43.0, 56.8, 44.5],
         },
         "migrations_per_s": {
-            "load_balance": [5.9, 12.2, 18.7, 12.8], "mell": [4.4, 9.0, 15.4, 9.1],
+            "load_balance": [5.9, 12.2, 18.7, 12.8],
+            "mell": [4.4, 9.0, 15.4, 9.1],
         },
         "utilization": {
-            "best_fit": [78, 76, 75, 77], "worst_fit": [76, 76, 76, 77],
-            "load_balance": [79, 81, 82, 81], "mell": [87, 91, 95, 90],
+            "best_fit": [78, 76, 75, 77],
+            "worst_fit": [76, 76, 76, 77],
+            "load_balance": [79, 81, 82, 81],
+            "mell": [87, 91, 95, 90],
         },
     },
     "LLaMA-2-7B, RTX 4090": {
         "gpus": {
-            "best_fit": [32.4, 41.1, 51.4, 39.9], "worst_fit": [29.6, 37.0, 45.5, 36.0],
-            "load_balance": [27.7, 34.1, 41.3, 33.0], "mell": [24.7, 29.8, 35.4, 28.9],
+            "best_fit": [32.4, 41.1, 51.4, 39.9],
+            "worst_fit": [29.6, 37.0, 45.5, 36.0],
+            "load_balance": [27.7, 34.1, 41.3, 33.0],
+            "mell": [24.7, 29.8, 35.4, 28.9],
         },
         "migrations_per_s": {
-            "load_balance": [9.2, 13.0, 19.0, 12.7], "mell": [6.2, 8.7, 11.8, 8.1],
+            "load_balance": [9.2, 13.0, 19.0, 12.7],
+            "mell": [6.2, 8.7, 11.8, 8.1],
         },
         "utilization": {
-            "best_fit": [68, 67, 65, 67], "worst_fit": [74, 74, 73, 74],
-            "load_balance": [79, 79, 80, 80], "mell": [88, 91, 93, 89],
+            "best_fit": [68, 67, 65, 67],
+            "worst_fit": [74, 74, 73, 74],
+            "load_balance": [79, 79, 80, 80],
+            "mell": [88, 91, 93, 89],
         },
     },
-}  # fmt: skip
-SHOWN = {"gpus": "GPUs (time average)", "saved": "GPUs saved against it by {} (%)",
-         "migrations_per_s": "migrations a second", "utilization": "utilisation (%)"}  # fmt: skip
+}
+SHOWN = {
+    "gpus": "GPUs (time average)",
+    "saved": "GPUs saved against it by {} (%)",
+    "migrations_per_s": "migrations a second",
+    "utilization": "utilisation (%)",
+}
 
 
 def simulated(trace: Path, rate_scale: float, model: str, gib: float) -> dict[str, Any]:
@@ -70,10 +84,24 @@ def simulated(trace: Path, rate_scale: float, model: str, gib: float) -> dict[st
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
         command = [
-            sys.executable, "-m", "mellmpi", "simulate", "--trace", str(trace), "--ideal",
-            "--rate-scale", str(rate_scale), "--model", model, "--gpu-kv-gib", str(gib),
-            "--policies", policies, "--json", str(out),
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "mellmpi",
+            "simulate",
+            "--trace",
+            str(trace),
+            "--ideal",
+            "--rate-scale",
+            str(rate_scale),
+            "--model",
+            model,
+            "--gpu-kv-gib",
+            str(gib),
+            "--policies",
+            policies,
+            "--json",
+            str(out),
+        ]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         found: dict[str, Any] = json.loads(out.read_text())
     return found
@@ -84,14 +112,16 @@ def figures(report: dict[str, Any], seconds: float) -> dict[str, dict[str, float
     found = {}
     for name, policy in report["policies"].items():
         found[name] = {
-            "gpus": policy["gpus_mean"], "gpus_peak": policy["gpus_peak"],
+            "gpus": policy["gpus_mean"],
+            "gpus_peak": policy["gpus_peak"],
             "gpus_over_bound": policy["gpus_over_bound"],
             "migrations_per_s": policy["migrations"] / seconds,
             "migrations_per_request": policy["migrations_per_request"],
             "migrated_bytes_per_kv_byte": policy["migrated_bytes_per_kv_byte"],
-            "utilization": 100 * policy["utilization"], "preemptions": policy["preemptions"],
+            "utilization": 100 * policy["utilization"],
+            "preemptions": policy["preemptions"],
             "stall_mean_s": policy["stall_mean_s"],
-        }  # fmt: skip
+        }
     return found
 
 
@@ -168,8 +198,12 @@ def bars(axes: Any, setup: str, figure: str, ours: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--traces", type=Path, default=os.environ.get("MELLMPI_TRACES"),
-                        help="folder of the traces (default: $MELLMPI_TRACES)")  # fmt: skip
+    parser.add_argument(
+        "--traces",
+        type=Path,
+        default=os.environ.get("MELLMPI_TRACES"),
+        help="folder of the traces (default: $MELLMPI_TRACES)",
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write the figures there")
     add_json_option(parser)
     args = parser.parse_args()
@@ -184,10 +218,12 @@ def main() -> None:
         arrivals_s = load(args.traces / file).faster(rate_scale).arrival_s
         seconds = float(arrivals_s[-1] - arrivals_s[0])
         results[setup][name] = {
-            "lower_bound": report["lower_bound"], "requests": report["requests"],
-            "dropped": report["dropped"], "seconds": seconds,
+            "lower_bound": report["lower_bound"],
+            "requests": report["requests"],
+            "dropped": report["dropped"],
+            "seconds": seconds,
             "policies": figures(report, seconds),
-        }  # fmt: skip
+        }
     for setup, ours in results.items():
         console.print(table(setup, ours))
     if args.plot:

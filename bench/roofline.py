@@ -21,11 +21,21 @@ from record import add_json_option, finish
 
 # A billion parameters: enough that a step reads memory rather than starting kernels.
 BILLION = {
-    "model_type": "llama", "num_hidden_layers": 16, "hidden_size": 2048, "head_dim": 64,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 8192,
-    "vocab_size": 32_000, "max_position_embeddings": 8192, "rope_theta": 500_000.0,
-    "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": True,
-}  # fmt: skip
+    "model_type": "llama",
+    "num_hidden_layers": 16,
+    "hidden_size": 2048,
+    "head_dim": 64,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 8192,
+    "vocab_size": 32_000,
+    "max_position_embeddings": 8192,
+    "rope_theta": 500_000.0,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": True,
+}
 TINY = "random:tiny-llama"
 WARM_S = 0.3  # an idle GPU has slow clocks
 CONTEXT = 512  # of what decodes
@@ -101,9 +111,11 @@ class Steps:
             (folder / "config.json").write_text(json.dumps(BILLION))
             model = f"random:{folder / 'config.json'}"
         self.executor = build_executor(
-            resolve(model, folder), ModelConfig(model=model),
-            CacheConfig(kv_cache_memory_bytes=(4 if device != "cpu" else 1) << 30), device=device,
-        )  # fmt: skip
+            resolve(model, folder),
+            ModelConfig(model=model),
+            CacheConfig(kv_cache_memory_bytes=(4 if device != "cpu" else 1) << 30),
+            device=device,
+        )
         self.kv = self.executor.models[0].kv
 
     def plan(self, sequences: int, start: int, num_tokens: int) -> Any:
@@ -111,11 +123,21 @@ class Steps:
 
         greedy = Sampling(9999, 0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, (), None)
         used = -(-(start + num_tokens) // self.kv.block_size)
-        return StepPlan(self.kv.model, tuple(
-            Chunk(i, start, (7,) * num_tokens, list(range(i * used, (i + 1) * used)), greedy,
-                  ((1,), []))
-            for i in range(sequences)
-        ), ())  # fmt: skip
+        return StepPlan(
+            self.kv.model,
+            tuple(
+                Chunk(
+                    i,
+                    start,
+                    (7,) * num_tokens,
+                    list(range(i * used, (i + 1) * used)),
+                    greedy,
+                    ((1,), []),
+                )
+                for i in range(sequences)
+            ),
+            (),
+        )
 
     def work(self, sequences: int, start: int, num_tokens: int) -> tuple[float, float]:
         """(bytes, operations) that such a step cannot do without: weights and KV read once, KV
@@ -132,8 +154,14 @@ class Steps:
         return num_bytes, flops
 
 
-def row(steps: Steps, device: str, ceilings: tuple[float, float], sequences: int, start: int,
-        num_tokens: int) -> dict[str, Any]:  # fmt: skip
+def row(
+    steps: Steps,
+    device: str,
+    ceilings: tuple[float, float],
+    sequences: int,
+    start: int,
+    num_tokens: int,
+) -> dict[str, Any]:
     """One shape of step beside what it cannot be faster than. ceilings: bytes and operations/s."""
     plan = steps.plan(sequences, start, num_tokens)
     step_s = seconds(device, lambda: steps.executor.execute(plan))
@@ -141,12 +169,15 @@ def row(steps: Steps, device: str, ceilings: tuple[float, float], sequences: int
     floor_s = max(num_bytes / ceilings[0], flops / ceilings[1])
     shape = {"decode": sequences} if start else {"prefill": num_tokens}
     return {
-        **shape, "tokens_per_s": round(sequences * num_tokens / step_s, 1),
-        "step_ms": round(1e3 * step_s, 3), "floor_ms": round(1e3 * floor_s, 4),
-        "GBps": round(num_bytes / step_s / 1e9, 1), "TFLOPs": round(flops / step_s / 1e12, 3),
+        **shape,
+        "tokens_per_s": round(sequences * num_tokens / step_s, 1),
+        "step_ms": round(1e3 * step_s, 3),
+        "floor_ms": round(1e3 * floor_s, 4),
+        "GBps": round(num_bytes / step_s / 1e9, 1),
+        "TFLOPs": round(flops / step_s / 1e12, 3),
         "of_memory_bandwidth": round(num_bytes / step_s / ceilings[0], 4),
         "of_matrix_product": round(flops / step_s / ceilings[1], 4),
-    }  # fmt: skip
+    }
 
 
 def roofline(device: str) -> dict[str, Any]:
@@ -155,8 +186,11 @@ def roofline(device: str) -> dict[str, Any]:
         steps = Steps(device, Path(folder))
         shapes = [*((n, CONTEXT - 1, 1) for n in (1, 8, 32)), (1, 0, 512), (1, 0, 2048)]
         rows = [row(steps, device, ceilings, *shape) for shape in shapes]
-    return {"memory_GBps": round(ceilings[0] / 1e9, 1),
-            "matrix_product_TFLOPs": round(ceilings[1] / 1e12, 2), "rows": rows}  # fmt: skip
+    return {
+        "memory_GBps": round(ceilings[0] / 1e9, 1),
+        "matrix_product_TFLOPs": round(ceilings[1] / 1e12, 2),
+        "rows": rows,
+    }
 
 
 def main() -> None:

@@ -155,9 +155,14 @@ def main() -> None:
         for num_workers, found in runs.items()
     }
     config = {
-        "sequences_per_worker": SEQUENCES, "prompt_tokens": PROMPT, "output_tokens": OUTPUT,
-        "simulated_s": TIMED_S, "repeats": REPEATS, "policy": "frugal", "clock": "CPU time",
-    }  # fmt: skip
+        "sequences_per_worker": SEQUENCES,
+        "prompt_tokens": PROMPT,
+        "output_tokens": OUTPUT,
+        "simulated_s": TIMED_S,
+        "repeats": REPEATS,
+        "policy": "frugal",
+        "clock": "CPU time",
+    }
     finish(config, {"by_workers": results}, args.json)
 
 

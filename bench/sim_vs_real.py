@@ -36,11 +36,20 @@ from mellmpi.workload import Workload, gamma, load
 
 BARS = {"active_workers_mean": 0.05, "migrations": 0.20}
 SHAPE = {  # tiny; 1 KiB of KV a token in float32
-    "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "head_dim": 32,
-    "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 256,
-    "vocab_size": 512, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "bos_token_id": 1,
-    "eos_token_id": 2, "tie_word_embeddings": False,
-}  # fmt: skip
+    "model_type": "llama",
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "head_dim": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "intermediate_size": 256,
+    "vocab_size": 512,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
 MESSAGE_S = 3e-4  # from one process of a host to another, when the other is about to look
 
 
@@ -105,13 +114,21 @@ def arena(report: dict[str, Any]) -> tuple[ModelKv, int]:
     )
 
 
-def simulated(report: dict[str, Any], requests: list[tuple[float, Request]],
-              seed: int) -> dict[str, Any]:  # fmt: skip
+def simulated(
+    report: dict[str, Any], requests: list[tuple[float, Request]], seed: int
+) -> dict[str, Any]:
     """The same requests on simulated workers that cost what the real ones did."""
     config, (kv, num_blocks) = Config.from_dict(report["config"]), arena(report)
     cost = CostModel.fitted(report["costs"])
-    spec = WorkerSpec((kv,), num_blocks, config.batch, config.cache, cost.wake_s, SilentExecutor,
-                      cost.step_seconds)  # fmt: skip
+    spec = WorkerSpec(
+        (kv,),
+        num_blocks,
+        config.batch,
+        config.cache,
+        cost.wake_s,
+        SilentExecutor,
+        cost.step_seconds,
+    )
     rng = random.Random(seed)
     sim = AsMeasured([spec] * report["workers"], config.cluster, cost, Network(MESSAGE_S, rng), rng)
     sim.block_bytes, sim.max_events = kv.block_bytes, 10**9
@@ -129,10 +146,13 @@ def figures(report: dict[str, Any]) -> dict[str, float]:
     return {
         "active_workers_mean": report["active_workers_mean"],
         "migrations": sum(moves[mode] for mode in ("transfer", "recompute", "split")),
-        "migrated_bytes": report["migrated_bytes"], "wall_s": report["wall_s"],
-        "preemptions": report["preemptions"], "wakes": report["wakes"],
-        "tpot_ms": report["tpot_ms"]["p50"], "ttft_ms": report["ttft_ms"]["p50"],
-    }  # fmt: skip
+        "migrated_bytes": report["migrated_bytes"],
+        "wall_s": report["wall_s"],
+        "preemptions": report["preemptions"],
+        "wakes": report["wakes"],
+        "tpot_ms": report["tpot_ms"]["p50"],
+        "ttft_ms": report["ttft_ms"]["p50"],
+    }
 
 
 def requests_of(workload: Workload, report: dict[str, Any]) -> Iterator[tuple[float, Request]]:
@@ -149,13 +169,35 @@ def real(args: argparse.Namespace, trace: Path, directory: Path, policy: str) ->
     """One run under mpirun; its report."""
     out = directory / "report.json"
     command = [
-        "bash", str(ROOT / "launch" / "mpirun.sh"), "-n", str(args.workers + 1), sys.executable,
-        str(ROOT / "bench" / "paced.py"), *map(str, args.pace), "run-batch",
-        "--replay", str(trace), "--report", str(out),
-        "--model", args.model, "--dtype", "float32", "--threads", "1", "--device", "cpu",
-        "--kv-cache-memory-bytes", args.kv, "--policy", policy, "--max-model-len",
-        str(args.max_model_len), "--thrift", str(args.thrift),
-    ]  # fmt: skip
+        "bash",
+        str(ROOT / "launch" / "mpirun.sh"),
+        "-n",
+        str(args.workers + 1),
+        sys.executable,
+        str(ROOT / "bench" / "paced.py"),
+        *map(str, args.pace),
+        "run-batch",
+        "--replay",
+        str(trace),
+        "--report",
+        str(out),
+        "--model",
+        args.model,
+        "--dtype",
+        "float32",
+        "--threads",
+        "1",
+        "--device",
+        "cpu",
+        "--kv-cache-memory-bytes",
+        args.kv,
+        "--policy",
+        policy,
+        "--max-model-len",
+        str(args.max_model_len),
+        "--thrift",
+        str(args.thrift),
+    ]
     environment = {**os.environ, "MELLMPI_TIME_LIMIT": str(args.time_limit)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -195,8 +237,14 @@ def show(results: dict[str, Any]) -> None:
             bar = (
                 f"{100 * row['bar']:.0f} % {'ok' if row['holds'] else 'NO'}" if "bar" in row else ""
             )
-            table.add_row(policy, name, f"{row['real']:.4g}", f"{row['simulated']:.4g}",
-                          f"{100 * row['difference']:+.1f} %", bar)  # fmt: skip
+            table.add_row(
+                policy,
+                name,
+                f"{row['real']:.4g}",
+                f"{row['simulated']:.4g}",
+                f"{100 * row['difference']:+.1f} %",
+                bar,
+            )
     Console(stderr=True, width=100).print(table)
 
 
@@ -208,12 +256,21 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--cv", type=float, default=1.0, help="1: Poisson; more: in bursts")
     parser.add_argument("--prompt", type=float, default=40.0, help="its mean prompt, tokens")
     parser.add_argument("--output", type=float, default=120.0, help="its mean answer, tokens")
-    parser.add_argument("--pace", type=float, nargs=3, default=[0.015, 1e-4, 2e-4],
-                        metavar=("STEP", "PREFILL", "DECODE"),
-                        help="seconds of a step, at least: see paced.py")  # fmt: skip
+    parser.add_argument(
+        "--pace",
+        type=float,
+        nargs=3,
+        default=[0.015, 1e-4, 2e-4],
+        metavar=("STEP", "PREFILL", "DECODE"),
+        help="seconds of a step, at least: see paced.py",
+    )
     parser.add_argument("--policies", nargs="+", default=["frugal"])
-    parser.add_argument("--thrift", type=float, default=1.0, help="of frugal: the more, the more "
-                        "it moves, and the more their number says")  # fmt: skip
+    parser.add_argument(
+        "--thrift",
+        type=float,
+        default=1.0,
+        help="of frugal: the more, the more it moves, and the more their number says",
+    )
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--model", help="default: 2 layers of 64, random")
@@ -227,8 +284,11 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
-    workload = load(args.trace) if args.trace else gamma(
-        args.requests, args.rate, args.cv, args.prompt, args.output, seed=0)  # fmt: skip
+    workload = (
+        load(args.trace)
+        if args.trace
+        else gamma(args.requests, args.rate, args.cv, args.prompt, args.output, seed=0)
+    )
     workload = shorter(workload, args.max_model_len)
     results: dict[str, Any] = {}
     reports = []

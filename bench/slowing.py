@@ -22,10 +22,11 @@ SHIFT = 0.2  # of the positions, to be computed rather than sent: it goes anothe
 def shown(row: dict[str, Any]) -> dict[str, Any]:
     """Of one move; `computed` is the share of its positions: 0 transfer, 1 recompute."""
     return {
-        "mode": row["mode"], "computed": round(min(1.0, row["start"] / row["context"]), 2),
+        "mode": row["mode"],
+        "computed": round(min(1.0, row["start"] / row["context"]), 2),
         "predicted_ms": round(1e3 * row["predicted_s"], 1),
         "took_ms": round(1e3 * row["took_s"], 1),
-    }  # fmt: skip
+    }
 
 
 def verdict(before: list[float], after: list[float]) -> dict[str, Any]:

@@ -61,9 +61,18 @@ def request(request_id: int, prompt: list[int], num_out: int) -> Any:
     from mellmpi.protocol import Request, Sampling
 
     sampling = Sampling(
-        max_tokens=num_out, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
-        presence_penalty=0.0, frequency_penalty=0.0, seed=0, stop_token_ids=(), num_logprobs=None,
-    )  # fmt: skip
+        max_tokens=num_out,
+        temperature=0.0,
+        top_k=0,
+        top_p=1.0,
+        min_p=0.0,
+        repetition_penalty=1.0,
+        presence_penalty=0.0,
+        frequency_penalty=0.0,
+        seed=0,
+        stop_token_ids=(),
+        num_logprobs=None,
+    )
     return Request(request_id, "m", tuple(prompt), sampling, None)
 
 
@@ -84,14 +93,24 @@ class Server:
         loops.REPORT_EVERY_S = 0.0  # every step is told of, so that gaps are those of the steps
         cache = CacheConfig(kv_cache_memory_bytes=1 << 30)
         model = ModelConfig(model=str(directory), served_model_name="m")
-        build = partial(build_engine, [directory], [model], cache, hosted=["m"], device="cpu",
-                        num_threads=threads)  # fmt: skip
+        build = partial(
+            build_engine,
+            [directory],
+            [model],
+            cache,
+            hosted=["m"],
+            device="cpu",
+            num_threads=threads,
+        )
         network = LocalNetwork(1)
         measure = partial(measured_steps, most_positions=8192, clock=time.perf_counter)
         self.worker = loops.Worker(
-            network.transports[1], build, BatchConfig(target_step_ms=target_step_ms), cache,
+            network.transports[1],
+            build,
+            BatchConfig(target_step_ms=target_step_ms),
+            cache,
             measure=measure,
-        )  # fmt: skip
+        )
         config = ClusterConfig(park_after_s=1e9)
         scheduler = ClusterScheduler(1, config, policy_for("worst_fit", "never"))
         self.loop = SchedulerLoop(network.transports[0], scheduler, Metrics(), time.perf_counter)
@@ -110,10 +129,14 @@ class Server:
 
 def stalls(server: Server, args: argparse.Namespace) -> dict[str, float]:
     """Gaps between tokens of those that decode, in ms, before and while prompts are prefilled."""
-    decoding = [request(i, p, args.num_out) for i, p in enumerate(
-        make_prompts(args.decoding, 64, 1), start=1)]  # fmt: skip
-    long = [request(1000 + i, p, 1) for i, p in enumerate(
-        make_prompts(args.prompts, args.prompt_tokens, 2))]  # fmt: skip
+    decoding = [
+        request(i, p, args.num_out)
+        for i, p in enumerate(make_prompts(args.decoding, 64, 1), start=1)
+    ]
+    long = [
+        request(1000 + i, p, 1)
+        for i, p in enumerate(make_prompts(args.prompts, args.prompt_tokens, 2))
+    ]
     quiet_s = args.quiet_s
     front = Front([(0.0, r) for r in decoding] + [(quiet_s, r) for r in long])
     server.run(front)
@@ -129,11 +152,14 @@ def stalls(server: Server, args: argparse.Namespace) -> dict[str, float]:
     decode_only_ms = 1e3 * statistics.median(before)
     ttft = [front.times[r.id][0] - front.start_s - quiet_s for r in long]
     return {
-        "decode_only_ms": decode_only_ms, "p50_ms": 1e3 * quantile(during, 0.5),
-        "p99_ms": 1e3 * quantile(during, 0.99), "max_ms": 1e3 * max(during),
+        "decode_only_ms": decode_only_ms,
+        "p50_ms": 1e3 * quantile(during, 0.5),
+        "p99_ms": 1e3 * quantile(during, 0.99),
+        "max_ms": 1e3 * max(during),
         "p99_over_decode_only": 1e3 * quantile(during, 0.99) / decode_only_ms,
-        "gaps": len(during), "last_prompt_s": max(ttft),
-    }  # fmt: skip
+        "gaps": len(during),
+        "last_prompt_s": max(ttft),
+    }
 
 
 def saturated(server: Server, args: argparse.Namespace) -> float:

@@ -109,9 +109,13 @@ def main() -> None:
     directory = resolve(args.model, args.cache_dir)
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     asked = prompts(tokenizer, args.prompts, 10, 1000)
-    executor = build_executor(directory, ModelConfig(model=args.model, dtype="float32"),
-                              CacheConfig(kv_cache_memory_bytes=4 << 30), device="cpu",
-                              num_threads=args.threads)  # fmt: skip
+    executor = build_executor(
+        directory,
+        ModelConfig(model=args.model, dtype="float32"),
+        CacheConfig(kv_cache_memory_bytes=4 << 30),
+        device="cpu",
+        num_threads=args.threads,
+    )
     runs = {batch: decode(executor, asked, args.tokens, batch) for batch in args.batches}
     executor.release()
     torch.set_num_threads(args.threads)

@@ -22,8 +22,9 @@ def receive(transport: Transport, between: Callable[[], Any] = lambda: None) -> 
             transport.wait(1.0)
 
 
-def finish_transfer(transport: Transport, transfer: Any,
-                    between: Callable[[], Any] = lambda: None) -> None:  # fmt: skip
+def finish_transfer(
+    transport: Transport, transfer: Any, between: Callable[[], Any] = lambda: None
+) -> None:
     while not transfer.done:
         moved = transport.progress()
         if between() is None and not moved:
@@ -46,8 +47,9 @@ def send(transport: Transport, num_blocks: int) -> float:
     return elapsed_s
 
 
-def accept(transport: Transport, places: list[int],
-           between: Callable[[], Any] = lambda: None) -> float:  # fmt: skip
+def accept(
+    transport: Transport, places: list[int], between: Callable[[], Any] = lambda: None
+) -> float:
     """The same, at worker 2, into other places: seconds from header to last block."""
     assert receive(transport, between).num_blocks == len(places)
     transfer = transport.receive_blocks(1, 2, places)

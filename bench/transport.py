@@ -56,8 +56,9 @@ IDLE_S = 3.0
 # --- measurements, at worker 1 with worker 2 in step ---------------------------------------------
 
 
-def idle(comm: Any, ends: dict[str, Transport], num_blocks: int, block_bytes: int,
-         repeats: int) -> dict[str, Any]:  # fmt: skip
+def idle(
+    comm: Any, ends: dict[str, Transport], num_blocks: int, block_bytes: int, repeats: int
+) -> dict[str, Any]:
     """All competitors while nobody computes."""
     arena = HostArena(num_blocks, block_bytes)
     places = random.Random(0).sample(range(num_blocks), num_blocks)
@@ -95,16 +96,29 @@ class Decoder:
 
         directory = resolve("smollm2", Path.home() / ".cache" / "mellmpi")
         self.executor = build_executor(
-            directory, ModelConfig(model="smollm2"), CacheConfig(kv_cache_memory_bytes=512 << 20),
-            device="cpu", num_threads=num_threads,
-        )  # fmt: skip
+            directory,
+            ModelConfig(model="smollm2"),
+            CacheConfig(kv_cache_memory_bytes=512 << 20),
+            device="cpu",
+            num_threads=num_threads,
+        )
         greedy = Sampling(999, 0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, (), None)
         used = -(-CONTEXT // 16)
-        self.plan = StepPlan(self.executor.models[0].kv.model, tuple(
-            Chunk(i, CONTEXT - 1, (100 + i,), list(range(i * used, (i + 1) * used)), greedy,
-                  ((1,), []))
-            for i in range(REQUESTS)
-        ), ())  # fmt: skip
+        self.plan = StepPlan(
+            self.executor.models[0].kv.model,
+            tuple(
+                Chunk(
+                    i,
+                    CONTEXT - 1,
+                    (100 + i,),
+                    list(range(i * used, (i + 1) * used)),
+                    greedy,
+                    ((1,), []),
+                )
+                for i in range(REQUESTS)
+            ),
+            (),
+        )
         self.places = list(range(REQUESTS * used, REQUESTS * used + DECODE_BLOCKS))
         self.steps: list[float] = []
 
@@ -230,11 +244,13 @@ def inside(link: str, repeats: int, output: Path) -> None:
     job, comm = MpiJob(), MPI.COMM_WORLD
     ends = {
         kind: job.connect(
-            0.005, checksums="always" if kind == "checked" else "never", carried=kind != "steps",
+            0.005,
+            checksums="always" if kind == "checked" else "never",
+            carried=kind != "steps",
             reading=link == READING and kind != "messages",
         )
         for kind in (*KINDS, *(["messages"] if link == READING else []))
-    }  # fmt: skip
+    }
     end, results = ends["carried"], {}
     if end.worker in (1, 2):
         results = {
@@ -270,9 +286,11 @@ def run(link: str, repeats: int) -> dict[str, Any]:
         program += ["--inside", output.name]
         try:
             subprocess.run(
-                [*launcher, *OB1, *LINKS[link], "-n", "4", *program], check=True, timeout=300,
+                [*launcher, *OB1, *LINKS[link], "-n", "4", *program],
+                check=True,
+                timeout=300,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )  # fmt: skip
+            )
             return json.loads(output.read())
         finally:
             if link == "10gbit":

@@ -74,8 +74,10 @@ class BatchConfig:
             f"({self.max_num_batched_tokens} < {self.max_num_seqs})",
         )
         target_ms = self.target_step_ms
-        _check(target_ms is None or 0 < target_ms < float("inf"),
-               f"--target-step-ms must be over 0, not {target_ms}")  # fmt: skip
+        _check(
+            target_ms is None or 0 < target_ms < float("inf"),
+            f"--target-step-ms must be over 0, not {target_ms}",
+        )
 
     @property
     def target_step_s(self) -> float | None:
@@ -136,8 +138,10 @@ class Config:
         names = [model.name for model in self.models]
         double = next((name for name in names if names.count(name) > 1), None)
         _check(double is None, f"two models are called {double}: give each a --served-model-name")
-        _check(len(names) == 1 or self.model.chat_template is None,
-               "--chat-template goes with one --model")  # fmt: skip
+        _check(
+            len(names) == 1 or self.model.chat_template is None,
+            "--chat-template goes with one --model",
+        )
         for name in (name for hosted in self.worker_models for name in hosted):
             _check(name in names, f"--worker-models {name}: there are {', '.join(names)}")
 
@@ -159,8 +163,12 @@ class Config:
     @staticmethod
     def from_dict(data: dict[str, Any]) -> "Config":
         """The configuration that `to_dict` wrote."""
-        sections = {"cache": CacheConfig, "batch": BatchConfig, "cluster": ClusterConfig,
-                    "transport": TransportConfig}  # fmt: skip
+        sections = {
+            "cache": CacheConfig,
+            "batch": BatchConfig,
+            "cluster": ClusterConfig,
+            "transport": TransportConfig,
+        }
         given = {k: sections[k](**v) if k in sections else v for k, v in data.items()}
         given["models"] = tuple(ModelConfig(**model) for model in data["models"])
         given["worker_models"] = tuple(tuple(hosted) for hosted in data["worker_models"])
@@ -186,8 +194,11 @@ class Options:
     cache_dir: str | None = None  # None: the user's cache directory
 
     def __post_init__(self) -> None:
-        scales = {"--rate-scale": self.rate_scale, "--length-scale": self.length_scale,
-                  "--max-requests": self.max_requests}  # fmt: skip
+        scales = {
+            "--rate-scale": self.rate_scale,
+            "--length-scale": self.length_scale,
+            "--max-requests": self.max_requests,
+        }
         given = [flag for flag, value in scales.items() if value is not None]
         if self.replay is None and given:
             raise ValueError(f"{given[0]} goes with --replay TRACE")
@@ -198,5 +209,7 @@ class Options:
         if self.input_file is not None:
             raise ValueError("requests come from -i FILE or from --replay TRACE: leave one out")
         if self.request_rate is not None:
-            raise ValueError("a replay has the arrivals of its trace; in place of --request-rate, "
-                             "--rate-scale X makes them X times as fast")  # fmt: skip
+            raise ValueError(
+                "a replay has the arrivals of its trace; in place of --request-rate, "
+                "--rate-scale X makes them X times as fast"
+            )

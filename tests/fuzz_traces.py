@@ -24,10 +24,30 @@ VALID = tuple(
 )
 PIECES = (
     *(bytes([byte]) for byte in b'\0\r\n\t,;"{}[]:-. 0\xff\xe9'),
-    b"", b"\n\n", b"\xef\xbb\xbf", b"\xff\xfe", b"\x1f\x8b", b"nan", b"inf", b"1e400", b"-1",
-    b"0x10", b"1_000", b"true", b"null", b"NaN", b"9" * 30, b"9" * 5000, b"[" * 5000, b"2147483648",
-    b"\\ud800", "１".encode(), b"2024-02-30 00:00:00+25:00", b'"timestamp"', b"TIMESTAMP",
-)  # fmt: skip
+    b"",
+    b"\n\n",
+    b"\xef\xbb\xbf",
+    b"\xff\xfe",
+    b"\x1f\x8b",
+    b"nan",
+    b"inf",
+    b"1e400",
+    b"-1",
+    b"0x10",
+    b"1_000",
+    b"true",
+    b"null",
+    b"NaN",
+    b"9" * 30,
+    b"9" * 5000,
+    b"[" * 5000,
+    b"2147483648",
+    b"\\ud800",
+    "１".encode(),
+    b"2024-02-30 00:00:00+25:00",
+    b'"timestamp"',
+    b"TIMESTAMP",
+)
 
 
 def damaged(rng: random.Random, valid: bytes) -> bytes:

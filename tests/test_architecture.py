@@ -10,9 +10,21 @@ from pathlib import Path
 import pytest
 
 ROOMS = {
-    "cli", "protocol", "config", "models", "scheduler", "worker", "costs", "engine", "transport", "frontend",
-    "runtime", "telemetry", "workload", "sim",
-}  # fmt: skip
+    "cli",
+    "protocol",
+    "config",
+    "models",
+    "scheduler",
+    "worker",
+    "costs",
+    "engine",
+    "transport",
+    "frontend",
+    "runtime",
+    "telemetry",
+    "workload",
+    "sim",
+}
 MAY_IMPORT = {  # part of the package -> what of ours it may import, beside itself
     "__init__": set(),
     "__main__": {"cli"},
@@ -37,9 +49,21 @@ COMMANDS = {  # (file, module) past a door: the command line loads the one comma
     ("cli/parser.py", "runtime/launch"),
 }
 IMPURE = {
-    "asyncio", "logging", "mpi4py", "multiprocessing", "os", "pathlib", "random", "secrets",
-    "socket", "subprocess", "sys", "threading", "time", "torch",
-}  # fmt: skip
+    "asyncio",
+    "logging",
+    "mpi4py",
+    "multiprocessing",
+    "os",
+    "pathlib",
+    "random",
+    "secrets",
+    "socket",
+    "subprocess",
+    "sys",
+    "threading",
+    "time",
+    "torch",
+}
 MAY_NOT_IMPORT = {  # part -> modules that it must do without
     "scheduler": IMPURE,
     "worker": IMPURE,

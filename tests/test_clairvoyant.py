@@ -22,8 +22,14 @@ print(json.dumps(runs | {"search": by_search(case, load, 2)}))
 
 @pytest.fixture(scope="module")
 def runs():
-    done = subprocess.run([sys.executable, "-c", RUNS], cwd=BENCH, text=True, capture_output=True,
-                          env=os.environ | {"NUMBA_DISABLE_JIT": "1"}, check=False)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", RUNS],
+        cwd=BENCH,
+        text=True,
+        capture_output=True,
+        env=os.environ | {"NUMBA_DISABLE_JIT": "1"},
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -18,9 +18,12 @@ def test_the_defaults_are_valid_and_survive_the_broadcast():
 def test_what_was_set_survives_the_broadcast():
     config = Config(
         models=(ModelConfig(model="x", dtype="float32"), ModelConfig(model="y")),
-        worker_models=(("x",), ("x", "y")), batch=BatchConfig(max_num_seqs=3),
-        cache=CacheConfig(block_size=8), cluster=ClusterConfig(policy="best_fit"), threads=2,
-    )  # fmt: skip
+        worker_models=(("x",), ("x", "y")),
+        batch=BatchConfig(max_num_seqs=3),
+        cache=CacheConfig(block_size=8),
+        cluster=ClusterConfig(policy="best_fit"),
+        threads=2,
+    )
     back = Config.from_dict(config.to_dict())
     assert back == config and type(back.batch) is BatchConfig
 

@@ -119,8 +119,13 @@ def test_copies_are_right_only_if_every_block_comes_back_as_it_was(load, monkeyp
 def test_the_checks_that_start_jobs_can_be_rehearsed(tmp_path):
     found = tmp_path / "found.json"
     command = [sys.executable, "bench/device_checks.py", "--rehearse", "--json", str(found)]
-    done = subprocess.run([*command, "--only", "self_test", "doctor"], cwd=BENCH.parent,
-                          capture_output=True, text=True, timeout=170)  # fmt: skip
+    done = subprocess.run(
+        [*command, "--only", "self_test", "doctor"],
+        cwd=BENCH.parent,
+        capture_output=True,
+        text=True,
+        timeout=170,
+    )
     assert done.returncode == 0, done.stderr
     results = json.loads(found.read_text())["results"]
     assert results["self_test"]["device_buffers_work"]

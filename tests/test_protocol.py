@@ -22,8 +22,9 @@ from mellmpi.protocol import (
     encode,
 )
 
-LOGPROB = st.tuples(st.floats(-9, 0), st.lists(st.integers(0, 9)).map(tuple),
-                    st.lists(st.floats(-9, 0)).map(tuple))  # fmt: skip
+LOGPROB = st.tuples(
+    st.floats(-9, 0), st.lists(st.integers(0, 9)).map(tuple), st.lists(st.floats(-9, 0)).map(tuple)
+)
 
 
 def values(hint: object) -> st.SearchStrategy:
@@ -38,9 +39,13 @@ def values(hint: object) -> st.SearchStrategy:
     if args:  # a union
         return st.one_of(*map(values, args))
     return {
-        int: st.integers(-(2**63), 2**64 - 1), float: st.floats(allow_nan=False), str: st.text(),
-        bool: st.booleans(), type(None): st.none(), bytes: st.binary(),
-    }[hint]  # fmt: skip
+        int: st.integers(-(2**63), 2**64 - 1),
+        float: st.floats(allow_nan=False),
+        str: st.text(),
+        bool: st.booleans(),
+        type(None): st.none(),
+        bytes: st.binary(),
+    }[hint]
 
 
 def messages(cls: type) -> st.SearchStrategy:

@@ -23,14 +23,36 @@ def start_server(args: argparse.Namespace, port: int) -> subprocess.Popen:
     threads, slots = str(args.threads), args.max_requests
     return subprocess.Popen(
         [
-            args.server, "--model", args.model, "--host", "127.0.0.1", "--port", str(port),
-            "--threads", threads, "--threads-batch", threads, "--threads-http", str(slots + 2),
-            "--parallel", str(slots), "--ctx-size", str(slots * args.max_len), "--no-kv-unified",
-            "--cache-ram", "0", "--no-cache-prompt", "--no-webui",
-            "--cache-type-k", args.kv_type, "--cache-type-v", args.kv_type,
+            args.server,
+            "--model",
+            args.model,
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--threads",
+            threads,
+            "--threads-batch",
+            threads,
+            "--threads-http",
+            str(slots + 2),
+            "--parallel",
+            str(slots),
+            "--ctx-size",
+            str(slots * args.max_len),
+            "--no-kv-unified",
+            "--cache-ram",
+            "0",
+            "--no-cache-prompt",
+            "--no-webui",
+            "--cache-type-k",
+            args.kv_type,
+            "--cache-type-v",
+            args.kv_type,
         ],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
 
 
 def wait_until_healthy(server: subprocess.Popen, url: str) -> None:
@@ -46,9 +68,14 @@ def wait_until_healthy(server: subprocess.Popen, url: str) -> None:
 
 def complete(url: str, prompt: list[int], num_out: int) -> list[int]:
     body = {
-        "prompt": prompt, "n_predict": num_out, "ignore_eos": True, "temperature": 0,
-        "cache_prompt": False, "return_tokens": True, "stream": False,
-    }  # fmt: skip
+        "prompt": prompt,
+        "n_predict": num_out,
+        "ignore_eos": True,
+        "temperature": 0,
+        "cache_prompt": False,
+        "return_tokens": True,
+        "stream": False,
+    }
     request = urllib.request.Request(
         url + "/completion", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
@@ -76,9 +103,10 @@ def main() -> None:
         wait_until_healthy(server, url)
         with ThreadPoolExecutor(args.max_requests) as pool:
             answer(
-                say, version(args.server),
+                say,
+                version(args.server),
                 lambda prompts, n: list(pool.map(lambda ids: complete(url, ids, n), prompts)),
-            )  # fmt: skip
+            )
     finally:
         server.terminate()
         server.wait()

@@ -16,23 +16,35 @@ import mellmpi
 
 def line(index: int, prompt: list[int], num_out: int) -> str:
     body = {
-        "model": "m", "prompt": prompt, "max_tokens": num_out, "temperature": 0,
-        "ignore_eos": True, "return_token_ids": True,
-    }  # fmt: skip
+        "model": "m",
+        "prompt": prompt,
+        "max_tokens": num_out,
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+    }
     entry = {"custom_id": str(index), "method": "POST", "url": "/v1/completions", "body": body}
     return json.dumps(entry) + "\n"
 
 
 def start(args: argparse.Namespace) -> subprocess.Popen:
     flags = {
-        "--model": args.model, "--served-model-name": "m", "--dtype": "bfloat16", "--device": "cpu",
-        "--threads": args.threads, "--max-num-seqs": args.max_requests, "-i": "-", "-o": "-",
-    }  # fmt: skip
+        "--model": args.model,
+        "--served-model-name": "m",
+        "--dtype": "bfloat16",
+        "--device": "cpu",
+        "--threads": args.threads,
+        "--max-num-seqs": args.max_requests,
+        "-i": "-",
+        "-o": "-",
+    }
     command = [sys.executable, "-m", "mellmpi", "run-batch"]
     return subprocess.Popen(
         [*command, *(str(x) for flag in flags.items() for x in flag)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
 
 class Runner:

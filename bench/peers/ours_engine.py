@@ -55,9 +55,12 @@ def main() -> None:
     args = parser.parse_args()
     batch, cache = BatchConfig(max_num_seqs=args.max_requests), CacheConfig()
     executor = build_executor(
-        args.model, ModelConfig(model=str(args.model)), cache, device="cpu",
+        args.model,
+        ModelConfig(model=str(args.model)),
+        cache,
+        device="cpu",
         num_threads=args.threads,
-    )  # fmt: skip
+    )
     worker = Worker(executor, batch, cache)
     model = type(executor.model).__name__
     answer(say, f"mellmpi {mellmpi.__version__} ({model}), torch {torch.__version__}", worker.run)

@@ -25,9 +25,13 @@ def main() -> None:
     def run(prompts: list[list[int]], num_out: int) -> list[list[int]]:
         ids = torch.tensor(prompts)
         out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False,
-            min_new_tokens=num_out, max_new_tokens=num_out, pad_token_id=0,
-        )  # fmt: skip
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            min_new_tokens=num_out,
+            max_new_tokens=num_out,
+            pad_token_id=0,
+        )
         return out[:, ids.shape[1] :].tolist()
 
     answer(say, f"transformers {transformers.__version__}, torch {torch.__version__}", run)

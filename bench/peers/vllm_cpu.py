@@ -27,9 +27,14 @@ def main() -> None:
     from vllm import LLM, SamplingParams  # reads the environment
 
     llm = LLM(
-        args.model, dtype="bfloat16", max_model_len=args.max_len, max_num_seqs=args.max_requests,
-        enable_prefix_caching=False, disable_log_stats=True, seed=0,
-    )  # fmt: skip
+        args.model,
+        dtype="bfloat16",
+        max_model_len=args.max_len,
+        max_num_seqs=args.max_requests,
+        enable_prefix_caching=False,
+        disable_log_stats=True,
+        seed=0,
+    )
 
     def run(prompts: list[list[int]], num_out: int) -> list[list[int]]:
         params = SamplingParams(

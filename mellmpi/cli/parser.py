@@ -80,9 +80,11 @@ class _Parser(argparse.ArgumentParser):
 def make_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = _Parser(
-        prog="python -m mellmpi", description="Serve LLMs on as few GPUs as hold the load.",
-        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+        prog="python -m mellmpi",
+        description="Serve LLMs on as few GPUs as hold the load.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--version", action="version", version=f"mellmpi {__version__}")
     config = {"metavar": "FILE.yaml", "default": argparse.SUPPRESS, "help": "flags as YAML keys"}
     parser.add_argument("--config", **config)
@@ -162,8 +164,10 @@ def _from_file(name: str | None) -> dict[str, Any]:
         with open_filled(Path(name)) as file:
             entries = yaml.safe_load(file.read().decode("utf-8-sig")) or {}
     except UnicodeDecodeError as error:
-        raise UsageError(f"--config {name} is not UTF-8 text; type  iconv -f LATIN1 -t UTF-8 "
-                         f"{name} > config.yaml  and give that") from error  # fmt: skip
+        raise UsageError(
+            f"--config {name} is not UTF-8 text; type  iconv -f LATIN1 -t UTF-8 "
+            f"{name} > config.yaml  and give that"
+        ) from error
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         why = " ".join(str(error).split())
         raise UsageError(f"--config {name} cannot be read: {why}") from error
@@ -209,8 +213,10 @@ def _models(values: dict[str, Any]) -> tuple[ModelConfig, ...]:
     models = common.pop("model", [ModelConfig().model])
     names = common.pop("served_model_name", [None] * len(models))
     if len(names) != len(models):
-        raise ValueError(f"{len(models)} --model and {len(names)} --served-model-name: give each "
-                         "model one, or none of them")  # fmt: skip
+        raise ValueError(
+            f"{len(models)} --model and {len(names)} --served-model-name: give each "
+            "model one, or none of them"
+        )
     pairs = zip(models, names, strict=True)
     return tuple(ModelConfig(model=m, served_model_name=name, **common) for m, name in pairs)
 

@@ -35,8 +35,9 @@ class Estimates:
         """What a move takes whose bytes and computing, whichever is longer, take `work_s`."""
         return self._of(mode, hosts).took_s(wait_s, work_s)
 
-    def took(self, mode: str, hosts: tuple[int, int], wait_s: float, work_s: float,
-             took_s: float) -> None:  # fmt: skip
+    def took(
+        self, mode: str, hosts: tuple[int, int], wait_s: float, work_s: float, took_s: float
+    ) -> None:
         """A move, or its pause, is over; so much was expected of its waiting and its work."""
         self._of(mode, hosts).add(wait_s, work_s, took_s)
         self._of(mode).add(wait_s, work_s, took_s)

@@ -25,8 +25,9 @@ class StepBudget:
     max_tokens: int  # prompt and output tokens together
     target_s: float | None = None  # None: twice a step that only decodes, at least 50 ms
 
-    def prompt_s(self, seconds: StepSeconds, num_decoding: int, num_prompts: int = 1,
-                 closing: bool = False) -> float:  # fmt: skip
+    def prompt_s(
+        self, seconds: StepSeconds, num_decoding: int, num_prompts: int = 1, closing: bool = False
+    ) -> float:
         """Time for prompts in a step that decodes so many sequences; inf where nothing is known.
 
         num_prompts  that have yet to be computed. Where there are more of them than sequences that

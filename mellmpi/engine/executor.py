@@ -111,9 +111,12 @@ def build_executor(
 
 
 def load_model(
-    directory: Path, model_config: ModelConfig, cache_config: CacheConfig, on: torch.device,
+    directory: Path,
+    model_config: ModelConfig,
+    cache_config: CacheConfig,
+    on: torch.device,
     plain_torch: bool = False,
-) -> Model:  # fmt: skip
+) -> Model:
     """A model, ready to run on this device."""
     dtype = getattr(torch, model_config.dtype)
     arch, tensors = weights.load(directory, dtype, on, model_config.seed)

@@ -42,9 +42,14 @@ class SharedEngine:
 
 
 def build_engine(
-    directories: Sequence[Path], models: Sequence[ModelConfig], cache: CacheConfig, *,
-    hosted: Sequence[str], device: str = "auto", num_threads: int | None = None,
-) -> SharedEngine:  # fmt: skip
+    directories: Sequence[Path],
+    models: Sequence[ModelConfig],
+    cache: CacheConfig,
+    *,
+    hosted: Sequence[str],
+    device: str = "auto",
+    num_threads: int | None = None,
+) -> SharedEngine:
     """Load the hosted ones of these models and allocate their arena; also the way to wake up.
 
     directories of the models, one each
@@ -59,12 +64,17 @@ def build_engine(
         torch.set_num_threads(num_threads)
     pairs = list(zip(directories, models, strict=True))
     everywhere = shared([geometry_of(Architecture.from_directory(d), m, cache) for d, m in pairs])
-    mine = [(pair, geometry) for pair, geometry in zip(pairs, everywhere, strict=True)
-            if geometry.model in hosted]  # fmt: skip
+    mine = [
+        (pair, geometry)
+        for pair, geometry in zip(pairs, everywhere, strict=True)
+        if geometry.model in hosted
+    ]
     loaded = [load_model(directory, model, cache, on) for (directory, model), _ in mine]
     geometries = [as_laid_out(g, model) for (_, g), model in zip(mine, loaded, strict=True)]
     arena = KvArena(geometries[0], num_blocks(geometries[0], cache, on), on)
-    return SharedEngine([
-        Executor(model, arena.seen_as(geometry))
-        for model, geometry in zip(loaded, geometries, strict=True)
-    ])  # fmt: skip
+    return SharedEngine(
+        [
+            Executor(model, arena.seen_as(geometry))
+            for model, geometry in zip(loaded, geometries, strict=True)
+        ]
+    )

@@ -169,9 +169,10 @@ class BatchJob:
         first = self._seen.setdefault(custom_id, number)
         if first != number:
             raise BadRequest(
-                f"custom_id {custom_id!r} was already used on line {first}", "custom_id",
+                f"custom_id {custom_id!r} was already used on line {first}",
+                "custom_id",
                 "duplicate_custom_id",
-            )  # fmt: skip
+            )
         self.counts.skipped += custom_id in self.finished
         return custom_id in self.finished
 
@@ -228,8 +229,9 @@ def batch_line(
 def _fault(custom_id: str | None, error: Exception) -> BadRequest:
     """An error of ours while we dealt with one request, as that request's error."""
     log.exception("request %r failed", custom_id, exc_info=error)
-    return BadRequest(f"an internal error ({type(error).__name__}: {error})",
-                      code="internal_error", status=500)  # fmt: skip
+    return BadRequest(
+        f"an internal error ({type(error).__name__}: {error})", code="internal_error", status=500
+    )
 
 
 def parse_line(line: Line) -> Json:

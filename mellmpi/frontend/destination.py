@@ -64,8 +64,10 @@ class Destination:
         try:
             return finished_ids(self.descriptor, os.path.realpath(self.path))
         except OSError as error:
-            raise UsageError(f"{self} has lines that failed, which cannot be taken out of it: "
-                             f"{error.strerror}; {self._advice()}") from error  # fmt: skip
+            raise UsageError(
+                f"{self} has lines that failed, which cannot be taken out of it: "
+                f"{error.strerror}; {self._advice()}"
+            ) from error
         except ValueError as error:
             raise UsageError(f"{self.flag} {error}") from error
 

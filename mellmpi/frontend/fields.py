@@ -6,33 +6,85 @@ from collections.abc import Mapping
 from typing import Any
 
 SHARED = (
-    "model", "max_tokens", "temperature", "top_p", "top_k", "min_p", "n", "stop", "seed",
-    "stop_token_ids", "ignore_eos", "presence_penalty", "frequency_penalty",
-    "repetition_penalty", "logprobs", "stream", "stream_options", "return_token_ids",
-)  # fmt: skip
-OF_CHAT = ("messages", "max_completion_tokens", "top_logprobs", "add_generation_prompt",
-           "chat_template_kwargs")  # fmt: skip
+    "model",
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "n",
+    "stop",
+    "seed",
+    "stop_token_ids",
+    "ignore_eos",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "logprobs",
+    "stream",
+    "stream_options",
+    "return_token_ids",
+)
+OF_CHAT = (
+    "messages",
+    "max_completion_tokens",
+    "top_logprobs",
+    "add_generation_prompt",
+    "chat_template_kwargs",
+)
 OF_COMPLETIONS = ("prompt",)
 IGNORED = (  # bookkeeping of the client's, without influence on the answer
-    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
-    "prompt_cache_retention", "parallel_tool_calls", "request_id",
-)  # fmt: skip
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "parallel_tool_calls",
+    "request_id",
+)
 # Known, but not to be had here: whoever asks for one must hear of it. With each, the value that
 # asks for nothing (null always does).
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "allowed_token_ids": (), "audio": (), "bad_words": ([],), "beam_width": (1,),
-    "best_of": (1,), "chat_template": (), "continue_final_message": (False,), "documents": ([],),
-    "early_stopping": (False,), "echo": (False,), "function_call": ("none",),
-    "functions": ([],), "guided_choice": (), "guided_grammar": (), "guided_json": (),
-    "guided_regex": (), "include_stop_str_in_output": (False,), "length_penalty": (1,),
-    "logit_bias": ({},), "logits_processors": ([],), "min_tokens": (0,),
-    "modalities": (["text"],), "prediction": (), "priority": (0,), "prompt_logprobs": (),
-    "reasoning_effort": (), "response_format": ({"type": "text"},),
-    "skip_special_tokens": (True,), "spaces_between_special_tokens": (True,),
-    "structured_outputs": (), "suffix": ("",), "tool_choice": ("none", "auto"), "tools": ([],),
-    "truncate_prompt_tokens": (), "use_beam_search": (False,), "verbosity": (),
+    "allowed_token_ids": (),
+    "audio": (),
+    "bad_words": ([],),
+    "beam_width": (1,),
+    "best_of": (1,),
+    "chat_template": (),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "early_stopping": (False,),
+    "echo": (False,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
+    "logit_bias": ({},),
+    "logits_processors": ([],),
+    "min_tokens": (0,),
+    "modalities": (["text"],),
+    "prediction": (),
+    "priority": (0,),
+    "prompt_logprobs": (),
+    "reasoning_effort": (),
+    "response_format": ({"type": "text"},),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "structured_outputs": (),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+    "verbosity": (),
     "web_search_options": (),
-}  # fmt: skip
+}
 
 
 class BadRequest(Exception):
@@ -95,9 +147,14 @@ class Fields:
         return value
 
     def number(
-        self, name: str, default: float, low: float, high: float | None = None,
-        *, low_open: bool = False,
-    ) -> float:  # fmt: skip
+        self,
+        name: str,
+        default: float,
+        low: float,
+        high: float | None = None,
+        *,
+        low_open: bool = False,
+    ) -> float:
         value = self._body.get(name)
         if value is None:
             return default

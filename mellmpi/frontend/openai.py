@@ -46,8 +46,10 @@ class Served:
             raise BadRequest(
                 f"the model {name!r} does not exist here; this server has "
                 + ", ".join(map(repr, self.models)),
-                param="model", code="model_not_found", status=404,
-            )  # fmt: skip
+                param="model",
+                code="model_not_found",
+                status=404,
+            )
         return self.models[name]
 
 
@@ -168,8 +170,11 @@ def _prompts(fields: Fields, tokenizer: Tokenizer) -> list[list[int]]:
     if not prompt:
         raise BadRequest("prompt must be text, or token ids, or a list of either", "prompt")
     if len(prompt) * (fields.integer("n", 1) or 1) > MAX_ANSWERS:
-        raise BadRequest(f"{len(prompt)} prompts with n choices each are more than {MAX_ANSWERS} "
-                         "answers; use several lines", "prompt")  # fmt: skip
+        raise BadRequest(
+            f"{len(prompt)} prompts with n choices each are more than {MAX_ANSWERS} "
+            "answers; use several lines",
+            "prompt",
+        )
     return [_one_prompt(item, tokenizer) for item in prompt]
 
 
@@ -208,16 +213,18 @@ def _max_tokens(fields: Fields, prompt_len: int, model: ServedModel) -> int:
         raise BadRequest(
             f"this model's context is {limit} tokens, and the prompt alone has {prompt_len}; "
             "at least one must be left for the answer",
-            param, "context_length_exceeded",
-        )  # fmt: skip
+            param,
+            "context_length_exceeded",
+        )
     if asked is None:
         return left if fields.chat else min(DEFAULT_MAX_TOKENS, left)
     if asked > left:
         raise BadRequest(
             f"this model's context is {limit} tokens, but {prompt_len + asked} were asked for: "
             f"{prompt_len} in the prompt and {name} {asked}",
-            param, "context_length_exceeded",
-        )  # fmt: skip
+            param,
+            "context_length_exceeded",
+        )
     return asked
 
 
@@ -273,8 +280,11 @@ def _stops(fields: Fields, tokenizer: Tokenizer) -> tuple[tuple[str, ...], tuple
     ids = {text: tokenizer.special_id(_clean(text, "stop").strip()) for text in stops}
     for text in (text for text, token in ids.items() if token is None):
         if inside := tokenizer.special_inside(text):
-            raise BadRequest(f"stop has {inside}, a special token, whose text is in no answer: "
-                             "give that token alone", "stop")  # fmt: skip
+            raise BadRequest(
+                f"stop has {inside}, a special token, whose text is in no answer: "
+                "give that token alone",
+                "stop",
+            )
     return (
         tuple(text for text in stops if ids[text] is None),
         tuple(token for token in ids.values() if token is not None),

@@ -11,8 +11,13 @@ from mellmpi.protocol import Emit, Sampling, TokenLogprob
 class Output:
     """Fed with the `Emit`s of one request until `finish_reason` is set; deaf from then on."""
 
-    def __init__(self, tokenizer: Tokenizer, sampling: Sampling, stops: tuple[str, ...],
-                 prompt: Sequence[int] = ()):  # fmt: skip
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        sampling: Sampling,
+        stops: tuple[str, ...],
+        prompt: Sequence[int] = (),
+    ):
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprob] = []
         self.token_bytes: list[bytes] = []  # what each token adds to the text

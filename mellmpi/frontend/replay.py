@@ -53,8 +53,10 @@ class ReplayJob:
         if len(self.models) == 1 or not name:
             return self.models[0]
         if (found := next((m for m in self.models if m.name == name), None)) is None:
-            raise ValueError(f"--replay: the trace asks for {name}; give some --model the "
-                             f"--served-model-name {name}")  # fmt: skip
+            raise ValueError(
+                f"--replay: the trace asks for {name}; give some --model the "
+                f"--served-model-name {name}"
+            )
         return found
 
     @property
@@ -111,10 +113,18 @@ class ReplayJob:
         model = self._model(row)
         prompt = tuple(rng.integers(0, model.vocab_size, length).tolist())
         sampling = Sampling(
-            max_tokens=int(self.workload.output_tokens[row]), temperature=0.0, top_k=0, top_p=1.0,
-            min_p=0.0, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0,
-            seed=row, stop_token_ids=(), num_logprobs=None,
-        )  # fmt: skip
+            max_tokens=int(self.workload.output_tokens[row]),
+            temperature=0.0,
+            top_k=0,
+            top_p=1.0,
+            min_p=0.0,
+            repetition_penalty=1.0,
+            presence_penalty=0.0,
+            frequency_penalty=0.0,
+            seed=row,
+            stop_token_ids=(),
+            num_logprobs=None,
+        )
         return Request(row + 1, model.name, prompt, sampling, None)
 
     def _complete(self, row: _Open) -> None:
@@ -122,10 +132,18 @@ class ReplayJob:
         if self.write is not None:
             name, prompt = _name(row.request.id), len(row.request.prompt)
             choice = {"index": 0, "text": "", "token_ids": row.tokens, "finish_reason": "length"}
-            usage = {"prompt_tokens": prompt, "completion_tokens": len(row.tokens),
-                     "total_tokens": prompt + len(row.tokens)}  # fmt: skip
-            body = {"id": f"cmpl-{name}", "object": "text_completion", "model": row.request.model,
-                    "choices": [choice], "usage": usage}  # fmt: skip
+            usage = {
+                "prompt_tokens": prompt,
+                "completion_tokens": len(row.tokens),
+                "total_tokens": prompt + len(row.tokens),
+            }
+            body = {
+                "id": f"cmpl-{name}",
+                "object": "text_completion",
+                "model": row.request.model,
+                "choices": [choice],
+                "usage": usage,
+            }
             self.write(batch_line(name, name, 200, body, None))
 
     def _fail_too_long(self) -> None:
@@ -138,8 +156,10 @@ class ReplayJob:
         if failed:
             limits = "which is what the model or the KV cache of a worker can hold"
             hint = "--length-scale makes requests shorter"
-            self._show(failed[0] + 1, f"{len(failed)} of {len(self.workload)} requests are {why}, "
-                       f"{limits}; {hint}")  # fmt: skip
+            self._show(
+                failed[0] + 1,
+                f"{len(failed)} of {len(self.workload)} requests are {why}, {limits}; {hint}",
+            )
 
     def _fail(self, number: int, code: str, why: str) -> None:
         self.counts.fail(code, why)

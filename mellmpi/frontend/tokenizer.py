@@ -26,8 +26,13 @@ MARK = "mellmpi-answer"  # stands for an answer where a template is tried
 class Tokenizer:
     """The tokenizer and chat template of one model directory."""
 
-    def __init__(self, backend: Backend, template: str | None, special: dict[str, str],
-                 own_template: str | None = None):  # fmt: skip
+    def __init__(
+        self,
+        backend: Backend,
+        template: str | None,
+        special: dict[str, str],
+        own_template: str | None = None,
+    ):
         """`own_template`: the model's own, where `template` takes its place."""
         backend.no_truncation()  # a saved tokenizer may carry either, and both would
         backend.no_padding()  # change prompts silently
@@ -45,8 +50,10 @@ class Tokenizer:
             raise ValueError(" ".join(str(error).split())) from error
         except Exception as error:  # whatever a damaged file makes its reader raise
             why = " ".join(f"{type(error).__name__}: {error}".split())
-            raise ValueError(f"the tokenizer in {directory} cannot be read ({why[:300]}); copy or "
-                             "download its files again") from error  # fmt: skip
+            raise ValueError(
+                f"the tokenizer in {directory} cannot be read ({why[:300]}); copy or "
+                "download its files again"
+            ) from error
 
     @classmethod
     def _load(cls, directory: Path, chat_template: Path | None) -> "Tokenizer":
@@ -194,8 +201,10 @@ def _own_template(directory: Path, config: dict[str, Any]) -> str | None:
         named = [entry for entry in found if isinstance(entry, dict)]
         found = {entry.get("name"): entry.get("template") for entry in named}.get("default")
     if not isinstance(found, str | None):
-        raise ValueError(f"{directory / 'tokenizer_config.json'}: chat_template must be a text or "
-                         "a list of named texts; give another with --chat-template")  # fmt: skip
+        raise ValueError(
+            f"{directory / 'tokenizer_config.json'}: chat_template must be a text or "
+            "a list of named texts; give another with --chat-template"
+        )
     return found
 
 

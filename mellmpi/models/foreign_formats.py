@@ -26,8 +26,11 @@ def elsewhere(directory: Path) -> list[Path]:
         snapshot = directory / "snapshots" / main.read_text(errors="replace").strip()
         if (snapshot / "config.json").is_file():
             return [snapshot]
-    found = [file for pattern in ("*", "snapshots/*", "*/snapshots/*")
-             for file in directory.glob(f"{pattern}/config.json")]  # fmt: skip
+    found = [
+        file
+        for pattern in ("*", "snapshots/*", "*/snapshots/*")
+        for file in directory.glob(f"{pattern}/config.json")
+    ]
     return sorted(file.parent for file in found)
 
 

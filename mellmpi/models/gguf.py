@@ -29,15 +29,23 @@ Progress = Callable[[str], None]
 FAMILIES = {"llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3"}
 PERMUTED = ("llama", "mistral")  # families whose q and k rows llama.cpp interleaves for its RoPE
 TOP = {
-    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
-}  # fmt: skip
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
 IN_LAYER = {
-    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
-}  # fmt: skip
+}
 STORED = {  # GGUF type -> (safetensors type, numpy type of its bits); all others become float32
     GGMLQuantizationType.F16: ("F16", np.uint16),
     GGMLQuantizationType.BF16: ("BF16", np.uint16),
@@ -182,10 +190,12 @@ def _scaling(metadata: Config, section: str) -> dict[str, Any] | None:
 def _llama3_scaling(arch: Architecture, factors: np.ndarray) -> dict[str, Any]:
     """The `llama3` numbers behind the divisors of the frequencies that a GGUF file stores."""
     scaling = {
-        "rope_type": "llama3", "factor": round(float(factors.max()), 4),
-        "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "rope_type": "llama3",
+        "factor": round(float(factors.max()), 4),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
         "original_max_position_embeddings": LLAMA3_CONTEXT,
-    }  # fmt: skip
+    }
     plain = arch.to_hf() | {"rope_scaling": None}
     scaled = plain | {"rope_scaling": scaling}
     ratio = inv_freq(Architecture.from_hf(plain)) / inv_freq(Architecture.from_hf(scaled))

@@ -16,8 +16,19 @@ from mellmpi.models.model_files import refuse_pointer, short
 
 VERSIONS = (2, 3)
 STRING, ARRAY = 8, 9
-NUMBERS = {0: "B", 1: "b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "?", 10: "<Q", 11: "<q",
-           12: "<d"}  # fmt: skip
+NUMBERS = {
+    0: "B",
+    1: "b",
+    2: "<H",
+    3: "<h",
+    4: "<I",
+    5: "<i",
+    6: "<f",
+    7: "?",
+    10: "<Q",
+    11: "<q",
+    12: "<d",
+}
 MOST_DIMENSIONS = 4
 OTHER_KINDS = "take a file of another type, such as Q8_0, Q4_K_M or F16"
 

@@ -27,9 +27,14 @@ _TEKKEN = (
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SPLITS = {
-    "llama-bpe": _LLAMA3, "llama3": _LLAMA3, "llama-v3": _LLAMA3, "smaug-bpe": _LLAMA3,
-    "qwen2": _QWEN2, "deepseek-r1-qwen": _QWEN2, "tekken": _TEKKEN,
-}  # fmt: skip
+    "llama-bpe": _LLAMA3,
+    "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "smaug-bpe": _LLAMA3,
+    "qwen2": _QWEN2,
+    "deepseek-r1-qwen": _QWEN2,
+    "tekken": _TEKKEN,
+}
 SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r")
 PLAIN = ("gpt-2", "gpt2")
 WHOLE_WORDS_FIRST = ("llama-bpe", "llama3", "llama-v3", "tekken")  # a word that is a token is one
@@ -131,9 +136,12 @@ def _sentencepiece(metadata: dict[str, Any]) -> Tokenizer:
     tokens = metadata["tokens"]
     vocab = {token: index for index, token in enumerate(tokens)}
     bpe = models.BPE(
-        vocab=vocab, merges=_merges(vocab, metadata["scores"]), fuse_unk=True,
-        unk_token=tokens[metadata.get("unknown_token_id", 0)], byte_fallback=True,
-    )  # fmt: skip
+        vocab=vocab,
+        merges=_merges(vocab, metadata["scores"]),
+        fuse_unk=True,
+        unk_token=tokens[metadata.get("unknown_token_id", 0)],
+        byte_fallback=True,
+    )
     tokenizer = Tokenizer(bpe)
     spaced = metadata.get("add_space_prefix", True)
     # In a normalizer, as Llama 2's own tokenizer.json and llama.cpp have it: a space goes before
@@ -182,9 +190,10 @@ def _add_bos(tokenizer: Tokenizer, metadata: dict[str, Any]) -> None:
     if not _adds_bos(metadata) or bos is None:
         return
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A {bos} $B",
+        single=f"{bos} $A",
+        pair=f"{bos} $A {bos} $B",
         special_tokens=[(bos, metadata["bos_token_id"])],
-    )  # fmt: skip
+    )
 
 
 BUILDERS = {"gpt2": _byte_level, "llama": _sentencepiece}

@@ -34,8 +34,11 @@ def _layer(arch: Architecture) -> dict[str, Shape]:
     if arch.qk_norm:
         shapes |= {f"self_attn.{name}_norm.weight": (arch.head_dim,) for name in "qk"}
     shapes["post_attention_layernorm.weight"] = (hidden,)
-    for name, rows, columns in (("gate", inner, hidden), ("up", inner, hidden),
-                                ("down", hidden, inner)):  # fmt: skip
+    for name, rows, columns in (
+        ("gate", inner, hidden),
+        ("up", inner, hidden),
+        ("down", hidden, inner),
+    ):
         shapes[f"mlp.{name}_proj.weight"] = (rows, columns)
         if arch.mlp_bias:
             shapes[f"mlp.{name}_proj.bias"] = (rows,)

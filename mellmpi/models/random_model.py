@@ -10,8 +10,13 @@ from mellmpi.models.model_files import expanded, read_json
 from mellmpi.models.tokenizer_files import check_tokenizer
 from mellmpi.models.weight_files import RANDOM_WEIGHTS
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-                   "special_tokens_map.json", "generation_config.json")  # fmt: skip
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "generation_config.json",
+)
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"
@@ -22,18 +27,31 @@ CHATML = (
 
 def _tiny(family: str, **changes: Any) -> dict[str, Any]:
     return {
-        "model_type": family, "num_hidden_layers": 2, "hidden_size": 64, "head_dim": 16,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128,
-        "vocab_size": 512, "max_position_embeddings": 2048, "rope_theta": 10000.0,
-        "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2,
-        "tie_word_embeddings": False, **changes,
-    }  # fmt: skip
+        "model_type": family,
+        "num_hidden_layers": 2,
+        "hidden_size": 64,
+        "head_dim": 16,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 128,
+        "vocab_size": 512,
+        "max_position_embeddings": 2048,
+        "rope_theta": 10000.0,
+        "rms_norm_eps": 1e-5,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": False,
+        **changes,
+    }
 
 
 LLAMA3_ROPE = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 256,
-}  # fmt: skip
+}
 
 NAMED: dict[str, dict[str, Any]] = {
     "tiny-llama": _tiny("llama"),
@@ -90,7 +108,9 @@ def write_byte_tokenizer(vocab_size: int, directory: Path) -> None:
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
     tokenizer.save(str(directory / "tokenizer.json"))
     settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": SPECIAL_TOKENS[1],
-        "eos_token": SPECIAL_TOKENS[2], "chat_template": CHATML,
-    }  # fmt: skip
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": SPECIAL_TOKENS[1],
+        "eos_token": SPECIAL_TOKENS[2],
+        "chat_template": CHATML,
+    }
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))

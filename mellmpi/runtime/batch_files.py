@@ -69,8 +69,9 @@ def open_files(options: Options) -> BatchFiles:
     """
     is_complete = options.replay or (options.input_file and options.output_file)
     if options.command == "run-batch" and not is_complete:
-        raise UsageError("run-batch needs -i requests.jsonl and -o answers.jsonl, or --replay "
-                         "trace.csv")  # fmt: skip
+        raise UsageError(
+            "run-batch needs -i requests.jsonl and -o answers.jsonl, or --replay trace.csv"
+        )
     output, report = _output(options), _destination("--report", options.report)
     found = BatchFiles(None, None, output, report, _picture(options.timeline))
     outputs = [one for one in (output, report, found.timeline) if one]
@@ -92,8 +93,10 @@ def _prove(name: str, status: os.stat_result, outputs: list[Destination]) -> Non
     """UsageError unless all of these can be written, and are different from the input."""
     to_stdout = [str(one) for one in outputs if one.descriptor == STDOUT]
     if len(to_stdout) > 1:
-        raise UsageError(f"{' and '.join(to_stdout)} both go to standard output; give one of them "
-                         "the name of a file")  # fmt: skip
+        raise UsageError(
+            f"{' and '.join(to_stdout)} both go to standard output; give one of them "
+            "the name of a file"
+        )
     with ExitStack() as made:
         check_different([(name, status), *((str(one), one.prove(made)) for one in outputs)])
 
@@ -124,8 +127,10 @@ def _check_trace(name: str, output: Destination | None) -> None:
     if not os.path.exists(name):
         raise UsageError(f"--replay {visible(name)} cannot be read: there is no such file")
     if not os.path.isfile(name):
-        raise UsageError(f"--replay {visible(name)} is no regular file; type  cat "
-                         f"{visible(name)} > trace.csv  and give that")  # fmt: skip
+        raise UsageError(
+            f"--replay {visible(name)} is no regular file; type  cat "
+            f"{visible(name)} > trace.csv  and give that"
+        )
     if output and os.path.isfile(output.path) and os.path.getsize(output.path):
         raise UsageError(f"{output} exists, and a replay starts anew: give another name")
 
@@ -155,8 +160,10 @@ def _picture(name: str | None) -> Destination | None:
     from mellmpi.telemetry import SUFFIXES
 
     if Path(name).suffix.lower() not in SUFFIXES:
-        raise UsageError(f"--timeline {visible(name)}: its name must end with the kind of picture, "
-                         f"one of {' '.join(SUFFIXES)}")  # fmt: skip
+        raise UsageError(
+            f"--timeline {visible(name)}: its name must end with the kind of picture, "
+            f"one of {' '.join(SUFFIXES)}"
+        )
     return _destination("--timeline", name)
 
 

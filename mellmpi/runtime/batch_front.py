@@ -35,9 +35,13 @@ class BatchJob(Protocol):
 class BatchFront:
     """Submits what is due, cancels what nobody waits for, and passes answers to the job."""
 
-    def __init__(self, job: BatchJob, arrivals: Iterator[float] | None,
-                 advanced: Callable[[int], None] = lambda _: None,
-                 max_open: float = OPEN_REQUESTS):  # fmt: skip
+    def __init__(
+        self,
+        job: BatchJob,
+        arrivals: Iterator[float] | None,
+        advanced: Callable[[int], None] = lambda _: None,
+        max_open: float = OPEN_REQUESTS,
+    ):
         self._job, self._arrivals, self._advanced = job, arrivals, advanced
         self._max_open = max_open
         self._start_s: float | None = None

@@ -17,9 +17,18 @@ FAR = 1024  # positions before the piece that looks back
 LEAST = 1e-3  # of a step: what anything in it takes at the least
 REPEATS = 2  # of each step, of which the fastest counts: the first one warms up
 GREEDY = Sampling(
-    max_tokens=1, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
-    presence_penalty=0.0, frequency_penalty=0.0, seed=0, stop_token_ids=(), num_logprobs=None,
-)  # fmt: skip
+    max_tokens=1,
+    temperature=0.0,
+    top_k=0,
+    top_p=1.0,
+    min_p=0.0,
+    repetition_penalty=1.0,
+    presence_penalty=0.0,
+    frequency_penalty=0.0,
+    seed=0,
+    stop_token_ids=(),
+    num_logprobs=None,
+)
 
 
 class Engine(Protocol):
@@ -66,6 +75,10 @@ def _chunk(start: int, num_tokens: int, block_size: int) -> Chunk:
     """All of its positions are in one block: what is in there matters to nobody."""
     num_blocks = -(-(start + num_tokens) // block_size)
     return Chunk(
-        request_id=0, start=start, tokens=(1,) * num_tokens, block_table=[0] * num_blocks,
-        sampling=GREEDY if num_tokens == 1 else None, history=((1,), []),
-    )  # fmt: skip
+        request_id=0,
+        start=start,
+        tokens=(1,) * num_tokens,
+        block_table=[0] * num_blocks,
+        sampling=GREEDY if num_tokens == 1 else None,
+        history=((1,), []),
+    )

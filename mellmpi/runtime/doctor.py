@@ -77,8 +77,10 @@ def _ranks(rows: list[dict[str, Any]]) -> list[str]:
     for host in dict.fromkeys(row["host"] for row in rows):
         here = [rank for rank, row in enumerate(rows) if row["host"] == host]
         one = rows[here[0]]
-        text.append(f"host        {host}: {len(here)} rank(s) ({here[0]} … {here[-1]}), "
-                    f"{one['cores']} core(s), {one['gpus']} GPU(s)")  # fmt: skip
+        text.append(
+            f"host        {host}: {len(here)} rank(s) ({here[0]} … {here[-1]}), "
+            f"{one['cores']} core(s), {one['gpus']} GPU(s)"
+        )
     if len(rows) == 1:
         text.append("ranks       one: it schedules and works; mpirun -np 3 … for two workers")
     return text
@@ -90,12 +92,17 @@ def _seats(config: Config, rows: list[dict[str, Any]]) -> list[str]:
         return []
     hosts = [row["host"] for row in rows[1:] or rows]  # of workers
     gpus = {row["host"]: row["gpus"] for row in rows}
-    found = [GpuAssignment(0, hosts.count(host), gpus[host]).problem(host, config.oversubscribe_gpus)
-             for host in dict.fromkeys(hosts)]  # fmt: skip
+    found = [
+        GpuAssignment(0, hosts.count(host), gpus[host]).problem(host, config.oversubscribe_gpus)
+        for host in dict.fromkeys(hosts)
+    ]
     if config.device == "cuda":
-        found += [f"--device cuda, and {host} has no GPU that this process may use (nvidia-smi, "
-                  "CUDA_VISIBLE_DEVICES); --device auto takes what there is"
-                  for host in dict.fromkeys(hosts) if not gpus[host]]  # fmt: skip
+        found += [
+            f"--device cuda, and {host} has no GPU that this process may use (nvidia-smi, "
+            "CUDA_VISIBLE_DEVICES); --device auto takes what there is"
+            for host in dict.fromkeys(hosts)
+            if not gpus[host]
+        ]
     return [problem for problem in found if problem]
 
 
@@ -105,8 +112,10 @@ def _nearby(job: Any, transport: Any) -> list[str]:
         return []
     if transport.read_by:
         return ["nearby      within a host blocks are read out of the sender's memory"]
-    return ["nearby      blocks are messages within a host, too: its processes may not read each "
-            "other's memory (kernel.yama.ptrace_scope is above 0?) or KV is on a GPU"]  # fmt: skip
+    return [
+        "nearby      blocks are messages within a host, too: its processes may not read each "
+        "other's memory (kernel.yama.ptrace_scope is above 0?) or KV is on a GPU"
+    ]
 
 
 def _links(config: Config, job: Any, num_gpus: int) -> list[str]:
@@ -114,13 +123,20 @@ def _links(config: Config, job: Any, num_gpus: int) -> list[str]:
     transport = job.connect(
         config.transport.idle_poll_s, device_buffers, config.transport.checksums
     )
-    rings = "every rank can wake every other" if transport.rings else (
-        f"some ranks cannot wake each other: they look every {config.transport.idle_poll_s * 1e3:g}"
-        " ms"
-    )  # fmt: skip
+    rings = (
+        "every rank can wake every other"
+        if transport.rings
+        else (
+            f"some ranks cannot wake each other: they look every {config.transport.idle_poll_s * 1e3:g}"
+            " ms"
+        )
+    )
     way = path(config, device_buffers, num_gpus)
-    text = [f"wake-ups    {rings}", f"blocks      {way}; checksums: {config.transport.checksums}",
-            *_nearby(job, transport)]  # fmt: skip
+    text = [
+        f"wake-ups    {rings}",
+        f"blocks      {way}; checksums: {config.transport.checksums}",
+        *_nearby(job, transport),
+    ]
     if transport.num_workers < 2:
         return [*text, "links       none: there is but one worker"]
     links = measure_links(transport, job.hosts, arena=probe_arena(job, config))

@@ -141,8 +141,9 @@ def _alone(rank0: Callable[..., Rank0], config: Config, prepared: dict[str, Any]
     return rank0(network.transports[0], beside=worker.turn, ready=lambda: None).run()
 
 
-def make_worker(transport: Transport, config: Config, prepared: dict[str, Any],
-                seat: GpuAssignment) -> Worker:  # fmt: skip
+def make_worker(
+    transport: Transport, config: Config, prepared: dict[str, Any], seat: GpuAssignment
+) -> Worker:
     """A worker whose engine is built when it starts, and again whenever it wakes."""
     from mellmpi.engine import build_engine
 
@@ -157,18 +158,23 @@ def make_worker(transport: Transport, config: Config, prepared: dict[str, Any],
     def build() -> Engine:
         try:
             return build_engine(
-                directories, config.models, cache, hosted=config.hosted(transport.worker),
+                directories,
+                config.models,
+                cache,
+                hosted=config.hosted(transport.worker),
                 device=seat.device if use_gpu else config.device,
                 num_threads=config.threads
                 or max(1, len(os.sched_getaffinity(0)) // seat.neighbours),
-            )  # fmt: skip
+            )
         except ValueError as error:
             raise UsageError(str(error)) from error
         except (MemoryError, OSError) as error:
             if isinstance(error, OSError) and error.errno != errno.ENOMEM:
                 raise
-            raise UsageError("there is too little memory for the KV cache: give less with "
-                             "--kv-cache-memory-bytes SIZE, such as 512M") from error  # fmt: skip
+            raise UsageError(
+                "there is too little memory for the KV cache: give less with "
+                "--kv-cache-memory-bytes SIZE, such as 512M"
+            ) from error
 
     gc.freeze()  # modules stay: a worker that parks need not look through them for what it can free
     most_positions = Architecture.from_directory(directories[0]).max_position
@@ -185,8 +191,10 @@ def _hosting_problem(config: Config, num_workers: int) -> str:
     missing = [model.name for model in config.models if model.name not in hosted]
     if not missing:
         return ""
-    return (f"none of the {num_workers} worker(s) hosts {missing[0]}: start more ranks, or name it "
-            "in another --worker-models")  # fmt: skip
+    return (
+        f"none of the {num_workers} worker(s) hosts {missing[0]}: start more ranks, or name it "
+        "in another --worker-models"
+    )
 
 
 def _check_seats(job: Any, config: Config) -> None:

@@ -90,8 +90,9 @@ class Rank0:
         self.files.requests = replace(requests, count=load.count)
         return load.rate
 
-    def _answer(self, loop: SchedulerLoop, job: BatchJob | ReplayJob, terminal: Terminal,
-                rate: float | None) -> list[str]:  # fmt: skip
+    def _answer(
+        self, loop: SchedulerLoop, job: BatchJob | ReplayJob, terminal: Terminal, rate: float | None
+    ) -> list[str]:
         """Do the job to its end, or until answers cannot be written; what went wrong."""
         try:
             with terminal.progress(self.files.num_requests, job.counts) as advance:
@@ -103,15 +104,17 @@ class Rank0:
             return [f"{error}; {job.counts.completed} lines were answered"]
         return []
 
-    def _drive(self, loop: SchedulerLoop, front: BatchFront | None,
-               done: Callable[[], bool]) -> None:  # fmt: skip
+    def _drive(
+        self, loop: SchedulerLoop, front: BatchFront | None, done: Callable[[], bool]
+    ) -> None:
         while not done():
             busy = loop.turn(front)
             if not (self.beside() or busy) and not done():
                 loop.wait(front)
 
-    def _front(self, job: BatchJob | ReplayJob, advance: Callable[[int], None],
-               rate: float | None) -> BatchFront:  # fmt: skip
+    def _front(
+        self, job: BatchJob | ReplayJob, advance: Callable[[int], None], rate: float | None
+    ) -> BatchFront:
         if isinstance(job, ReplayJob):  # holding arrivals back would make it another load
             return BatchFront(job, job.arrivals(), advance, max_open=float("inf"))
         arrivals = None if rate is None else poisson(rate, self.config.cluster.seed)
@@ -136,12 +139,13 @@ class Rank0:
         room = largest // kv.block_bytes * kv.block_size
         limit = model.max_model_len or arch.max_position
         return ServedModel(
-            name=model.name, max_model_len=min(limit, room), vocab_size=arch.vocab_size,
+            name=model.name,
+            max_model_len=min(limit, room),
+            vocab_size=arch.vocab_size,
             eos_ids=arch.eos_ids,
-        )  # fmt: skip
+        )
 
-    def _open(self, models: tuple[ServedModel, ...],
-              terminal: Terminal) -> BatchJob | ReplayJob:  # fmt: skip
+    def _open(self, models: tuple[ServedModel, ...], terminal: Terminal) -> BatchJob | ReplayJob:
         write = self.files.begin()
         if (workload := self.files.workload) is not None:
             try:
@@ -157,16 +161,20 @@ class Rank0:
 
     # --- the end --------------------------------------------------------------------------------
 
-    def _conclude(self, terminal: Terminal, job: BatchJob | ReplayJob, metrics: Metrics,
-                  ended_s: float) -> list[str]:  # fmt: skip
+    def _conclude(
+        self, terminal: Terminal, job: BatchJob | ReplayJob, metrics: Metrics, ended_s: float
+    ) -> list[str]:
         """Write figures and picture, and show the summary; which could not be written."""
         report = {
             **metrics.report(ended_s),
-            "lines": {"completed": job.counts.completed, "failed": job.counts.failed,
-                      "skipped": job.counts.skipped},
+            "lines": {
+                "completed": job.counts.completed,
+                "failed": job.counts.failed,
+                "skipped": job.counts.skipped,
+            },
             "failures": dict(job.counts.reasons),
             "config": self.config.to_dict(),
-        }  # fmt: skip
+        }
         files, problems = self.files, []
         figures = [  # what, where, how it is made
             ("figures", files.report, lambda: (json.dumps(report, indent=2) + "\n").encode()),
@@ -199,8 +207,10 @@ def mixed_arithmetic(by_worker: dict[int, str]) -> str:
         return ""
     workers = {k: [str(w) for w, one in by_worker.items() if one == k] for k in kinds}
     ways = "; ".join(f"{kind}: worker {', '.join(workers[kind])}" for kind in kinds)
-    return (f"workers compute in different ways ({ways}): the answer to a request may depend on "
-            "the worker that computes it")  # fmt: skip
+    return (
+        f"workers compute in different ways ({ways}): the answer to a request may depend on "
+        "the worker that computes it"
+    )
 
 
 def shortcomings(files: BatchFiles, counts: Counts) -> Iterator[str]:
@@ -209,5 +219,7 @@ def shortcomings(files: BatchFiles, counts: Counts) -> Iterator[str]:
         yield f"{files.requests.lines.problem}; what came before that is answered"
     if 0 < counts.failed == counts.lines:
         reason, times = counts.reasons.most_common(1)[0]
-        yield (f"none of the {counts.failed} lines could be answered, most of them ({times}) for "
-               f"this reason: {reason}, such as: {counts.examples[reason]}")  # fmt: skip
+        yield (
+            f"none of the {counts.failed} lines could be answered, most of them ({times}) for "
+            f"this reason: {reason}, such as: {counts.examples[reason]}"
+        )

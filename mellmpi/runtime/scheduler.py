@@ -37,8 +37,13 @@ class Front(Protocol):
 class SchedulerLoop:
     """One turn at a time, so that a worker can share the process."""
 
-    def __init__(self, transport: Transport, scheduler: ClusterScheduler, metrics: Metrics,
-                 clock: Callable[[], float]):  # fmt: skip
+    def __init__(
+        self,
+        transport: Transport,
+        scheduler: ClusterScheduler,
+        metrics: Metrics,
+        clock: Callable[[], float],
+    ):
         self._transport, self._scheduler = transport, scheduler
         self._metrics, self._clock = metrics, clock
 
@@ -50,8 +55,9 @@ class SchedulerLoop:
             events += [(FRONT, event) for event in front.inbox(now)]
         for source, event in events:
             if isinstance(event, RankFailed):
-                log.error("the job goes on without worker %s, which has failed:\n%s", source,
-                          event.text)  # fmt: skip
+                log.error(
+                    "the job goes on without worker %s, which has failed:\n%s", source, event.text
+                )
                 continue
             now = self._clock()
             self._metrics.observe(now, source, event)
@@ -59,8 +65,9 @@ class SchedulerLoop:
         self._carry_out(self._scheduler.tick(now), now, front)
         return bool(events)
 
-    def _carry_out(self, commands: list[tuple[Address, Any]], now: float,
-                   front: Front | None) -> None:  # fmt: skip
+    def _carry_out(
+        self, commands: list[tuple[Address, Any]], now: float, front: Front | None
+    ) -> None:
         self._metrics.commands(now, commands)
         for destination, command in commands:
             if destination == FRONT:

@@ -51,8 +51,10 @@ class StandardInput:
         if sys.stdin is None:
             raise UsageError("standard input is closed; give a file of requests with -i")
         if _launcher() is not None and (what := _endless(f"{_launcher()}/fd/0")):
-            raise UsageError(f"standard input is {what}, whose end mpirun does not pass on; "
-                             "type  cat | mpirun … -i -")  # fmt: skip
+            raise UsageError(
+                f"standard input is {what}, whose end mpirun does not pass on; "
+                "type  cat | mpirun … -i -"
+            )
 
     def read(self) -> bytes | None:
         """The next bytes; None: none yet; b"": none will come."""
@@ -83,8 +85,10 @@ def descriptor_path(name: str) -> str:
     except OSError:
         inherited = False
     if not inherited:
-        raise UsageError(f"{name} is not open in mpirun; give the name of a file, or type  "
-                         "cat FILE | mpirun … -i -")  # fmt: skip
+        raise UsageError(
+            f"{name} is not open in mpirun; give the name of a file, or type  "
+            "cat FILE | mpirun … -i -"
+        )
     return f"{launcher}/fd/{found[1]}"
 
 

@@ -88,8 +88,15 @@ class Terminal:
     def progress(self, num_lines: int | None, counts: Counts) -> Iterator[Callable[[int], None]]:
         """A bar over the lines of the input; call what it yields with every new token count."""
         self._counts = counts
-        with tqdm(total=num_lines, unit=" req", ncols=WIDTH, mininterval=0.5, desc="requests",
-                  file=self._stream, disable=self._quiet) as self._bar:  # fmt: skip
+        with tqdm(
+            total=num_lines,
+            unit=" req",
+            ncols=WIDTH,
+            mininterval=0.5,
+            desc="requests",
+            file=self._stream,
+            disable=self._quiet,
+        ) as self._bar:
             yield self._advance
             self._show_counts()
 
@@ -174,22 +181,31 @@ def summary_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     active, total = report["gpu_seconds_active"], report["gpu_seconds_total"]
     saved = f" ({100 * (1 - active / total):.0f} % saved)" if total else ""
     return [
-        ("requests", f"{lines['completed']} completed, {lines['failed']} failed, "
-                     f"{lines['skipped']} done before"),
+        (
+            "requests",
+            f"{lines['completed']} completed, {lines['failed']} failed, "
+            f"{lines['skipped']} done before",
+        ),
         ("tokens", f"{report['prompt_tokens']} in, {report['output_tokens']} out"),
         ("wall time", f"{report['wall_s']:.1f} s, {report['output_throughput']:.1f} tokens/s"),
         ("worker-seconds", f"{active:.1f} active of {total:.1f}{saved}"),
-        ("active workers", f"{report['active_workers_mean']:.2f} on average, "
-                           f"{report['active_workers_peak']} at most"),
-        ("migrations", f"{moves['transfer']} by transfer, {moves['recompute']} by recompute, "
-                       f"{moves['split']} by both, {moves['failed']} given up; "
-                       f"{report['migrated_bytes'] / 1e6:.1f} MB"),
+        (
+            "active workers",
+            f"{report['active_workers_mean']:.2f} on average, "
+            f"{report['active_workers_peak']} at most",
+        ),
+        (
+            "migrations",
+            f"{moves['transfer']} by transfer, {moves['recompute']} by recompute, "
+            f"{moves['split']} by both, {moves['failed']} given up; "
+            f"{report['migrated_bytes'] / 1e6:.1f} MB",
+        ),
         ("preemptions", str(report["preemptions"])),
         ("time to first token", _percentiles(report["ttft_ms"])),
         ("time per output token", _percentiles(report["tpot_ms"])),
         ("pause of a migration", _percentiles(report["downtime_ms"])),
         ("workers lost", str(report["workers_lost"])),
-    ]  # fmt: skip
+    ]
 
 
 def _percentiles(ms: dict[str, float | None]) -> str:

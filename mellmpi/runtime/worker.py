@@ -62,10 +62,16 @@ class SchedulerLost(Exception):
 class Worker:
     """One worker's loop body. Between two calls of `turn` it holds no unfinished business."""
 
-    def __init__(self, transport: Transport, build: Callable[[], Engine], batch: BatchConfig,
-                 cache: CacheConfig, clock: Callable[[], float] = time.perf_counter,
-                 patience: float = PATIENCE,
-                 measure: Callable[[Engine], StepSeconds] = lambda _: UNKNOWN):  # fmt: skip
+    def __init__(
+        self,
+        transport: Transport,
+        build: Callable[[], Engine],
+        batch: BatchConfig,
+        cache: CacheConfig,
+        clock: Callable[[], float] = time.perf_counter,
+        patience: float = PATIENCE,
+        measure: Callable[[Engine], StepSeconds] = lambda _: UNKNOWN,
+    ):
         """`measure`: what steps take, tried once; unknown steps are limited by tokens alone."""
         self._measure, self._measured = measure, UNKNOWN
         self._times = StepTimes(CostModel())
@@ -96,13 +102,14 @@ class Worker:
         ready = WorkerReady(
             models=tuple(m.kv for m in engine.models),
             capacity_bytes=arena.num_blocks * arena.block_bytes,
-            max_num_seqs=self._limits.max_num_seqs, acked=self._acked,
+            max_num_seqs=self._limits.max_num_seqs,
+            acked=self._acked,
             wake_s=self._clock() - began_s,
             max_batched_tokens=self._limits.max_num_batched_tokens,
             target_step_s=self._limits.target_step_s,
             step_s=self._measured if any(self._measured) else (),
             arithmetic=engine.arithmetic,
-        )  # fmt: skip
+        )
         self._transport.send(SCHEDULER, ready)
 
     def _begin_budget(self, engine: Engine) -> None:
@@ -186,12 +193,14 @@ class Worker:
             case ReceiveBlocks(request_id, epoch, src, tag, block_ids):
                 transfer = transport.receive_blocks(src, tag, block_ids)
                 self._few += [(epoch, transfer)] if len(block_ids) <= FEW_BLOCKS else []
-                self._transfers.append((
-                    transfer,
-                    lambda t: BlocksArrived(
-                        request_id, epoch, not t.failed, t.elapsed_s, tag, t.reason
-                    ),
-                ))  # fmt: skip
+                self._transfers.append(
+                    (
+                        transfer,
+                        lambda t: BlocksArrived(
+                            request_id, epoch, not t.failed, t.elapsed_s, tag, t.reason
+                        ),
+                    )
+                )
             case DrainBlocks(src, tag, num_blocks):
                 self._transfers.append((transport.drain_blocks(src, tag, num_blocks), None))
 

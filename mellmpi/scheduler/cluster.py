@@ -190,8 +190,9 @@ class ClusterScheduler:
         """So many output tokens more in these rows of the view; no row comes twice."""
         self.registry.view.requests.num_tokens[np.array(rows)] += np.array(added)
 
-    def _tokens(self, record: Record, first: int, run: tuple[int, ...],
-                logprobs: tuple[TokenLogprob, ...]) -> int:  # fmt: skip
+    def _tokens(
+        self, record: Record, first: int, run: tuple[int, ...], logprobs: tuple[TokenLogprob, ...]
+    ) -> int:
         """Log and emit what is new of a run; so many tokens, which are yet to be counted."""
         new = record.log.merge(first, run)
         if not new:

@@ -107,8 +107,14 @@ class Ledger:
                 self.report(worker, acked[i], 0)
         self.free[workers] = free_bytes
 
-    def ready(self, worker: int, models: tuple[ModelKv, ...], capacity_bytes: int,
-              max_requests: int, acked: int) -> None:  # fmt: skip
+    def ready(
+        self,
+        worker: int,
+        models: tuple[ModelKv, ...],
+        capacity_bytes: int,
+        max_requests: int,
+        acked: int,
+    ) -> None:
         """A worker has loaded its models and holds no request."""
         for m in models:
             self._know(m.model)

@@ -89,8 +89,9 @@ class InFlight:
         self.prefill_at[dst] += sign * plan.num_prefill
 
 
-def decide(candidates: Sequence[Candidate], estimates: Estimates, in_flight: InFlight,
-           limit_s: float) -> list[Plan | None]:  # fmt: skip
+def decide(
+    candidates: Sequence[Candidate], estimates: Estimates, in_flight: InFlight, limit_s: float
+) -> list[Plan | None]:
     """A plan for each candidate, None where it is deferred.
 
     Greedy: who loses most by not going its best way chooses first; who comes later finds the
@@ -143,8 +144,9 @@ def ways(c: Candidate, estimates: Estimates, busy: InFlight, limit_s: float) -> 
     return plans
 
 
-def _plan(c: Candidate, mode: str, start: int, estimates: Estimates, busy: InFlight,
-          limit_s: float) -> Plan:  # fmt: skip
+def _plan(
+    c: Candidate, mode: str, start: int, estimates: Estimates, busy: InFlight, limit_s: float
+) -> Plan:
     sending_s, computing_s = _times(c, start, estimates, busy)
     hosts = estimates.links.hosts(c.src, c.dst)
     work_s, wait_s = max(sending_s, computing_s), _wait_s(c, mode, estimates)
@@ -166,10 +168,20 @@ def _plan(c: Candidate, mode: str, start: int, estimates: Estimates, busy: InFli
     else:
         downtime_s = estimates.move_s(PAUSE[mode], hosts, *last_s)
     return Plan(
-        c.src, c.dst, mode, start, num_bytes, work_s, wait_s, seconds, downtime_s, last_s,
-        _others_s(c, start, estimates), busy.bytes_between[hosts],
+        c.src,
+        c.dst,
+        mode,
+        start,
+        num_bytes,
+        work_s,
+        wait_s,
+        seconds,
+        downtime_s,
+        last_s,
+        _others_s(c, start, estimates),
+        busy.bytes_between[hosts],
         in_limit=alone or work_s <= limit_s,
-    )  # fmt: skip
+    )
 
 
 def _wait_s(c: Candidate, mode: str, estimates: Estimates) -> float:
@@ -192,8 +204,7 @@ def _others_s(c: Candidate, start: int, estimates: Estimates) -> float:
     return c.num_decoding * estimates.steps.prompt_s(c.dst, start)
 
 
-def _times(c: Candidate, start: int, estimates: Estimates,
-           busy: InFlight) -> tuple[float, float]:  # fmt: skip
+def _times(c: Candidate, start: int, estimates: Estimates, busy: InFlight) -> tuple[float, float]:
     """Seconds of sending blocks from `start` on, and of computing positions before it."""
     hosts = estimates.links.hosts(c.src, c.dst)
     num_bytes = max(0, c.num_blocks - start // c.block_size) * c.block_bytes

@@ -57,12 +57,20 @@ class WorkerRegistry:
         self._largest: dict[str, int | None] = {}  # arena, by model; forgotten with every change
         self._has_woken = False  # anybody, ever
         self.view = View(
-            now=0.0, workers=self.ledger, requests=RequestColumns(), waiting_bytes=0,
-            growth_Bps=np.zeros(num_workers + 1), token_rate=0.0,
-            answer_tokens=ANSWER_TOKENS, horizon_s=config.horizon_s,
-            park_after_s=config.park_after_s, seed=config.seed, tick=0,
-            period_s=config.rebalance_every_s, thrift=config.thrift,
-        )  # fmt: skip
+            now=0.0,
+            workers=self.ledger,
+            requests=RequestColumns(),
+            waiting_bytes=0,
+            growth_Bps=np.zeros(num_workers + 1),
+            token_rate=0.0,
+            answer_tokens=ANSWER_TOKENS,
+            horizon_s=config.horizon_s,
+            park_after_s=config.park_after_s,
+            seed=config.seed,
+            tick=0,
+            period_s=config.rebalance_every_s,
+            thrift=config.thrift,
+        )
         self.rates = GrowthRates(self.view)
 
     @property

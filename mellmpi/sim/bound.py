@@ -33,15 +33,22 @@ class Load:
         return int(np.cumsum(signs[np.argsort(changes, kind="stable")]).max())
 
 
-def make_load(workload: Workload, token_bytes: dict[str, int], capacity: int, rate: float,
-              block_sizes: dict[str, int] | None = None) -> Load:  # fmt: skip
+def make_load(
+    workload: Workload,
+    token_bytes: dict[str, int],
+    capacity: int,
+    rate: float,
+    block_sizes: dict[str, int] | None = None,
+) -> Load:
     """What is to be simulated. `token_bytes` is by model; of only one, it is that of all.
 
     block_sizes  tokens a block, by model; None: KV is not held in blocks
     """
     if len(token_bytes) > 1 and (unknown := sorted(set(workload.model) - token_bytes.keys())):
-        raise ValueError(f"the trace has requests of the model {unknown[0]!r}; give its size, too: "
-                         f"--kv-bytes-per-token {unknown[0] or 'NAME'}=N,…")  # fmt: skip
+        raise ValueError(
+            f"the trace has requests of the model {unknown[0]!r}; give its size, too: "
+            f"--kv-bytes-per-token {unknown[0] or 'NAME'}=N,…"
+        )
     default = next(iter(token_bytes))
     models = [m if m in token_bytes else default for m in workload.model]
     sizes = np.array([token_bytes[m] for m in models], np.int64)
@@ -50,8 +57,9 @@ def make_load(workload: Workload, token_bytes: dict[str, int], capacity: int, ra
     blocks = np.array([(block_sizes or {}).get(m, 1) for m in models], np.int64)
     fits = -(-tokens // blocks) <= capacity // (sizes * blocks)
     if not fits.any():
-        raise ValueError(f"no request of the trace fits in {capacity} bytes of KV cache; "
-                         "give --gpu-kv-gib more")  # fmt: skip
+        raise ValueError(
+            f"no request of the trace fits in {capacity} bytes of KV cache; give --gpu-kv-gib more"
+        )
     arrivals = np.rint(workload.arrival_s[fits] * rate).astype(np.int64)
     prompts, outputs = workload.prompt_tokens[fits], workload.output_tokens[fits]
     span_s = (arrivals[-1] - arrivals[0]) / rate
@@ -59,10 +67,18 @@ def make_load(workload: Workload, token_bytes: dict[str, int], capacity: int, ra
     samples = arrivals[0] + np.floor(times_s * rate + 1e-6).astype(np.int64)
     live = live_bytes(arrivals, prompts, outputs, sizes[fits], samples)
     return Load(
-        rate, capacity, token_bytes, tuple(m for m, fit in zip(models, fits, strict=True) if fit),
-        arrivals, prompts, outputs, final[fits], samples, -(-live // capacity),
+        rate,
+        capacity,
+        token_bytes,
+        tuple(m for m, fit in zip(models, fits, strict=True) if fit),
+        arrivals,
+        prompts,
+        outputs,
+        final[fits],
+        samples,
+        -(-live // capacity),
         workload.dropped + int((~fits).sum()),
-    )  # fmt: skip
+    )
 
 
 def mean_context_bytes(workload: Workload, token_bytes: dict[str, int]) -> float:
@@ -73,8 +89,13 @@ def mean_context_bytes(workload: Workload, token_bytes: dict[str, int]) -> float
     return float(np.average(held, weights=workload.output_tokens))
 
 
-def live_bytes(arrivals: np.ndarray, prompts: np.ndarray, outputs: np.ndarray, sizes: np.ndarray,
-               samples: np.ndarray) -> np.ndarray:  # fmt: skip
+def live_bytes(
+    arrivals: np.ndarray,
+    prompts: np.ndarray,
+    outputs: np.ndarray,
+    sizes: np.ndarray,
+    samples: np.ndarray,
+) -> np.ndarray:
     """int64 [samples]: KV of all requests between arrival and end, if none ever waits.
 
     A request holds prompt + (step - arrival) tokens; so the sum is a line between events.

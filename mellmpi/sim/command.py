@@ -65,25 +65,32 @@ class SimulateOptions:
             raise ValueError("simulate needs one of --model and --kv-bytes-per-token")
         for model in (self.model or {}).values():
             if model not in MODELS:
-                raise ValueError(f"--model must be one of {', '.join(MODELS)}, not {model}; "
-                                 "give others by --kv-bytes-per-token")  # fmt: skip
+                raise ValueError(
+                    f"--model must be one of {', '.join(MODELS)}, not {model}; "
+                    "give others by --kv-bytes-per-token"
+                )
         if not self.gpu_kv_gib:
             raise ValueError("simulate needs --gpu-kv-gib G")
         self._check_hosts()
         self._check_picture()
         if unknown := [name for name in self.names if name not in POLICIES]:
-            raise ValueError(f"--policies: {', '.join(unknown)} is not one of "
-                             f"{', '.join(POLICIES)}")  # fmt: skip
+            raise ValueError(
+                f"--policies: {', '.join(unknown)} is not one of {', '.join(POLICIES)}"
+            )
         if self.profile not in PROFILES:
             raise ValueError(f"--profile must be one of {', '.join(PROFILES)}, not {self.profile}")
         if not (self.ideal or self.model or self.cost_from):
-            raise ValueError("what steps take depends on the model: give a known one by --model, "
-                             "or --cost-from REPORT, or add --ideal")  # fmt: skip
+            raise ValueError(
+                "what steps take depends on the model: give a known one by --model, "
+                "or --cost-from REPORT, or add --ideal"
+            )
 
     def _check_picture(self) -> None:
         if self.plot is not None and Path(self.plot).suffix.lower() not in PICTURES:
-            raise ValueError(f"--plot {visible(self.plot)}: its name must end with the kind of "
-                             f"picture, one of {' '.join(PICTURES)}")  # fmt: skip
+            raise ValueError(
+                f"--plot {visible(self.plot)}: its name must end with the kind of "
+                f"picture, one of {' '.join(PICTURES)}"
+            )
 
     def _check_hosts(self) -> None:
         hosted = {model for models in self.hosts or [] for model in models}
@@ -149,8 +156,10 @@ def _in_blocks(sizes: dict[str, int]) -> dict[str, ModelKv]:
     one = math.lcm(*sizes.values())
     block_bytes = one * -(-BLOCK_SIZE * max(sizes.values()) // one)
     if block_bytes > 64 * BLOCK_SIZE * max(sizes.values()):
-        raise ValueError("models of one cluster share blocks: one size of --kv-bytes-per-token "
-                         "must be a multiple of the others, or nearly so")  # fmt: skip
+        raise ValueError(
+            "models of one cluster share blocks: one size of --kv-bytes-per-token "
+            "must be a multiple of the others, or nearly so"
+        )
     return {name: ModelKv(name, block_bytes // size, block_bytes) for name, size in sizes.items()}
 
 
@@ -165,13 +174,16 @@ def simulate(options: SimulateOptions) -> int:
     trace = scene.load
     runs = {name: _run(scene, name, options) for name in dict.fromkeys(options.names)}
     report = {
-        "trace": options.trace, "gpu_kv_bytes": trace.capacity, "requests": len(trace.arrivals),
+        "trace": options.trace,
+        "gpu_kv_bytes": trace.capacity,
+        "requests": len(trace.arrivals),
         "dropped": trace.dropped,
         "lower_bound": {"mean": float(trace.bound.mean()), "peak": int(trace.bound.max())},
         "policies": {name: found for name, (_, found) in runs.items()},
-        "config": asdict(options), "cost": asdict(scene.cost) if scene.cost else None,
+        "config": asdict(options),
+        "cost": asdict(scene.cost) if scene.cost else None,
         "commit": _commit(),
-    }  # fmt: skip
+    }
     if options.frontier:
         report["frontier"] = _frontier(scene, options)
     if figures_file:
@@ -196,8 +208,13 @@ def _run(scene: Scene, name: str, options: SimulateOptions) -> tuple[Tally, dict
     """With as many workers as it takes, if no number was given."""
     trace, kinds = scene.load, options.hosts or [tuple(scene.kvs)]
     num = options.gpus or len(kinds) * min(trace.peak_live, 2 * int(trace.bound.max()) + 16)
-    settings = Settings(options.thrift, options.tick_s, options.seed, time.perf_counter,
-                        may_lack=options.gpus is not None)  # fmt: skip
+    settings = Settings(
+        options.thrift,
+        options.tick_s,
+        options.seed,
+        time.perf_counter,
+        may_lack=options.gpus is not None,
+    )
     began_s = time.perf_counter()
     with _progress(name, len(trace.arrivals)) as progress:
         while True:
@@ -210,8 +227,9 @@ def _run(scene: Scene, name: str, options: SimulateOptions) -> tuple[Tally, dict
             return tally, figures(trace, tally, time.perf_counter() - began_s) | {"gpus": num}
 
 
-def _replay(scene: Scene, name: str, hosts: list[tuple[ModelKv, ...]],
-            settings: Settings) -> Replay:  # fmt: skip
+def _replay(
+    scene: Scene, name: str, hosts: list[tuple[ModelKv, ...]], settings: Settings
+) -> Replay:
     if scene.cost is None:
         return IdealReplay(scene.load, name, hosts, settings)
     return TimedReplay(scene.load, name, hosts, scene.cost, LIMITS, settings)
@@ -246,8 +264,9 @@ def _outputs(options: SimulateOptions) -> tuple[Destination | None, Destination 
     if options.plot and find_spec("matplotlib") is None:
         raise UsageError("--plot needs matplotlib: pip install 'mellmpi[sim]'")
     given = (("--json", options.json), ("--plot", options.plot))
-    figures_file, picture = (Destination(flag, name, name) if name else None
-                             for flag, name in given)  # fmt: skip
+    figures_file, picture = (
+        Destination(flag, name, name) if name else None for flag, name in given
+    )
     inputs = [("--trace", options.trace), ("--cost-from", options.cost_from)]
     found = [_status(flag, name) for flag, name in inputs if name]
     with ExitStack() as made:
@@ -281,8 +300,9 @@ def _write(destination: Destination, data: bytes) -> None:
         raise UsageError(str(error)) from error
 
 
-def _drawn(picture: Destination, trace: Load, report: dict[str, Any],
-           tallies: dict[str, Tally]) -> bytes:  # fmt: skip
+def _drawn(
+    picture: Destination, trace: Load, report: dict[str, Any], tallies: dict[str, Tally]
+) -> bytes:
     from mellmpi.sim.plots import draw  # matplotlib is slow to import
 
     return draw(Path(picture.name).suffix, trace, report, tallies)

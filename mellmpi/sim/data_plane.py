@@ -20,8 +20,9 @@ class DataPlane:
     sent is not written.
     """
 
-    def __init__(self, workers: dict[int, SimWorker], block_s: Callable[[], float], later: Later,
-                 tell: Tell):  # fmt: skip
+    def __init__(
+        self, workers: dict[int, SimWorker], block_s: Callable[[], float], later: Later, tell: Tell
+    ):
         self.workers, self.block_s, self.later, self.tell = workers, block_s, later, tell
         self.sends: dict[Key, SendBlocks] = {}
         self.receives: dict[Key, ReceiveBlocks | DrainBlocks] = {}
@@ -71,9 +72,13 @@ class DataPlane:
     def _tell_arrived(self, key: Key, receive: ReceiveBlocks | DrainBlocks, wrong: str) -> None:
         if isinstance(receive, ReceiveBlocks):
             arrived = BlocksArrived(
-                receive.request_id, receive.epoch, not wrong, self.started_s.pop(key),
-                receive.tag, wrong,
-            )  # fmt: skip
+                receive.request_id,
+                receive.epoch,
+                not wrong,
+                self.started_s.pop(key),
+                receive.tag,
+                wrong,
+            )
             if wrong:
                 self.workers[key[1]].executor.arena[list(receive.block_ids)] = 0
             self.tell(self.workers[key[1]], arrived)

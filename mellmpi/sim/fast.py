@@ -26,8 +26,9 @@ class CountingExecutor(SilentExecutor):
         """One token a sampled chunk, in plan order."""
         sampled = [c for c in plan.chunks if c.sampling is not None]
         lengths = [(len(c.history[1]) + 1, self._lengths[c.request_id]) for c in sampled]
-        return StepResult(tuple([STOP if n >= m else 0 for n, m in lengths]),
-                          (None,) * len(sampled))  # fmt: skip
+        return StepResult(
+            tuple([STOP if n >= m else 0 for n, m in lengths]), (None,) * len(sampled)
+        )
 
 
 class FastBatch(BatchScheduler):
@@ -71,8 +72,10 @@ class FastBatch(BatchScheduler):
         least, free = 1, self.pool.num_free
         while least < most:
             middle = (least + most + 1) // 2
-            more = sum(max(0, self.tables.needed(s, s.num_tokens + middle - 1) - len(s.block_table))
-                       for s in self._planned)  # fmt: skip
+            more = sum(
+                max(0, self.tables.needed(s, s.num_tokens + middle - 1) - len(s.block_table))
+                for s in self._planned
+            )
             least, most = (middle, most) if more <= free else (least, middle - 1)
         return least
 
@@ -98,8 +101,9 @@ class FastWorker(SimWorker):
         """Batch scheduler anew; the announcement of it."""
         ready, spec = super().wake(), self.spec
         hosted = tuple(HostedModel(kv, f"simulated {kv.model}") for kv in spec.models)
-        self.batch: FastBatch = FastBatch(hosted, spec.num_blocks, self.acked, spec.batch,
-                                          spec.cache, lengths=self.lengths)  # fmt: skip
+        self.batch: FastBatch = FastBatch(
+            hosted, spec.num_blocks, self.acked, spec.batch, spec.cache, lengths=self.lengths
+        )
         self.batch.step_seconds = spec.step_s
         return ready
 

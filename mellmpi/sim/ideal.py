@@ -72,8 +72,9 @@ class _Worker:
 class IdealWorkers:
     """All workers of a cell. `handle` takes the scheduler's commands, `advance` passes time."""
 
-    def __init__(self, hosts: list[tuple[ModelKv, ...]], capacity: int, rate: float,
-                 lengths: list[int]):  # fmt: skip
+    def __init__(
+        self, hosts: list[tuple[ModelKv, ...]], capacity: int, rate: float, lengths: list[int]
+    ):
         self.rate, self.lengths = rate, lengths
         self.step = 0
         self.workers = {w: _Worker(w, models, capacity) for w, models in enumerate(hosts, start=1)}
@@ -197,9 +198,14 @@ class IdealWorkers:
     def _sequence(self, worker: _Worker, order: Any, num_outputs: int) -> _Sequence:
         request = order.request
         return _Sequence(
-            request.id, order.epoch, len(request.prompt), self._kv(worker, request.model),
-            self.lengths[request.id], num_outputs, self.step,
-        )  # fmt: skip
+            request.id,
+            order.epoch,
+            len(request.prompt),
+            self._kv(worker, request.model),
+            self.lengths[request.id],
+            num_outputs,
+            self.step,
+        )
 
     def _assign(self, worker: _Worker, order: Assign) -> None:
         sequence = self._sequence(worker, order, len(order.outputs))
@@ -231,9 +237,20 @@ class IdealWorkers:
         first, outputs = int(self._reported[order.request_id]), sequence.outputs(self.step)
         self._reported[order.request_id] = outputs
         num_bytes = sequence.token_bytes * (sequence.num_prompt + outputs)
-        return [(order.dst, KvReceived(
-            order.request_id, order.dst_epoch, first, zeros(outputs - first), (), num_bytes, 0.0,
-        ))]  # fmt: skip
+        return [
+            (
+                order.dst,
+                KvReceived(
+                    order.request_id,
+                    order.dst_epoch,
+                    first,
+                    zeros(outputs - first),
+                    (),
+                    num_bytes,
+                    0.0,
+                ),
+            )
+        ]
 
     # --- reports --------------------------------------------------------------------------------
 
@@ -259,13 +276,21 @@ class IdealWorkers:
         preempted = tuple([(s.request_id, s.epoch) for s, _ in worker.preempted])
         worker.ended, worker.preempted, worker.said = [], [], (worker.acked, free)
         return StepReport(
-            steps=1, step_s=1 / self.rate, prefill_tokens=0, decode_tokens=len(tokens),
-            free_bytes=free, acked=worker.acked,
+            steps=1,
+            step_s=1 / self.rate,
+            prefill_tokens=0,
+            decode_tokens=len(tokens),
+            free_bytes=free,
+            acked=worker.acked,
             request_ids=tuple([s.request_id for s, _, _ in runs]),
-            epochs=tuple([s.epoch for s, _, _ in runs]), firsts=tuple([f for _, f, _ in runs]),
-            counts=tuple([n - f for _, f, n in runs]), tokens=tokens, logprobs=(),
-            preempted=preempted, attended=0,
-        )  # fmt: skip
+            epochs=tuple([s.epoch for s, _, _ in runs]),
+            firsts=tuple([f for _, f, _ in runs]),
+            counts=tuple([n - f for _, f, n in runs]),
+            tokens=tokens,
+            logprobs=(),
+            preempted=preempted,
+            attended=0,
+        )
 
     def progress(self, requests: RequestColumns) -> Progress:
         """What all workers have decoded; who has ended or was preempted is for `report`."""
@@ -280,6 +305,10 @@ class IdealWorkers:
         free = [w.capacity - w.fixed - w.growth * step for w in busy]
         self.busy = {w.id for w in busy if w.sequences or w.ended or w.preempted}
         return Progress(
-            np.array([w.id for w in busy], np.int64), np.array(free, np.int64),
-            [w.acked for w in busy], new, rows, outputs,
-        )  # fmt: skip
+            np.array([w.id for w in busy], np.int64),
+            np.array(free, np.int64),
+            [w.acked for w in busy],
+            new,
+            rows,
+            outputs,
+        )

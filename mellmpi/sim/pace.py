@@ -99,8 +99,12 @@ class Pace:
 class Transfers:
     """Blocks between workers: what is sent and what is awaited meet, and take their time."""
 
-    def __init__(self, clock: Clock, took_s: Callable[[int], float],
-                 write: Callable[[int, Address, Any], None]):  # fmt: skip
+    def __init__(
+        self,
+        clock: Clock,
+        took_s: Callable[[int], float],
+        write: Callable[[int, Address, Any], None],
+    ):
         self._clock, self._took_s, self._write = clock, took_s, write  # blocks -> seconds
         self._sends: dict[tuple[int, int, int], SendBlocks] = {}  # (source, destination, tag)
         self._receives: dict[tuple[int, int, int], ReceiveBlocks | DrainBlocks] = {}
@@ -119,15 +123,25 @@ class Transfers:
         if key in self._sends and key in self._receives:
             self._begin(key[0], key[1], self._sends.pop(key), self._receives.pop(key))
 
-    def _begin(self, src: int, dst: int, send: SendBlocks,
-               receive: ReceiveBlocks | DrainBlocks) -> None:  # fmt: skip
+    def _begin(
+        self, src: int, dst: int, send: SendBlocks, receive: ReceiveBlocks | DrainBlocks
+    ) -> None:
         took_s = self._took_s(len(send.block_ids))
 
         def over() -> None:
             self._write(src, DATA_PLANE, BlocksSent(send.request_id, send.epoch, send.tag))
             if isinstance(receive, ReceiveBlocks):
-                self._write(dst, DATA_PLANE, BlocksArrived(
-                    receive.request_id, receive.epoch, True, took_s, receive.tag, "",
-                ))  # fmt: skip
+                self._write(
+                    dst,
+                    DATA_PLANE,
+                    BlocksArrived(
+                        receive.request_id,
+                        receive.epoch,
+                        True,
+                        took_s,
+                        receive.tag,
+                        "",
+                    ),
+                )
 
         self._clock.at(self._clock.now + took_s, over)

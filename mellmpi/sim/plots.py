@@ -26,10 +26,11 @@ def draw(suffix: str, load: Load, report: dict[str, Any], tallies: dict[str, Tal
         _over_time(gpus, use, moves, load, name, tally, colors[name])
     times_s = sample_times(load)
     gpus.fill_between(times_s, load.bound, color="0.8", lw=0, label="lower bound")
-    for axes, title, label in ((gpus, "GPUs that hold a request", "GPUs"),
-                               (use, "Utilisation of these GPUs (mean of a minute)",
-                                "% of their KV memory"),
-                               (moves, "Migrations (mean of a minute)", "per second")):  # fmt: skip
+    for axes, title, label in (
+        (gpus, "GPUs that hold a request", "GPUs"),
+        (use, "Utilisation of these GPUs (mean of a minute)", "% of their KV memory"),
+        (moves, "Migrations (mean of a minute)", "per second"),
+    ):
         axes.set(title=title, ylabel=label, xlabel="seconds since the first arrival")
         axes.set_xlim(0, max(times_s[-1], 1))
         axes.grid(alpha=0.3)
@@ -46,8 +47,9 @@ def draw(suffix: str, load: Load, report: dict[str, Any], tallies: dict[str, Tal
     return picture.getvalue()
 
 
-def _over_time(gpus: Any, use: Any, moves: Any, load: Load, name: str, tally: Tally,
-               color: str) -> None:  # fmt: skip
+def _over_time(
+    gpus: Any, use: Any, moves: Any, load: Load, name: str, tally: Tally, color: str
+) -> None:
     times_s, held = sample_times(load), np.array(tally.gpus)
     gpus.plot(times_s, held, color=color, lw=0.9, label=name)
     share = _smooth(np.array(tally.used_bytes)) / _smooth(np.maximum(1, held) * load.capacity)
@@ -64,17 +66,32 @@ def _frontier(axes: Any, report: dict[str, Any], colors: dict[str, str]) -> None
     swept = report.get("frontier", [])
     if swept:
         color = colors.get("frugal", "gray")
-        axes.plot([f[MOVED] for f in swept], [f[OVER] for f in swept], ".-", color=color, lw=1.2,
-                  label="frugal, --thrift")  # fmt: skip
+        axes.plot(
+            [f[MOVED] for f in swept],
+            [f[OVER] for f in swept],
+            ".-",
+            color=color,
+            lw=1.2,
+            label="frugal, --thrift",
+        )
         for point in swept:
-            axes.annotate(f"{point['thrift']:g}", (point[MOVED], point[OVER]), fontsize=7,
-                          color=color, xytext=(0, -10), textcoords="offset points",
-                          ha="center")  # fmt: skip
+            axes.annotate(
+                f"{point['thrift']:g}",
+                (point[MOVED], point[OVER]),
+                fontsize=7,
+                color=color,
+                xytext=(0, -10),
+                textcoords="offset points",
+                ha="center",
+            )
     for name, f in report["policies"].items():
         axes.plot(f[MOVED], f[OVER], "o", ms=7, color=colors[name], label=name)
     axes.axhline(1, color="black", lw=1.2)
-    axes.set(title="Frontier: the lower left is better", ylabel="mean GPUs / mean lower bound",
-             xlabel="bytes moved per byte of KV")  # fmt: skip
+    axes.set(
+        title="Frontier: the lower left is better",
+        ylabel="mean GPUs / mean lower bound",
+        xlabel="bytes moved per byte of KV",
+    )
     axes.set_xlim(left=-0.03 * max(axes.get_xlim()[1], 1e-3))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
@@ -84,8 +101,10 @@ def _title(report: dict[str, Any]) -> str:
     config = report["config"]
     how = "ideal" if config["ideal"] else config["cost_from"] or config["profile"]
     faster = f" ×{config['rate_scale']:g}" if config["rate_scale"] != 1 else ""
-    title = (f"{Path(report['trace']).name}{faster}, {report['requests']} requests, "
-             f"{report['gpu_kv_bytes'] / 2**30:g} GiB of KV a GPU, {how}")  # fmt: skip
+    title = (
+        f"{Path(report['trace']).name}{faster}, {report['requests']} requests, "
+        f"{report['gpu_kv_bytes'] / 2**30:g} GiB of KV a GPU, {how}"
+    )
     return visible(title)
 
 

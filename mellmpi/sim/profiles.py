@@ -93,9 +93,10 @@ def cost_of(gpu: Gpu, model: ModelShape, context_bytes: float) -> CostModel:
         prefill_token_s=token_flops / (PREFILL_SHARE * gpu.flops),
         step_s=LAUNCH_S + weights / (DECODE_SHARE * gpu.memory_Bps),
         decode_token_s=context_bytes / (DECODE_SHARE * gpu.memory_Bps),
-        link_Bps=gpu.link_Bps, link_latency_s=LINK_LATENCY_S,
+        link_Bps=gpu.link_Bps,
+        link_latency_s=LINK_LATENCY_S,
         wake_s=START_S + weights / gpu.load_Bps,
-    )  # fmt: skip
+    )
 
 
 def cost_from(path: str | Path) -> CostModel:
@@ -106,5 +107,6 @@ def cost_from(path: str | Path) -> CostModel:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} cannot be read as a report: {error}") from error
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} has no costs of a run; give what run-batch --report "
-                         f"wrote ({error})") from error  # fmt: skip
+        raise ValueError(
+            f"{path} has no costs of a run; give what run-batch --report wrote ({error})"
+        ) from error

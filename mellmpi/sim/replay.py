@@ -83,13 +83,22 @@ def timed(policy: Policy, tally: Tally, clock: Callable[[], float]) -> Policy:
 class Replay:
     """One policy on one load; how time passes on the workers is for a subclass to say."""
 
-    def __init__(self, load: Load, name: str, hosts: list[tuple[ModelKv, ...]], cost: CostModel,
-                 settings: Settings):  # fmt: skip
+    def __init__(
+        self,
+        load: Load,
+        name: str,
+        hosts: list[tuple[ModelKv, ...]],
+        cost: CostModel,
+        settings: Settings,
+    ):
         self.load, self.tally, self.settings = load, Tally(), settings
         config = ClusterConfig(
-            policy=name, thrift=settings.thrift, seed=settings.seed,
-            park_after_s=settings.park_after_s, rebalance_every_s=0.0,
-        )  # fmt: skip
+            policy=name,
+            thrift=settings.thrift,
+            seed=settings.seed,
+            park_after_s=settings.park_after_s,
+            rebalance_every_s=0.0,
+        )
         policy = timed(policy_for(name, "auto"), self.tally, settings.clock)
         self.scheduler = CountingScheduler(len(hosts), config, policy)
         self.scheduler.registry.view.cost = cost
@@ -141,8 +150,7 @@ class Replay:
 class IdealReplay(Replay):
     """Times are whole decode steps; prefill, waking and moves take none."""
 
-    def __init__(self, load: Load, name: str, hosts: list[tuple[ModelKv, ...]],
-                 settings: Settings):  # fmt: skip
+    def __init__(self, load: Load, name: str, hosts: list[tuple[ModelKv, ...]], settings: Settings):
         super().__init__(load, name, hosts, NO_COST, replace(settings, park_after_s=0.0))
         self.rate, self.now = load.rate, 0.0
         self.every = max(1, round(settings.tick_s * load.rate))
@@ -160,8 +168,12 @@ class IdealReplay(Replay):
         tick = first + self.every // 2  # between two samples, not just before one
         while i < len(arrivals) or self.scheduler.records:
             near = self.workers.next_step()
-            due = [tick, *([near] if near is not None else []), *arrivals[i : i + 1],
-                   *([samples[0]] if samples else [])]  # fmt: skip
+            due = [
+                tick,
+                *([near] if near is not None else []),
+                *arrivals[i : i + 1],
+                *([samples[0]] if samples else []),
+            ]
             step = min(due)
             self._advance(step)
             if i < len(arrivals) and arrivals[i] == step:
@@ -238,18 +250,24 @@ def figures(load: Load, tally: Tally, wall_s: float) -> dict[str, Any]:
     num, moved = len(load.arrivals), sum(size for _, size in tally.moves)
     stalls = np.array([tally.stall_s[i] for i in tally.finished])
     return {
-        "gpus_mean": float(gpus.mean()), "gpus_peak": int(gpus.max()),
+        "gpus_mean": float(gpus.mean()),
+        "gpus_peak": int(gpus.max()),
         "gpus_over_bound": float(gpus.mean() / load.bound.mean()),
         "utilization": float(used.sum() / max(1, gpus.sum() * load.capacity)),
-        "migrations": len(tally.moves), "migrations_per_request": len(tally.moves) / num,
+        "migrations": len(tally.moves),
+        "migrations_per_request": len(tally.moves) / num,
         "migrated_bytes": int(moved),
         "migrated_bytes_per_kv_byte": moved / int(load.final_bytes.sum()),
-        "preemptions": tally.preemptions, "finished": len(tally.finished),
-        "stall_mean_s": float(stalls.mean()), "stall_p99_s": float(np.percentile(stalls, 99)),
-        "wakes": tally.wakes, "decisions": tally.decisions,
+        "preemptions": tally.preemptions,
+        "finished": len(tally.finished),
+        "stall_mean_s": float(stalls.mean()),
+        "stall_p99_s": float(np.percentile(stalls, 99)),
+        "wakes": tally.wakes,
+        "decisions": tally.decisions,
         "decisions_per_s": tally.decisions / max(tally.policy_s, 1e-9),
-        "policy_s": tally.policy_s, "wall_s": wall_s,
-    } | _latencies(tally)  # fmt: skip
+        "policy_s": tally.policy_s,
+        "wall_s": wall_s,
+    } | _latencies(tally)
 
 
 def _latencies(tally: Tally) -> dict[str, float]:
@@ -258,9 +276,11 @@ def _latencies(tally: Tally) -> dict[str, float]:
         return {}
     ttft_s, tpot_s = (list(values.values()) for values in (tally.ttft_s, tally.tpot_s))
     return {
-        "ttft_mean_s": float(np.mean(ttft_s)), "ttft_p99_s": float(np.percentile(ttft_s, 99)),
-        "tpot_mean_s": float(np.mean(tpot_s)), "tpot_p99_s": float(np.percentile(tpot_s, 99)),
-    }  # fmt: skip
+        "ttft_mean_s": float(np.mean(ttft_s)),
+        "ttft_p99_s": float(np.percentile(ttft_s, 99)),
+        "tpot_mean_s": float(np.mean(tpot_s)),
+        "tpot_p99_s": float(np.percentile(tpot_s, 99)),
+    }
 
 
 def sample_times(load: Load) -> np.ndarray:

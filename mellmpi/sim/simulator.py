@@ -45,8 +45,14 @@ class Outcome:
 class Simulation:
     """Build it, `submit`, `cancel` and `crash` at chosen times, then `run`."""
 
-    def __init__(self, specs: Sequence[WorkerSpec], config: ClusterConfig, cost: CostModel,
-                 network: Network, rng: random.Random):  # fmt: skip
+    def __init__(
+        self,
+        specs: Sequence[WorkerSpec],
+        config: ClusterConfig,
+        cost: CostModel,
+        network: Network,
+        rng: random.Random,
+    ):
         self.config, self.cost, self.network, self.rng = config, cost, network, rng
         self.scheduler = ClusterScheduler(
             len(specs), config, policy_for(config.policy, config.migrate)

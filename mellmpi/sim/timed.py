@@ -42,15 +42,29 @@ MESSAGE_S = 1e-4  # a command or a report, from loop to loop
 class TimedReplay(Replay):
     """Every worker steps at its own pace; messages take `MESSAGE_S` and wait for a step's end."""
 
-    def __init__(self, load: Load, name: str, hosts: list[tuple[ModelKv, ...]], cost: CostModel,
-                 limits: BatchConfig, settings: Settings):  # fmt: skip
+    def __init__(
+        self,
+        load: Load,
+        name: str,
+        hosts: list[tuple[ModelKv, ...]],
+        cost: CostModel,
+        limits: BatchConfig,
+        settings: Settings,
+    ):
         super().__init__(load, name, hosts, cost, settings)
         self.clock, lengths = Clock(), load.outputs.tolist()
         self.paces: list[Pace] = []  # worker w is at w - 1
         for w, models in enumerate(hosts, start=1):
             num_blocks = load.capacity // models[0].block_bytes
-            spec = WorkerSpec(models, num_blocks, limits, CacheConfig(), cost.wake_s,
-                              lambda *_: CountingExecutor(lengths), cost.step_seconds)  # fmt: skip
+            spec = WorkerSpec(
+                models,
+                num_blocks,
+                limits,
+                CacheConfig(),
+                cost.wake_s,
+                lambda *_: CountingExecutor(lengths),
+                cost.step_seconds,
+            )
             worker = FastWorker(w, spec, cost, lengths)
             self.paces.append(Pace(worker, self.clock, self._carry, self._report))
         block_bytes = hosts[0][0].block_bytes  # of all models: any can use what one frees
@@ -194,9 +208,11 @@ class TimedReplay(Replay):
         return Progress(
             np.array([w for w, _ in reports], np.int64),
             np.array([report.free_bytes for _, report in reports], np.int64),
-            [report.acked for _, report in reports], decoded, np.array(slots, np.int64),
+            [report.acked for _, report in reports],
+            decoded,
+            np.array(slots, np.int64),
             np.array(outputs, np.int64),
-        )  # fmt: skip
+        )
 
     # --- what is counted ------------------------------------------------------------------------
 

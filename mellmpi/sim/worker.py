@@ -49,10 +49,16 @@ class SimWorker:
         self.executor = spec.executor(spec.num_blocks, spec.models)
         capacity = spec.num_blocks * self.batch.block_bytes
         return WorkerReady(
-            spec.models, capacity, spec.batch.max_num_seqs, self.acked, spec.wake_s,
-            spec.batch.max_num_batched_tokens, spec.batch.target_step_s,
-            spec.step_s if any(spec.step_s) else (), "",
-        )  # fmt: skip
+            spec.models,
+            capacity,
+            spec.batch.max_num_seqs,
+            self.acked,
+            spec.wake_s,
+            spec.batch.max_num_batched_tokens,
+            spec.batch.target_step_s,
+            spec.step_s if any(spec.step_s) else (),
+            "",
+        )
 
     def handle(self, source: Address, message: Any) -> list[tuple[Address, Any]]:
         """One message; what it makes the worker send."""

@@ -19,8 +19,9 @@ class Predictions:
 
     def error(self, what: str) -> float | None:
         """|predicted - actual| / actual in the median of all ways; None without samples."""
-        pairs = [pair for (_, of), sample in self._pairs.items() if of == what
-                 for pair in sample.items]  # fmt: skip
+        pairs = [
+            pair for (_, of), sample in self._pairs.items() if of == what for pair in sample.items
+        ]
         return _error(pairs) if pairs else None
 
     def to_dict(self) -> dict[str, dict[str, dict[str, float | None]]]:
@@ -29,8 +30,10 @@ class Predictions:
         for (mode, what), sample in self._pairs.items():
             predicted, actual = np.median(sample.items, axis=0).tolist()
             found.setdefault(mode, {})[what] = {
-                "predicted": predicted, "actual": actual, "error": _error(sample.items)
-            }  # fmt: skip
+                "predicted": predicted,
+                "actual": actual,
+                "error": _error(sample.items),
+            }
         return found
 
 

@@ -112,8 +112,12 @@ class Sums:
         """Plain data: `xx` is the matrix of the normal equations, `xy` their right side."""
         if self._new:
             self._fold()
-        return {"of": list(self.names), "samples": self.count, "xx": self._xx.tolist(),
-                "xy": self._xy.tolist()}  # fmt: skip
+        return {
+            "of": list(self.names),
+            "samples": self.count,
+            "xx": self._xx.tolist(),
+            "xy": self._xy.tolist(),
+        }
 
 
 @dataclass(frozen=True, slots=True)

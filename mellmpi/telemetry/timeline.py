@@ -65,9 +65,15 @@ def figure(series: Series) -> Figure:
     _lanes(lanes, series)
     _time_axis(lanes, series.end_s)
     fig.legend(
-        handles=list(_legend(series)), loc="outside lower center", ncols=8, frameon=False,
-        fontsize=9, labelcolor=INK, handlelength=2.2, columnspacing=1.6,
-    )  # fmt: skip
+        handles=list(_legend(series)),
+        loc="outside lower center",
+        ncols=8,
+        frameon=False,
+        fontsize=9,
+        labelcolor=INK,
+        handlelength=2.2,
+        columnspacing=1.6,
+    )
     return fig
 
 
@@ -82,9 +88,14 @@ def _lanes_in(num_lanes: int) -> float:
 def _titles(axes: Axes, series: Series) -> None:
     axes.set_title(_title(series), loc="left", fontsize=13, fontweight="bold", color=INK, pad=26)
     axes.annotate(
-        _subtitle(series), (0, 1), xytext=(0, 10), xycoords="axes fraction",
-        textcoords="offset points", fontsize=10, color=MUTED,
-    )  # fmt: skip
+        _subtitle(series),
+        (0, 1),
+        xytext=(0, 10),
+        xycoords="axes fraction",
+        textcoords="offset points",
+        fontsize=10,
+        color=MUTED,
+    )
 
 
 def _title(series: Series) -> str:
@@ -151,9 +162,15 @@ def _active_strip(axes: Axes, series: Series) -> None:
     axes.set_ylabel("active\nworkers", rotation=0, ha="right", va="center", color=MUTED)
     axes.plot([0, series.end_s], [mean] * 2, color=INK, lw=0.9, ls=(0, (1, 2)))
     axes.annotate(
-        f"mean {mean:.2f}", (0, mean), xytext=(5, -2), xycoords=axes.get_yaxis_transform(),
-        textcoords="offset points", va="top", fontsize=9, color=INK,
-    )  # fmt: skip
+        f"mean {mean:.2f}",
+        (0, mean),
+        xytext=(5, -2),
+        xycoords=axes.get_yaxis_transform(),
+        textcoords="offset points",
+        va="top",
+        fontsize=9,
+        color=INK,
+    )
 
 
 def _active_workers(series: Series) -> tuple[list[float], list[int]]:
@@ -214,9 +231,15 @@ def _shades(axes: Axes, worker: WorkerSeries, bottom: int, end_s: float, font: f
         if state in SHADES:
             face, hatch = SHADES[state]
             axes.fill_between(
-                [start, end], bottom, bottom + LANE, facecolor=face, hatch=hatch,
-                edgecolor=HATCH, lw=0, zorder=0.5,
-            )  # fmt: skip
+                [start, end],
+                bottom,
+                bottom + LANE,
+                facecolor=face,
+                hatch=hatch,
+                edgecolor=HATCH,
+                lw=0,
+                zorder=0.5,
+            )
         if state in INACTIVE and end - start > NARROW * end_s:
             _name(axes, (start + end) / 2, bottom, state, font)
         if state == "lost":
@@ -225,10 +248,16 @@ def _shades(axes: Axes, worker: WorkerSeries, bottom: int, end_s: float, font: f
 
 def _name(axes: Axes, x: float, bottom: int, state: str, font: float) -> None:
     axes.text(
-        x, bottom + LANE / 2, state, ha="center", va="center_baseline", fontsize=font,
-        color=MUTED, zorder=3,
+        x,
+        bottom + LANE / 2,
+        state,
+        ha="center",
+        va="center_baseline",
+        fontsize=font,
+        color=MUTED,
+        zorder=3,
         bbox={"boxstyle": "square,pad=0.15", "facecolor": "white", "edgecolor": "none"},
-    )  # fmt: skip
+    )
 
 
 def _spans(worker: WorkerSeries, end_s: float) -> Iterator[tuple[float, float, str]]:
@@ -281,11 +310,15 @@ def _moves(axes: Axes, moves: list[MoveRecord], bottoms: dict[int, int], num_all
     ]
     axes.add_collection(
         LineCollection(
-            ends, colors=color, linestyles=[style], lw=max(0.55, 1.3 * crowd), alpha=alpha,
+            ends,
+            colors=color,
+            linestyles=[style],
+            lw=max(0.55, 1.3 * crowd),
+            alpha=alpha,
             zorder=4,
         ),
         autolim=False,
-    )  # fmt: skip
+    )
     starts = np.array([start for start, _ in ends])
     axes.plot(*starts.T, "o", ms=0.6 * size, color=color, alpha=alpha, mew=0, zorder=4)
     for marker, down in (("v", True), ("^", False)):

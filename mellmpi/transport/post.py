@@ -38,8 +38,13 @@ class Post:
     While `starting`, the failure of any rank ends the job; later only the user's mistakes do.
     """
 
-    def __init__(self, rank: int, size: int, channel: PeerChannel,
-                 leave: Callable[[int], NoReturn] = os._exit):  # fmt: skip
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        channel: PeerChannel,
+        leave: Callable[[int], NoReturn] = os._exit,
+    ):
         self.rank, self.size = rank, size
         self.lost: set[int] = set()
         self.starting = True

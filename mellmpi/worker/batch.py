@@ -47,8 +47,14 @@ class BatchScheduler:
     Between `plan` and its `commit` nothing is handled: the pass still writes the blocks.
     """
 
-    def __init__(self, models: tuple[HostedModel, ...], num_blocks: int, acked: int,
-                 batch: BatchConfig, cache: CacheConfig):  # fmt: skip
+    def __init__(
+        self,
+        models: tuple[HostedModel, ...],
+        num_blocks: int,
+        acked: int,
+        batch: BatchConfig,
+        cache: CacheConfig,
+    ):
         self._turns = [m.kv.model for m in models]  # who computed last comes last
         self.tables = BlockTables((m.kv for m in models), num_blocks, cache.enable_prefix_caching)
         self.pool = self.tables.pool
@@ -205,12 +211,13 @@ class BatchScheduler:
     def _chunk(self, sequence: Sequence, end: int) -> Chunk:
         caught_up = end == sequence.num_tokens
         return Chunk(
-            request_id=sequence.request.id, start=sequence.num_computed,
+            request_id=sequence.request.id,
+            start=sequence.num_computed,
             tokens=sequence.token_range(sequence.num_computed, end),
             block_table=sequence.block_table,
             sampling=sequence.request.sampling if caught_up else None,
             history=(sequence.request.prompt, sequence.outputs),
-        )  # fmt: skip
+        )
 
     def commit(self, plan: StepPlan, result: StepResult) -> Commands:
         """Take in what the pass of `plan`, the last one made, produced; what must be sent."""

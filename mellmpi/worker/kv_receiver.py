@@ -129,9 +129,14 @@ class KvReceiver:
         sequence.num_reported = len(sequence.outputs)
         num_blocks = arrival.next_block - arrival.start // tables.block_size(sequence)
         received = KvReceived(
-            sequence.request.id, sequence.epoch, first, tuple(sequence.outputs[first:]),
-            sequence.logprobs_from(first), num_blocks * tables.block_bytes, arrival.transfer_s,
-        )  # fmt: skip
+            sequence.request.id,
+            sequence.epoch,
+            first,
+            tuple(sequence.outputs[first:]),
+            sequence.logprobs_from(first),
+            num_blocks * tables.block_bytes,
+            arrival.transfer_s,
+        )
         return [(SCHEDULER, received)]
 
     def _part_computed(self, sequence: Sequence, arrival: Arrival) -> Commands:

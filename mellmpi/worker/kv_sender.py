@@ -149,13 +149,17 @@ class KvSender:
         first, ids = stream.next_block, sequence.block_table[stream.next_block : end]
         stream.next_block, stream.num_before = end, len(ids)
         header = KvPayload(
-            request_id=sequence.request.id, epoch=stream.dst_epoch,
+            request_id=sequence.request.id,
+            epoch=stream.dst_epoch,
             fingerprint=self._holdings.fingerprint(sequence),
-            first_block=first, num_blocks=len(ids), num_computed=sequence.num_computed,
+            first_block=first,
+            num_blocks=len(ids),
+            num_computed=sequence.num_computed,
             outputs=tuple(sequence.outputs) if last else (),
             logprobs=tuple(sequence.logprobs.items()) if last else (),
-            last=last, tag=stream.tag,
-        )  # fmt: skip
+            last=last,
+            tag=stream.tag,
+        )
         commands: Commands = [(stream.dst, header)]
         if ids:
             sequence.sending.add(stream.tag)

@@ -43,14 +43,21 @@ class ReportBuffer:
         runs = list(self._runs.values())
         news = [s.outputs[s.num_reported :] for s in runs]
         report = StepReport(
-            steps=steps, step_s=step_s,
-            prefill_tokens=self._prefill_tokens, decode_tokens=self._decode_tokens,
-            free_bytes=free_bytes, acked=acked,
-            request_ids=tuple(s.request.id for s in runs), epochs=tuple(s.epoch for s in runs),
-            firsts=tuple(s.num_reported for s in runs), counts=tuple(map(len, news)),
-            tokens=tuple(chain.from_iterable(news)), logprobs=_logprobs(runs),
-            preempted=tuple(self._preempted), attended=self._attended,
-        )  # fmt: skip
+            steps=steps,
+            step_s=step_s,
+            prefill_tokens=self._prefill_tokens,
+            decode_tokens=self._decode_tokens,
+            free_bytes=free_bytes,
+            acked=acked,
+            request_ids=tuple(s.request.id for s in runs),
+            epochs=tuple(s.epoch for s in runs),
+            firsts=tuple(s.num_reported for s in runs),
+            counts=tuple(map(len, news)),
+            tokens=tuple(chain.from_iterable(news)),
+            logprobs=_logprobs(runs),
+            preempted=tuple(self._preempted),
+            attended=self._attended,
+        )
         for sequence in runs:
             sequence.num_reported = len(sequence.outputs)
         self._forget()

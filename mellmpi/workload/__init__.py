@@ -1,4 +1,8 @@
-"""Arrivals and lengths: public traces, recognised by their columns, and seeded generators."""
+"""Arrivals and lengths: public traces, recognised by their columns, and seeded generators.
+
+Knows no prompt text and no policy: a workload is one row a request, times in seconds, lengths in
+tokens.
+"""
 
 from mellmpi.workload.requests import Workload, gamma
 from mellmpi.workload.rows import open_filled

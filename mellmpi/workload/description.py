@@ -16,8 +16,10 @@ def describe(file: TraceFile, form: Format, workload: Workload) -> str:
     rate = f"{_rate(workload):,.0f}" if _rate(workload) >= 100 else f"{_rate(workload):.3g}"
     within = f" in {_span(span_s)} ({rate} requests/s)" if span_s else " at once"
     failed = f", {workload.dropped:,} failed left out" if workload.dropped else ""
-    return (f"{file.path}: {form.name} format{separated}, {times}, {len(workload):,} requests"
-            f"{within}{failed}{_doubt(form, workload)}")  # fmt: skip
+    return (
+        f"{file.path}: {form.name} format{separated}, {times}, {len(workload):,} requests"
+        f"{within}{failed}{_doubt(form, workload)}"
+    )
 
 
 def plausible_unit(form: Format, workload: Workload) -> str | None:

@@ -83,23 +83,54 @@ class Format:
 
 
 FORMATS = (
-    Format("uniform", "arrival_s", "prompt_tokens", "output_tokens", "seconds", model="model",
-           session="session", from_first=False),
+    Format(
+        "uniform",
+        "arrival_s",
+        "prompt_tokens",
+        "output_tokens",
+        "seconds",
+        model="model",
+        session="session",
+        from_first=False,
+    ),
     # github.com/Azure/AzurePublicDataset: AzureLLMInferenceDataset2023.md, …2024.md (dates with a
     # zone), AzureLMMInferenceDataset2025.md (dates with T and Z, a column NumImages)
     Format("Azure", "TIMESTAMP", "ContextTokens", "GeneratedTokens", None),
     # github.com/HPMLL/BurstGPT: BurstGPT_1, _2, and _3 with the columns Session ID, Elapsed time
-    Format("BurstGPT", "Timestamp", "Request tokens", "Response tokens", "seconds", model="Model",
-           session="Session ID", zero_is_failure=True, slowest=0),
+    Format(
+        "BurstGPT",
+        "Timestamp",
+        "Request tokens",
+        "Response tokens",
+        "seconds",
+        model="Model",
+        session="Session ID",
+        zero_is_failure=True,
+        slowest=0,
+    ),
     # github.com/kvcache-ai/Mooncake: FAST25-release
-    Format("Mooncake", "timestamp", "input_length", "output_length", "milliseconds",
-           without="chat_id", slowest=1 / 10),
+    Format(
+        "Mooncake",
+        "timestamp",
+        "input_length",
+        "output_length",
+        "milliseconds",
+        without="chat_id",
+        slowest=1 / 10,
+    ),
     # github.com/alibaba-edu/qwen-bailian-usagetraces-anon
-    Format("Bailian", "timestamp", "input_length", "output_length", "seconds", also="chat_id",
-           slowest=1 / 10),
+    Format(
+        "Bailian",
+        "timestamp",
+        "input_length",
+        "output_length",
+        "seconds",
+        also="chat_id",
+        slowest=1 / 10,
+    ),
     # github.com/microsoft/vidur: data/processed_traces/splitwise_conv.csv
     Format("Vidur", "arrived_at", "num_prefill_tokens", "num_decode_tokens", "seconds"),
-)  # fmt: skip
+)
 
 
 def recognise(names: Collection[str]) -> Format:

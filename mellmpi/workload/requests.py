@@ -29,8 +29,10 @@ class Workload:
         if not (factor > 0 and math.isfinite(factor)):
             raise ValueError(f"--rate-scale must be over 0, not {factor}")
         if float(self.arrival_s.max(initial=0)) / factor > LONGEST_S:
-            raise ValueError(f"--rate-scale {factor:g} makes requests arrive for over "
-                             f"{LONGEST_S / 86_400:.0f} days; give a larger one")  # fmt: skip
+            raise ValueError(
+                f"--rate-scale {factor:g} makes requests arrive for over "
+                f"{LONGEST_S / 86_400:.0f} days; give a larger one"
+            )
         return replace(self, arrival_s=self.arrival_s / factor)
 
     def longer(self, factor: float) -> "Workload":
@@ -39,26 +41,33 @@ class Workload:
             raise ValueError(f"--length-scale must be over 0, not {factor}")
         longest = max(tokens.max(initial=0) for tokens in (self.prompt_tokens, self.output_tokens))
         if int(longest) * factor > MAX_TOKENS:
-            raise ValueError(f"--length-scale {factor:g} makes a prompt or an output of over "
-                             f"{MAX_TOKENS:,} tokens; give a smaller one")  # fmt: skip
+            raise ValueError(
+                f"--length-scale {factor:g} makes a prompt or an output of over "
+                f"{MAX_TOKENS:,} tokens; give a smaller one"
+            )
 
         def scaled(tokens: np.ndarray) -> np.ndarray:
             return np.maximum(1, np.rint(tokens * factor)).astype(np.int64)
 
-        return replace(self, prompt_tokens=scaled(self.prompt_tokens),
-                       output_tokens=scaled(self.output_tokens))  # fmt: skip
+        return replace(
+            self, prompt_tokens=scaled(self.prompt_tokens), output_tokens=scaled(self.output_tokens)
+        )
 
     def first(self, count: int) -> "Workload":
         """Only so many requests."""
         return replace(
-            self, arrival_s=self.arrival_s[:count], prompt_tokens=self.prompt_tokens[:count],
-            output_tokens=self.output_tokens[:count], model=self.model[:count],
+            self,
+            arrival_s=self.arrival_s[:count],
+            prompt_tokens=self.prompt_tokens[:count],
+            output_tokens=self.output_tokens[:count],
+            model=self.model[:count],
             session=self.session[:count],
-        )  # fmt: skip
+        )
 
 
-def gamma(num_requests: int, rate: float, cv: float, prompt: float, output: float,
-          seed: int) -> Workload:  # fmt: skip
+def gamma(
+    num_requests: int, rate: float, cv: float, prompt: float, output: float, seed: int
+) -> Workload:
     """Arrivals with this rate (1/s) and variation (1: Poisson); lognormal lengths of these means.
 
     Of the lengths, the standard deviation equals the mean.

@@ -56,8 +56,10 @@ def open_filled(path: Path) -> io.BufferedReader:
     file = os.fdopen(descriptor, "rb")
     if not select.select([descriptor], [], [], FILLED_S)[0]:
         file.close()
-        raise ValueError(f"nothing comes from {path}: it is a pipe, and its writer must start "
-                         f"within {FILLED_S:g} s")  # fmt: skip
+        raise ValueError(
+            f"nothing comes from {path}: it is a pipe, and its writer must start "
+            f"within {FILLED_S:g} s"
+        )
     os.set_blocking(descriptor, True)
     return file
 
@@ -92,8 +94,9 @@ class TraceFile:
         while line := text.readline(LONGEST_LINE + 1):
             self.line += 1
             if len(line) > LONGEST_LINE:
-                raise self._wrong(f"over {LONGEST_LINE:,} characters; one request a line is "
-                                  "expected")  # fmt: skip
+                raise self._wrong(
+                    f"over {LONGEST_LINE:,} characters; one request a line is expected"
+                )
             if "\0" in line:
                 raise self._wrong("a NUL byte; iconv -f UTF-16 -t UTF-8 converts UTF-16")
             if not _is_utf8(line):

@@ -69,13 +69,16 @@ class _Requests:
 
     def _check_time(self, form: Format, arrival_s: float) -> None:
         if self.arrivals and arrival_s < self.arrivals[-1]:
-            raise ValueError(f"{form.arrival} is before that of the row above; sort the trace by "
-                             "time")  # fmt: skip
+            raise ValueError(
+                f"{form.arrival} is before that of the row above; sort the trace by time"
+            )
         first_s = self.arrivals[0] if self.arrivals else arrival_s
         if arrival_s - (first_s if form.from_first else 0.0) > LONGEST_S:
             counted = f"; it counts {form.unit}" if form.unit else ""
-            raise ValueError(f"{form.arrival} is over {LONGEST_S / 86_400:.0f} days after the "
-                             f"start of the trace{counted}")  # fmt: skip
+            raise ValueError(
+                f"{form.arrival} is over {LONGEST_S / 86_400:.0f} days after the "
+                f"start of the trace{counted}"
+            )
 
     def workload(self, file: TraceFile) -> Workload:
         """All rows; there is at least one."""
@@ -84,7 +87,11 @@ class _Requests:
         if self.form.from_first:
             arrival_s = arrival_s - arrival_s[0]
         workload = Workload(
-            arrival_s, np.array(self.prompts, np.int64), np.array(self.outputs, np.int64),
-            tuple(self.models), tuple(self.sessions), self.dropped,
-        )  # fmt: skip
+            arrival_s,
+            np.array(self.prompts, np.int64),
+            np.array(self.outputs, np.int64),
+            tuple(self.models),
+            tuple(self.sessions),
+            self.dropped,
+        )
         return replace(workload, source=describe(file, self.form, workload))

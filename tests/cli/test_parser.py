@@ -27,18 +27,38 @@ def test_the_command_line_beats_the_environment_which_beats_the_file(tmp_path):
 
 
 def test_several_models_are_given_one_by_one(tmp_path):
-    typed = options("--model", "a", "--model", "b", "--served-model-name", "x",
-                    "--served-model-name", "y", "--dtype", "float32", "--worker-models", "x",
-                    "--worker-models", "x,y").config  # fmt: skip
+    typed = options(
+        "--model",
+        "a",
+        "--model",
+        "b",
+        "--served-model-name",
+        "x",
+        "--served-model-name",
+        "y",
+        "--dtype",
+        "float32",
+        "--worker-models",
+        "x",
+        "--worker-models",
+        "x,y",
+    ).config
     assert [(m.model, m.name, m.dtype) for m in typed.models] == [
-        ("a", "x", "float32"), ("b", "y", "float32")]  # fmt: skip
+        ("a", "x", "float32"),
+        ("b", "y", "float32"),
+    ]
     assert typed.worker_models == (("x",), ("x", "y"))
-    environment = {"MELLMPI_MODEL": "a; b", "MELLMPI_SERVED_MODEL_NAME": "x;y",
-                   "MELLMPI_WORKER_MODELS": "x;x,y", "MELLMPI_DTYPE": "float32"}  # fmt: skip
+    environment = {
+        "MELLMPI_MODEL": "a; b",
+        "MELLMPI_SERVED_MODEL_NAME": "x;y",
+        "MELLMPI_WORKER_MODELS": "x;x,y",
+        "MELLMPI_DTYPE": "float32",
+    }
     assert options(environment=environment).config == typed
     file = tmp_path / "c.yaml"
-    file.write_text("model: [a, b]\nserved-model-name: [x, y]\nworker-models: [x, 'x,y']\n"
-                    "dtype: float32")  # fmt: skip
+    file.write_text(
+        "model: [a, b]\nserved-model-name: [x, y]\nworker-models: [x, 'x,y']\ndtype: float32"
+    )
     assert options("--config", str(file)).config == typed
 
 
@@ -218,13 +238,16 @@ def test_simulate_stands_before_its_flags(before, capsys):
 
 def test_a_cache_that_memory_cannot_hold_ends_with_code_2(tmp_path):
     requests = tmp_path / "in.jsonl"
-    requests.write_text('{"custom_id": "a", "method": "POST", "url": "/v1/completions", '
-                        '"body": {"prompt": "a", "max_tokens": 1}}')  # fmt: skip
+    requests.write_text(
+        '{"custom_id": "a", "method": "POST", "url": "/v1/completions", '
+        '"body": {"prompt": "a", "max_tokens": 1}}'
+    )
     files = ["-i", str(requests), "-o", str(tmp_path / "out.jsonl")]
     tiny = ["--model", "random:tiny-llama", "--dtype", "float32", "--device", "cpu"]
     run = [sys.executable, "-m", "mellmpi", "run-batch", *files, *tiny]
-    done = subprocess.run([*run, "--kv-cache-memory-bytes", "1000T"], capture_output=True,
-                          text=True, timeout=120)  # fmt: skip
+    done = subprocess.run(
+        [*run, "--kv-cache-memory-bytes", "1000T"], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 2, done.stderr
     assert "--kv-cache-memory-bytes" in done.stderr and "Traceback" not in done.stderr
 

@@ -21,8 +21,14 @@ def steps(rng: random.Random, truth=TRUTH, noise: float = 0.0, prefills: float =
     attended = prefill * rng.choice([100, 1000, 4000])
     x = np.array([n, prefill, n * decoding, attended], float)
     took_s = float(x @ truth) * (rng.lognormvariate(0, noise) if noise else 1.0)
-    return replace(report(), steps=n, prefill_tokens=prefill, decode_tokens=n * decoding,
-                   attended=attended, step_s=took_s)  # fmt: skip
+    return replace(
+        report(),
+        steps=n,
+        prefill_tokens=prefill,
+        decode_tokens=n * decoding,
+        attended=attended,
+        step_s=took_s,
+    )
 
 
 def taught(num_reports: int, worker: int = 1, seed: int = 0, times=None, **kwargs) -> StepTimes:

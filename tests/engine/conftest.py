@@ -14,18 +14,32 @@ from mellmpi.models import Architecture
 from mellmpi.protocol import Chunk, Sampling, StepPlan
 
 SHAPE = dict(
-    vocab_size=131, hidden_size=96, intermediate_size=160, num_hidden_layers=3,
-    num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=512,
-    rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-)  # fmt: skip
+    vocab_size=131,
+    hidden_size=96,
+    intermediate_size=160,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    rms_norm_eps=1e-5,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
 LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 5000.0, "factor": 8.0, "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
-}  # fmt: skip
+    "rope_type": "llama3",
+    "rope_theta": 5000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 YARN = {
-    "rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0,
+    "rope_type": "yarn",
+    "rope_theta": 1000.0,
+    "factor": 4.0,
     "original_max_position_embeddings": 64,
-}  # fmt: skip
+}
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 VARIANTS = {
     "llama": ("Llama", dict(tie_word_embeddings=False)),
@@ -105,9 +119,18 @@ def get_twin():
 @pytest.fixture
 def greedy() -> Sampling:
     return Sampling(
-        max_tokens=8, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
-        presence_penalty=0.0, frequency_penalty=0.0, seed=0, stop_token_ids=(), num_logprobs=None,
-    )  # fmt: skip
+        max_tokens=8,
+        temperature=0.0,
+        top_k=0,
+        top_p=1.0,
+        min_p=0.0,
+        repetition_penalty=1.0,
+        presence_penalty=0.0,
+        frequency_penalty=0.0,
+        seed=0,
+        stop_token_ids=(),
+        num_logprobs=None,
+    )
 
 
 @dataclass
@@ -122,9 +145,13 @@ class Paged:
 
     def __init__(self, model, arch, dtype, sampling, block_size, num_blocks=200, seed=0):
         geometry = KvGeometry(
-            model="tiny", dtype=dtype, num_layers=arch.num_layers,
-            num_kv_heads=arch.num_kv_heads, block_size=block_size, head_dim=arch.head_dim,
-        )  # fmt: skip
+            model="tiny",
+            dtype=dtype,
+            num_layers=arch.num_layers,
+            num_kv_heads=arch.num_kv_heads,
+            block_size=block_size,
+            head_dim=arch.head_dim,
+        )
         self.model, self.sampling = model, sampling
         self.arena = KvArena(geometry, num_blocks)
         shuffled = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(seed))

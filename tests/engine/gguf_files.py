@@ -9,19 +9,34 @@ import transformers
 from gguf import GGMLQuantizationType as Kind
 
 SHAPE = dict(
-    vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
-    rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2,
-)  # fmt: skip
+    vocab_size=320,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    rms_norm_eps=1e-5,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 CLASSES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 NAMES = {
-    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
-    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
-}  # fmt: skip
+}
 
 
 def tiny(family: str, **changes) -> transformers.PreTrainedModel:
@@ -49,9 +64,14 @@ def permuted(rows: np.ndarray, num_heads: int) -> np.ndarray:
 
 
 def write_gguf(
-    file: Path, model: transformers.PreTrainedModel, *, kind=Kind.F32, tokenizer=None, extra=None,
+    file: Path,
+    model: transformers.PreTrainedModel,
+    *,
+    kind=Kind.F32,
+    tokenizer=None,
+    extra=None,
     rope_freqs=None,
-) -> None:  # fmt: skip
+) -> None:
     """`extra`: (method of GGUFWriter, value) pairs; `kind` is that of the matrices."""
     config = model.config
     family = config.model_type
@@ -113,8 +133,29 @@ def byte_vocabulary(writer, pre: str = "gpt-2", merges=("Ġ t", "h e"), words=()
 
 def sentencepiece_vocabulary(writer) -> None:
     """As Llama 2's: <unk> <s> </s>, 256 bytes, pieces with falling scores."""
-    pieces = ["▁", "t", "h", "e", "a", "c", "s", "o", "n", "▁t", "he", "▁the", "at", "▁c",
-              "▁cat", "on", "▁s", "aa", "aaa", "[", "]"]  # fmt: skip
+    pieces = [
+        "▁",
+        "t",
+        "h",
+        "e",
+        "a",
+        "c",
+        "s",
+        "o",
+        "n",
+        "▁t",
+        "he",
+        "▁the",
+        "at",
+        "▁c",
+        "▁cat",
+        "on",
+        "▁s",
+        "aa",
+        "aaa",
+        "[",
+        "]",
+    ]
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256)), *pieces]
     types = [2, 3, 3] + [6] * 256 + [1] * len(pieces)
     order = ["▁t", "he", "▁the", "at", "▁c", "▁cat", "on", "▁s", "aa", "aaa"]

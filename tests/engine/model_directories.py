@@ -11,11 +11,20 @@ from mellmpi.models import Architecture, parameter_shapes
 from mellmpi.models.random_model import write_byte_tokenizer
 
 CONFIG: dict[str, Any] = {
-    "model_type": "llama", "num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "intermediate_size": 24, "vocab_size": 300,
-    "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
-    "bos_token_id": 1, "eos_token_id": 2, "rope_theta": 10000.0,
-}  # fmt: skip
+    "model_type": "llama",
+    "num_hidden_layers": 1,
+    "hidden_size": 16,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 24,
+    "vocab_size": 300,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "rope_theta": 10000.0,
+}
 
 
 def tensors() -> dict[str, np.ndarray]:

@@ -129,9 +129,12 @@ def made(tmp_path, name="x.gguf", extra=(), **options) -> str:
 
 
 U16, I32, U32, F32, TEXT = (
-    gguf.GGUFValueType.UINT16, gguf.GGUFValueType.INT32, gguf.GGUFValueType.UINT32,
-    gguf.GGUFValueType.FLOAT32, gguf.GGUFValueType.STRING,
-)  # fmt: skip
+    gguf.GGUFValueType.UINT16,
+    gguf.GGUFValueType.INT32,
+    gguf.GGUFValueType.UINT32,
+    gguf.GGUFValueType.FLOAT32,
+    gguf.GGUFValueType.STRING,
+)
 PART = "m-00002-of-00003.gguf"
 
 
@@ -203,12 +206,18 @@ def write_without(file: Path, key: str) -> None:
 @pytest.mark.parametrize(
     "key",
     [
-        "general.architecture", "llama.block_count", "llama.embedding_length",
-        "llama.attention.head_count", "llama.feed_forward_length", "llama.context_length",
-        "llama.attention.layer_norm_rms_epsilon", "tokenizer.ggml.model", "tokenizer.ggml.tokens",
+        "general.architecture",
+        "llama.block_count",
+        "llama.embedding_length",
+        "llama.attention.head_count",
+        "llama.feed_forward_length",
+        "llama.context_length",
+        "llama.attention.layer_norm_rms_epsilon",
+        "tokenizer.ggml.model",
+        "tokenizer.ggml.tokens",
         "tokenizer.ggml.merges",
     ],
-)  # fmt: skip
+)
 def test_a_missing_key_is_named(tmp_path, key):
     write_without(tmp_path / "x.gguf", key)
     said = refusal(tmp_path / "x.gguf", tmp_path / "cache")

@@ -30,8 +30,11 @@ def test_auto_is_cuda_where_there_is_one(monkeypatch):
 
 
 def test_integers_arrive_in_their_shapes():
-    arrays = [np.arange(6, dtype=np.int32).reshape(2, 3), np.zeros(0, np.int32),
-              np.array([7, 8], np.int32)]  # fmt: skip
+    arrays = [
+        np.arange(6, dtype=np.int32).reshape(2, 3),
+        np.zeros(0, np.int32),
+        np.array([7, 8], np.int32),
+    ]
     copied = copy_ints(arrays, torch.device("cpu"))
     assert [tensor.dtype for tensor in copied] == [torch.int64] * 3
     assert [tensor.tolist() for tensor in copied] == [array.tolist() for array in arrays]

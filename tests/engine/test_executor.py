@@ -113,9 +113,12 @@ def random_prompts(num, seed=0, longest=40, vocab=131):
 
 def mixed_requests(greedy, num=12):
     kinds = [
-        {}, dict(temperature=0.8), dict(temperature=1.2, top_p=0.9, top_k=30),
-        dict(temperature=1.0, repetition_penalty=1.4, min_p=0.02), dict(frequency_penalty=0.6),
-    ]  # fmt: skip
+        {},
+        dict(temperature=0.8),
+        dict(temperature=1.2, top_p=0.9, top_k=30),
+        dict(temperature=1.0, repetition_penalty=1.4, min_p=0.02),
+        dict(frequency_penalty=0.6),
+    ]
     return [
         Live(prompt, replace(greedy, seed=i, **kinds[i % len(kinds)]))
         for i, prompt in enumerate(random_prompts(num))
@@ -132,9 +135,12 @@ def test_a_saved_model_of_any_family_generates_what_transformers_does(
     for live, output in zip(lives, outputs, strict=True):
         prompt = torch.tensor([live.prompt])
         reference = get_twin(variant).reference.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12,
-            do_sample=False, eos_token_id=None,
-        )  # fmt: skip
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=None,
+        )
         assert reference[0, len(live.prompt) :].tolist() == output
 
 
@@ -283,8 +289,10 @@ def test_smollm2_decodes_greedily_as_transformers_does(plain_torch, num_tokens, 
     executor = build_executor(directory, config, cache, plain_torch=plain_torch)
     text = tokenizer(TEXT * 4).input_ids
     request = replace(greedy, num_logprobs=0)
-    lives = [Live(tuple(text[start:end]), request) for start, end in
-             ((0, 10), (3, 40), (17, 33), (5, 120), (60, 61), (0, 250))]  # fmt: skip
+    lives = [
+        Live(tuple(text[start:end]), request)
+        for start, end in ((0, 10), (3, 40), (17, 33), (5, 120), (60, 61), (0, 250))
+    ]
     Loop(executor, limit=96).run(lives, num_tokens)
     for live in lives:
         with torch.inference_mode():

@@ -60,11 +60,20 @@ def test_logits_of_the_converted_directory_are_those_of_the_file(smollm2, refere
 def test_the_demo_model_has_the_shape_that_its_card_states(smollm2):
     config = json.loads((smollm2 / "config.json").read_text())
     stated = {
-        "model_type": "llama", "num_hidden_layers": 30, "hidden_size": 576, "head_dim": 64,
-        "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 1536,
-        "vocab_size": 49152, "max_position_embeddings": 8192, "rope_theta": 1e5,
-        "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": [2],
-    }  # fmt: skip
+        "model_type": "llama",
+        "num_hidden_layers": 30,
+        "hidden_size": 576,
+        "head_dim": 64,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "intermediate_size": 1536,
+        "vocab_size": 49152,
+        "max_position_embeddings": 8192,
+        "rope_theta": 1e5,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": [2],
+    }
     assert {key: config[key] for key in stated} == stated
 
 
@@ -152,9 +161,10 @@ def test_qwen_composes_characters_before_it_cuts(tmp_path):
 def test_llama_3_takes_a_whole_word_that_no_merges_lead_to(tmp_path):
     for pre, pieces in (("llama-bpe", ["whole"]), ("gpt-2", ["w", "h", "o", "l", "e"])):
         target = converted(
-            tmp_path, files.tiny("llama"),
+            tmp_path,
+            files.tiny("llama"),
             tokenizer=lambda writer, pre=pre: files.byte_vocabulary(writer, pre, words=("whole",)),
-        )  # fmt: skip
+        )
         assert Tokenizer.from_file(str(target / "tokenizer.json")).encode("whole").tokens == pieces
 
 
@@ -226,9 +236,13 @@ def test_interleaved_rows_are_put_back_in_every_type(tmp_path, kind):
 @pytest.mark.parametrize("factor", [8.0, 32.0])
 def test_the_rope_scaling_of_llama_3_is_found_again_behind_its_divisors(tmp_path, factor):
     scaling = {
-        "rope_type": "llama3", "rope_theta": 5e5, "factor": factor, "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
-    }  # fmt: skip
+        "rope_type": "llama3",
+        "rope_theta": 5e5,
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
     model = files.tiny("llama", head_dim=64, rope_parameters=scaling, max_position_embeddings=16384)
     plain = 1 / 5e5 ** (np.arange(0, 64, 2) / 64)
     divisors = plain / model.model.rotary_emb.inv_freq.numpy()
@@ -245,15 +259,18 @@ def test_yarn_and_linear_scaling_come_from_the_metadata(tmp_path):
     from gguf import RopeScalingType
 
     yarn = [
-        ("add_rope_scaling_type", RopeScalingType.YARN), ("add_rope_scaling_factor", 4.0),
+        ("add_rope_scaling_type", RopeScalingType.YARN),
+        ("add_rope_scaling_factor", 4.0),
         ("add_rope_scaling_orig_ctx_len", 128),
-    ]  # fmt: skip
+    ]
     config = json.loads(
         (converted(tmp_path, files.tiny("qwen2"), extra=yarn) / "config.json").read_text()
     )
     assert config["rope_scaling"] == {
-        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128,
-    }  # fmt: skip
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 128,
+    }
     linear = [("add_rope_scaling_type", RopeScalingType.LINEAR), ("add_rope_scaling_factor", 2.0)]
     config = json.loads(
         (converted(tmp_path, files.tiny("llama"), extra=linear) / "config.json").read_text()

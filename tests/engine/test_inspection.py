@@ -17,8 +17,11 @@ from tests.engine import model_directories as models
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 25464248\n"
 JSON_FILES = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-)  # fmt: skip
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
 
 
 @pytest.fixture
@@ -136,10 +139,16 @@ NONSENSE = ("64", -1, 0, 1.5, float("nan"), True, [64], {"a": 1}, 10**30)
 @pytest.mark.parametrize(
     "key",
     [
-        "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads",
-        "intermediate_size", "vocab_size", "max_position_embeddings", "head_dim",
+        "num_hidden_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "intermediate_size",
+        "vocab_size",
+        "max_position_embeddings",
+        "head_dim",
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("value", NONSENSE)
 def test_a_size_is_a_whole_number_above_zero(model, key, value):
     said = refusal(change_config(model, **{key: value}))
@@ -183,8 +192,14 @@ def test_a_flag_is_true_or_false(model, key, value):
         ({"rope_scaling": {"rope_type": "linear", "factor": "8"}}, r"factor must be a number"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, r"factor must be a number"),
         (
-            {"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4,
-                              "high_freq_factor": 4}},
+            {
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 8,
+                    "low_freq_factor": 4,
+                    "high_freq_factor": 4,
+                }
+            },
             r"needs low_freq_factor < high_freq_factor",
         ),
         (
@@ -200,7 +215,7 @@ def test_a_flag_is_true_or_false(model, key, value):
         ({"model_type": "mistral", "sliding_window": "8"}, r"sliding_window must be a whole"),
         ({"model_type": "mistral", "sliding_window": 0}, r"sliding_window must be a whole"),
     ],
-)  # fmt: skip
+)
 def test_a_config_that_cannot_be_is_refused_by_its_key(model, changes, said):
     assert_matches(rf"^{model / 'config.json'}: .*{said}", refusal(change_config(model, **changes)))
 
@@ -451,13 +466,21 @@ ROPE = st.fixed_dictionaries(
     {"rope_type": st.sampled_from(["linear", "llama3", "yarn", "default"])},
     optional=dict.fromkeys(
         [
-            "factor", "rope_theta", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow",
-            "original_max_position_embeddings", "mscale", "mscale_all_dim", "attention_factor",
+            "factor",
+            "rope_theta",
+            "low_freq_factor",
+            "high_freq_factor",
+            "beta_fast",
+            "beta_slow",
+            "original_max_position_embeddings",
+            "mscale",
+            "mscale_all_dim",
+            "attention_factor",
             "truncate",
         ],
         VALUES,
     ),
-)  # fmt: skip
+)
 
 
 @settings(deadline=None, max_examples=1000)

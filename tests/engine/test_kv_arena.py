@@ -61,11 +61,17 @@ def test_equal_layouts_have_equal_fingerprints():
 @pytest.mark.parametrize(
     "change",
     [
-        {"model": "n"}, {"dtype": torch.float16}, {"num_layers": 4}, {"num_kv_heads": 3},
-        {"block_size": 8}, {"head_dim": 8}, {"num_kv_heads": 4, "head_dim": 3},
-        {"layout": "kernels"}, {"slack": 2},
+        {"model": "n"},
+        {"dtype": torch.float16},
+        {"num_layers": 4},
+        {"num_kv_heads": 3},
+        {"block_size": 8},
+        {"head_dim": 8},
+        {"num_kv_heads": 4, "head_dim": 3},
+        {"layout": "kernels"},
+        {"slack": 2},
     ],
-)  # fmt: skip
+)
 def test_any_other_layout_has_another_fingerprint(change):
     assert replace(GEOMETRY, **change).fingerprint != GEOMETRY.fingerprint
 

@@ -21,10 +21,16 @@ def step(paged, get_twin, greedy):
     served = paged(get_twin("llama"))
     hot = replace(greedy, temperature=0.8, num_logprobs=2)
     parts = [(range(7), greedy), (range(3), hot), (range(20), None)]
-    plan = StepPlan("m", tuple(
-        Chunk(i, 0, tuple(tokens), list(range(10 * i, 10 * i + 8)), sampling, (tuple(tokens), []))
-        for i, (tokens, sampling) in enumerate(parts)
-    ), ())  # fmt: skip
+    plan = StepPlan(
+        "m",
+        tuple(
+            Chunk(
+                i, 0, tuple(tokens), list(range(10 * i, 10 * i + 8)), sampling, (tuple(tokens), [])
+            )
+            for i, (tokens, sampling) in enumerate(parts)
+        ),
+        (),
+    )
 
     def step():
         with torch.inference_mode():

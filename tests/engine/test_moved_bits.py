@@ -33,9 +33,13 @@ def place(get_twin):
         one = get_twin("llama", dtype)
         model = MAKERS[kind](one.arch, one.weights(), dtype)
         geometry = KvGeometry(
-            model="m", dtype=dtype, num_layers=one.arch.num_layers, block_size=SIZE,
-            num_kv_heads=one.arch.num_kv_heads, head_dim=one.arch.head_dim,
-        )  # fmt: skip
+            model="m",
+            dtype=dtype,
+            num_layers=one.arch.num_layers,
+            block_size=SIZE,
+            num_kv_heads=one.arch.num_kv_heads,
+            head_dim=one.arch.head_dim,
+        )
         arena = KvArena(as_laid_out(geometry, model), 100)
         return Loop(Executor(model, arena), limit, seed)
 
@@ -191,8 +195,10 @@ def rounding(place, truth, greedy):
 
 
 def all_greedy(greedy):
-    return [replace(live, sampling=replace(greedy, num_logprobs=VOCABULARY))
-            for live in mixed_requests(greedy)]  # fmt: skip
+    return [
+        replace(live, sampling=replace(greedy, num_logprobs=VOCABULARY))
+        for live in mixed_requests(greedy)
+    ]
 
 
 def go_on(way, place, greedy, dtype=torch.bfloat16):

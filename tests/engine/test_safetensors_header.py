@@ -49,8 +49,10 @@ def with_header(header: str, size: int = 0) -> bytes:
 def test_names_types_and_shapes_are_those_that_were_saved(file):
     file.write_bytes(WHOLE)
     assert read_header(file) == {
-        "a": Stored("F32", (2, 3)), "b": Stored("F16", (4,)), "c": Stored("F64", (0,)),
-    }  # fmt: skip
+        "a": Stored("F32", (2, 3)),
+        "b": Stored("F16", (4,)),
+        "c": Stored("F64", (0,)),
+    }
 
 
 def test_every_cut_is_refused(file):

@@ -97,11 +97,14 @@ def mixed_rows(chunk, n, vocab):
     rng = np.random.default_rng(0)
     chunks = [
         chunk(
-            position=5 + i, prompt=rng.integers(0, vocab, 20).tolist(),
-            outputs=rng.integers(0, vocab, 9).tolist(), seed=i, **SETTINGS[i % len(SETTINGS)],
+            position=5 + i,
+            prompt=rng.integers(0, vocab, 20).tolist(),
+            outputs=rng.integers(0, vocab, 9).tolist(),
+            seed=i,
+            **SETTINGS[i % len(SETTINGS)],
         )
         for i in range(n)
-    ]  # fmt: skip
+    ]
     return logits, chunks
 
 

@@ -193,8 +193,12 @@ class Fuzzer:
         """A line that is wrong in none or several places."""
         rng = self.rng
         chat = rng.random() < 0.5
-        entry: Any = {"custom_id": f"{number}", "method": "POST",
-                      "url": CHAT if chat else COMPLETIONS, "body": self.body(chat)}  # fmt: skip
+        entry: Any = {
+            "custom_id": f"{number}",
+            "method": "POST",
+            "url": CHAT if chat else COMPLETIONS,
+            "body": self.body(chat),
+        }
         for _ in range(rng.choice((0, 0, 1, 1, 2, 3))):
             where = rng.random()
             if where < 0.75:
@@ -256,8 +260,12 @@ class Fuzzer:
         return (token if rng.random() < 0.3 else rng.randrange(size + 20)), result.logprobs[0]
 
     def run(self, num_lines: int) -> None:
-        good = {"custom_id": SENTINEL, "method": "POST", "url": COMPLETIONS,
-                "body": {"prompt": [9, 10], "max_tokens": 3}}  # fmt: skip
+        good = {
+            "custom_id": SENTINEL,
+            "method": "POST",
+            "url": COMPLETIONS,
+            "body": {"prompt": [9, 10], "max_tokens": 3},
+        }
         for number in range(num_lines):
             self.source.append(self.line(number) + b"\n")
             entry = copy.deepcopy(good)

@@ -32,28 +32,40 @@ def answer(tokenizer, model):
 def test_a_completion(answer):
     body = {"prompt": ["ab", "c"], "n": 2}
     assert answer(COMPLETIONS, body, [("w", ()), ("xx", ()), ("y", ()), ("z", ())]) == {
-        "id": "cmpl-17", "object": "text_completion", "created": 1234, "model": "tiny",
+        "id": "cmpl-17",
+        "object": "text_completion",
+        "created": 1234,
+        "model": "tiny",
         "choices": [
             {"index": i, "text": text, "logprobs": None, "finish_reason": "length"}
             for i, text in enumerate(["w", "xx", "y", "z"])
         ],
         "usage": {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8},
-    }  # fmt: skip
+    }
 
 
 def test_a_chat(answer, tokenizer):
     messages = [{"role": "user", "content": "hi"}]
     length = len(tokenizer.encode_chat(messages))
     assert answer(CHAT, {"messages": messages}, [("yes", ())], "stop") == {
-        "id": "chatcmpl-17", "object": "chat.completion", "created": 1234, "model": "tiny",
-        "choices": [{
-            "index": 0, "message": {"role": "assistant", "content": "yes", "refusal": None},
-            "logprobs": None, "finish_reason": "stop",
-        }],
+        "id": "chatcmpl-17",
+        "object": "chat.completion",
+        "created": 1234,
+        "model": "tiny",
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": "yes", "refusal": None},
+                "logprobs": None,
+                "finish_reason": "stop",
+            }
+        ],
         "usage": {
-            "prompt_tokens": length, "completion_tokens": 3, "total_tokens": length + 3,
+            "prompt_tokens": length,
+            "completion_tokens": 3,
+            "total_tokens": length + 3,
         },
-    }  # fmt: skip
+    }
 
 
 def test_logprobs_of_a_completion(answer, tokenizer):

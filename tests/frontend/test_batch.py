@@ -30,9 +30,13 @@ class Run:
         self.written, self.shown = b"", []
         reader = LineReader(lambda: pieces.pop(0))
         self.job = BatchJob(
-            reader, self.write, Served.of((model, tokenizer)), answered=self.shown.append,
-            now=lambda: 7.5, **options,
-        )  # fmt: skip
+            reader,
+            self.write,
+            Served.of((model, tokenizer)),
+            answered=self.shown.append,
+            now=lambda: 7.5,
+            **options,
+        )
         self.tokenizer = tokenizer
 
     def write(self, data: bytes) -> None:
@@ -125,11 +129,16 @@ BAD = [
     (entry("x", temperature="hot"), "temperature must be a number"),
     (entry("x", stop="\ud800"), "stop has a lone surrogate"),
     (
-        entry("x", "/v1/chat/completions", prompt=None, chat_template_kwargs={"self": 1},
-              messages=[{"role": "user", "content": "hi"}]),
+        entry(
+            "x",
+            "/v1/chat/completions",
+            prompt=None,
+            chat_template_kwargs={"self": 1},
+            messages=[{"role": "user", "content": "hi"}],
+        ),
         "chat_template_kwargs may not have self",
     ),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("bad", "said"), BAD)
@@ -147,9 +156,15 @@ def test_what_asks_for_nothing_changes_nothing(run, odd):
     assert texts(lines) == {"before": ["ih"], "x": ["ih"], "after": ["ih"]}
 
 
-@pytest.mark.parametrize("broken", ["mellmpi.frontend.batch.parse", "mellmpi.frontend.batch.prompt_text",
-                                    "mellmpi.frontend.batch.answer_body",
-                                    "mellmpi.frontend.outputs.Output.take"])  # fmt: skip
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "mellmpi.frontend.batch.parse",
+        "mellmpi.frontend.batch.prompt_text",
+        "mellmpi.frontend.batch.answer_body",
+        "mellmpi.frontend.outputs.Output.take",
+    ],
+)
 def test_an_error_of_ours_costs_the_line_that_it_is_about(run, monkeypatch, caplog, broken):
     call, calls = pkgutil.resolve_name(broken), iter(range(99))
 
@@ -195,8 +210,10 @@ def test_an_error_is_openais_in_the_response_and_beside_it(run):
     (line,) = run([entry(model="other")]).run()
     error = {
         "message": "line 1: the model 'other' does not exist here; this server has 'tiny'",
-        "type": "not_found_error", "param": "model", "code": "model_not_found",
-    }  # fmt: skip
+        "type": "not_found_error",
+        "param": "model",
+        "code": "model_not_found",
+    }
     assert line["error"] == error
     assert line["response"]["status_code"] == 404
     assert line["response"]["body"] == {"error": error}  # wrapped once
@@ -340,8 +357,10 @@ def test_answers_do_not_depend_on_when_they_were_drawn(go, run):
     entries = [entry(str(n), prompt=f"p{n}") for n in range(9)]
     whole = [request.sampling.seed for request in run(entries).job.requests()]
     mixed = random.Random(0).sample(entries, 9)
-    seeds = {e["custom_id"]: r.sampling.seed
-             for e, r in zip(mixed, run(mixed).job.requests(), strict=True)}  # fmt: skip
+    seeds = {
+        e["custom_id"]: r.sampling.seed
+        for e, r in zip(mixed, run(mixed).job.requests(), strict=True)
+    }
     assert [seeds[e["custom_id"]] for e in entries] == whole
 
 
@@ -365,10 +384,21 @@ def test_pipes_are_answered_while_their_writer_is_still_there(tokenizer, model):
 def test_a_line_is_for_the_model_that_it_names_or_else_for_the_first(tokenizer, model):
     other = replace(model, name="other", max_model_len=7)
     served = Served.of((model, tokenizer), (other, tokenizer))
-    pieces, written = [text_of([
-        entry("a", model="other"), entry("b"), entry("c", model="tiny"), entry("d", model="third"),
-        entry("e", model="other", prompt="too long for it"),
-    ]), b""], []  # fmt: skip
+    pieces, written = (
+        [
+            text_of(
+                [
+                    entry("a", model="other"),
+                    entry("b"),
+                    entry("c", model="tiny"),
+                    entry("d", model="third"),
+                    entry("e", model="other", prompt="too long for it"),
+                ]
+            ),
+            b"",
+        ],
+        [],
+    )
     job = BatchJob(LineReader(lambda: pieces.pop(0)), written.append, served)
     asked = list(job.requests())
     assert [request.model for request in asked] == ["other", "tiny", "tiny"]

@@ -35,9 +35,14 @@ def test_a_proof_leaves_no_new_file_and_changes_no_old_one(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "what"),
-    [(".", "is a directory"), ("no/such/out", "there is no directory"), ("x" * 256, "too long"),
-     ("file/out", "Not a directory"), ("lost", "there is no directory")],
-)  # fmt: skip
+    [
+        (".", "is a directory"),
+        ("no/such/out", "there is no directory"),
+        ("x" * 256, "too long"),
+        ("file/out", "Not a directory"),
+        ("lost", "there is no directory"),
+    ],
+)
 def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path, name, what):
     (tmp_path / "file").touch()
     (tmp_path / "lost").symlink_to("no/such/file")

@@ -144,12 +144,16 @@ def decoded(decoder, names):
         (decoders.Metaspace(), [" ", "▁c"]),
         (decoders.Metaspace(prepend_scheme="never"), ["▁c", "▁c"]),
         (decoders.Replace(Regex("[ac]"), "x"), ["a", "▁c"]),
-        (decoders.Sequence([decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)]),
-         ["▁c", "▁c", "a"]),
-        (decoders.Sequence([*REPLACED, decoders.Fuse(), decoders.Strip(" ", 1, 0)]),
-         ["▁", "▁c", "a"]),
+        (
+            decoders.Sequence([decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)]),
+            ["▁c", "▁c", "a"],
+        ),
+        (
+            decoders.Sequence([*REPLACED, decoders.Fuse(), decoders.Strip(" ", 1, 0)]),
+            ["▁", "▁c", "a"],
+        ),
     ],
-)  # fmt: skip
+)
 def test_decoders_of_every_kind_are_followed(decoder, names):
     ours, theirs = decoded(decoder, names)
     assert ours == theirs

@@ -31,10 +31,23 @@ def read_all(data, size=1 << 20, name="in.jsonl"):
 
 @pytest.mark.parametrize("size", [1, 7, 1 << 20])
 @pytest.mark.parametrize(
-    "data", [b"", b"\n", LINE, b"\xef\xbb\xbf" + LINE, b"\n \r\n" + LINE * 9, b"{}", b"garbage\n",
-             b"[1, 2]\n" + LINE, b"[{}]\n" + LINE, b'{"custom_id": "torn", \n' + LINE,
-             b"a, b\nc, d\n" + LINE, b"\x80\xff broken\n" + LINE, b'{"a": "\0"}\n'],
-)  # fmt: skip
+    "data",
+    [
+        b"",
+        b"\n",
+        LINE,
+        b"\xef\xbb\xbf" + LINE,
+        b"\n \r\n" + LINE * 9,
+        b"{}",
+        b"garbage\n",
+        b"[1, 2]\n" + LINE,
+        b"[{}]\n" + LINE,
+        b'{"custom_id": "torn", \n' + LINE,
+        b"a, b\nc, d\n" + LINE,
+        b"\x80\xff broken\n" + LINE,
+        b'{"a": "\0"}\n',
+    ],
+)
 def test_json_lines_come_out_as_they_are_also_where_some_are_bad(data, size):
     assert read_all(data, size) == data
     assert read_all(gzip.compress(data), size) == data

@@ -70,10 +70,16 @@ def test_dev_null_is_an_empty_input():
 
 @pytest.mark.parametrize(
     ("name", "what"),
-    [("none", "there is no such file"), (".", "is a directory"), ("socket", "is a socket"),
-     ("/dev/zero", "is a device"), ("loop", "Too many levels"), ("x" * 300, "too long"),
-     ("in/in", "Not a directory")],
-)  # fmt: skip
+    [
+        ("none", "there is no such file"),
+        (".", "is a directory"),
+        ("socket", "is a socket"),
+        ("/dev/zero", "is a device"),
+        ("loop", "Too many levels"),
+        ("x" * 300, "too long"),
+        ("in/in", "Not a directory"),
+    ],
+)
 def test_what_cannot_be_read_is_refused_with_what_to_type(tmp_path, name, what):
     (tmp_path / "in").write_bytes(LINES)
     (tmp_path / "loop").symlink_to("loop")

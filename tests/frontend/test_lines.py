@@ -23,8 +23,10 @@ def read_all(lines):
     return found
 
 
-@given(data=st.lists(st.sampled_from([b"a", b"bc", b"\n", b"\xff", b"\r\n"]), max_size=20),
-       gaps=st.lists(st.booleans(), min_size=20, max_size=20))  # fmt: skip
+@given(
+    data=st.lists(st.sampled_from([b"a", b"bc", b"\n", b"\xff", b"\r\n"]), max_size=20),
+    gaps=st.lists(st.booleans(), min_size=20, max_size=20),
+)
 def test_cuts_and_pauses_do_not_change_the_lines(data, gaps):
     pieces = []
     for piece, gap in zip(data, gaps, strict=False):

@@ -42,9 +42,14 @@ def refused(call, *args, **body) -> BadRequest:
 
 @pytest.mark.parametrize(
     ("prompt", "texts"),
-    [("abc", ["abc"]), (["ab", "c"], ["ab", "c"]), ([70, 71], [[70, 71]]),
-     ([[70], [71, 72]], [[70], [71, 72]]), (["ab", [70]], ["ab", [70]])],
-)  # fmt: skip
+    [
+        ("abc", ["abc"]),
+        (["ab", "c"], ["ab", "c"]),
+        ([70, 71], [[70, 71]]),
+        ([[70], [71, 72]], [[70], [71, 72]]),
+        (["ab", [70]], ["ab", [70]]),
+    ],
+)
 def test_a_prompt_is_text_or_tokens_or_a_list_of_either(completion, tokenizer, prompt, texts):
     expected = [tokenizer.encode(t) if isinstance(t, str) else t for t in texts]
     assert [list(p) for p in completion(prompt).prompts] == expected
@@ -52,9 +57,25 @@ def test_a_prompt_is_text_or_tokens_or_a_list_of_either(completion, tokenizer, p
 
 @pytest.mark.parametrize(
     "prompt",
-    [None, 7, {}, [], "", [[]], [1.5], [True], [70, "x"], [512], [-1], ["a", None], ["a", ""],
-     "\ud800", [["a"]], 10**400],
-)  # fmt: skip
+    [
+        None,
+        7,
+        {},
+        [],
+        "",
+        [[]],
+        [1.5],
+        [True],
+        [70, "x"],
+        [512],
+        [-1],
+        ["a", None],
+        ["a", ""],
+        "\ud800",
+        [["a"]],
+        10**400,
+    ],
+)
 def test_any_other_prompt_is_refused(completion, prompt):
     assert refused(completion, prompt).param == "prompt"
 
@@ -106,12 +127,22 @@ def test_a_chat_is_rendered_with_the_models_template(chat, tokenizer):
 
 @pytest.mark.parametrize(
     "messages",
-    [None, [], "hi", {}, ["hi"], [{"content": "x"}], [{"role": "user"}],
-     [{"role": 1, "content": ""}],
-     [{"role": "user", "content": 5}], [{"role": "user", "content": [{"type": "image_url"}]}],
-     [{"role": "user", "content": [{"type": "text"}]}], [{"role": "user", "content": "\udfff"}],
-     [{"role": "assistant", "content": "x", "tool_calls": [{}]}]],
-)  # fmt: skip
+    [
+        None,
+        [],
+        "hi",
+        {},
+        ["hi"],
+        [{"content": "x"}],
+        [{"role": "user"}],
+        [{"role": 1, "content": ""}],
+        [{"role": "user", "content": 5}],
+        [{"role": "user", "content": [{"type": "image_url"}]}],
+        [{"role": "user", "content": [{"type": "text"}]}],
+        [{"role": "user", "content": "\udfff"}],
+        [{"role": "assistant", "content": "x", "tool_calls": [{}]}],
+    ],
+)
 def test_any_other_messages_are_refused(chat, messages):
     assert refused(chat, messages).param.startswith("messages")
 
@@ -169,9 +200,18 @@ def test_defaults_are_those_of_openai(completion):
 
 def test_every_sampling_field_arrives(completion):
     body = dict(
-        temperature=0, top_p=0.5, top_k=7, min_p=0.1, presence_penalty=-1, frequency_penalty=2,
-        repetition_penalty=1.5, seed=9, stop_token_ids=[5, 2], max_tokens=3, logprobs=4,
-    )  # fmt: skip
+        temperature=0,
+        top_p=0.5,
+        top_k=7,
+        min_p=0.1,
+        presence_penalty=-1,
+        frequency_penalty=2,
+        repetition_penalty=1.5,
+        seed=9,
+        stop_token_ids=[5, 2],
+        max_tokens=3,
+        logprobs=4,
+    )
     s = completion(**body).samplings[0]
     assert (s.temperature, s.top_p, s.top_k, s.min_p) == (0.0, 0.5, 7, 0.1)
     assert (s.presence_penalty, s.frequency_penalty, s.repetition_penalty) == (-1.0, 2.0, 1.5)

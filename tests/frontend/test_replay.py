@@ -14,8 +14,13 @@ MODEL = ServedModel(name="tiny", max_model_len=100, vocab_size=512, eos_ids=(2,)
 
 def workload(*rows):
     arrival_s, prompt, output = zip(*rows, strict=True)
-    return Workload(np.array(arrival_s), np.array(prompt), np.array(output),
-                    ("",) * len(rows), ("",) * len(rows))  # fmt: skip
+    return Workload(
+        np.array(arrival_s),
+        np.array(prompt),
+        np.array(output),
+        ("",) * len(rows),
+        ("",) * len(rows),
+    )
 
 
 def job(*rows, seed=0, **given):
@@ -46,8 +51,7 @@ def test_arrivals_count_from_the_first_and_skip_what_cannot_be_served():
 
 def test_what_is_too_long_fails_and_is_said_once():
     told, lines = [], []
-    replay = job((0.0, 99, 2), (0.0, 1, 1), (0.0, 400, 1), write=lines.append,
-                 answered=told.append)  # fmt: skip
+    replay = job((0.0, 99, 2), (0.0, 1, 1), (0.0, 400, 1), write=lines.append, answered=told.append)
     assert len(list(replay.requests())) == 1 and replay.counts.failed == 2
     assert replay.counts.reasons == {"too_long": 2}
     assert len(told) == 1 and "2 of 3" in told[0].error and "--length-scale" in told[0].error

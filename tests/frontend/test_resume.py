@@ -12,9 +12,9 @@ from mellmpi.frontend.resume import finished_ids, kept_path
 def line(custom_id, status=200, end="\n"):
     response = {"status_code": status, "request_id": "r", "body": {}}
     error = None if status == 200 else {"message": "no"}
-    return json.dumps(
-        {"id": "x", "custom_id": custom_id, "response": response, "error": error}
-    ) + end  # fmt: skip
+    return (
+        json.dumps({"id": "x", "custom_id": custom_id, "response": response, "error": error}) + end
+    )
 
 
 def finished(output):

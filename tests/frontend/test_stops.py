@@ -36,8 +36,10 @@ def test_text_ends_before_the_first_stop_string_to_be_complete(text, stops, cuts
 
 @given(text=texts, stops=stop_lists)
 def test_one_character_at_a_time_ends_where_a_search_would(text, stops):
-    first = min((end for end in range(len(text) + 1)
-                 if any(text[:end].endswith(stop) for stop in stops)), default=None)  # fmt: skip
+    first = min(
+        (end for end in range(len(text) + 1) if any(text[:end].endswith(stop) for stop in stops)),
+        default=None,
+    )
     out, found = feed(stops, list(text))
     if first is None:
         assert (out, found) == (text, False)

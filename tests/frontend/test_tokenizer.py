@@ -17,9 +17,12 @@ from mellmpi.frontend import Tokenizer
 CHATS = [
     [{"role": "user", "content": "hi"}],
     [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2?"}],
-    [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
-     {"role": "user", "content": "naïve 日本\n"}],
-]  # fmt: skip
+    [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "naïve 日本\n"},
+    ],
+]
 
 
 @pytest.fixture(scope="session")
@@ -86,9 +89,12 @@ def test_templates_have_what_transformers_gives_them(with_template):
     {{- strftime_now('%Y')[:2] }}{{ '!' if add_generation_prompt }}{{ mood }}"""
     messages = [{"role": "skip", "content": "x"}, {"role": "user", "content": "<é & 'b'>\n"}]
     expected, _ = render_jinja_template(
-        [messages], chat_template=template, add_generation_prompt=True, bos_token="<|im_start|>",
+        [messages],
+        chat_template=template,
+        add_generation_prompt=True,
+        bos_token="<|im_start|>",
         mood="glad",
-    )  # fmt: skip
+    )
     ours = with_template(template)
     assert ours.encode_chat(messages, {"mood": "glad"}) == ours.encode(expected[0])
 

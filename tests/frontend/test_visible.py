@@ -9,8 +9,9 @@ from mellmpi.frontend import visible, visible_lines
 
 @given(st.text(st.characters(codec=None)))
 def test_no_control_character_and_no_surrogate_is_left(text):
-    assert all(char.isprintable() or char in "\xa0\xad" or ord(char) > 0x9F
-               for char in visible(text))  # fmt: skip
+    assert all(
+        char.isprintable() or char in "\xa0\xad" or ord(char) > 0x9F for char in visible(text)
+    )
     visible(text).encode("utf-8")
 
 

@@ -48,9 +48,11 @@ def byte_level() -> Kind:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=SPECIAL, show_progress=False,
+        vocab_size=400,
+        special_tokens=SPECIAL,
+        show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
+    )
     backend.train_from_iterator(TEXT, trainer)
     backend.add_tokens([AddedToken("<tool call>", normalized=False)])
     return Kind("byte level", backend)
@@ -60,11 +62,18 @@ def trained(model_type: str, vocab_size: int) -> sentencepiece.SentencePieceProc
     """A SentencePiece model over TEXT, with bytes to fall back on."""
     written = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXT), model_writer=written, model_type=model_type,
-        vocab_size=vocab_size, byte_fallback=True, character_coverage=0.98,
-        hard_vocab_limit=False, minloglevel=2, user_defined_symbols=["<|im_end|>"],
-        remove_extra_whitespaces=False, normalization_rule_name="identity",
-    )  # fmt: skip
+        sentence_iterator=iter(TEXT),
+        model_writer=written,
+        model_type=model_type,
+        vocab_size=vocab_size,
+        byte_fallback=True,
+        character_coverage=0.98,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        user_defined_symbols=["<|im_end|>"],
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+    )
     return sentencepiece.SentencePieceProcessor(model_proto=written.getvalue())
 
 
@@ -73,10 +82,14 @@ def byte_fallback() -> Kind:
     theirs = trained("bpe", 400)
     vocab = {theirs.id_to_piece(i): i for i in range(theirs.vocab_size())}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
-    backend.decoder = decoders.Sequence([
-        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-        decoders.Strip(" ", 1, 0),
-    ])  # fmt: skip
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
     backend.add_special_tokens(SPECIAL)
     return Kind("byte fallback", backend, theirs.decode)
 
@@ -86,9 +99,13 @@ def unigram() -> Kind:
     theirs = trained("unigram", 400)
     pieces = [(theirs.id_to_piece(i), theirs.get_score(i)) for i in range(theirs.vocab_size())]
     backend = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
-    backend.decoder = decoders.Sequence([
-        decoders.ByteFallback(), decoders.Metaspace(), decoders.Fuse(),
-    ])  # fmt: skip
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.ByteFallback(),
+            decoders.Metaspace(),
+            decoders.Fuse(),
+        ]
+    )
     backend.add_special_tokens(SPECIAL)
     return Kind("unigram", backend)
 

@@ -18,9 +18,11 @@ from tests.transport.conformance import SCENARIOS, HostArena, Post
 def connect(job: MpiJob) -> Transport:
     """With "steps" no thread carries blocks; with "messages" none are read out of memory."""
     return job.connect(
-        idle_poll_s=0.005, checksums="always", carried="steps" not in sys.argv,
+        idle_poll_s=0.005,
+        checksums="always",
+        carried="steps" not in sys.argv,
         reading="messages" not in sys.argv,
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")

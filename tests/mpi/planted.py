@@ -66,14 +66,19 @@ WORKER = (
 
 
 REPEATED = {  # calls that every run makes several times
-    "mellmpi.transport.post:Post.gather", *RUN, "mellmpi.runtime.scheduler:SchedulerLoop.turn",
-    "mellmpi.scheduler.cluster:ClusterScheduler.handle", "mellmpi.scheduler.cluster:ClusterScheduler.tick",
+    "mellmpi.transport.post:Post.gather",
+    *RUN,
+    "mellmpi.runtime.scheduler:SchedulerLoop.turn",
+    "mellmpi.scheduler.cluster:ClusterScheduler.handle",
+    "mellmpi.scheduler.cluster:ClusterScheduler.tick",
     "mellmpi.runtime.batch_front:BatchFront.inbox",
     "mellmpi.runtime.batch_front:BatchFront.deliver",
-    "mellmpi.runtime.worker:Worker.turn", "tests.runtime.cell:HashEngine.execute",
-    "mellmpi.worker.batch:BatchScheduler.plan", "mellmpi.worker.batch:BatchScheduler.commit",
+    "mellmpi.runtime.worker:Worker.turn",
+    "tests.runtime.cell:HashEngine.execute",
+    "mellmpi.worker.batch:BatchScheduler.plan",
+    "mellmpi.worker.batch:BatchScheduler.commit",
     "mellmpi.worker.batch:BatchScheduler.handle",
-}  # fmt: skip
+}
 
 
 def sites(rank: int) -> tuple[str, ...]:
@@ -126,11 +131,21 @@ def main() -> None:
         plant(site, when, int(nth), directory / "planted")
     from mellmpi.cli import main as mellmpi
 
-    code = mellmpi([
-        "run-batch", "-i", str(directory / "in.jsonl"), "-o", str(directory / "out.jsonl"),
-        "--model", "random:tiny-llama", "--policy", "worst_fit",
-        "--cache-dir", str(directory / "cache"),
-    ])  # fmt: skip
+    code = mellmpi(
+        [
+            "run-batch",
+            "-i",
+            str(directory / "in.jsonl"),
+            "-o",
+            str(directory / "out.jsonl"),
+            "--model",
+            "random:tiny-llama",
+            "--policy",
+            "worst_fit",
+            "--cache-dir",
+            str(directory / "cache"),
+        ]
+    )
     (directory / f"{own_rank}.json").write_text(json.dumps(code))
     sys.exit(code)
 

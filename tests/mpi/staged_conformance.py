@@ -19,9 +19,10 @@ from tests.transport.conformance import (
 LOOKS = 3  # at a slot, before its copy is made
 # All but one that spoils an arena while it is being sent: what is sent lies elsewhere here.
 STAGED = [
-    scenario for scenario in SCENARIOS
+    scenario
+    for scenario in SCENARIOS
     if scenario is not a_bit_that_flips_on_the_way_is_found_and_no_other_transfer_suffers
-]  # fmt: skip
+]
 
 
 class LateCopies:

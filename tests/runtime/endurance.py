@@ -70,8 +70,10 @@ class EndlessFront(ListFront):
 
     def found(self) -> dict[str, Any]:
         return {
-            "checked": self.num_checked, "cancelled": self.num_cancelled, "wrong": self.wrong,
-        }  # fmt: skip
+            "checked": self.num_checked,
+            "cancelled": self.num_cancelled,
+            "wrong": self.wrong,
+        }
 
 
 def draw_hashed(request_id: int, rng: random.Random) -> tuple[Request, list[int]]:
@@ -103,17 +105,18 @@ def endure(num_moves: int, seed: int = 0) -> dict[str, Any]:
         "left": [left(worker) for worker in cell.workers.values()],
         "in_flight": sum(map(abs, cell.scheduler.registry.in_flight.bytes_between.values())),
         "rss_mb": [round(kb / 1024, 1) for kb in rss],
-    }  # fmt: skip
+    }
 
 
 def left(worker: Any) -> dict[str, int]:
     """What a worker without requests still holds; {}: nothing."""
     batch = worker._batch  # a parked one had to give everything back before
     held = {
-        "sequences": len(batch.sequences), "lingering": len(batch.lingering),
+        "sequences": len(batch.sequences),
+        "lingering": len(batch.lingering),
         "transfers": len(worker._transfers),
         "blocks": batch.pool.num_blocks - batch.pool.num_free,
-    }  # fmt: skip
+    }
     return {name: count for name, count in held.items() if count}
 
 

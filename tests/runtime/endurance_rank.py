@@ -36,8 +36,9 @@ CONFIG = Config(
     cache=CacheConfig(kv_cache_memory_bytes=3 << 20),
     batch=BatchConfig(max_num_seqs=16, max_num_batched_tokens=64),
     cluster=ClusterConfig(migrate="stress", policy="worst_fit", rebalance_every_s=0.005),
-    threads=1, device="cpu",
-)  # fmt: skip
+    threads=1,
+    device="cpu",
+)
 SETTLE_S = 20.0  # after the last answer: what is still under way comes to its end
 NUM_REQUESTS, LONGEST = 48, 500
 
@@ -113,12 +114,16 @@ def schedule(transport: Transport, expected: dict[int, list[int]], num_moves: in
     loop.stop()
     report = metrics.report(time.perf_counter())
     return {
-        **front.found(), "moves": report["migrations"], "outcomes": report["migration_outcomes"],
-        "preemptions": report["preemptions"], "migrated_bytes": report["migrated_bytes"],
-        "records": len(scheduler.records), "seconds": round(time.monotonic() - began_s, 1),
+        **front.found(),
+        "moves": report["migrations"],
+        "outcomes": report["migration_outcomes"],
+        "preemptions": report["preemptions"],
+        "migrated_bytes": report["migrated_bytes"],
+        "records": len(scheduler.records),
+        "seconds": round(time.monotonic() - began_s, 1),
         "in_flight": sum(map(abs, scheduler.registry.in_flight.bytes_between.values())),
         "rss_mb": memory.quarters_mb(),
-    }  # fmt: skip
+    }
 
 
 def work(worker: Worker) -> Any:

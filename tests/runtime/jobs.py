@@ -17,8 +17,16 @@ from tests.mpi.harness import FLAGS, ROOT, mpirun
 TINY = ("--model", "random:tiny-llama", "--dtype", "float32", "--threads", "1")
 
 
-STRESS = ("--migrate", "stress", "--policy", "worst_fit", "--rebalance-every-s", "0.01",
-          "--max-num-batched-tokens", "64")  # fmt: skip
+STRESS = (
+    "--migrate",
+    "stress",
+    "--policy",
+    "worst_fit",
+    "--rebalance-every-s",
+    "0.01",
+    "--max-num-batched-tokens",
+    "64",
+)
 """In small steps, so that there is time for many moves."""
 
 
@@ -35,17 +43,27 @@ class Done:
 class Run:
     """A job under way, in a session of its own."""
 
-    def __init__(self, num_ranks: int, *args: str, stdin=subprocess.DEVNULL, directory: Path,
-                 module: str = "mellmpi"):  # fmt: skip
+    def __init__(
+        self,
+        num_ranks: int,
+        *args: str,
+        stdin=subprocess.DEVNULL,
+        directory: Path,
+        module: str = "mellmpi",
+    ):
         self._out, self._err = directory / "stdout", directory / "stderr"
         self._started_s = time.monotonic()
         launcher = [mpirun(), *FLAGS, "-n", str(num_ranks)] if num_ranks > 1 else []
         with self._out.open("w") as out, self._err.open("w") as err:
             self.job = subprocess.Popen(
                 [*launcher, sys.executable, "-m", module, *args],
-                cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdin=stdin, stdout=out,
-                stderr=err, start_new_session=True,
-            )  # fmt: skip
+                cwd=ROOT,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                stdin=stdin,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
 
     def ranks(self) -> dict[int, psutil.Process]:
         """The processes of the job, by rank."""
@@ -86,8 +104,16 @@ def write_requests(path: Path, count: int, seed: int = 0, longest: int = 120) ->
     for i in range(count):
         prompt = [rng.randrange(3, 250) for _ in range(rng.randint(5, 200))]
         sampling = {"temperature": 0.9, "top_p": 0.95, "seed": i} if i % 2 else {"temperature": 0}
-        lines.append(line(f"r{i}", prompt=prompt, max_tokens=rng.randint(20, longest),
-                          ignore_eos=True, return_token_ids=True, **sampling))  # fmt: skip
+        lines.append(
+            line(
+                f"r{i}",
+                prompt=prompt,
+                max_tokens=rng.randint(20, longest),
+                ignore_eos=True,
+                return_token_ids=True,
+                **sampling,
+            )
+        )
     path.write_text("\n".join(lines) + "\n")
 
 

@@ -60,18 +60,29 @@ def run(case: Case, directory: Path, flags: list[str]) -> Seen:
     requests = [line(f"r{i}", prompt=[5 + i], max_tokens=4) for i in range(NUM_REQUESTS)]
     (directory / "in.jsonl").write_text("\n".join(requests))
     outcome = harness.run_job(
-        NUM_RANKS, "tests.mpi.planted", case.site, case.when, str(case.nth), str(case.rank),
-        directory=directory, limit_s=60, flags=flags,
-    )  # fmt: skip
+        NUM_RANKS,
+        "tests.mpi.planted",
+        case.site,
+        case.when,
+        str(case.nth),
+        str(case.rank),
+        directory=directory,
+        limit_s=60,
+        flags=flags,
+    )
     stop_s = time.monotonic() + LIMIT_S
     while left(directory) and time.monotonic() < stop_s:
         time.sleep(0.05)
     planted_s, out = directory / "planted", directory / "out.jsonl"
     late_s = time.time() - float(planted_s.read_text()) if planted_s.exists() else None
     return Seen(
-        outcome.returncode, left(directory), outcome.output.count("Traceback"), outcome.output,
-        late_s, out.read_text().count("\n") if out.exists() else 0,
-    )  # fmt: skip
+        outcome.returncode,
+        left(directory),
+        outcome.output.count("Traceback"),
+        outcome.output,
+        late_s,
+        out.read_text().count("\n") if out.exists() else 0,
+    )
 
 
 def left(directory: Path) -> int:
@@ -94,8 +105,14 @@ def main() -> None:
             seen = run(case, Path(name), flags)
         total += 1
         bad += not seen.well
-        row = {**asdict(case), "code": seen.code, "left": seen.left, "tracebacks":
-               seen.tracebacks, "answers": seen.answers, "s": seen.late_s}  # fmt: skip
+        row = {
+            **asdict(case),
+            "code": seen.code,
+            "left": seen.left,
+            "tracebacks": seen.tracebacks,
+            "answers": seen.answers,
+            "s": seen.late_s,
+        }
         print("ok" if seen.well else "WRONG", json.dumps(row), flush=True)
         if not seen.well:
             print(seen.output, flush=True)

@@ -218,17 +218,31 @@ def another_layout(scene):
     scene.batch(DST).holdings.fingerprints["hash"] = "another"
 
 
-ABORTS = [cancelled, preempted, source_out_of_room, destination_out_of_room, source_lost,
-          destination_lost, checksum_wrong, stream_truncated, another_layout]  # fmt: skip
+ABORTS = [
+    cancelled,
+    preempted,
+    source_out_of_room,
+    destination_out_of_room,
+    source_lost,
+    destination_lost,
+    checksum_wrong,
+    stream_truncated,
+    another_layout,
+]
 POINTS = {"asked", "reserved", "ordered", "streaming", "stopped", "arrived"}
 # Nobody preempts what a transfer reads, and what has stopped needs no further block.
 BEFORE_BLOCKS = {"asked", "reserved", "ordered"}
 OUTCOMES = {
-    cancelled: {"cancelled"}, preempted: {"preempted"}, source_out_of_room: set(),
-    destination_out_of_room: {"refused", "failed: no room"}, source_lost: {"worker 1 lost"},
-    destination_lost: {"worker 2 lost"}, checksum_wrong: {"failed: checksum"},
-    stream_truncated: {"failed: truncated"}, another_layout: {"failed: KV layout"},
-}  # fmt: skip
+    cancelled: {"cancelled"},
+    preempted: {"preempted"},
+    source_out_of_room: set(),
+    destination_out_of_room: {"refused", "failed: no room"},
+    source_lost: {"worker 1 lost"},
+    destination_lost: {"worker 2 lost"},
+    checksum_wrong: {"failed: checksum"},
+    stream_truncated: {"failed: truncated"},
+    another_layout: {"failed: KV layout"},
+}
 
 
 def broken_off(scene, abort, after):

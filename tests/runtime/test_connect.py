@@ -66,14 +66,20 @@ def test_links_are_measured_with_blocks_of_each_workers_own_gpu(monkeypatch):
     monkeypatch.setattr(connecting, "count_gpus", lambda: 2)
     monkeypatch.setattr(connecting, "device_buffers_work", lambda device: False)
     monkeypatch.setattr(connecting, "DeviceArena", arena)
-    monkeypatch.setattr(connecting, "measure_links", lambda transport, hosts, arena: (
-        gave.append((transport.worker, type(arena))), measured(transport, hosts, arena=arena))[1]
-    )  # fmt: skip
+    monkeypatch.setattr(
+        connecting,
+        "measure_links",
+        lambda transport, hosts, arena: (
+            gave.append((transport.worker, type(arena))),
+            measured(transport, hosts, arena=arena),
+        )[1],
+    )
     _, transports = connected(3)
     assert sorted(made) == ["cuda:0", "cuda:0", "cuda:1"]
     assert sorted(gave, key=lambda one: one[0]) == [
-        (0, type(None)), *((worker, HostArena) for worker in (1, 2, 3)),
-    ]  # fmt: skip
+        (0, type(None)),
+        *((worker, HostArena) for worker in (1, 2, 3)),
+    ]
     [(_, links)] = transports[0].poll()
     assert links.Bps[0] > 0
 
@@ -83,21 +89,29 @@ def test_settings_reach_the_transport():
     assert [job.asked for job in jobs] == [(0.5, False, "always")] * 2
 
 
-@pytest.mark.parametrize("answers, proven", [
-    ([b"\1\1", b"\1\1"], True),
-    ([b"\1\1", b"\0\1"], False),  # one host's MPI cannot
-    ([b"\1\0", b"\1\1"], True),  # no GPU beside the scheduler
-    ([b"\1\0", b"\1\0"], False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "answers, proven",
+    [
+        ([b"\1\1", b"\1\1"], True),
+        ([b"\1\1", b"\0\1"], False),  # one host's MPI cannot
+        ([b"\1\0", b"\1\1"], True),  # no GPU beside the scheduler
+        ([b"\1\0", b"\1\0"], False),
+    ],
+)
 def test_device_buffers_are_used_only_if_every_host_has_proven_them(answers, proven):
     jobs, _ = connected(1, answers)
     assert {job.asked[1] for job in jobs} == {proven}
 
 
-@pytest.mark.parametrize("checksums, device_buffers, proven", [
-    ("auto", "auto", True), ("never", "auto", True), ("always", "auto", False),
-    ("auto", "never", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "checksums, device_buffers, proven",
+    [
+        ("auto", "auto", True),
+        ("never", "auto", True),
+        ("always", "auto", False),
+        ("auto", "never", False),
+    ],
+)
 def test_device_memory_is_not_handed_to_mpi_where_checksums_are_insisted_on(
     monkeypatch, checksums, device_buffers, proven
 ):
@@ -108,11 +122,14 @@ def test_device_memory_is_not_handed_to_mpi_where_checksums_are_insisted_on(
     assert connecting.device_buffers_proven(job, replace(Config(), transport=transport)) is proven
 
 
-@pytest.mark.parametrize("hosts, far_works, tried, proven", [
-    (["a", "a"], False, [False], True),
-    (["a", "b"], True, [False, True], True),
-    (["a", "b"], False, [False, True], False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "hosts, far_works, tried, proven",
+    [
+        (["a", "a"], False, [False], True),
+        (["a", "b"], True, [False, True], True),
+        (["a", "b"], False, [False, True], False),
+    ],
+)
 def test_between_hosts_device_buffers_have_to_work_as_between_hosts(
     monkeypatch, hosts, far_works, tried, proven
 ):
@@ -140,5 +157,6 @@ def test_the_path_of_blocks_is_said_in_words():
 def test_a_link_is_said_in_words():
     links = LinksMeasured((0, 1), (0, 1), (1, 0), (1e-4, 2e-4), (1.25e9, 1e9))
     assert lines(links) == [
-        "host 0 to host 1: 1250 MB/s, 100 µs", "host 1 to host 0: 1000 MB/s, 200 µs",
-    ]  # fmt: skip
+        "host 0 to host 1: 1250 MB/s, 100 µs",
+        "host 1 to host 0: 1000 MB/s, 200 µs",
+    ]

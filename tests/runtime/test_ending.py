@@ -39,8 +39,11 @@ def test_a_process_that_cannot_join_mpi_ends_the_others_that_wait_for_it(tmp_pat
     started_s = time.monotonic()
     done = subprocess.run(
         [launcher_beside(), *FLAGS, "-n", "4", sys.executable, "-c", program],
-        cwd=ROOT, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode not in (0, None) and time.monotonic() - started_s < 30 + LIMIT_S
     assert done.stderr.count("mpirun started 4 ranks, but") == 1, done.stderr
 
@@ -55,8 +58,13 @@ def test_a_rank_that_dies_before_mpi_starts_ends_the_others(wrapped):
     if wrapped:
         command = ["bash", "-c", f'"{sys.executable}" -c "$0"; exit $?', program]
     started_s = time.monotonic()
-    done = subprocess.run([launcher_beside(), *FLAGS, "-n", "4", *command], cwd=ROOT,
-                          capture_output=True, text=True, timeout=60)  # fmt: skip
+    done = subprocess.run(
+        [launcher_beside(), *FLAGS, "-n", "4", *command],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode != 0 and time.monotonic() - started_s < 30 + LIMIT_S
     assert done.stderr.count("a rank has ended before MPI started") == 1, done.stderr
 

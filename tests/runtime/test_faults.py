@@ -118,9 +118,22 @@ def run(num_ranks, directory, requests, *args, module="mellmpi", wire=()):
     """(answers, report)"""
     out, report = directory / "out.jsonl", directory / "report.json"
     done = Run(
-        num_ranks, *wire, "run-batch", "-i", str(requests), "-o", str(out), "--report", str(report),
-        *TINY, "--dtype", "bfloat16", *args, directory=directory, module=module,
-    ).wait()  # fmt: skip
+        num_ranks,
+        *wire,
+        "run-batch",
+        "-i",
+        str(requests),
+        "-o",
+        str(out),
+        "--report",
+        str(report),
+        *TINY,
+        "--dtype",
+        "bfloat16",
+        *args,
+        directory=directory,
+        module=module,
+    ).wait()
     assert done.code == 0, done.err
     return answers(out), json.loads(report.read_text())
 
@@ -145,8 +158,9 @@ def test_between_processes_all_of_it_is_noticed_and_changes_no_token(wire, undis
     for i in range(6):  # how many a run has of each depends on the machine
         directory = tmp_path / str(i)
         directory.mkdir()
-        found, report = run(4, directory, requests, *STRESS, *checked,
-                            module="tests.runtime.faulty", wire=[wire])  # fmt: skip
+        found, report = run(
+            4, directory, requests, *STRESS, *checked, module="tests.runtime.faulty", wire=[wire]
+        )
         assert found == expected and len(found) == 48
         outcomes.update(report["migration_outcomes"])
         if all(outcomes[o] > 1 for o in EVERY):

@@ -28,10 +28,14 @@ def shell(place, num_ranks, command):
     launcher = [mpirun(), *FLAGS, "-n", str(num_ranks)] if num_ranks > 1 else []
     words = shlex.join([*launcher, sys.executable, "-m", "mellmpi"])
     done = subprocess.run(
-        ["bash", "-c", f'mellmpi() {{ {words} "$@" {shlex.join(TINY)}; }}; {command}'], cwd=place,
+        ["bash", "-c", f'mellmpi() {{ {words} "$@" {shlex.join(TINY)}; }}; {command}'],
+        cwd=place,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=90,
-    )  # fmt: skip
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
     return done.returncode, done.stdout, done.stderr
 
 
@@ -90,8 +94,9 @@ def test_a_batch_in_which_every_line_failed_has_code_1_and_names_the_reason(plac
 
 
 def test_lines_of_an_earlier_run_count_as_answered(place):
-    first = Run(1, "run-batch", "-i", str(place / "in"), "-o", str(place / "out"), *TINY,
-                directory=place).wait()  # fmt: skip
+    first = Run(
+        1, "run-batch", "-i", str(place / "in"), "-o", str(place / "out"), *TINY, directory=place
+    ).wait()
     with (place / "in").open("a") as stream:
         stream.write("garbage\n")
     code, _, err = shell(place, 1, "mellmpi run-batch -i in -o out")

@@ -11,11 +11,24 @@ from tests.runtime.jobs import TINY, Run, answers, line, write_requests
 
 NUM_REQUESTS = 144
 REPORT_KEYS = {
-    "requests", "completed", "failed", "wall_s", "prompt_tokens", "output_tokens",
-    "output_throughput", "gpu_seconds_active", "gpu_seconds_total", "active_workers_mean",
-    "active_workers_peak", "migrations", "migrated_bytes", "downtime_ms", "ttft_ms", "tpot_ms",
+    "requests",
+    "completed",
+    "failed",
+    "wall_s",
+    "prompt_tokens",
+    "output_tokens",
+    "output_throughput",
+    "gpu_seconds_active",
+    "gpu_seconds_total",
+    "active_workers_mean",
+    "active_workers_peak",
+    "migrations",
+    "migrated_bytes",
+    "downtime_ms",
+    "ttft_ms",
+    "tpot_ms",
     "workers_lost",
-}  # fmt: skip
+}
 
 
 def batch(tmp_path, num_ranks, name, *args, limit_s=240):
@@ -24,9 +37,18 @@ def batch(tmp_path, num_ranks, name, *args, limit_s=240):
     directory = tmp_path / name
     directory.mkdir()
     done = Run(
-        num_ranks, "run-batch", "-i", str(tmp_path / "in.jsonl"), "-o", str(out),
-        "--report", str(report), *TINY, *args, directory=directory,
-    ).wait(limit_s)  # fmt: skip
+        num_ranks,
+        "run-batch",
+        "-i",
+        str(tmp_path / "in.jsonl"),
+        "-o",
+        str(out),
+        "--report",
+        str(report),
+        *TINY,
+        *args,
+        directory=directory,
+    ).wait(limit_s)
     assert done.code == 0, done.err
     return answers(out), json.loads(report.read_text())
 
@@ -61,8 +83,20 @@ def test_moving_requests_at_random_changes_no_token(undisturbed, tmp_path):
 def test_a_killed_worker_costs_no_answer(undisturbed, tmp_path):
     requests, expected = undisturbed
     out, report = tmp_path / "out.jsonl", tmp_path / "report.json"
-    run = Run(4, "run-batch", "-i", str(requests), "-o", str(out), "--report", str(report), *TINY,
-              "--policy", "worst_fit", directory=tmp_path)  # fmt: skip
+    run = Run(
+        4,
+        "run-batch",
+        "-i",
+        str(requests),
+        "-o",
+        str(out),
+        "--report",
+        str(report),
+        *TINY,
+        "--policy",
+        "worst_fit",
+        directory=tmp_path,
+    )
     until = time.monotonic() + 60
     while (not out.exists() or out.read_text().count("\n") < 5) and time.monotonic() < until:
         time.sleep(0.01)
@@ -87,19 +121,22 @@ def test_the_report_has_every_figure(undisturbed, tmp_path):
 
 def test_bad_lines_get_an_error_each_and_all_others_complete(tmp_path):
     tmp_path.joinpath("in.jsonl").write_bytes(
-        b"\n".join([
-            line("good", prompt=[5, 6, 7], max_tokens=4).encode(),
-            b'{"custom_id": "torn", "method"',
-            line("stranger", prompt="x", model="gpt-17", max_tokens=4).encode(),
-            line("endless", prompt=[5] * 100_000, max_tokens=4).encode(),
-            line("negative", prompt="x", max_tokens=-1).encode(),
-            bytes(range(128, 256)),
-            line("last", prompt="y", max_tokens=4).encode(),
-        ])
-    )  # fmt: skip
+        b"\n".join(
+            [
+                line("good", prompt=[5, 6, 7], max_tokens=4).encode(),
+                b'{"custom_id": "torn", "method"',
+                line("stranger", prompt="x", model="gpt-17", max_tokens=4).encode(),
+                line("endless", prompt=[5] * 100_000, max_tokens=4).encode(),
+                line("negative", prompt="x", max_tokens=-1).encode(),
+                bytes(range(128, 256)),
+                line("last", prompt="y", max_tokens=4).encode(),
+            ]
+        )
+    )
     out = tmp_path / "out.jsonl"
-    done = Run(2, "run-batch", "-i", str(tmp_path / "in.jsonl"), "-o", str(out), *TINY,
-               directory=tmp_path).wait()  # fmt: skip
+    done = Run(
+        2, "run-batch", "-i", str(tmp_path / "in.jsonl"), "-o", str(out), *TINY, directory=tmp_path
+    ).wait()
     assert done.code == 0, done.err
     entries = [json.loads(text) for text in out.read_text().splitlines()]
     good = [e for e in entries if e["error"] is None]
@@ -114,8 +151,20 @@ def test_a_trace_is_replayed_with_its_lengths(num_ranks, tmp_path):
     trace, out, report = (tmp_path / name for name in ("trace.csv", "out.jsonl", "report.json"))
     rows = [f"{0.02 * i},{20 + i},{2 * (5 + i)}" for i in range(24)]
     trace.write_text("\n".join(["arrival_s,prompt_tokens,output_tokens", *rows, "1,5000,9"]))
-    done = Run(num_ranks, "run-batch", "--replay", str(trace), "-o", str(out), "--report",
-               str(report), "--length-scale", "0.5", *TINY, directory=tmp_path).wait()  # fmt: skip
+    done = Run(
+        num_ranks,
+        "run-batch",
+        "--replay",
+        str(trace),
+        "-o",
+        str(out),
+        "--report",
+        str(report),
+        "--length-scale",
+        "0.5",
+        *TINY,
+        directory=tmp_path,
+    ).wait()
     assert done.code == 0, done.err
     assert "1 of 25 requests" in done.err
     assert done.err.count("uniform format, times in seconds, 25 requests in 1 s") == 1
@@ -196,8 +245,17 @@ def test_several_models_on_different_workers_answer_as_each_does_alone(tmp_path)
         directory, out = tmp_path / name, tmp_path / f"{name}.jsonl"
         directory.mkdir()
         (directory / "in.jsonl").write_text("\n".join(map(json.dumps, entries)) + "\n")
-        done = Run(num_ranks, "run-batch", "-i", str(directory / "in.jsonl"), "-o", str(out),
-                   *common, *args, directory=directory).wait(120)  # fmt: skip
+        done = Run(
+            num_ranks,
+            "run-batch",
+            "-i",
+            str(directory / "in.jsonl"),
+            "-o",
+            str(out),
+            *common,
+            *args,
+            directory=directory,
+        ).wait(120)
         assert done.code == 0, done.err
         return answers(out)
 

@@ -20,7 +20,7 @@ def asked(models, num=24, longest=60):
     return [
         request(i, num_prompt=3 + 5 * (i % 7), max_tokens=10 + (7 * i) % longest, model=model)
         for i, model in enumerate(models * (num // len(models)))
-    ]  # fmt: skip
+    ]
 
 
 class Spied(HashEngine):

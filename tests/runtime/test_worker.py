@@ -21,9 +21,13 @@ class Destination:
         self.scheduler, self.source, own = network.transports
         looks = itertools.count()
         self.worker = Worker(
-            own, lambda: HashEngine(8), BatchConfig(), CacheConfig(block_size=BLOCK_SIZE),
-            lambda: 1e-5 * next(looks), patience,
-        )  # fmt: skip
+            own,
+            lambda: HashEngine(8),
+            BatchConfig(),
+            CacheConfig(block_size=BLOCK_SIZE),
+            lambda: 1e-5 * next(looks),
+            patience,
+        )
         self.worker.start()
         self.source.attach(HashEngine(2).arena)
         self.waits, self._wait = [], own.wait
@@ -39,10 +43,17 @@ class Destination:
 
     def header(self, **fields):
         values = {
-            "request_id": 7, "epoch": 9, "fingerprint": "hash hash", "first_block": 0,
-            "num_blocks": 1, "num_computed": 3, "outputs": (), "logprobs": (), "last": False,
+            "request_id": 7,
+            "epoch": 9,
+            "fingerprint": "hash hash",
+            "first_block": 0,
+            "num_blocks": 1,
+            "num_computed": 3,
+            "outputs": (),
+            "logprobs": (),
+            "last": False,
             "tag": TAG,
-        }  # fmt: skip
+        }
         self.source.send(2, KvPayload(**(values | fields)))
 
     def stop(self):

@@ -15,10 +15,15 @@ def bins_of(ages, base=None):
     n = len(ages)
     load = np.zeros(n) if base is None else np.array(base, float)
     return Bins(
-        load=load, soft=np.zeros(n), num=np.zeros((5, n), np.int64),
-        age=np.array(ages, np.int64), seats=np.full(n, MANY), usable=np.ones(n, bool),
-        held=load > 0, now=load.copy(),
-    )  # fmt: skip
+        load=load,
+        soft=np.zeros(n),
+        num=np.zeros((5, n), np.int64),
+        age=np.array(ages, np.int64),
+        seats=np.full(n, MANY),
+        usable=np.ones(n, bool),
+        held=load > 0,
+        now=load.copy(),
+    )
 
 
 class Packing:

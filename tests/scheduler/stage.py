@@ -26,25 +26,49 @@ NUM_BLOCKS, MAX_SEQS = 20, 8
 def request(request_id: int, num_prompt: int = 3, max_tokens: int = 10, **sampling: Any) -> Request:
     """Greedy; `sampling` replaces what else it needs."""
     fields = {
-        "max_tokens": max_tokens, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0,
-        "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "seed": 0,
-        "stop_token_ids": (), "num_logprobs": None,
-    }  # fmt: skip
-    return Request(request_id, KV.model, tuple(range(num_prompt)),
-                   Sampling(**(fields | sampling)), None)  # fmt: skip
+        "max_tokens": max_tokens,
+        "temperature": 0.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "seed": 0,
+        "stop_token_ids": (),
+        "num_logprobs": None,
+    }
+    return Request(
+        request_id, KV.model, tuple(range(num_prompt)), Sampling(**(fields | sampling)), None
+    )
 
 
-def report(*runs: tuple[int, int, int, tuple[int, ...]], acked: int = 0, free_blocks: int = 20,
-           preempted: tuple[tuple[int, int], ...] = (), logprobs: Any = (),
-           decode_tokens: int = 0) -> StepReport:  # fmt: skip
+def report(
+    *runs: tuple[int, int, int, tuple[int, ...]],
+    acked: int = 0,
+    free_blocks: int = 20,
+    preempted: tuple[tuple[int, int], ...] = (),
+    logprobs: Any = (),
+    decode_tokens: int = 0,
+) -> StepReport:
     """Runs are (request id, epoch, first, tokens)."""
     ids, epochs, firsts, tokens = zip(*runs, strict=True) if runs else ((), (), (), ())
     return StepReport(
-        steps=1, step_s=0.01, prefill_tokens=0, decode_tokens=decode_tokens,
-        free_bytes=free_blocks * KV.block_bytes, acked=acked, request_ids=ids, epochs=epochs,
-        firsts=firsts, counts=tuple(map(len, tokens)), tokens=sum(tokens, ()),
-        logprobs=logprobs, preempted=preempted, attended=0,
-    )  # fmt: skip
+        steps=1,
+        step_s=0.01,
+        prefill_tokens=0,
+        decode_tokens=decode_tokens,
+        free_bytes=free_blocks * KV.block_bytes,
+        acked=acked,
+        request_ids=ids,
+        epochs=epochs,
+        firsts=firsts,
+        counts=tuple(map(len, tokens)),
+        tokens=sum(tokens, ()),
+        logprobs=logprobs,
+        preempted=preempted,
+        attended=0,
+    )
 
 
 class Stage:
@@ -127,9 +151,14 @@ class Stage:
 def received(record: Record, first: int = 0, tokens: tuple[int, ...] = (), **fields: Any) -> Any:
     """The destination's word that it owns the request."""
     return KvReceived(
-        record.request.id, record.offer.epoch, first, tokens, fields.get("logprobs", ()),
-        fields.get("num_bytes", 20), fields.get("transfer_s", 0.1),
-    )  # fmt: skip
+        record.request.id,
+        record.offer.epoch,
+        first,
+        tokens,
+        fields.get("logprobs", ()),
+        fields.get("num_bytes", 20),
+        fields.get("transfer_s", 0.1),
+    )
 
 
 def to_workers(commands: list[tuple[Any, Any]]) -> list[tuple[int, Any]]:

@@ -85,9 +85,13 @@ class Cell:
             end = min(n, start + BATCH)
             seconds = self.machine.computing_s(end) - self.machine.computing_s(start)
             told = replace(
-                report(), steps=1, prefill_tokens=end - start, decode_tokens=0,
-                attended=(end * end - start * start) // 2, step_s=self.machine.scattered(seconds),
-            )  # fmt: skip
+                report(),
+                steps=1,
+                prefill_tokens=end - start,
+                decode_tokens=0,
+                attended=(end * end - start * start) // 2,
+                step_s=self.machine.scattered(seconds),
+            )
             self.estimates.steps.add(2, told)
         self.estimates.steps.fold()
 

@@ -732,8 +732,9 @@ def test_what_is_in_flight_is_counted_until_it_has_ended(stage):
 def test_what_the_destination_knows_is_no_load_of_the_link_and_no_work(stage, monkeypatch):
     taught = []
     estimates = stage.scheduler.registry.estimates
-    monkeypatch.setattr(estimates, "took", lambda mode, hosts, wait_s, work_s, took_s:
-                        taught.append((mode, work_s)))  # fmt: skip
+    monkeypatch.setattr(
+        estimates, "took", lambda mode, hosts, wait_s, work_s, took_s: taught.append((mode, work_s))
+    )
     record = stage.running(num_prompt=9)
     stage.tick(MoveProposal(7, 2, "test", "transfer"))
     stage.tell(2, KvReserved(7, record.offer.epoch, 2 * KV.block_size))

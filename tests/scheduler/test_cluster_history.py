@@ -249,8 +249,13 @@ class ClusterHistory(RuleBasedStateMachine):
 
     # --- workers --------------------------------------------------------------------------------
 
-    @rule(w=WORKER, orders=st.integers(0, 3), says=st.integers(0, 3), fits=st.integers(0, 7),
-          data=st.data())  # fmt: skip
+    @rule(
+        w=WORKER,
+        orders=st.integers(0, 3),
+        says=st.integers(0, 3),
+        fits=st.integers(0, 7),
+        data=st.data(),
+    )
     def turn(self, w, orders, says, fits, data):
         """Some orders handled, perhaps a step, perhaps a preemption, some of it heard."""
         worker = self.workers[w]
@@ -321,9 +326,12 @@ class ClusterHistory(RuleBasedStateMachine):
     # --- what was overtaken ---------------------------------------------------------------------
 
     @precondition(lambda self: self.epochs)
-    @rule(data=st.data(), kind=st.sampled_from(
-        [KvReserved, KvRefused, KvFailed, KvReceived, StepReport, "preempted"]
-    ))  # fmt: skip
+    @rule(
+        data=st.data(),
+        kind=st.sampled_from(
+            [KvReserved, KvRefused, KvFailed, KvReceived, StepReport, "preempted"]
+        ),
+    )
     def stale(self, data, kind):
         """Anything under an epoch that is over changes nothing."""
         current = {r.epoch for r in self.scheduler.records.values()}
@@ -337,12 +345,13 @@ class ClusterHistory(RuleBasedStateMachine):
         ledger = self.scheduler.registry.ledger
         heard = {"acked": 0, "free_blocks": int(ledger.free[w]) // KV.block_bytes}
         event = {
-            KvReserved: KvReserved(id, epoch, 0), KvRefused: KvRefused(id, epoch),
+            KvReserved: KvReserved(id, epoch, 0),
+            KvRefused: KvRefused(id, epoch),
             KvFailed: KvFailed(id, epoch, "stale"),
             KvReceived: KvReceived(id, epoch, 0, (99,), (), 0, 0.0),
             StepReport: report((id, epoch, 0, (99, 98)), **heard),
             "preempted": report(preempted=((id, epoch),), **heard),
-        }[kind]  # fmt: skip
+        }[kind]
         before = self.fates()
         nowhere, self.place_nowhere = self.place_nowhere, True
         states = ledger.state.copy()
@@ -368,14 +377,19 @@ class ClusterHistory(RuleBasedStateMachine):
     def at_most_one_owner_computes_a_request_and_rank_0_knows_it(self):
         for id, record in self.scheduler.records.items():
             holders = [
-                (w.id, e) for w in self.workers.values() if w.alive
-                for e, h in w.held.items() if h.request_id == id and h.phase == "running"
-            ]  # fmt: skip
+                (w.id, e)
+                for w in self.workers.values()
+                if w.alive
+                for e, h in w.held.items()
+                if h.request_id == id and h.phase == "running"
+            ]
             unreleased = [
-                h for h in holders
-                if not any(isinstance(c, Release) and c.epoch == h[1]
-                           for c in self.workers[h[0]].inbox)
-            ]  # fmt: skip
+                h
+                for h in holders
+                if not any(
+                    isinstance(c, Release) and c.epoch == h[1] for c in self.workers[h[0]].inbox
+                )
+            ]
             # The second is a destination whose KvReceived is still on its way.
             assert len(unreleased) <= 1 + (record.state is State.SENDING)
             if record.state is State.RUNNING and unreleased:

@@ -117,8 +117,11 @@ def test_what_has_just_given_something_away_is_neither_filled_nor_emptied_in_the
         worker = v.requests.worker.copy()
         proposals = FRUGAL.rebalance(v)
         rows = {int(i): r for r, i in enumerate(v.requests.request_id) if v.requests.live[r]}
-        gave = {int(worker[rows[p.request_id]]) for p in proposals
-                if isinstance(p, MoveProposal) and p.reason == "overflow"}  # fmt: skip
+        gave = {
+            int(worker[rows[p.request_id]])
+            for p in proposals
+            if isinstance(p, MoveProposal) and p.reason == "overflow"
+        }
         assert not gave & {p.dst for p in proposals if isinstance(p, MoveProposal)}
         assert not gave & {p.worker for p in proposals if isinstance(p, Drain)}
 

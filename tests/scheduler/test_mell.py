@@ -271,8 +271,13 @@ def digest():
 
 def test_the_kernels_decide_as_their_plain_python_does():
     code = "from tests.scheduler.test_mell import digest; print(digest())"
-    plain = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                           env=os.environ | {"NUMBA_DISABLE_JIT": "1"})  # fmt: skip
+    plain = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"NUMBA_DISABLE_JIT": "1"},
+    )
     assert plain.stdout.strip() == digest()
 
 
@@ -288,8 +293,9 @@ def test_choosing_mell_compiles_its_kernels():
 
 
 def test_only_moves_with_room_now_are_doable_and_pieces_stay_whole():
-    items = mell.items_of(np.array([0.3, 0.3, 0.4, 0.2]), np.array([1, 1, 2, 2]),
-                          np.zeros(4, bool), 3)  # fmt: skip
+    items = mell.items_of(
+        np.array([0.3, 0.3, 0.4, 0.2]), np.array([1, 1, 2, 2]), np.zeros(4, bool), 3
+    )
     before = items.where.copy()
     items.where[:] = 0
     items.piece[:] = [1, 1, 2, 3]

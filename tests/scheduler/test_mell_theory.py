@@ -29,8 +29,13 @@ def exceptions(packing):
     bins = [[(size, int(kind_of(size))) for size in b] for b in packing.bins()]
     bears = [max(kind for _, kind in b) for b in bins]
     load = [sum(size for size, _ in b) for b in bins]
-    loose = [s for b, bear in zip(bins, bears, strict=True) if bear in (S, M)
-             for s, kind in b if kind in (S, M)]  # fmt: skip
+    loose = [
+        s
+        for b, bear in zip(bins, bears, strict=True)
+        if bear in (S, M)
+        for s, kind in b
+        if kind in (S, M)
+    ]
     for b, bear, full in zip(bins, bears, load, strict=True):
         kinds = Counter(kind for _, kind in b)
         firm = sum(size for size, kind in b if kind != T)
@@ -39,10 +44,12 @@ def exceptions(packing):
         wrong["an S-GPU without three S's"] += bear == S and kinds[S] != 3
         wrong["a T-GPU under 75 %"] += bear == T and full < FULL_ENOUGH
         wrong["a GPU under 75 % while there are T-GPUs"] += (
-            bear > T and full < FULL_ENOUGH and T in bears)  # fmt: skip
+            bear > T and full < FULL_ENOUGH and T in bears
+        )
         single = bear == L and not kinds[S] + kinds[M]
         wrong["an L-GPU without an S or M that fits"] += single and any(
-            firm + size <= 1 + ROUNDING for size in loose)  # fmt: skip
+            firm + size <= 1 + ROUNDING for size in loose
+        )
     return wrong
 
 
@@ -94,8 +101,13 @@ def test_operations_of_one_epoch_share_their_moves(seed):
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(st.lists(st.tuples(st.sampled_from("agd"), st.floats(0.005, 1.0), st.integers(0, 99)),
-                min_size=5, max_size=40))  # fmt: skip
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("agd"), st.floats(0.005, 1.0), st.integers(0, 99)),
+        min_size=5,
+        max_size=40,
+    )
+)
 def test_no_sequence_of_operations_breaks_them(operations):
     packing = Packing()
     for what, size, which in operations:

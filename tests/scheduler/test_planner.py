@@ -22,8 +22,9 @@ from mellmpi.scheduler.planner import (
 from tests.scheduler.stage import report
 
 # A block of 16 tokens is 160 bytes; computing it takes 16 ms, and sending it 16 s / `ratio`.
-MOVE = Candidate(src=1, dst=2, num_tokens=1000, block_size=16, block_bytes=160, num_decoding=0,
-                 queued_tokens=0)  # fmt: skip
+MOVE = Candidate(
+    src=1, dst=2, num_tokens=1000, block_size=16, block_bytes=160, num_decoding=0, queued_tokens=0
+)
 LIMIT_S = 10.0
 
 
@@ -143,8 +144,9 @@ def test_a_split_is_not_expected_to_take_less_than_either_of_its_parts():
 
 def test_steps_of_both_ends_delay_a_transfer_and_half_a_step_of_the_destination_a_recompute():
     found = stepping(estimates(1e6), w1=0.03, w2=0.1)
-    sent, computed = ways(replace(MOVE, modes=(TRANSFER, RECOMPUTE), num_decoding=1), found,
-                          InFlight(), LIMIT_S)  # fmt: skip
+    sent, computed = ways(
+        replace(MOVE, modes=(TRANSFER, RECOMPUTE), num_decoding=1), found, InFlight(), LIMIT_S
+    )
     assert sent.seconds - sent.work_s == pytest.approx(MESSAGES_S + 2 * 0.03 + 0.1)
     assert computed.seconds - computed.work_s == pytest.approx(MESSAGES_S + 0.1 / 2)
 
@@ -190,8 +192,12 @@ def test_who_has_most_to_lose_chooses_first():
     # Only one fits in the time; for the large one the link is much better than computing.
     small, large = replace(MOVE, num_tokens=320), MOVE
     only = (TRANSFER, RECOMPUTE)
-    plans = decide([replace(small, modes=only), replace(large, modes=only)],
-                   estimates(50_000.0), InFlight(), 0.22)  # fmt: skip
+    plans = decide(
+        [replace(small, modes=only), replace(large, modes=only)],
+        estimates(50_000.0),
+        InFlight(),
+        0.22,
+    )
     assert plans[1] is not None and plans[1].mode == TRANSFER
 
 

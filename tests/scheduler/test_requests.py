@@ -38,9 +38,15 @@ def test_however_the_output_is_cut_into_runs_the_log_is_the_output(output, data)
 
 @pytest.mark.parametrize(
     ("outputs", "reason"),
-    [([], None), ([1], None), ([9], "stop"), ([9, 1], None), ([1, 2, 3], "length"),
-     ([1, 2, 9], "stop")],
-)  # fmt: skip
+    [
+        ([], None),
+        ([1], None),
+        ([9], "stop"),
+        ([9, 1], None),
+        ([1, 2, 3], "length"),
+        ([1, 2, 9], "stop"),
+    ],
+)
 def test_an_output_ends_with_a_stop_token_or_at_its_length(outputs, reason):
     assert finish_reason(request(1, max_tokens=3, stop_token_ids=(9,)), outputs) == reason
 

@@ -95,8 +95,9 @@ def test_a_home_that_it_has_outgrown_is_none(stage):
     stage.ready(2, num_blocks=40)
     record = stage.running(7, num_prompt=78, tokens=())
     assert record.worker == 1
-    grown = report((7, record.epoch, 0, (1, 2, 3)), acked=1, free_blocks=20,
-                   preempted=((7, record.epoch),))  # fmt: skip
+    grown = report(
+        (7, record.epoch, 0, (1, 2, 3)), acked=1, free_blocks=20, preempted=((7, record.epoch),)
+    )
     assert assigned(stage.tell(1, grown)) == [(2, 7)]
 
 

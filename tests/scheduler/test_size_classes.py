@@ -17,8 +17,11 @@ def ledger():
 def size_classes(*rows):
     found = SizeClassCounts((1 / 4, 1 / 2), num_workers=2)
     placed = np.array([row for row, *_ in rows], np.int64)
-    found.recount(placed, np.array([k for _, k, _ in rows], np.int64),
-                  np.array([w for *_, w in rows], np.int64))  # fmt: skip
+    found.recount(
+        placed,
+        np.array([k for _, k, _ in rows], np.int64),
+        np.array([w for *_, w in rows], np.int64),
+    )
     return found
 
 

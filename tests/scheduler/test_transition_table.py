@@ -163,9 +163,11 @@ def test_cancelled_it_is_gone_and_owner_and_destination_are_released(stage, stat
 
 ANSWERS = [KvReserved(7, 0, 0), KvRefused(7, 0), KvFailed(7, 0, "x"), "received"]
 EXPECTED = {
-    ("reserving", KvReserved), ("reserving", KvRefused), ("sending", KvFailed),
+    ("reserving", KvReserved),
+    ("reserving", KvRefused),
+    ("sending", KvFailed),
     ("sending", "received"),
-}  # fmt: skip
+}
 
 
 def answer(record: Record, kind, epoch: int):

@@ -10,19 +10,36 @@ from mellmpi.scheduler import RequestColumns
 from tests.scheduler.stage import KV, Stage, report, request
 
 COLUMNS = (
-    "request_id", "live", "worker", "movable", "num_tokens", "num_prompt", "max_tokens",
-    "arrival_s", "placed_s", "block_size", "block_bytes",
-)  # fmt: skip
+    "request_id",
+    "live",
+    "worker",
+    "movable",
+    "num_tokens",
+    "num_prompt",
+    "max_tokens",
+    "arrival_s",
+    "placed_s",
+    "block_size",
+    "block_bytes",
+)
 
 
 def test_a_new_row_says_all_of_its_request():
     columns = RequestColumns()
     row = columns.add(request(7, num_prompt=5, max_tokens=9), 2.5, KV)
     assert {name: getattr(columns, name)[row].item() for name in COLUMNS} == {
-        "request_id": 7, "live": True, "worker": 0, "movable": False, "num_tokens": 5,
-        "num_prompt": 5, "max_tokens": 9, "arrival_s": 2.5, "placed_s": 2.5, "block_size": 4,
+        "request_id": 7,
+        "live": True,
+        "worker": 0,
+        "movable": False,
+        "num_tokens": 5,
+        "num_prompt": 5,
+        "max_tokens": 9,
+        "arrival_s": 2.5,
+        "placed_s": 2.5,
+        "block_size": 4,
         "block_bytes": 10,
-    }  # fmt: skip
+    }
 
 
 def test_a_reused_row_remembers_nothing():

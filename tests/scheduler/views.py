@@ -8,8 +8,16 @@ from tests.scheduler.stage import KV, request
 PARKED, LOST = WorkerState.PARKED, WorkerState.LOST
 
 
-def view(*workers: list[int], states=None, growth=0.0, waiting=0, now=100.0, seed=0, tick=1,
-         answer_tokens=0.0):  # fmt: skip
+def view(
+    *workers: list[int],
+    states=None,
+    growth=0.0,
+    waiting=0,
+    now=100.0,
+    seed=0,
+    tick=1,
+    answer_tokens=0.0,
+):
     """Worker w has requests of so many blocks each, numbered from 1 on through all workers."""
     ledger, columns = Ledger(len(workers)), RequestColumns()
     for w, sizes in enumerate(workers, start=1):
@@ -26,6 +34,17 @@ def view(*workers: list[int], states=None, growth=0.0, waiting=0, now=100.0, see
             ledger.enter(w, state)
     growth_Bps = np.zeros(len(workers) + 1)
     growth_Bps[1:] = growth
-    return View(now=now, workers=ledger, requests=columns, waiting_bytes=waiting,
-                growth_Bps=growth_Bps, token_rate=0.0, answer_tokens=answer_tokens, horizon_s=2.0,
-                park_after_s=1.0, seed=seed, tick=tick, period_s=0.1)  # fmt: skip
+    return View(
+        now=now,
+        workers=ledger,
+        requests=columns,
+        waiting_bytes=waiting,
+        growth_Bps=growth_Bps,
+        token_rate=0.0,
+        answer_tokens=answer_tokens,
+        horizon_s=2.0,
+        park_after_s=1.0,
+        seed=seed,
+        tick=tick,
+        period_s=0.1,
+    )

@@ -20,17 +20,26 @@ COST = CostModel(
 def random_request(request_id: int, rng: random.Random, model: str = KV.model) -> Request:
     stop = (7,) if rng.random() < 0.5 else ()
     sampling = Sampling(
-        max_tokens=rng.randint(1, 24), temperature=0.0, top_k=0, top_p=1.0, min_p=0.0,
-        repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0,
-        seed=rng.randrange(2**64), stop_token_ids=stop, num_logprobs=rng.choice([None, None, 1]),
-    )  # fmt: skip
+        max_tokens=rng.randint(1, 24),
+        temperature=0.0,
+        top_k=0,
+        top_p=1.0,
+        min_p=0.0,
+        repetition_penalty=1.0,
+        presence_penalty=0.0,
+        frequency_penalty=0.0,
+        seed=rng.randrange(2**64),
+        stop_token_ids=stop,
+        num_logprobs=rng.choice([None, None, 1]),
+    )
     # A few shared beginnings, so that prefix reuse has something to reuse.
     prompt = tuple([rng.randint(0, 2)] * rng.randint(0, 12) + [rng.randint(3, 49)])
     return Request(request_id, model, prompt, sampling, None)
 
 
-def random_sets(num_workers: int, crashing: list[int],
-                rng: random.Random) -> list[tuple[ModelKv, ...]]:  # fmt: skip
+def random_sets(
+    num_workers: int, crashing: list[int], rng: random.Random
+) -> list[tuple[ModelKv, ...]]:
     """What each worker runs: all the same model, or one or both of two. None dies out."""
     if rng.random() < 0.5:
         return [(KV,)] * num_workers
@@ -60,9 +69,12 @@ def random_history(seed: int, simulation=Simulation) -> tuple[Simulation, list[R
     ]
     config = ClusterConfig(
         policy=rng.choice(["best_fit", "worst_fit", "frugal", "frugal"]),
-        migrate=rng.choice(["auto", "auto", "stress"]), seed=seed, horizon_s=2e-3,
-        rebalance_every_s=rng.choice([1e-3, 4e-3]), park_after_s=rng.choice([0.0, 5e-3]),
-    )  # fmt: skip
+        migrate=rng.choice(["auto", "auto", "stress"]),
+        seed=seed,
+        horizon_s=2e-3,
+        rebalance_every_s=rng.choice([1e-3, 4e-3]),
+        park_after_s=rng.choice([0.0, 5e-3]),
+    )
     network = Network(rng.choice([1e-5, 5e-4, 5e-3]), rng)
     sim = simulation(specs, config, COST, network, rng)
     requests = [random_request(i, rng, rng.choice(models)) for i in range(rng.randint(4, 12))]

@@ -26,10 +26,21 @@ def simulate(trace, *more):
 
 
 FIGURES = {
-    "gpus_mean", "gpus_peak", "gpus_over_bound", "utilization", "migrations",
-    "migrations_per_request", "migrated_bytes", "migrated_bytes_per_kv_byte", "preemptions",
-    "stall_mean_s", "stall_p99_s", "wakes", "decisions_per_s", "wall_s",
-}  # fmt: skip
+    "gpus_mean",
+    "gpus_peak",
+    "gpus_over_bound",
+    "utilization",
+    "migrations",
+    "migrations_per_request",
+    "migrated_bytes",
+    "migrated_bytes_per_kv_byte",
+    "preemptions",
+    "stall_mean_s",
+    "stall_p99_s",
+    "wakes",
+    "decisions_per_s",
+    "wall_s",
+}
 
 
 def test_the_report_has_every_figure_of_every_policy_and_the_plot_is_drawn(trace, tmp_path, capsys):
@@ -53,8 +64,19 @@ def test_what_the_trace_is_is_said_on_standard_error(trace, capsys):
 
 def test_without_ideal_things_take_time(trace, tmp_path):
     out = tmp_path / "o.json"
-    more = ["--no-ideal", "--model", "llama-2-7b", "--gpu-kv-gib", "1", "--profile", "H100",
-            "--policies", "worst_fit,frugal", "--json", str(out)]  # fmt: skip
+    more = [
+        "--no-ideal",
+        "--model",
+        "llama-2-7b",
+        "--gpu-kv-gib",
+        "1",
+        "--profile",
+        "H100",
+        "--policies",
+        "worst_fit,frugal",
+        "--json",
+        str(out),
+    ]
     assert simulate(trace, *more) == 0
     report = json.loads(out.read_text())
     assert report["cost"]["step_s"] > 0

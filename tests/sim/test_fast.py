@@ -30,9 +30,12 @@ from mellmpi.sim.pace import Clock, Pace, Transfers
 
 BLOCK_S = 7.0710678e-4  # never a number of steps
 COST = CostModel(
-    prefill_token_s=1e-4, step_s=1e-3, decode_token_s=1e-4, link_latency_s=0.0,
+    prefill_token_s=1e-4,
+    step_s=1e-3,
+    decode_token_s=1e-4,
+    link_latency_s=0.0,
     link_Bps=64 / BLOCK_S,
-)  # fmt: skip
+)
 
 
 class Counting(CountingExecutor):
@@ -178,8 +181,9 @@ def history(seed, moves):
     size = rng.choice([1, 4, 16])
     names = rng.choice([("a",), ("a",), ("a", "b")])
     models = tuple(ModelKv(name, size << i, 64) for i, name in enumerate(names))
-    limits = BatchConfig(max_num_seqs=rng.choice([2, 4, 64]),
-                         max_num_batched_tokens=rng.choice([64, 512]))  # fmt: skip
+    limits = BatchConfig(
+        max_num_seqs=rng.choice([2, 4, 64]), max_num_batched_tokens=rng.choice([64, 512])
+    )
     num_blocks, cache = rng.choice([60, 200]) // size + 3, CacheConfig(block_size=size)
     spec = WorkerSpec(models, num_blocks, limits, cache, 0.0, lambda n, kvs: Counting(lengths, n))
     for i in range(rng.randint(3, 12)):

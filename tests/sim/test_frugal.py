@@ -31,9 +31,10 @@ class Day:
 
     def entered(self, state, after_s=0.0):
         return [
-            e.worker for t, e in self.observed
+            e.worker
+            for t, e in self.observed
             if isinstance(e, WorkerChanged) and e.state == state and t > after_s
-        ]  # fmt: skip
+        ]
 
     def active_at(self, time_s):
         states = {}

@@ -39,8 +39,9 @@ def both(seed):
     lengths = [rng.randint(1, 50) for _ in range(40)]
     kv, blocks = ModelKv("m", 1, 2), rng.choice([60, 150])
     ideal, ideally = IdealWorkers([(kv,)] * 2, 2 * blocks, 30.0, lengths), Told()
-    spec = WorkerSpec((kv,), blocks, LIMITS, CacheConfig(block_size=1), 0.0,
-                      lambda *_: CountingExecutor(lengths))  # fmt: skip
+    spec = WorkerSpec(
+        (kv,), blocks, LIMITS, CacheConfig(block_size=1), 0.0, lambda *_: CountingExecutor(lengths)
+    )
     real, really = {w: SimWorker(w, spec) for w in (1, 2)}, Told()
     epoch = 0
     for step in range(STEPS):

@@ -78,9 +78,11 @@ class Wire:
             worker.batch.pool.take(4)
         self.todo, self.told = [], []
         self.plane = DataPlane(
-            self.workers, block_s=lambda: 0.5, later=lambda delay, act: self.todo.append(act),
+            self.workers,
+            block_s=lambda: 0.5,
+            later=lambda delay, act: self.todo.append(act),
             tell=lambda worker, event: self.told.append((worker.id, event)),
-        )  # fmt: skip
+        )
 
     def start(self, order):
         self.plane.handle(self.workers[1], SendBlocks(7, 1, 2, 9, (0, 1)), 0.0)
@@ -114,16 +116,20 @@ def test_drained_blocks_go_nowhere_and_only_the_sender_is_told(wire):
     assert not wire.workers[2].executor.arena.any() and wire.told == [(1, BlocksSent(7, 1, 9))]
 
 
-@pytest.mark.parametrize(("lost", "told"), [
-    (1, [(1, BlocksSent(7, 1, 9)), (2, BlocksArrived(7, 9, False, 0.0, 9, "peer lost"))]),
-    (2, [(1, BlocksSent(7, 1, 9)), (2, BlocksArrived(7, 9, False, 0.0, 9, "peer lost"))]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("lost", "told"),
+    [
+        (1, [(1, BlocksSent(7, 1, 9)), (2, BlocksArrived(7, 9, False, 0.0, 9, "peer lost"))]),
+        (2, [(1, BlocksSent(7, 1, 9)), (2, BlocksArrived(7, 9, False, 0.0, 9, "peer lost"))]),
+    ],
+)
 @pytest.mark.parametrize("when", ["before", "during"])
 def test_a_transfer_with_a_lost_worker_ends(wire, lost, told, when):
     if when == "before":
         wire.workers[lost].alive = False
-        wire.plane.handle(wire.workers[3 - lost], RECEIVE if lost == 1 else SendBlocks(
-            7, 1, 2, 9, (0, 1)), 0.0)  # fmt: skip
+        wire.plane.handle(
+            wire.workers[3 - lost], RECEIVE if lost == 1 else SendBlocks(7, 1, 2, 9, (0, 1)), 0.0
+        )
         assert wire.told == [told[1 if lost == 1 else 0]]
     else:
         wire.start(RECEIVE)

@@ -15,9 +15,13 @@ from mellmpi.workload import gamma
 
 SETTINGS = Settings(thrift=0.5, tick_s=0.5, seed=0, clock=lambda: 0.0, park_after_s=0.0)
 COST = CostModel(
-    prefill_token_s=1e-4, step_s=0.03, decode_token_s=5e-4, link_Bps=1e6, link_latency_s=1e-3,
+    prefill_token_s=1e-4,
+    step_s=0.03,
+    decode_token_s=5e-4,
+    link_Bps=1e6,
+    link_latency_s=1e-3,
     wake_s=1.0,
-)  # fmt: skip
+)
 NO_TIME = CostModel(0.0, 1 / 30, 0.0, float("inf"), 0.0, 0.0)
 
 

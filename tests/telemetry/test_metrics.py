@@ -137,11 +137,28 @@ def test_throughput_counts_from_the_first_submit():
 def test_a_report_of_nothing_is_complete_and_serialisable():
     r = json.loads(json.dumps(Metrics().report(5.0)))
     assert set(r) >= {
-        "requests", "completed", "failed", "wall_s", "prompt_tokens", "output_tokens",
-        "output_throughput", "gpu_seconds_active", "gpu_seconds_total", "active_workers_mean",
-        "active_workers_peak", "migrations", "migrated_bytes", "downtime_ms", "ttft_ms",
-        "tpot_ms", "workers_lost", "preemptions", "parks", "wakes", "itl_ms",
-    }  # fmt: skip
+        "requests",
+        "completed",
+        "failed",
+        "wall_s",
+        "prompt_tokens",
+        "output_tokens",
+        "output_throughput",
+        "gpu_seconds_active",
+        "gpu_seconds_total",
+        "active_workers_mean",
+        "active_workers_peak",
+        "migrations",
+        "migrated_bytes",
+        "downtime_ms",
+        "ttft_ms",
+        "tpot_ms",
+        "workers_lost",
+        "preemptions",
+        "parks",
+        "wakes",
+        "itl_ms",
+    }
     assert r["migrations"] == {"transfer": 0, "recompute": 0, "split": 0, "failed": 0}
     assert r["wall_s"] == 0 and r["ttft_ms"] == {"p50": None, "p99": None}
 
@@ -383,8 +400,9 @@ def test_the_costs_of_a_run_give_back_what_its_steps_transfers_and_wakes_took():
         m.observe(i, 1, p.StepReport(steps, took_s, prefill, decode, 0, 0, *NO_RUNS))
     for num_bytes in (10_000, 400_000):
         took_s = truth.transfer_s(num_bytes)
-        m.command(4.0, p.OBSERVER,
-                  p.MigrationEnded(1, "transfer", 1, 2, num_bytes, took_s, "moved"))  # fmt: skip
+        m.command(
+            4.0, p.OBSERVER, p.MigrationEnded(1, "transfer", 1, 2, num_bytes, took_s, "moved")
+        )
     m.command(5.0, 1, p.Wake())
     kv = p.ModelKv("m", 16, 64)
     m.observe(6.5, 1, p.WorkerReady((kv,), 1000, 8, 0, 1.5, 64, None, (), ""))

@@ -127,8 +127,11 @@ def test_the_legend_names_what_the_picture_contains_and_nothing_else():
     assert legend(series()) == ["KV in use (lane height 64 MiB)"]
     parked = ((0.0, "active"), (2.0, "draining"), (4.0, "parked"))
     assert legend(series({1: worker(), 2: worker(parked)}, [move()], [(1.0, 1)]))[1:] == [
-        "transfer", "draining, parking or waking", "parked", "preemption",
-    ]  # fmt: skip
+        "transfer",
+        "draining, parking or waking",
+        "parked",
+        "preemption",
+    ]
 
 
 def test_lanes_are_magnified_where_little_of_the_arena_is_used():

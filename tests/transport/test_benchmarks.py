@@ -9,9 +9,13 @@ from tests.mpi.harness import FLAGS, ROOT, mpirun
 def run(*command, limit_s=90, **environment):
     """A benchmark of ours that sees no GPU."""
     done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=limit_s,
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=limit_s,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **environment},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     return done
 
@@ -24,8 +28,10 @@ def test_the_bandwidth_table_has_one_buffer_and_scattered_blocks(tmp_path):
     done = bandwidth("-m", "131072:2097152", "-i", "2", "-x", "1", "--json", str(tmp_path / "b"))
     rows = json.loads((tmp_path / "b").read_text())["results"]
     assert {row["kind"] for row in rows} == {
-        "contiguous", "blocks of 65536", "blocks of 1048576",
-    }  # fmt: skip
+        "contiguous",
+        "blocks of 65536",
+        "blocks of 1048576",
+    }
     assert all(row["MBps"] > 0 and row["latency_us"] > 0 for row in rows)
     assert "# Size      Bandwidth (MB/s)" in done.stdout
 
@@ -39,8 +45,16 @@ def test_without_a_gpu_the_device_checks_say_so_and_end_well():
 
 
 def test_the_device_checks_can_be_rehearsed_on_a_cpu(tmp_path):
-    run(sys.executable, "bench/device_checks.py", "--rehearse", "--only", "bandwidth", "roofline",
-        "--json", str(tmp_path / "d"))  # fmt: skip
+    run(
+        sys.executable,
+        "bench/device_checks.py",
+        "--rehearse",
+        "--only",
+        "bandwidth",
+        "roofline",
+        "--json",
+        str(tmp_path / "d"),
+    )
     found = json.loads((tmp_path / "d").read_text())
     assert all(check["ok"] for check in found["results"].values())
     assert {row.get("decode") for row in found["results"]["roofline"]["rows"]} >= {1, 8, 32}

@@ -286,8 +286,9 @@ def test_an_opening_says_where_the_blocks_are_and_the_answer_ends_the_transfer(
     transfer = mover.send(2, 5, [4, 1])
     ((tag, data),) = sent(channel)
     assert (tag, unpack_opening(data)) == (
-        5, TransferHeader(2, BLOCK_BYTES, False, OURS, addresses(here, [4, 1])),
-    )  # fmt: skip
+        5,
+        TransferHeader(2, BLOCK_BYTES, False, OURS, addresses(here, [4, 1])),
+    )
     leave(channel)
     mover.progress()
     assert not transfer.done

@@ -69,8 +69,9 @@ class Gpu:
             assert facts["shape"] == self.arena.blocks.shape and facts["typestr"] == "|u1"
             return Tensor(self, self.arena.blocks)
 
-        cuda = SimpleNamespace(stream=stream, Stream=lambda device: object(),
-                               Event=lambda: Event(self))  # fmt: skip
+        cuda = SimpleNamespace(
+            stream=stream, Stream=lambda device: object(), Event=lambda: Event(self)
+        )
         return SimpleNamespace(cuda=cuda, empty=empty, as_tensor=as_tensor, uint8=np.uint8)
 
 

@@ -49,8 +49,10 @@ def test_a_hosts_own_link_is_as_slow_as_the_slower_of_its_directions(reported):
 def test_between_hosts_every_direction_keeps_what_its_source_found(reported):
     links, _ = reported("a", "b", "c")
     rows = zip(links.srcs, links.Bps, links.latency_s, strict=True)
-    assert all((latency_s, Bps) == (FOUND[src + 1].latency_s, FOUND[src + 1].Bps)
-               for src, Bps, latency_s in rows)  # fmt: skip
+    assert all(
+        (latency_s, Bps) == (FOUND[src + 1].latency_s, FOUND[src + 1].Bps)
+        for src, Bps, latency_s in rows
+    )
     assert len(links.srcs) == 6
 
 
@@ -101,8 +103,10 @@ def test_a_link_gets_no_more_than_its_time_for_large_messages(monkeypatch):
 def test_a_tenth_of_the_time_goes_to_small_messages(monkeypatch):
     link, trips = Link(1e-3, 1e9), []
     monkeypatch.setattr(measuring.time, "perf_counter", lambda: link.now)
-    monkeypatch.setattr(Link, "round_trip_s", lambda self, dst: (
-        trips.append(1), setattr(self, "now", self.now + 1e-3), 1e-3)[2]
-    )  # fmt: skip
+    monkeypatch.setattr(
+        Link,
+        "round_trip_s",
+        lambda self, dst: (trips.append(1), setattr(self, "now", self.now + 1e-3), 1e-3)[2],
+    )
     link.measure(1, 0.2, BLOCK_BYTES)
     assert 15 <= len(trips) <= 25

@@ -5,9 +5,16 @@ from tests.mpi.harness import run_job
 from tests.transport.conformance import SCENARIOS
 
 
-@pytest.fixture(scope="module", params=[
-    "FLAGS", "FLAGS steps", "FLAGS messages", "OVER_TCP messages", "WITHOUT_CMA messages steps",
-])  # fmt: skip
+@pytest.fixture(
+    scope="module",
+    params=[
+        "FLAGS",
+        "FLAGS steps",
+        "FLAGS messages",
+        "OVER_TCP messages",
+        "WITHOUT_CMA messages steps",
+    ],
+)
 def conformance(request, tmp_path_factory):
     """With "steps", blocks move in the main thread alone; else with "messages", by messages."""
     flags, *args = request.param.split()

@@ -10,9 +10,12 @@ def conformance(request, tmp_path_factory):
     """With "steps", blocks move in the main thread alone."""
     flags, *args = request.param.split()
     return run_job(
-        4, "tests.mpi.staged_conformance", *args, directory=tmp_path_factory.mktemp("staged"),
+        4,
+        "tests.mpi.staged_conformance",
+        *args,
+        directory=tmp_path_factory.mktemp("staged"),
         flags=getattr(harness, flags),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("scenario", STAGED, ids=lambda s: s.__name__)

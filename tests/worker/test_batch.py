@@ -40,12 +40,19 @@ IN, OUT = ROUNDS * 2, ROUNDS * 9  # tags of the first round, of epochs 2 and 9
 class Bench:
     """One worker; each sampled token is 100, 101, 102 … in the order of sampling."""
 
-    def __init__(self, num_blocks=8, max_num_seqs=8, max_num_batched_tokens=64, prefix=False,
-                 target_step_ms=None):  # fmt: skip
+    def __init__(
+        self,
+        num_blocks=8,
+        max_num_seqs=8,
+        max_num_batched_tokens=64,
+        prefix=False,
+        target_step_ms=None,
+    ):
         limits = BatchConfig(
-            max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
             target_step_ms=target_step_ms,
-        )  # fmt: skip
+        )
         cache = CacheConfig(enable_prefix_caching=prefix)
         self.batch = BatchScheduler((HOSTED,), num_blocks, 0, limits, cache)
         self.next_token = 100
@@ -81,17 +88,31 @@ class Bench:
         ]
 
     def receive(self, epoch=2, num_logged=1, num_prompt=3, **kwargs):
-        order = ReceiveKv(request(7, num_prompt=num_prompt, **kwargs), epoch, 2, num_logged,
-                          num_prompt + num_logged, 0, ())  # fmt: skip
+        order = ReceiveKv(
+            request(7, num_prompt=num_prompt, **kwargs),
+            epoch,
+            2,
+            num_logged,
+            num_prompt + num_logged,
+            0,
+            (),
+        )
         return self.order(order)
 
 
 def header(num_computed=3, outputs=(5,), epoch=2, **fields):
     values = {
-        "request_id": 7, "epoch": epoch, "fingerprint": "layout", "first_block": 0,
-        "num_blocks": -(-num_computed // 4), "num_computed": num_computed, "outputs": outputs,
-        "logprobs": (), "last": True, "tag": ROUNDS * epoch,
-    }  # fmt: skip
+        "request_id": 7,
+        "epoch": epoch,
+        "fingerprint": "layout",
+        "first_block": 0,
+        "num_blocks": -(-num_computed // 4),
+        "num_computed": num_computed,
+        "outputs": outputs,
+        "logprobs": (),
+        "last": True,
+        "tag": ROUNDS * epoch,
+    }
     return KvPayload(**(values | fields))
 
 

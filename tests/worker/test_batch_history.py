@@ -243,10 +243,23 @@ class BatchHistory(RuleBasedStateMachine):
         if last:
             del self.reserved[epoch]
         waited_for, self.round = epoch in self.batch.sequences, self.round + 1
-        commands = self.untold(self.batch.handle(2, KvPayload(
-            which, epoch, layout, first, num_blocks, computed,
-            ANSWERS[which][:outputs] if last else (), (), last, self.round,
-        )))  # fmt: skip
+        commands = self.untold(
+            self.batch.handle(
+                2,
+                KvPayload(
+                    which,
+                    epoch,
+                    layout,
+                    first,
+                    num_blocks,
+                    computed,
+                    ANSWERS[which][:outputs] if last else (),
+                    (),
+                    last,
+                    self.round,
+                ),
+            )
+        )
         drain = [(DATA_PLANE, DrainBlocks(2, self.round, num_blocks))] if num_blocks else []
         match commands:
             case [(_, ReceiveBlocks() as order)]:
@@ -335,8 +348,11 @@ class BatchHistory(RuleBasedStateMachine):
         """Nobody is preempted while a younger one keeps running."""
         gone = [e for e in before if e not in self.batch.sequences]
         assert all(before[e].phase is Phase.RUNNING and not before[e].in_flight for e in gone)
-        running = [e for e, s in self.batch.sequences.items()
-                   if s.phase is Phase.RUNNING and not s.in_flight]  # fmt: skip
+        running = [
+            e
+            for e, s in self.batch.sequences.items()
+            if s.phase is Phase.RUNNING and not s.in_flight
+        ]
         order = list(before)
         assert not gone or all(order.index(e) < order.index(g) for e in running for g in gone)
 

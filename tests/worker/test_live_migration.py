@@ -367,9 +367,9 @@ def test_what_is_announced_goes_when_it_finishes_before_the_destination_has_comp
 
 
 def announce(bench, which, first, num_blocks, computed, outputs=(), last=False):
-    return bench.batch.handle(2, KvPayload(
-        7, 9, "layout", first, num_blocks, computed, outputs, (), last, TAG + which
-    ))  # fmt: skip
+    return bench.batch.handle(
+        2, KvPayload(7, 9, "layout", first, num_blocks, computed, outputs, (), last, TAG + which)
+    )
 
 
 def arrived(bench, which, reason=""):
@@ -378,8 +378,15 @@ def arrived(bench, which, reason=""):
 
 
 def reserve(bench, num_prompt=17, start=0, outputs=(5,)):
-    order = ReceiveKv(request(7, num_prompt=num_prompt, max_tokens=100), 9, 2, len(outputs),
-                      num_prompt + len(outputs), start, outputs if start else ())  # fmt: skip
+    order = ReceiveKv(
+        request(7, num_prompt=num_prompt, max_tokens=100),
+        9,
+        2,
+        len(outputs),
+        num_prompt + len(outputs),
+        start,
+        outputs if start else (),
+    )
     return bench.order(order)
 
 

@@ -102,8 +102,11 @@ def test_blocks_that_one_model_frees_another_uses():
 
 
 def test_equal_beginnings_are_shared_within_a_model_and_never_across():
-    bench = Bench(num_blocks=12, prefix=True, models=(HOSTED[0], HostedModel(
-        ModelKv("twin", 8, BLOCK_BYTES), "layout of twin")))  # fmt: skip
+    bench = Bench(
+        num_blocks=12,
+        prefix=True,
+        models=(HOSTED[0], HostedModel(ModelKv("twin", 8, BLOCK_BYTES), "layout of twin")),
+    )
     first = bench.assign("small", 1, num_prompt=20)
     bench.step()
     assert bench.assign("twin", 2, num_prompt=20).num_computed == 0
@@ -125,9 +128,13 @@ def test_the_kv_of_another_model_of_this_worker_is_not_accepted(bench):
     assert "layout of small is not ours (layout of large)" in failed.reason
 
 
-@pytest.mark.parametrize("order", [
-    Assign(of("absent", 1), 1, ()), ReceiveKv(of("absent", 1), 1, 2, 0, 3, 0, ()),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "order",
+    [
+        Assign(of("absent", 1), 1, ()),
+        ReceiveKv(of("absent", 1), 1, 2, 0, 3, 0, ()),
+    ],
+)
 def test_a_request_for_a_model_that_is_not_here_is_a_bug(bench, order):
     with pytest.raises(AssertionError, match="absent is not here"):
         bench.batch.handle(SCHEDULER, order)

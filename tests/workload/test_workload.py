@@ -48,11 +48,17 @@ BAILIAN = (
 VIDUR = "arrived_at,num_prefill_tokens,num_decode_tokens\n0.0,10,20\n4.25,1,2\n"
 JSONL = '{"arrival_s":0.0,"prompt_tokens":10,"output_tokens":20}\n' * 2
 KNOWN = {  # text -> format, last arrival (s)
-    UNIFORM: ("uniform", 1.5), JSONL: ("uniform", 0.0), AZURE: ("Azure", 1.000001),
-    AZURE_2024: ("Azure", 0.99007), AZURE_2025: ("Azure", 5.55), BURST_1: ("BurstGPT", 2.0),
-    BURST_3: ("BurstGPT", 2.5), MOONCAKE: ("Mooncake", 0.25), BAILIAN: ("Bailian", 1.375),
+    UNIFORM: ("uniform", 1.5),
+    JSONL: ("uniform", 0.0),
+    AZURE: ("Azure", 1.000001),
+    AZURE_2024: ("Azure", 0.99007),
+    AZURE_2025: ("Azure", 5.55),
+    BURST_1: ("BurstGPT", 2.0),
+    BURST_3: ("BurstGPT", 2.5),
+    MOONCAKE: ("Mooncake", 0.25),
+    BAILIAN: ("Bailian", 1.375),
     VIDUR: ("Vidur", 4.25),
-}  # fmt: skip
+}
 
 
 def written(tmp_path, text):
@@ -127,21 +133,24 @@ def test_columns_may_stand_in_any_order(tmp_path):
 
 @pytest.mark.parametrize(("separator", "name"), [(";", "semicolons"), ("\t", "tabs")])
 def test_a_separator_other_than_the_comma_is_said(tmp_path, separator, name):
-    assert f"separated by {name}" in load(
-        written(tmp_path, UNIFORM.replace(",", separator))
-    ).source  # fmt: skip
+    assert f"separated by {name}" in load(written(tmp_path, UNIFORM.replace(",", separator))).source
     assert "separated" not in load(written(tmp_path, UNIFORM)).source
 
 
 @pytest.mark.parametrize(
     ("date", "after_s"),
     [
-        ("2024-05-10 00:00:00", 0), ("2024-05-10T00:00:01", 1), ("2024-05-10 00:00:01Z ", 1),
-        ("2024-05-10 00:00:01.5z", 1.5), ("2024-05-10t00:00:01.123456789+00:00", 1.123456789),
-        ("2024-05-10 02:00:01+02:00", 1), ("2024-05-09 19:30:01.-0430", 1),
-        ("2024-05-10 00:01", 60), ("2024-05-10 01:00+00", 3600),
+        ("2024-05-10 00:00:00", 0),
+        ("2024-05-10T00:00:01", 1),
+        ("2024-05-10 00:00:01Z ", 1),
+        ("2024-05-10 00:00:01.5z", 1.5),
+        ("2024-05-10t00:00:01.123456789+00:00", 1.123456789),
+        ("2024-05-10 02:00:01+02:00", 1),
+        ("2024-05-09 19:30:01.-0430", 1),
+        ("2024-05-10 00:01", 60),
+        ("2024-05-10 01:00+00", 3600),
     ],
-)  # fmt: skip
+)
 def test_a_date_may_have_a_zone_and_up_to_nine_decimals(tmp_path, date, after_s):
     head = "TIMESTAMP,ContextTokens,GeneratedTokens\n2024-05-10 00:00:00Z,1,1\n"
     found = load(written(tmp_path, f"{head}{date},1,1\n"))
@@ -221,11 +230,17 @@ def test_an_unlikely_load_is_said_with_the_flag_that_corrects_it(tmp_path, name,
 @pytest.mark.parametrize(
     ("name", "gap", "tokens"),
     [
-        ("Mooncake", 300, 13_000), ("Mooncake", 5, 1000), ("Mooncake", 10_000, 1000),
-        ("Mooncake", 0, 1000), ("Bailian", 0.3, 1000), ("Bailian", 10, 1000),
-        ("BurstGPT", 3000, 1000), ("uniform", 300, 1000), ("uniform", 0.001, 1000),
+        ("Mooncake", 300, 13_000),
+        ("Mooncake", 5, 1000),
+        ("Mooncake", 10_000, 1000),
+        ("Mooncake", 0, 1000),
+        ("Bailian", 0.3, 1000),
+        ("Bailian", 10, 1000),
+        ("BurstGPT", 3000, 1000),
+        ("uniform", 300, 1000),
+        ("uniform", 0.001, 1000),
     ],
-)  # fmt: skip
+)
 def test_a_likely_load_is_not_doubted(tmp_path, name, gap, tokens):
     assert "unlikely" not in load(written(tmp_path, spaced(name, gap, tokens=tokens))).source
 
@@ -244,8 +259,12 @@ def test_no_trace_is_longer_than_366_days(tmp_path, name):
 def test_only_uniform_times_count_from_zero(tmp_path):
     with pytest.raises(ValueError, match="line 1: arrival_s is over 366 days"):
         load(written(tmp_path, '{"arrival_s": 1.7e9, "prompt_tokens": 1, "output_tokens": 1}'))
-    late = load(written(tmp_path, MOONCAKE.replace(": 0,", ": 1715299200000,").replace(
-        ": 250,", ": 1715299200250,")))  # fmt: skip
+    late = load(
+        written(
+            tmp_path,
+            MOONCAKE.replace(": 0,", ": 1715299200000,").replace(": 250,", ": 1715299200250,"),
+        )
+    )
     assert late.arrival_s.tolist() == [0, 0.25]
 
 

@@ -74,9 +74,20 @@ def attend(first, last, q, kv, layer_at, chunks, heads, out, out_stride):
         while tiles > 0:
             m = (count - done + tiles - 1) // tiles
             attend_rows(
-                m, row, done, head, q, kv, layer_at, chunks, chunks.tables[chunk], heads, memory,
-                out, out_stride,
-            )  # fmt: skip
+                m,
+                row,
+                done,
+                head,
+                q,
+                kv,
+                layer_at,
+                chunks,
+                chunks.tables[chunk],
+                heads,
+                memory,
+                out,
+                out_stride,
+            )
             done, tiles = done + m, tiles - 1
 
 
@@ -124,10 +135,26 @@ def score(m, q, query_at, kv, tiles, stride, heads, memory):
     steps = dim // pair
     for tile in range(tiles):
         tile16(
-            m, q, query_at, dim, kv, 0, heads.block_size * pair,
-            memory.places, tile, tile + AHEAD, 1, steps, steps,
-            ZEROS, 0, 0, memory.scores, tile * LANES, stride,
-        )  # fmt: skip
+            m,
+            q,
+            query_at,
+            dim,
+            kv,
+            0,
+            heads.block_size * pair,
+            memory.places,
+            tile,
+            tile + AHEAD,
+            1,
+            steps,
+            steps,
+            ZEROS,
+            0,
+            0,
+            memory.scores,
+            tile * LANES,
+            stride,
+        )
 
 
 @njit(**KERNEL)
@@ -162,18 +189,69 @@ def mix(m, kv, tiles, stride, in_last, head_dim, memory):
         at, to = row * stride, row * head_dim
         while d + 64 <= head_dim:
             tile64(
-                rows, shares, at, stride, kv, d * pair, head_dim * pair, places, tiles,
-                tiles + AHEAD, tiles, steps, last_steps, ZEROS, 0, 0, sums, to + d, head_dim,
-            )  # fmt: skip
+                rows,
+                shares,
+                at,
+                stride,
+                kv,
+                d * pair,
+                head_dim * pair,
+                places,
+                tiles,
+                tiles + AHEAD,
+                tiles,
+                steps,
+                last_steps,
+                ZEROS,
+                0,
+                0,
+                sums,
+                to + d,
+                head_dim,
+            )
             d += 64
         if d + 32 <= head_dim:
             tile32(
-                rows, shares, at, stride, kv, d * pair, head_dim * pair, places, tiles,
-                tiles + AHEAD, tiles, steps, last_steps, ZEROS, 0, 0, sums, to + d, head_dim,
-            )  # fmt: skip
+                rows,
+                shares,
+                at,
+                stride,
+                kv,
+                d * pair,
+                head_dim * pair,
+                places,
+                tiles,
+                tiles + AHEAD,
+                tiles,
+                steps,
+                last_steps,
+                ZEROS,
+                0,
+                0,
+                sums,
+                to + d,
+                head_dim,
+            )
             d += 32
         if d < head_dim:
             tile16(
-                rows, shares, at, stride, kv, d * pair, head_dim * pair, places, tiles,
-                tiles + AHEAD, tiles, steps, last_steps, ZEROS, 0, 0, sums, to + d, head_dim,
-            )  # fmt: skip
+                rows,
+                shares,
+                at,
+                stride,
+                kv,
+                d * pair,
+                head_dim * pair,
+                places,
+                tiles,
+                tiles + AHEAD,
+                tiles,
+                steps,
+                last_steps,
+                ZEROS,
+                0,
+                0,
+                sums,
+                to + d,
+                head_dim,
+            )

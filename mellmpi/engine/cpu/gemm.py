@@ -200,9 +200,21 @@ def kind_of(a: types.Array, w: types.Array) -> str:
 
 POINTERS = ("a", "w", "parts", "soon", "init", "out")
 PARAMETERS = (
-    "rows", "a", "a_stride", "w", "parts", "soon", "num_parts", "w_step", "steps", "last_steps",
-    "init", "init_stride", "out", "out_stride",
-)  # fmt: skip
+    "rows",
+    "a",
+    "a_stride",
+    "w",
+    "parts",
+    "soon",
+    "num_parts",
+    "w_step",
+    "steps",
+    "last_steps",
+    "init",
+    "init_stride",
+    "out",
+    "out_stride",
+)
 TAKES = [BYTES if name in POINTERS else I64 for name in PARAMETERS]
 
 
@@ -237,27 +249,75 @@ CODE = link(object_code(tiles), [_symbol(*choice) for choice in CHOICES])
 def _tile(width: int) -> Any:
     @intrinsic
     def tile(
-        typing, rows, a, a_at, a_stride, w, w_at, w_step, parts, part_at, soon_at, num_parts,
-        steps, last_steps, init, init_at, init_stride, out, out_at, out_stride,
-    ):  # fmt: skip
+        typing,
+        rows,
+        a,
+        a_at,
+        a_stride,
+        w,
+        w_at,
+        w_step,
+        parts,
+        part_at,
+        soon_at,
+        num_parts,
+        steps,
+        last_steps,
+        init,
+        init_at,
+        init_stride,
+        out,
+        out_at,
+        out_stride,
+    ):
         index, f32 = types.int64, types.float32
         assert init.dtype == f32 and out.dtype == f32, (a, w, init, out)
         kind = kind_of(a, w)
         takes = (
-            index, a, index, index, w, index, index, parts, index, index, index,
-            index, index, init, index, index, out, index, index,
-        )  # fmt: skip
+            index,
+            a,
+            index,
+            index,
+            w,
+            index,
+            index,
+            parts,
+            index,
+            index,
+            index,
+            index,
+            index,
+            init,
+            index,
+            index,
+            out,
+            index,
+            index,
+        )
 
         def emit(context, b, sig, args):
             def pointer(array, at):
                 return element_pointer(context, b, takes[array], args[array], args[at])
 
             size, a_size = i64(SIZES[kind]), i64(a.dtype.bitwidth // 8)
-            b.call(external(b, _symbol(width, kind), ir.VoidType(), *TAKES), [
-                args[0], pointer(1, 2), b.mul(args[3], a_size), pointer(4, 5), pointer(7, 8),
-                pointer(7, 9), args[10], b.mul(args[6], size), *args[11:13],
-                pointer(13, 14), b.mul(args[15], i64(4)), pointer(16, 17), b.mul(args[18], i64(4)),
-            ])  # fmt: skip
+            b.call(
+                external(b, _symbol(width, kind), ir.VoidType(), *TAKES),
+                [
+                    args[0],
+                    pointer(1, 2),
+                    b.mul(args[3], a_size),
+                    pointer(4, 5),
+                    pointer(7, 8),
+                    pointer(7, 9),
+                    args[10],
+                    b.mul(args[6], size),
+                    *args[11:13],
+                    pointer(13, 14),
+                    b.mul(args[15], i64(4)),
+                    pointer(16, 17),
+                    b.mul(args[18], i64(4)),
+                ],
+            )
             return context.get_dummy_value()
 
         return types.void(*takes), emit

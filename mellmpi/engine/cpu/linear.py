@@ -79,9 +79,26 @@ def multiply_rows(
         m = (rows + tiles - 1) // tiles
         places[1] = NEAR if m < FEW else FAR
         tile32(
-            m, a, row * a_stride, a_stride, w, w_at, PANEL * pair, places, 0, 1, 1, steps, steps,
-            bias, bias_at, 0, tile, 0, PANEL,
-        )  # fmt: skip
+            m,
+            a,
+            row * a_stride,
+            a_stride,
+            w,
+            w_at,
+            PANEL * pair,
+            places,
+            0,
+            1,
+            1,
+            steps,
+            steps,
+            bias,
+            bias_at,
+            0,
+            tile,
+            0,
+            PANEL,
+        )
         finish(how, tile, m, out, row, stride, panel)
         row, rows, tiles = row + m, rows - m, tiles - 1
 
@@ -97,19 +114,54 @@ def widen(w, at, count, wide):
 
 
 @njit(**KERNEL)
-def wide_tile(m, a, a_at, a_stride, w, w_at, w_step, places, count, init, init_at, init_stride,
-              out, out_at):  # fmt: skip
+def wide_tile(
+    m, a, a_at, a_stride, w, w_at, w_step, places, count, init, init_at, init_stride, out, out_at
+):
     """A tile over float32 weights, as wide as suits this CPU."""
     if WIDE_VECTORS == 1:
         tile16(
-            m, a, a_at, a_stride, w, w_at, w_step, places, 0, 1, 1, count, count,
-            init, init_at, init_stride, out, out_at, PANEL,
-        )  # fmt: skip
+            m,
+            a,
+            a_at,
+            a_stride,
+            w,
+            w_at,
+            w_step,
+            places,
+            0,
+            1,
+            1,
+            count,
+            count,
+            init,
+            init_at,
+            init_stride,
+            out,
+            out_at,
+            PANEL,
+        )
     else:
         tile32(
-            m, a, a_at, a_stride, w, w_at, w_step, places, 0, 1, 1, count, count,
-            init, init_at, init_stride, out, out_at, PANEL,
-        )  # fmt: skip
+            m,
+            a,
+            a_at,
+            a_stride,
+            w,
+            w_at,
+            w_step,
+            places,
+            0,
+            1,
+            1,
+            count,
+            count,
+            init,
+            init_at,
+            init_stride,
+            out,
+            out_at,
+            PANEL,
+        )
 
 
 @njit(**KERNEL)
@@ -136,17 +188,73 @@ def multiply_wide(
                 m = (rows - done + tiles - 1) // tiles
                 a_at, to = (row + done) * a_stride + first, done * PANEL + column
                 if pair_of(w) == 2 and first == 0:
-                    wide_tile(m, a, a_at, a_stride, wide, 0, WIDE_COLUMNS, places, count,
-                              bias, bias_at + column, 0, sums, to)  # fmt: skip
+                    wide_tile(
+                        m,
+                        a,
+                        a_at,
+                        a_stride,
+                        wide,
+                        0,
+                        WIDE_COLUMNS,
+                        places,
+                        count,
+                        bias,
+                        bias_at + column,
+                        0,
+                        sums,
+                        to,
+                    )
                 elif pair_of(w) == 2:
-                    wide_tile(m, a, a_at, a_stride, wide, 0, WIDE_COLUMNS, places, count,
-                              sums, to, PANEL, sums, to)  # fmt: skip
+                    wide_tile(
+                        m,
+                        a,
+                        a_at,
+                        a_stride,
+                        wide,
+                        0,
+                        WIDE_COLUMNS,
+                        places,
+                        count,
+                        sums,
+                        to,
+                        PANEL,
+                        sums,
+                        to,
+                    )
                 elif first == 0:
-                    wide_tile(m, a, a_at, a_stride, w, w_at + column, PANEL, places, count,
-                              bias, bias_at + column, 0, sums, to)  # fmt: skip
+                    wide_tile(
+                        m,
+                        a,
+                        a_at,
+                        a_stride,
+                        w,
+                        w_at + column,
+                        PANEL,
+                        places,
+                        count,
+                        bias,
+                        bias_at + column,
+                        0,
+                        sums,
+                        to,
+                    )
                 else:
-                    wide_tile(m, a, a_at, a_stride, w, w_at + first * PANEL + column, PANEL,
-                              places, count, sums, to, PANEL, sums, to)  # fmt: skip
+                    wide_tile(
+                        m,
+                        a,
+                        a_at,
+                        a_stride,
+                        w,
+                        w_at + first * PANEL + column,
+                        PANEL,
+                        places,
+                        count,
+                        sums,
+                        to,
+                        PANEL,
+                        sums,
+                        to,
+                    )
                 done, tiles, places[1] = done + m, tiles - 1, 0
     finish(how, sums, rows, out, row, stride, panel)
 
@@ -158,9 +266,23 @@ def rows_a_block(row_bytes):
 
 @njit(**KERNEL)
 def linear(
-    team, phase, a, a_stride, rows, k, w, w_at, panels, bias, bias_at, how, out, stride, wide_from,
+    team,
+    phase,
+    a,
+    a_stride,
+    rows,
+    k,
+    w,
+    w_at,
+    panels,
+    bias,
+    bias_at,
+    how,
+    out,
+    stride,
+    wide_from,
     wide,
-):  # fmt: skip
+):
     """KEEP, ADD or GATE_UP bias + a @ w for all rows and panels, shared among the threads.
 
     a          [rows, a_stride] as activations are stored, flat; the first k of a row count
@@ -180,12 +302,38 @@ def linear(
             count, at, bias_of = min(block, rows - row), panel * PANEL * k, panel * PANEL
             if WIDENS and is_wide:
                 multiply_wide(
-                    a, a_stride, row, count, k, w, w_at + at, places, bias, bias_at + bias_of,
-                    wide[: PART * WIDE_COLUMNS], wide[PART * WIDE_COLUMNS :],
-                    how, out, stride, panel,
-                )  # fmt: skip
+                    a,
+                    a_stride,
+                    row,
+                    count,
+                    k,
+                    w,
+                    w_at + at,
+                    places,
+                    bias,
+                    bias_at + bias_of,
+                    wide[: PART * WIDE_COLUMNS],
+                    wide[PART * WIDE_COLUMNS :],
+                    how,
+                    out,
+                    stride,
+                    panel,
+                )
             else:
                 multiply_rows(
-                    a, a_stride, row, count, k, w, w_at + at, places, bias, bias_at + bias_of,
-                    tile, how, out, stride, panel,
-                )  # fmt: skip
+                    a,
+                    a_stride,
+                    row,
+                    count,
+                    k,
+                    w,
+                    w_at + at,
+                    places,
+                    bias,
+                    bias_at + bias_of,
+                    tile,
+                    how,
+                    out,
+                    stride,
+                    panel,
+                )

@@ -79,19 +79,30 @@ class CpuModel:
             self._scratch = self._make_scratch(rows)
         logits = np.empty((batch.num_sampled, sizes.vocabulary), np.float32)
         self._run(
-            batch.tokens, batch.last_rows, _chunks(batch, self.arch.num_kv_heads), self._weights,
-            sizes, self._heads(arena), self._rotary.upto(int(batch.context_lens.max())),
-            storage(arena.elements), self._scratch, logits.ravel(),
-        )  # fmt: skip
+            batch.tokens,
+            batch.last_rows,
+            _chunks(batch, self.arch.num_kv_heads),
+            self._weights,
+            sizes,
+            self._heads(arena),
+            self._rotary.upto(int(batch.context_lens.max())),
+            storage(arena.elements),
+            self._scratch,
+            logits.ravel(),
+        )
         return torch.from_numpy(logits)[:, : self.arch.vocab_size]
 
     def warm_up(self) -> None:
         """Compile, or load from disk, all code that a step runs: some 10 s, or 0.2 s."""
         arch = self.arch
         geometry = KvGeometry(
-            model="", dtype=self.dtype, num_layers=arch.num_layers, num_kv_heads=arch.num_kv_heads,
-            block_size=LANES, head_dim=arch.head_dim,
-        )  # fmt: skip
+            model="",
+            dtype=self.dtype,
+            num_layers=arch.num_layers,
+            num_kv_heads=arch.num_kv_heads,
+            block_size=LANES,
+            head_dim=arch.head_dim,
+        )
         one, zero = np.ones(1, np.int32), np.zeros(1, np.int32)
         batch = PackedBatch(zero, zero, np.array([0, 1], np.int32), one, zero[None], num_sampled=1)
         with one_at_a_time(step):

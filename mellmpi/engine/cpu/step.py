@@ -44,9 +44,21 @@ def step(team, tokens, last_rows, chunks, weights, sizes, heads, rotary, kv, scr
     phase, wanted = 1 + PHASES * sizes.layers, len(last_rows)
     norm(team, phase, last_rows, 2 * sizes.layers, weights, sizes, heads.eps, scratch)
     project(
-        team, phase + 1, 4 * sizes.layers, scratch.normed, sizes.normed_stride, wanted, hidden,
-        weights, sizes.vocabulary, KEEP, logits, sizes.vocabulary, sizes, wide,
-    )  # fmt: skip
+        team,
+        phase + 1,
+        4 * sizes.layers,
+        scratch.normed,
+        sizes.normed_stride,
+        wanted,
+        hidden,
+        weights,
+        sizes.vocabulary,
+        KEEP,
+        logits,
+        sizes.vocabulary,
+        sizes,
+        wide,
+    )
 
 
 @njit(**KERNEL)
@@ -55,9 +67,18 @@ def norm(team, phase, rows, index, weights, sizes, eps, scratch):
     hidden = sizes.hidden
     for first, last in shares(team, phase, len(rows)):
         normalise(
-            first, last, rows, scratch.residual, sizes.size, hidden, weights.norms, index * hidden,
-            eps, scratch.normed, sizes.normed_stride,
-        )  # fmt: skip
+            first,
+            last,
+            rows,
+            scratch.residual,
+            sizes.size,
+            hidden,
+            weights.norms,
+            index * hidden,
+            eps,
+            scratch.normed,
+            sizes.normed_stride,
+        )
 
 
 @njit(**KERNEL)
@@ -69,21 +90,64 @@ def self_attention(
     layer_at = layer * 2 * heads.kv_heads * heads.block_size * heads.head_dim
     norm(team, phase, every_row, 2 * layer, weights, sizes, heads.eps, scratch)
     project(
-        team, phase + 1, 4 * layer, scratch.normed, sizes.normed_stride, rows, hidden, weights,
-        sizes.qkv, KEEP, scratch.qkv, sizes.qkv, sizes, wide,
-    )  # fmt: skip
+        team,
+        phase + 1,
+        4 * layer,
+        scratch.normed,
+        sizes.normed_stride,
+        rows,
+        hidden,
+        weights,
+        sizes.qkv,
+        KEEP,
+        scratch.qkv,
+        sizes.qkv,
+        sizes,
+        wide,
+    )
     for first, last in shares(team, phase + 2, rows):
         place(
-            first, last, scratch.qkv, sizes.qkv, rotary, weights.head_norms,
-            2 * layer * heads.head_dim, chunks, heads, scratch.queries, kv, layer_at,
-        )  # fmt: skip
+            first,
+            last,
+            scratch.qkv,
+            sizes.qkv,
+            rotary,
+            weights.head_norms,
+            2 * layer * heads.head_dim,
+            chunks,
+            heads,
+            scratch.queries,
+            kv,
+            layer_at,
+        )
     for first, last in shares(team, phase + 3, chunks.cu_items[-1]):
-        attend(first, last, scratch.queries, kv, layer_at, chunks, heads, scratch.attended,
-               sizes.attended_stride)  # fmt: skip
+        attend(
+            first,
+            last,
+            scratch.queries,
+            kv,
+            layer_at,
+            chunks,
+            heads,
+            scratch.attended,
+            sizes.attended_stride,
+        )
     project(
-        team, phase + 4, 4 * layer + 1, scratch.attended, sizes.attended_stride, rows, width,
-        weights, hidden, ADD, scratch.residual, hidden, sizes, wide,
-    )  # fmt: skip
+        team,
+        phase + 4,
+        4 * layer + 1,
+        scratch.attended,
+        sizes.attended_stride,
+        rows,
+        width,
+        weights,
+        hidden,
+        ADD,
+        scratch.residual,
+        hidden,
+        sizes,
+        wide,
+    )
 
 
 @njit(**KERNEL)
@@ -92,13 +156,37 @@ def mlp(team, phase, layer, every_row, weights, sizes, eps, scratch, wide):
     rows, hidden, inner = len(every_row), sizes.hidden, sizes.inner
     norm(team, phase, every_row, 2 * layer + 1, weights, sizes, eps, scratch)
     project(
-        team, phase + 1, 4 * layer + 2, scratch.normed, sizes.normed_stride, rows, hidden, weights,
-        2 * inner, GATE_UP, scratch.inner, sizes.inner_stride, sizes, wide,
-    )  # fmt: skip
+        team,
+        phase + 1,
+        4 * layer + 2,
+        scratch.normed,
+        sizes.normed_stride,
+        rows,
+        hidden,
+        weights,
+        2 * inner,
+        GATE_UP,
+        scratch.inner,
+        sizes.inner_stride,
+        sizes,
+        wide,
+    )
     project(
-        team, phase + 2, 4 * layer + 3, scratch.inner, sizes.inner_stride, rows, inner, weights,
-        hidden, ADD, scratch.residual, hidden, sizes, wide,
-    )  # fmt: skip
+        team,
+        phase + 2,
+        4 * layer + 3,
+        scratch.inner,
+        sizes.inner_stride,
+        rows,
+        inner,
+        weights,
+        hidden,
+        ADD,
+        scratch.residual,
+        hidden,
+        sizes,
+        wide,
+    )
 
 
 @njit(**KERNEL)
@@ -107,6 +195,20 @@ def project(
 ):
     """`linear` with the model's matrix of that number, `width` columns wide."""
     linear(
-        team, phase, a, a_stride, rows, k, weights.matrices, weights.begins[matrix], width // PANEL,
-        weights.biases, weights.bias_begins[matrix], how, out, stride, sizes.wide_from, wide,
-    )  # fmt: skip
+        team,
+        phase,
+        a,
+        a_stride,
+        rows,
+        k,
+        weights.matrices,
+        weights.begins[matrix],
+        width // PANEL,
+        weights.biases,
+        weights.bias_begins[matrix],
+        how,
+        out,
+        stride,
+        sizes.wide_from,
+        wide,
+    )

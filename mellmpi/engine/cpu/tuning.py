@@ -20,8 +20,24 @@ REPEATS = 5  # of each way, of which the fastest counts
 @kept
 @njit(**KERNEL)
 def multiply(team, a, rows, w, bias, out, wide_from, wide):
-    linear(team, 0, a, INPUTS, rows, INPUTS, w, 0, OUTPUTS // PANEL, bias, 0, KEEP, out, OUTPUTS,
-           wide_from, wide)  # fmt: skip
+    linear(
+        team,
+        0,
+        a,
+        INPUTS,
+        rows,
+        INPUTS,
+        w,
+        0,
+        OUTPUTS // PANEL,
+        bias,
+        0,
+        KEEP,
+        out,
+        OUTPUTS,
+        wide_from,
+        wide,
+    )
 
 
 def wide_from(dtype: torch.dtype) -> int:

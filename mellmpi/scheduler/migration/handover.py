@@ -45,9 +45,16 @@ class Handover:
         record.plan, record.planned_s, record.landed = plan, self.registry.view.now, None
         self.registry.in_flight.add(self._hosts(src, move.dst), move.dst, plan)
         started = MigrationStarted(
-            record.request.id, plan.mode, src, move.dst, move.reason, plan.start, plan.num_bytes,
-            plan.seconds, plan.downtime_s,
-        )  # fmt: skip
+            record.request.id,
+            plan.mode,
+            src,
+            move.dst,
+            move.reason,
+            plan.start,
+            plan.num_bytes,
+            plan.seconds,
+            plan.downtime_s,
+        )
         self.registry.out.append((OBSERVER, started))
 
     def _hosts(self, src: int, dst: int) -> tuple[int, int]:
@@ -63,9 +70,14 @@ class Handover:
         self.registry.ledger.add(offer.dst)
         known = record.log.tokens
         order = ReceiveKv(
-            record.request, offer.epoch, src, len(known), record.num_tokens, start,
+            record.request,
+            offer.epoch,
+            src,
+            len(known),
+            record.num_tokens,
+            start,
             tuple(known) if start else (),
-        )  # fmt: skip
+        )
         self.registry.send(offer.dst, order, num_bytes)
 
     def answer(self, record: Record, source: int, event: Any) -> bool:
@@ -141,9 +153,11 @@ class Handover:
         hosts = self._hosts(src, offer.dst)
         self.registry.in_flight.add(hosts, offer.dst, plan, -1)
         record.plan = replace(
-            plan, start=0, num_bytes=num_bytes,
+            plan,
+            start=0,
+            num_bytes=num_bytes,
             work_s=link.transfer_s(num_bytes + plan.shared_bytes),
-        )  # fmt: skip
+        )
         self.registry.in_flight.add(hosts, offer.dst, record.plan)
 
     def _received(self, record: Record, offer: KvOffer, event: KvReceived) -> None:
@@ -179,8 +193,15 @@ class Handover:
         self.registry.ledger.remove(offer.dst, self.registry.view.now)
         self._ended(record, src, offer.dst, outcome)
 
-    def _ended(self, record: Record, src: int, dst: int, outcome: str,
-               num_bytes: int = 0, transfer_s: float = 0.0) -> None:  # fmt: skip
+    def _ended(
+        self,
+        record: Record,
+        src: int,
+        dst: int,
+        outcome: str,
+        num_bytes: int = 0,
+        transfer_s: float = 0.0,
+    ) -> None:
         plan, record.plan = record.plan, None
         assert plan is not None
         self.registry.in_flight.add(self._hosts(src, dst), dst, plan, -1)

@@ -8,8 +8,12 @@ from mellmpi.scheduler.view import MoveProposal
 from mellmpi.scheduler.workers import WorkerRegistry
 
 
-def planned(moves: Sequence[MoveProposal], records: Mapping[int, Record], registry: WorkerRegistry,
-            limit_s: float) -> Iterator[tuple[Record, MoveProposal, Plan]]:  # fmt: skip
+def planned(
+    moves: Sequence[MoveProposal],
+    records: Mapping[int, Record],
+    registry: WorkerRegistry,
+    limit_s: float,
+) -> Iterator[tuple[Record, MoveProposal, Plan]]:
     """Those that go now, in the order of the policy."""
     going: list[tuple[Record, MoveProposal, Candidate]] = []
     chosen: set[int] = set()
@@ -45,8 +49,13 @@ def _candidate(
     src, _ = record.owner
     kv = registry.models[record.request.model]
     return Candidate(
-        src=src, dst=move.dst, num_tokens=record.num_tokens, block_size=kv.block_size,
-        block_bytes=kv.block_bytes, num_decoding=int(registry.ledger.num_requests[move.dst]),
-        queued_tokens=registry.queued_tokens(move.dst), modes=modes,
+        src=src,
+        dst=move.dst,
+        num_tokens=record.num_tokens,
+        block_size=kv.block_size,
+        block_bytes=kv.block_bytes,
+        num_decoding=int(registry.ledger.num_requests[move.dst]),
+        queued_tokens=registry.queued_tokens(move.dst),
+        modes=modes,
         forced=move.mode is not None,
-    )  # fmt: skip
+    )

@@ -1,4 +1,8 @@
-"""Placement and migration policies: pairs of functions of a view, chosen by name."""
+"""Placement and migration policies: pairs of functions of a view, chosen by name.
+
+Pure: a policy knows the view of the cluster and nothing else, and returns proposals; the scheduler
+checks them and carries them out. A policy of several files has a room of its own.
+"""
 
 from mellmpi.scheduler.policies import best_fit, frugal, load_balance, mell, stress, worst_fit
 from mellmpi.scheduler.policies.base import Policy, without_moves

@@ -67,8 +67,25 @@ def strains(room, growth, leaving, par):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, error_model="numpy")
-def place_on(free, ordered, number, most, token_bytes, block_bytes, state, able, growth, takes,  # type: ignore[no-untyped-def]
-             need, grows, leaves, rate, answer, keep_s, par):  # fmt: skip
+def place_on(
+    free,
+    ordered,
+    number,
+    most,
+    token_bytes,
+    block_bytes,
+    state,
+    able,
+    growth,
+    takes,  # type: ignore[no-untyped-def]
+    need,
+    grows,
+    leaves,
+    rate,
+    answer,
+    keep_s,
+    par,
+):
     """The worker in use whose strain `need` more bytes raise least, or 0; of equals, the fullest.
 
     free … able    columns of the ledger, `able` that of the model; takes: bool, hosts it now
@@ -92,8 +109,9 @@ def place_on(free, ordered, number, most, token_bytes, block_bytes, state, able,
         if left < 0 or left < keep_s * after:
             continue
         before_s, left_s = room / max(faster, 1e-9), left / max(after, 1e-9)
-        added = urgency * (decay(left_s * (urgent + (n + 1) * leaves))
-                           - decay(before_s * (urgent + n * leaves)))  # fmt: skip
+        added = urgency * (
+            decay(left_s * (urgent + (n + 1) * leaves)) - decay(before_s * (urgent + n * leaves))
+        )
         added += decay(before_s * idle) - decay(left_s * idle)
         if added < least - 1e-9 or (added < least + 1e-9 and left_s < least_s):
             best, least, least_s = w, added, left_s
@@ -128,16 +146,41 @@ def relief(size, grow, model, runs, room, growth, leaving, may, worker, leaves, 
             source = BEYOND - bytes_left * price
         if source - 1 - par[0] >= best:
             continue
-        target, added = _least_strained(room, growth, leaving, before, may & runs[model[i]],
-                                        size[i], grow[i], leaves, keep_s, par)  # fmt: skip
+        target, added = _least_strained(
+            room,
+            growth,
+            leaving,
+            before,
+            may & runs[model[i]],
+            size[i],
+            grow[i],
+            leaves,
+            keep_s,
+            par,
+        )
         if target and source + added < best:
             best, row, dst = source + added, i, target
     return row, dst
 
 
 @numba.njit(cache=True)
-def emptied(size, grow, model, runs, room, growth, leaving, seats, may,  # type: ignore[no-untyped-def]
-            worker, leaves, price, keep_s, par, dst):  # fmt: skip
+def emptied(
+    size,
+    grow,
+    model,
+    runs,
+    room,
+    growth,
+    leaving,
+    seats,
+    may,  # type: ignore[no-untyped-def]
+    worker,
+    leaves,
+    price,
+    keep_s,
+    par,
+    dst,
+):
     """Can all requests of a worker go elsewhere with less strain than now? `dst` says where.
 
     As in `relief`, largest first; dst int64 [n], written.
@@ -147,9 +190,18 @@ def emptied(size, grow, model, runs, room, growth, leaving, seats, may,  # type:
     before = strains(room, growth, leaving, par)
     done = 0
     for i in range(len(size)):
-        dst[i], added = _least_strained(room, growth, leaving, before,
-                                        may & runs[model[i]] & (seats > 0),
-                                        size[i], grow[i], leaves, keep_s, par)  # fmt: skip
+        dst[i], added = _least_strained(
+            room,
+            growth,
+            leaving,
+            before,
+            may & runs[model[i]] & (seats > 0),
+            size[i],
+            grow[i],
+            leaves,
+            keep_s,
+            par,
+        )
         if dst[i] == 0:
             break
         spent += added + price * size[i]
@@ -176,8 +228,40 @@ def warm_up() -> None:
     room, growth, yes = np.ones(2), np.ones(2), np.ones(2, np.bool_)
     ints, none = np.ones(2, np.int64), np.zeros(1, np.int64)
     size, runs, par = np.ones(1), np.ones((1, 2), np.bool_), (1.0, 1.0, 1.0)
-    place_on(ints, ints, ints, ints, room, ints, ints.astype(np.int8), yes, growth, yes,
-             1, 1.0, 1.0, 1.0, 1.0, 1.0, par)  # fmt: skip
+    place_on(
+        ints,
+        ints,
+        ints,
+        ints,
+        room,
+        ints,
+        ints.astype(np.int8),
+        yes,
+        growth,
+        yes,
+        1,
+        1.0,
+        1.0,
+        1.0,
+        1.0,
+        1.0,
+        par,
+    )
     relief(size, size, none, runs, room, growth, growth, yes, 1, 1.0, 1.0, 1.0, par)
-    emptied(size, size, none, runs, room, growth, room.copy(), ints, yes, 1, 1.0, 1.0, 1.0, par,
-            none.copy())  # fmt: skip
+    emptied(
+        size,
+        size,
+        none,
+        runs,
+        room,
+        growth,
+        room.copy(),
+        ints,
+        yes,
+        1,
+        1.0,
+        1.0,
+        1.0,
+        par,
+        none.copy(),
+    )

@@ -21,8 +21,12 @@ class BlockMover:
     read_by  whether this peer can read our memory, and does
     """
 
-    def __init__(self, channel: Channel, checked: Callable[[int], bool] = lambda _: False,
-                 read_by: Callable[[int], bool] = lambda _: False):  # fmt: skip
+    def __init__(
+        self,
+        channel: Channel,
+        checked: Callable[[int], bool] = lambda _: False,
+        read_by: Callable[[int], bool] = lambda _: False,
+    ):
         self._channel, self._checked, self._read_by = channel, checked, read_by
         self._reads = CrossMemoryReads()
         self._lane: StagingBuffer | None = None

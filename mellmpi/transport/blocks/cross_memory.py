@@ -29,8 +29,14 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _readv = getattr(_libc, "process_vm_readv", None)  # Linux alone has it
 if _readv is not None:
     _readv.restype = ctypes.c_ssize_t
-    _readv.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong,
-                       ctypes.c_void_p, ctypes.c_ulong, ctypes.c_ulong]  # fmt: skip
+    _readv.argtypes = [
+        ctypes.c_int,
+        ctypes.c_void_p,
+        ctypes.c_ulong,
+        ctypes.c_void_p,
+        ctypes.c_ulong,
+        ctypes.c_ulong,
+    ]
 
 
 def copy_from(pid: int, sources: Areas, targets: Areas) -> None:
@@ -84,8 +90,14 @@ class CrossMemoryRead:
     num_bytes  of each block
     """
 
-    def __init__(self, pid: int, sources: Sequence[int], targets: Sequence[int], num_bytes: int,
-                 checked: bool):  # fmt: skip
+    def __init__(
+        self,
+        pid: int,
+        sources: Sequence[int],
+        targets: Sequence[int],
+        num_bytes: int,
+        checked: bool,
+    ):
         self.checksums = [0] * len(targets) if checked else []
         self._pid, self._num_bytes = pid, num_bytes
         self._sources, self._targets = areas(sources, num_bytes), areas(targets, num_bytes)

@@ -34,8 +34,13 @@ class ProgressThread(BlockMover):
     ended  called in the thread when it has brought a transfer to its end, or read for the other
     """
 
-    def __init__(self, channel: Channel, checked: Callable[[int], bool], ended: Callable[[], None],
-                 read_by: Callable[[int], bool] = lambda _: False):  # fmt: skip
+    def __init__(
+        self,
+        channel: Channel,
+        checked: Callable[[int], bool],
+        ended: Callable[[], None],
+        read_by: Callable[[int], bool] = lambda _: False,
+    ):
         super().__init__(channel, checked, read_by)
         self._ended = ended
         self._begun: list[BlockTransfer] = []  # seen from outside

@@ -151,9 +151,12 @@ class Receiving(Draining):
         blocks = [self._todo.popleft() for _ in range(count)]
         targets = [self._lane.incoming(block) for block in blocks]
         read = CrossMemoryRead(
-            pid, opening.addresses[first : first + count], targets, size,
+            pid,
+            opening.addresses[first : first + count],
+            targets,
+            size,
             self._checksums is not None,
-        )  # fmt: skip
+        )
         self.route.reads.begin(read)
         places = () if in_place else tuple(zip(blocks, targets, strict=True))
         self._room -= len(places)

@@ -75,9 +75,14 @@ class MpiJob:
         """Rank 0's plain data, on every rank (the others pass None)."""
         return self._post.share(data)
 
-    def connect(self, idle_poll_s: float, device_buffers: bool = False,
-                checksums: str = "auto", carried: bool = True,
-                reading: bool = True) -> Endpoint:  # fmt: skip
+    def connect(
+        self,
+        idle_poll_s: float,
+        device_buffers: bool = False,
+        checksums: str = "auto",
+        carried: bool = True,
+        reading: bool = True,
+    ) -> Endpoint:
         """The transport of this rank; one a process.
 
         idle_poll_s     longest sleep between looks while some peer cannot ring our bell
@@ -96,10 +101,15 @@ class MpiJob:
         wakes = Wakes(all_ring, longest_s, SPIN_S if may_spin else 0.0)
         blocks = MpiChannel(self._comm, self._lock.take_patiently, self._lock.leave)
         self._transport = Endpoint(
-            self._post, blocks, bell, wakes, device_buffers,
-            self._checked(checksums), carried and MPI.Query_thread() >= MPI.THREAD_SERIALIZED,
+            self._post,
+            blocks,
+            bell,
+            wakes,
+            device_buffers,
+            self._checked(checksums),
+            carried and MPI.Query_thread() >= MPI.THREAD_SERIALIZED,
             self._read_by(reading and not device_buffers),
-        )  # fmt: skip
+        )
         self._yielding |= set_yielding(False)  # from here on nobody waits inside MPI
         return self._transport
 
@@ -205,7 +215,9 @@ class MpiJob:
     def thread_level(self) -> str:
         """How MPI lets threads call it."""
         names = {
-            MPI.THREAD_SINGLE: "single", MPI.THREAD_FUNNELED: "funneled",
-            MPI.THREAD_SERIALIZED: "serialized", MPI.THREAD_MULTIPLE: "multiple",
-        }  # fmt: skip
+            MPI.THREAD_SINGLE: "single",
+            MPI.THREAD_FUNNELED: "funneled",
+            MPI.THREAD_SERIALIZED: "serialized",
+            MPI.THREAD_MULTIPLE: "multiple",
+        }
         return names[MPI.Query_thread()]

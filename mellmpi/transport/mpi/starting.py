@@ -49,8 +49,10 @@ def _watch(until_closed: int, launcher: int, job: str, ranks: int) -> NoReturn:
             if time_s > ALL_STARTED_S and missing > 1:
                 local_rank = os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", "0")
                 time.sleep(TURN_S * int(local_rank))
-                sys.stderr.write("mellmpi: a rank has ended before MPI started in it; its own "
-                                 "message, if there is one, is above\n")  # fmt: skip
+                sys.stderr.write(
+                    "mellmpi: a rank has ended before MPI started in it; its own "
+                    "message, if there is one, is above\n"
+                )
                 sys.stderr.flush()
                 os.kill(launcher, signal.SIGTERM)
                 break

@@ -180,8 +180,9 @@ class Places:
             speakers = [speakers[0], speakers[-1], *speakers[1:-1]]
 
 
-def measure_links(transport: Transport, hosts: Sequence[str], limit_s: float = LIMIT_S,
-                  arena: Arena | None = None) -> LinksMeasured | None:  # fmt: skip
+def measure_links(
+    transport: Transport, hosts: Sequence[str], limit_s: float = LIMIT_S, arena: Arena | None = None
+) -> LinksMeasured | None:
     """Measure the links between all hosts, both ways; the whole of it at the scheduler, else None.
 
     Called at every address before anything else is sent. Takes about `limit_s`. A lost worker's
@@ -214,8 +215,9 @@ def measure_links(transport: Transport, hosts: Sequence[str], limit_s: float = L
     return None
 
 
-def _meet(probe: Probe, peer: int, first: bool, budget_s: float,
-          arena: Arena) -> list[tuple[int, Measured]]:  # fmt: skip
+def _meet(
+    probe: Probe, peer: int, first: bool, budget_s: float, arena: Arena
+) -> list[tuple[int, Measured]]:
     """Both ends of a pair ask in turn."""
     measured: list[tuple[int, Measured]] = []
     for asking in (first, not first):

@@ -53,15 +53,24 @@ class Sequence:
         grouped = self.q[start:end].view(rows, kv_heads, heads // kv_heads, dim).transpose(0, 1)
         cu_chunks = np.array([0, rows], np.int32)
         chunks = Chunks(
-            positions=np.arange(start, end, dtype=np.int32), row_chunks=np.zeros(rows, np.int64),
-            cu_chunks=cu_chunks, context_lens=np.array([end], np.int32),
-            tables=np.array([table], np.int32), cu_items=items_of(cu_chunks, kv_heads),
-        )  # fmt: skip
+            positions=np.arange(start, end, dtype=np.int32),
+            row_chunks=np.zeros(rows, np.int64),
+            cu_chunks=cu_chunks,
+            context_lens=np.array([end], np.int32),
+            tables=np.array([table], np.int32),
+            cu_items=items_of(cu_chunks, kv_heads),
+        )
         told = Heads(
-            heads=heads, kv_heads=kv_heads, head_dim=dim, block_size=size,
-            block_stride=kv[0].numel(), window=self.window,
-            scale=np.float32(self.scale * 1.4426950408889634), qk_norm=False, eps=np.float32(0),
-        )  # fmt: skip
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=dim,
+            block_size=size,
+            block_stride=kv[0].numel(),
+            window=self.window,
+            scale=np.float32(self.scale * 1.4426950408889634),
+            qk_norm=False,
+            eps=np.float32(0),
+        )
         out = empty((rows, heads, dim), self.dtype)
         q = activations(grouped.contiguous()).ravel()
         layer = kv[0, 0].numel()

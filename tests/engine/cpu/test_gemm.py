@@ -23,25 +23,76 @@ ONE_PART = np.array([0, 64])  # where it begins, what to prefetch
 @njit
 def run16(rows, a, stride, w, steps, pair, init, init_stride, out):
     tile16(
-        rows, a, 0, stride, w, 0, 16 * pair, ONE_PART, 0, 1, 1, steps, steps,
-        init, 0, init_stride, out, 0, 16,
-    )  # fmt: skip
+        rows,
+        a,
+        0,
+        stride,
+        w,
+        0,
+        16 * pair,
+        ONE_PART,
+        0,
+        1,
+        1,
+        steps,
+        steps,
+        init,
+        0,
+        init_stride,
+        out,
+        0,
+        16,
+    )
 
 
 @njit
 def run32(rows, a, stride, w, steps, pair, init, init_stride, out):
     tile32(
-        rows, a, 0, stride, w, 0, 32 * pair, ONE_PART, 0, 1, 1, steps, steps,
-        init, 0, init_stride, out, 0, 32,
-    )  # fmt: skip
+        rows,
+        a,
+        0,
+        stride,
+        w,
+        0,
+        32 * pair,
+        ONE_PART,
+        0,
+        1,
+        1,
+        steps,
+        steps,
+        init,
+        0,
+        init_stride,
+        out,
+        0,
+        32,
+    )
 
 
 @njit
 def run64(rows, a, stride, w, steps, pair, init, init_stride, out):
     tile64(
-        rows, a, 0, stride, w, 0, 64 * pair, ONE_PART, 0, 1, 1, steps, steps,
-        init, 0, init_stride, out, 0, 64,
-    )  # fmt: skip
+        rows,
+        a,
+        0,
+        stride,
+        w,
+        0,
+        64 * pair,
+        ONE_PART,
+        0,
+        1,
+        1,
+        steps,
+        steps,
+        init,
+        0,
+        init_stride,
+        out,
+        0,
+        64,
+    )
 
 
 TILES = {1: run16, 2: run32, 4: run64}
@@ -100,9 +151,26 @@ def test_a_product_cut_along_k_has_the_same_bits(dtype):
 def run_parts(a, stride, w, places, steps, last_steps, pair, init, out):
     num_parts = len(places) - 1
     tile32(
-        2, a, 0, stride, w, 0, 32 * pair, places, 0, 1, num_parts, steps, last_steps,
-        init, 0, 0, out, 0, 32,
-    )  # fmt: skip
+        2,
+        a,
+        0,
+        stride,
+        w,
+        0,
+        32 * pair,
+        places,
+        0,
+        1,
+        num_parts,
+        steps,
+        last_steps,
+        init,
+        0,
+        0,
+        out,
+        0,
+        32,
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -161,8 +229,14 @@ for dtype in (torch.float32, torch.bfloat16):
 def test_all_cpus_agree_in_float32_and_those_without_bfloat16_products_in_bfloat16():
     def digests(cpu):
         named = {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": KINDS[cpu]} if cpu else {}
-        done = subprocess.run([sys.executable, "-c", DIGEST], capture_output=True, text=True,
-                              env=os.environ | named, cwd=ROOT, timeout=120)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-c", DIGEST],
+            capture_output=True,
+            text=True,
+            env=os.environ | named,
+            cwd=ROOT,
+            timeout=120,
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout.split()
 

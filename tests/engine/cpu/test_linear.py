@@ -34,14 +34,60 @@ K, STRIDE, WIDTH = PART + 96, PART + 112, 160
 def run(team, a, rows, w, begins, bias, out, inner, wide_from):
     """Keeps the first matrix's product, adds the second's, gates the third's."""
     panels, wide = WIDTH // PANEL, np.empty(WIDE_ELEMENTS, np.float32)
-    linear(team, 0, a, STRIDE, rows, K, w, begins[0], panels, bias, 0, KEEP, out, WIDTH,
-           wide_from, wide)  # fmt: skip
-    linear(team, 1, a, STRIDE, rows, K, w, begins[1], panels, bias, WIDTH, ADD, out, WIDTH,
-           wide_from, wide)  # fmt: skip
     linear(
-        team, 2, a, STRIDE, rows, K, w, begins[2], panels, bias, 2 * WIDTH, GATE_UP, inner,
-        WIDTH // 2, wide_from, wide,
-    )  # fmt: skip
+        team,
+        0,
+        a,
+        STRIDE,
+        rows,
+        K,
+        w,
+        begins[0],
+        panels,
+        bias,
+        0,
+        KEEP,
+        out,
+        WIDTH,
+        wide_from,
+        wide,
+    )
+    linear(
+        team,
+        1,
+        a,
+        STRIDE,
+        rows,
+        K,
+        w,
+        begins[1],
+        panels,
+        bias,
+        WIDTH,
+        ADD,
+        out,
+        WIDTH,
+        wide_from,
+        wide,
+    )
+    linear(
+        team,
+        2,
+        a,
+        STRIDE,
+        rows,
+        K,
+        w,
+        begins[2],
+        panels,
+        bias,
+        2 * WIDTH,
+        GATE_UP,
+        inner,
+        WIDTH // 2,
+        wide_from,
+        wide,
+    )
 
 
 class Layer:
@@ -64,10 +110,16 @@ class Layer:
         inner = empty((rows, WIDTH // 2), self.dtype)
         shared, _counters = team(3, threads)
         arguments = (
-            shared, activations(pad_to(self.x[:rows], rows, STRIDE)).ravel(), rows,
-            self.w, self.begins, self.bias.numpy(), out.ravel(), inner.ravel(),
+            shared,
+            activations(pad_to(self.x[:rows], rows, STRIDE)).ravel(),
+            rows,
+            self.w,
+            self.begins,
+            self.bias.numpy(),
+            out.ravel(),
+            inner.ravel(),
             wide_from(self.dtype) if wide is None else wide,
-        )  # fmt: skip
+        )
         with ThreadPoolExecutor(threads) as pool:
             for done in [pool.submit(run, *arguments) for _ in range(threads)]:
                 done.result()

@@ -15,11 +15,27 @@ from mellmpi.models import Architecture, parameter_shapes
 
 DTYPES = [torch.float32, torch.bfloat16]
 PLAIN = Architecture(
-    family="llama", num_layers=2, hidden_size=72, num_heads=6, num_kv_heads=2, head_dim=16,
-    intermediate_size=100, vocab_size=131, max_position=4096, rope_theta=1e4, rope_scaling=None,
-    rms_norm_eps=1e-5, tie_embeddings=True, qkv_bias=False, o_bias=False, mlp_bias=False,
-    qk_norm=False, sliding_window=None, bos_id=1, eos_ids=(2,),
-)  # fmt: skip
+    family="llama",
+    num_layers=2,
+    hidden_size=72,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=16,
+    intermediate_size=100,
+    vocab_size=131,
+    max_position=4096,
+    rope_theta=1e4,
+    rope_scaling=None,
+    rms_norm_eps=1e-5,
+    tie_embeddings=True,
+    qkv_bias=False,
+    o_bias=False,
+    mlp_bias=False,
+    qk_norm=False,
+    sliding_window=None,
+    bos_id=1,
+    eos_ids=(2,),
+)
 ARCHITECTURES = {
     "tied, nothing a multiple of 32": PLAIN,
     "untied, wide heads, seven share": replace(
@@ -50,9 +66,13 @@ class Served:
     def __init__(self, model, block_size=16, num_blocks=64, seed=0):
         arch = model.arch
         geometry = KvGeometry(
-            model="m", dtype=model.dtype, num_layers=arch.num_layers,
-            num_kv_heads=arch.num_kv_heads, block_size=block_size, head_dim=arch.head_dim,
-        )  # fmt: skip
+            model="m",
+            dtype=model.dtype,
+            num_layers=arch.num_layers,
+            num_kv_heads=arch.num_kv_heads,
+            block_size=block_size,
+            head_dim=arch.head_dim,
+        )
         self.model, self.arena = model, KvArena(geometry, num_blocks)
         self.arena.tensor.fill_(3e4)  # what other sequences left behind
         self.free = np.random.default_rng(seed).permutation(num_blocks).tolist()
@@ -71,8 +91,9 @@ class Served:
             positions=np.concatenate([np.arange(s, e) for _, s, e, _ in chunks]).astype(np.int32),
             cu_chunks=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
             context_lens=np.array([e for _, _, e, _ in chunks], np.int32),
-            block_tables=tables, num_sampled=len(chunks),
-        )  # fmt: skip
+            block_tables=tables,
+            num_sampled=len(chunks),
+        )
         return self.model.forward(batch, self.arena)
 
     def alone(self, tokens, edges):

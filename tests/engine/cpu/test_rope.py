@@ -11,11 +11,27 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 
 def architecture(head_dim, scaling):
     return Architecture(
-        family="llama", num_layers=1, hidden_size=64, num_heads=2, num_kv_heads=2,
-        head_dim=head_dim, intermediate_size=64, vocab_size=64, max_position=8192, rope_theta=1e4,
-        rope_scaling=scaling, rms_norm_eps=1e-5, tie_embeddings=True, qkv_bias=False, o_bias=False,
-        mlp_bias=False, qk_norm=False, sliding_window=None, bos_id=1, eos_ids=(2,),
-    )  # fmt: skip
+        family="llama",
+        num_layers=1,
+        hidden_size=64,
+        num_heads=2,
+        num_kv_heads=2,
+        head_dim=head_dim,
+        intermediate_size=64,
+        vocab_size=64,
+        max_position=8192,
+        rope_theta=1e4,
+        rope_scaling=scaling,
+        rms_norm_eps=1e-5,
+        tie_embeddings=True,
+        qkv_bias=False,
+        o_bias=False,
+        mlp_bias=False,
+        qk_norm=False,
+        sliding_window=None,
+        bos_id=1,
+        eos_ids=(2,),
+    )
 
 
 @pytest.mark.parametrize(("head_dim", "half"), [(64, 32), (48, 32), (16, 16)])

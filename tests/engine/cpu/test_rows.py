@@ -77,26 +77,43 @@ class Placing:
             [pad_to(f(self.angles), 24, half) for f in (torch.cos, torch.sin)], 1
         )
         self.chunks = Chunks(
-            positions=self.positions.astype(np.int32), row_chunks=np.repeat([0, 1], lengths),
-            cu_chunks=cu_chunks, context_lens=np.array([end for _, end in self.spans], np.int32),
-            tables=self.tables, cu_items=items_of(cu_chunks, self.kv_heads),
-        )  # fmt: skip
+            positions=self.positions.astype(np.int32),
+            row_chunks=np.repeat([0, 1], lengths),
+            cu_chunks=cu_chunks,
+            context_lens=np.array([end for _, end in self.spans], np.int32),
+            tables=self.tables,
+            cu_items=items_of(cu_chunks, self.kv_heads),
+        )
         self.arena = torch.full((5, 2, 2, self.kv_heads, self.size * head_dim), 7.0).to(dtype)
         self.q = torch.zeros(self.kv_heads, self.rows, 2, head_dim, dtype=dtype)
 
     def run(self, *ranges):
         layer = self.arena[0, 0].numel()
         told = Heads(
-            heads=self.heads, kv_heads=self.kv_heads, head_dim=self.dim, block_size=self.size,
-            block_stride=2 * layer, window=99, scale=np.float32(1), qk_norm=self.qk_norm,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.dim,
+            block_size=self.size,
+            block_stride=2 * layer,
+            window=99,
+            scale=np.float32(1),
+            qk_norm=self.qk_norm,
             eps=np.float32(1e-5),
-        )  # fmt: skip
+        )
         for first, last in ranges:
             run_place(
-                first, last, self.qkv.numpy().ravel(), self.qkv[0].numel(),
-                self.rotary.numpy().ravel(), self.norms.numpy().ravel(), self.chunks, told,
-                storage(self.q).ravel(), storage(self.arena).ravel(), layer,
-            )  # fmt: skip
+                first,
+                last,
+                self.qkv.numpy().ravel(),
+                self.qkv[0].numel(),
+                self.rotary.numpy().ravel(),
+                self.norms.numpy().ravel(),
+                self.chunks,
+                told,
+                storage(self.q).ravel(),
+                storage(self.arena).ravel(),
+                layer,
+            )
         return self
 
     def turned(self, x, norm):

@@ -30,9 +30,21 @@ def go_on_draining(view: View, forecast: CapacityForecast) -> list[Proposal]:
         rows = rows[view.requests.movable[rows]]
         for row in rows.tolist():
             size, grow, model = sizes(view, np.array([row]))
-            _, dst = relief(size, grow, model, view.workers.runs, forecast.room, forecast.growth,
-                            forecast.leaving, forecast.accepting(view), worker, forecast.leaves, 0.0,
-                            least_s(view), strain_of(view))  # fmt: skip
+            _, dst = relief(
+                size,
+                grow,
+                model,
+                view.workers.runs,
+                forecast.room,
+                forecast.growth,
+                forecast.leaving,
+                forecast.accepting(view),
+                worker,
+                forecast.leaves,
+                0.0,
+                least_s(view),
+                strain_of(view),
+            )
             if dst:
                 forecast.give(size[0], grow[0], worker, dst)
                 proposals.append(
@@ -78,9 +90,23 @@ def _empty(view: View, forecast: CapacityForecast, victim: int, rows: np.ndarray
     dst = np.zeros(len(rows), np.int64)
     keep_s = least_s(view) + WAKES * view.cost.wake_s
     forecast.takes[victim] = False
-    if not emptied(size[order], grow[order], model[order], view.workers.runs, forecast.room,
-                   forecast.growth, forecast.leaving, forecast.seats, forecast.takes, victim, forecast.leaves,
-                   price(view, victim), keep_s, strain_of(view), dst):  # fmt: skip
+    if not emptied(
+        size[order],
+        grow[order],
+        model[order],
+        view.workers.runs,
+        forecast.room,
+        forecast.growth,
+        forecast.leaving,
+        forecast.seats,
+        forecast.takes,
+        victim,
+        forecast.leaves,
+        price(view, victim),
+        keep_s,
+        strain_of(view),
+        dst,
+    ):
         forecast.takes[victim] = True
         return []
     ids = view.requests.request_id[rows[order]]

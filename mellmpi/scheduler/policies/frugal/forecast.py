@@ -87,17 +87,29 @@ class CapacityForecast:
         rows, first = by_worker(view, np.flatnonzero(requests.live & (requests.worker > 0)))
         return CapacityForecast(
             room=workers.budget - workers.num_requests * half_block(view),
-            growth=growth_Bps(view).copy(), leaving=workers.num_requests * leaves(view),
+            growth=growth_Bps(view).copy(),
+            leaving=workers.num_requests * leaves(view),
             seats=workers.max_requests - workers.num_requests,
             takes=view.active() & (workers.num_returning == 0),
-            gave=np.zeros(len(workers.state), bool), rows=rows, first=first, leaves=leaves(view),
-        )  # fmt: skip
+            gave=np.zeros(len(workers.state), bool),
+            rows=rows,
+            first=first,
+            leaves=leaves(view),
+        )
 
     def copy(self) -> "CapacityForecast":
         """For a trial: who is where is the same, what there is to give is its own."""
-        return CapacityForecast(self.room.copy(), self.growth.copy(), self.leaving.copy(), self.seats.copy(),
-                     self.takes.copy(), self.gave.copy(), self.rows, self.first,
-                     self.leaves)  # fmt: skip
+        return CapacityForecast(
+            self.room.copy(),
+            self.growth.copy(),
+            self.leaving.copy(),
+            self.seats.copy(),
+            self.takes.copy(),
+            self.gave.copy(),
+            self.rows,
+            self.first,
+            self.leaves,
+        )
 
     def accepting(self, view: View) -> np.ndarray:
         """bool [workers + 1]: holds something, and may be given more."""

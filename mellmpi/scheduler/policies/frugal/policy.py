@@ -36,11 +36,25 @@ def place(view: View, row: int, model: str) -> int | None:
     """
     workers, requests, rate = view.workers, view.requests, view.token_rate
     keep_s = least_s(view) + view.cost.wake_s  # or no other could be woken in time
-    worker = place_on(workers.free, workers.ordered, workers.num_requests, workers.max_requests,
-                      workers.token_bytes, workers.block_bytes, workers.state,
-                      workers.able(model), view.growth_Bps, view.hosting(model),
-                      requests.need(row), rate * float(requests.token_bytes[row]), leaves(view),
-                      rate, view.answer_tokens / 2, keep_s, strain_of(view))  # fmt: skip
+    worker = place_on(
+        workers.free,
+        workers.ordered,
+        workers.num_requests,
+        workers.max_requests,
+        workers.token_bytes,
+        workers.block_bytes,
+        workers.state,
+        workers.able(model),
+        view.growth_Bps,
+        view.hosting(model),
+        requests.need(row),
+        rate * float(requests.token_bytes[row]),
+        leaves(view),
+        rate,
+        view.answer_tokens / 2,
+        keep_s,
+        strain_of(view),
+    )
     return int(worker) or _empty_one(view, row, model)
 
 

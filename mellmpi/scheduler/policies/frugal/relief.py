@@ -81,14 +81,30 @@ def _will_lack(view: View, forecast: CapacityForecast, workers: list[int]) -> li
     return []
 
 
-def _best(view: View, forecast: CapacityForecast, worker: int, rows: np.ndarray, keep_s: float,
-          may: np.ndarray | None = None) -> tuple[int, int] | None:  # fmt: skip
+def _best(
+    view: View,
+    forecast: CapacityForecast,
+    worker: int,
+    rows: np.ndarray,
+    keep_s: float,
+    may: np.ndarray | None = None,
+) -> tuple[int, int] | None:
     """(row, destination) that leaves least strain and the destination so much time."""
     may = forecast.accepting(view) if may is None else may
     may[worker] = False
-    i, dst = relief(*sizes(view, rows), view.workers.runs, forecast.room, forecast.growth,
-                    forecast.leaving, may, worker, forecast.leaves, price(view, worker),
-                    keep_s, strain_of(view))  # fmt: skip
+    i, dst = relief(
+        *sizes(view, rows),
+        view.workers.runs,
+        forecast.room,
+        forecast.growth,
+        forecast.leaving,
+        may,
+        worker,
+        forecast.leaves,
+        price(view, worker),
+        keep_s,
+        strain_of(view),
+    )
     return (int(rows[i]), int(dst)) if dst else None
 
 

@@ -215,8 +215,22 @@ def pieces(items, bins, b):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True)
-def allocate(capacity, free, ordered, num_requests, max_requests, token_bytes, state, able,  # type: ignore[no-untyped-def]
-             hosting, age, num, need, grown, tokens):  # fmt: skip
+def allocate(
+    capacity,
+    free,
+    ordered,
+    num_requests,
+    max_requests,
+    token_bytes,
+    state,
+    able,  # type: ignore[no-untyped-def]
+    hosting,
+    age,
+    num,
+    need,
+    grown,
+    tokens,
+):
     """Where Allocate puts `need` bytes that will be `grown`; a worker, or -1.
 
     If there is no worker to open, nor one to come, anywhere they fit. Columns of the ledger, `able`

@@ -31,10 +31,21 @@ def place(view: View, row: int, model: str) -> int | None:
     tokens = max(1.0, view.token_rate * lead_s)
     grown = need + tokens * float(view.requests.token_bytes[row])
     worker = allocate(
-        workers.capacity, workers.free, workers.ordered, workers.num_requests,
-        workers.max_requests, workers.token_bytes, workers.state, workers.able(model),
-        view.hosting(model), workers.activated, size_classes.num, need, grown, tokens,
-    )  # fmt: skip
+        workers.capacity,
+        workers.free,
+        workers.ordered,
+        workers.num_requests,
+        workers.max_requests,
+        workers.token_bytes,
+        workers.state,
+        workers.able(model),
+        view.hosting(model),
+        workers.activated,
+        size_classes.num,
+        need,
+        grown,
+        tokens,
+    )
     return int(worker) if worker >= 0 else None
 
 
@@ -63,8 +74,14 @@ def rebalance(view: View) -> list[Proposal]:
     return proposals if lacking else proposals + idle_workers(view)
 
 
-def _moves(view: View, group: np.ndarray, rows: np.ndarray, where: np.ndarray,
-           items: Items, load: np.ndarray) -> list[Proposal]:  # fmt: skip
+def _moves(
+    view: View,
+    group: np.ndarray,
+    rows: np.ndarray,
+    where: np.ndarray,
+    items: Items,
+    load: np.ndarray,
+) -> list[Proposal]:
     """What is not where it was. Those of one piece carry one number."""
     changed = np.flatnonzero(doable(items, where, load))
     changed = changed[np.argsort(items.piece[changed], kind="stable")]
@@ -135,8 +152,9 @@ def _asleep(view: View, group: np.ndarray) -> np.ndarray:
     return np.concatenate([draining, parked])
 
 
-def _packing(view: View, group: np.ndarray, rows: np.ndarray,
-             where: np.ndarray) -> tuple[Items, Bins]:  # fmt: skip
+def _packing(
+    view: View, group: np.ndarray, rows: np.ndarray, where: np.ndarray
+) -> tuple[Items, Bins]:
     """The group as bins, its requests as items."""
     workers, requests = view.workers, view.requests
     capacity = float(workers.capacity[group[0]])
@@ -144,12 +162,15 @@ def _packing(view: View, group: np.ndarray, rows: np.ndarray,
     coming = np.maximum(0, workers.capacity[group] - workers.budget[group] - known) / capacity
     coming[coming < 1e-9] = 0
     bins = Bins(
-        load=coming, soft=np.zeros(len(group)),
-        num=np.zeros((L + 1, len(group)), np.int64), age=workers.activated[group],
+        load=coming,
+        soft=np.zeros(len(group)),
+        num=np.zeros((L + 1, len(group)), np.int64),
+        age=workers.activated[group],
         seats=workers.max_requests[group] - workers.num_requests[group],
-        usable=workers.num_returning[group] == 0, held=workers.num_requests[group] > 0,
+        usable=workers.num_returning[group] == 0,
+        held=workers.num_requests[group] > 0,
         now=np.zeros(len(group)),
-    )  # fmt: skip
+    )
     size = np.minimum(_grown(view, rows), capacity) / capacity
     return items_of(size, where, ~requests.movable[rows], len(group)), bins
 
@@ -157,21 +178,51 @@ def _packing(view: View, group: np.ndarray, rows: np.ndarray,
 def items_of(size: np.ndarray, where: np.ndarray, pinned: np.ndarray, num_bins: int) -> Items:
     """Items of these sizes on these bins; `epoch` fills in the rest."""
     n = len(size)
-    return Items(size=size, kind=np.zeros(n, np.int64), where=where.astype(np.int64),
-                 pinned=pinned, piece=np.zeros(n, np.int64), after=np.zeros(n, np.int64),
-                 before=np.zeros(n, np.int64), first=np.zeros(num_bins, np.int64),
-                 why=np.zeros(n, np.int64), made=np.zeros(1, np.int64),
-                 homeless=np.zeros(1))  # fmt: skip
+    return Items(
+        size=size,
+        kind=np.zeros(n, np.int64),
+        where=where.astype(np.int64),
+        pinned=pinned,
+        piece=np.zeros(n, np.int64),
+        after=np.zeros(n, np.int64),
+        before=np.zeros(n, np.int64),
+        first=np.zeros(num_bins, np.int64),
+        why=np.zeros(n, np.int64),
+        made=np.zeros(1, np.int64),
+        homeless=np.zeros(1),
+    )
 
 
 def warm_up() -> None:
     """Compile everything now rather than when the first request waits for it."""
     rows, floats = np.zeros(2, np.int64), np.ones(2)
-    bins = Bins(np.zeros(2), np.zeros(2), np.zeros((L + 1, 2), np.int64), rows, rows,
-                np.ones(2, np.bool_), np.zeros(2, np.bool_), np.zeros(2))  # fmt: skip
+    bins = Bins(
+        np.zeros(2),
+        np.zeros(2),
+        np.zeros((L + 1, 2), np.int64),
+        rows,
+        rows,
+        np.ones(2, np.bool_),
+        np.zeros(2, np.bool_),
+        np.zeros(2),
+    )
     items = items_of(np.full(2, 0.1), rows, np.zeros(2, np.bool_), 2)
     epoch(items, bins, LAST, 1)
     doable(items, rows.copy(), floats.copy())
     some = np.ones(2, np.bool_)
-    allocate(rows, rows, rows, rows, rows, floats, np.zeros(2, np.int8), some, some, rows,
-             np.zeros((L + 1, 2), np.int64), 1, 1.0, 1.0)  # fmt: skip
+    allocate(
+        rows,
+        rows,
+        rows,
+        rows,
+        rows,
+        floats,
+        np.zeros(2, np.int8),
+        some,
+        some,
+        rows,
+        np.zeros((L + 1, 2), np.int64),
+        1,
+        1.0,
+        1.0,
+    )
