@@ -1,4 +1,4 @@
-"""Runs a command for a limited time, with all that it starts: a job of MPI must not outlive it."""
+"""Runs a command with a time limit, and then ends all processes that it started, as MPI jobs."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def within(limit_s: float, command: list[str]) -> tuple[str, str, int | None]:
-    """(output, errors, exit code) of a command; no code if it took too long."""
+    """Run a command. Returns (stdout, stderr, exit code); the code is None after a timeout."""
     path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         job = subprocess.Popen(
@@ -32,13 +32,13 @@ def within(limit_s: float, command: list[str]) -> tuple[str, str, int | None]:
         return out.read(), err.read(), code
 
 
-def end(job: subprocess.Popen, patience_s: float = 15) -> None:
-    """Whatever is left of it: its mpirun is in its process group, and takes its ranks along."""
+def end(job: "subprocess.Popen[str]", patience_s: float = 15) -> None:
+    """End the process group of a job. It includes mpirun, which ends its ranks."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(job.pid, signal.SIGTERM)
         stop_s = time.monotonic() + patience_s
         while time.monotonic() < stop_s:
-            job.poll()  # a process that nobody asks after stays in its group
+            job.poll()  # a zombie would stay in its process group
             os.killpg(job.pid, 0)
             time.sleep(0.05)
         os.killpg(job.pid, signal.SIGKILL)

@@ -2,12 +2,12 @@
 
     mpirun -n 2 python bench/bandwidth.py [-m MIN:MAX] [-i ITERATIONS] [-x WARM-UP] [-d cpu|cuda]
 
-The code that measures links at the start of a job, and that migrations use: within a host the
-receiver reads blocks out of the sender's memory, between hosts there is one message a block, in
-place. Contiguous is one block. Times include header and answer. MB = 10^6 bytes. Latency is that of
-a small message, one way, between transfers of this size. With `-d cuda` the
-blocks are in device memory and travel through pinned host memory; where this MPI proves that it
-takes device memory, a second table shows that. Without a GPU it says so.
+Uses the code that measures links at the start of a job, and that migrations use: within a host the
+receiver reads blocks out of the sender's memory, between hosts there is one message per block, in
+place. Contiguous: one block. Times include header and answer. MB = 10^6 bytes. Latency: one way of
+a small message, between transfers of this size. With `-d cuda` the blocks are in device memory and
+are staged through pinned host memory; a second table follows if this MPI is proven to take device
+memory. Without a GPU it prints a message.
 """
 
 import argparse
@@ -25,17 +25,17 @@ from mellmpi.transport.blocks import DeviceArena, device_buffers_work
 from mellmpi.transport.mpi import MpiJob
 from mellmpi.transport.probes import HostArena, Probe
 
-BLOCKS = (65_536, 1 << 20)  # bytes each, of scattered KV
+BLOCKS = (65_536, 1 << 20)  # bytes per block of scattered KV
 
 
 def span(text: str) -> tuple[int, int]:
-    """MIN:MAX, or MAX alone."""
+    """Parse MIN:MAX, or MAX alone (MIN 1)."""
     low, _, high = text.rpartition(":")
     return (int(low) if low else 1, int(high))
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """For numbers on the command line."""
+    """Returns a parser of integers that rejects smaller numbers."""
 
     def number(text: str) -> int:
         if int(text) < least:
@@ -46,7 +46,7 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def sizes(low: int, high: int) -> list[int]:
-    """Powers of two from low to high bytes."""
+    """Powers of two from low to high."""
     return [1 << i for i in range(64) if low <= 1 << i <= high]
 
 
@@ -59,20 +59,20 @@ def arena_on(device: str, num_blocks: int, block_bytes: int) -> Arena:
 def bandwidth(
     probe: Probe, arena: Arena, scattered: bool, args: argparse.Namespace
 ) -> tuple[float, float] | None:
-    """(seconds a transfer, seconds a small message one way) at rank 0, medians; None at rank 1."""
+    """Returns medians at rank 0: seconds per transfer, one-way seconds of a small message."""
     probe.transport.attach(arena)
     order = np.random.default_rng(0)
     blocks = np.arange(arena.num_blocks)
-    places = (order.permutation(blocks) if scattered else blocks).tolist()
+    block_ids = (order.permutation(blocks) if scattered else blocks).tolist()
     result = None
     if probe.transport.worker == 1:
-        probe.answer(0, places)
+        probe.answer(0, block_ids)
     else:
         took, trips = [], []
         for _ in range(args.x + args.i):
             trips.append(probe.round_trip_s(1))
-            took.append(probe.transfer_s(1, places[::-1]))
-        probe.release(1)
+            took.append(probe.transfer_s(1, block_ids[::-1]))
+        probe.end(1)
         result = statistics.median(took[args.x :]), statistics.median(trips[args.x :]) / 2
     probe.transport.attach(None)
     return result
@@ -82,7 +82,7 @@ def table(
     transport: Transport, device: str, path: str, args: argparse.Namespace
 ) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    probe = Probe(transport)  # one for all sizes: it may hear the next one's question early
+    probe = Probe(transport)  # one for all sizes: it may receive messages of the next size early
     for block_bytes in (None, *BLOCKS):
         kind = "contiguous" if block_bytes is None else f"blocks of {block_bytes}"
         if transport.worker == 0:
@@ -103,14 +103,14 @@ def table(
 
 
 def paths(job: MpiJob, args: argparse.Namespace) -> list[tuple[str, str, bool]]:
-    """(name, device, whether MPI is handed device memory) of what there is to measure."""
+    """Returns (name, device, whether MPI gets device memory) of each path to measure."""
     if args.d == "cpu":
         return [("host memory", "cpu", False)]
     gpus = [job.gather(bytes([count_gpus()]))[rank][0] for rank in range(2)]
     if not all(gpus):
         return []
-    device = f"cuda:{job.neighbours.index(job.rank) % gpus[job.rank]}"
-    proven = device_buffers_work(device) if job.rank == job.neighbours[0] else True
+    device = f"cuda:{job.local_ranks.index(job.rank) % gpus[job.rank]}"
+    proven = device_buffers_work(device) if job.rank == job.local_ranks[0] else True
     direct = all(answer[0] for answer in job.gather(bytes([proven])))
     found = [("device memory through the host", device, False)]
     return [*found, ("device memory by MPI", device, True)] if direct else found
@@ -119,8 +119,8 @@ def paths(job: MpiJob, args: argparse.Namespace) -> list[tuple[str, str, bool]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-m", default="1024:67108864", metavar="[MIN:]MAX", help="bytes")
-    parser.add_argument("-i", type=at_least(1), default=20, help="iterations a size")
-    parser.add_argument("-x", type=at_least(0), default=3, help="warm-up iterations a size")
+    parser.add_argument("-i", type=at_least(1), default=20, help="iterations per size")
+    parser.add_argument("-x", type=at_least(0), default=3, help="warm-up iterations per size")
     parser.add_argument("-d", choices=["cpu", "cuda"], default="cpu", help="where the blocks are")
     add_json_option(parser)
     args, job = parser.parse_args(), MpiJob()

@@ -1,8 +1,8 @@
-"""How much less would `frugal` move, and how many fewer GPUs use, if it knew the future?
+"""How many moves and GPUs would `frugal` save if it knew the future?
 
-On parts of four traces, in the idealised model: the package's own run, the rule compiled (see
-`clairvoyant_search`; the two should agree), and the search, which tries the rule's best choices at
-every arrival, relief and drain against what really comes.
+On parts of four traces, in the idealised model: the policy itself, its rule compiled
+(`clairvoyant_rule`; the two should agree), and the search, which tries the rule's best choices at
+every arrival, relief and drain against the true future.
 """
 
 import argparse
@@ -14,7 +14,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from clairvoyant_search import SEATS, Cell, Play, Requests, Rule, Search, run
+from clairvoyant_rule import MAX_REQUESTS, Cluster, Requests, Rule
+from clairvoyant_search import Replay, Search, run
 from record import add_json_option, finish
 from rich.console import Console
 from rich.progress import track
@@ -22,20 +23,19 @@ from rich.table import Table
 
 from mellmpi.costs import MEMORY
 from mellmpi.protocol import ModelKv
-from mellmpi.scheduler.policies.frugal import draining as frugal_drain
-from mellmpi.scheduler.policies.frugal import forecast as frugal_fleet
+from mellmpi.scheduler.policies.frugal import draining, forecast
 from mellmpi.sim import MODELS, NO_COST, IdealReplay, Load, Settings, make_load
 from mellmpi.workload import Workload, gamma, load
 
 RATE, TICK_S, THRIFT = 30.0, 0.25, 0.5  # as `simulate --ideal` has them
-LEAD_IN_S = 20.0  # the search decides so long before the part that counts
+LEAD_IN_S = 20.0  # the search starts this long before the part that is evaluated
 
 
 @dataclass(frozen=True)
 class Case:
-    """A part of a trace, and how it is searched."""
+    """A part of a trace, and the parameters of its search."""
 
-    trace: str  # "": one that is generated
+    trace: str  # "": a generated load
     rate_scale: float
     model: str
     gpu_kv_gib: float
@@ -43,7 +43,7 @@ class Case:
     until_s: float
     choices: int
     horizon_s: float
-    gpu_moves: float  # moves that a GPU for a second is worth
+    gpu_moves: float  # cost of a GPU for a second, in moves
 
 
 CASES = {
@@ -71,7 +71,7 @@ def load_of(case: Case, workload: Workload) -> Load:
 
 
 def mean_answer(load: Load, step: int) -> float:
-    """Tokens, of those that ended last before a step, which is what the package goes by."""
+    """Mean tokens of the answers that ended last before a step, as the policy knows it."""
     ends = load.arrivals + load.outputs
     ended = np.flatnonzero(ends <= step)
     lately = ended[np.argsort(ends[ended], kind="stable")][-MEMORY:]
@@ -79,35 +79,35 @@ def mean_answer(load: Load, step: int) -> float:
 
 
 def rule_of(load: Load, mean: float) -> Rule:
-    """The constants as the package works them out, for tokens of one byte and such answers."""
-    every = round(TICK_S * load.rate)
+    """The policy's constants for tokens of one byte and answers of `mean` tokens."""
+    round_steps = round(TICK_S * load.rate)
     capacity = float(load.capacity // load.token_bytes[""])
     view: Any = SimpleNamespace(
         thrift=THRIFT,
-        period_s=every / load.rate,
+        period_s=round_steps / load.rate,
         cost=NO_COST,
         token_rate=load.rate,
         answer_tokens=mean,
-        lengths=SimpleNamespace(mean_output=lambda unknown: unknown),
+        lengths=SimpleNamespace(mean_output=lambda default: default),
         workers=SimpleNamespace(capacity=np.array([0.0, capacity])),
     )
     return Rule(
         capacity,
         load.rate,
-        every,
-        frugal_fleet.leaves(view),
-        frugal_fleet.price(view, 1),
-        frugal_fleet.least_s(view),
-        frugal_fleet.LEAD_TICKS * view.period_s,
-        frugal_fleet.scale(view) * frugal_drain.FLEET_S,
-        frugal_fleet.scale(view) * frugal_drain.FURTHER,
-        frugal_drain.LOOKS,
-        frugal_fleet.strain_of(view),
+        round_steps,
+        forecast.request_end_rate(view),
+        forecast.move_price(view, 1),
+        forecast.min_overflow_s(view),
+        forecast.LEAD_ROUNDS * view.period_s,
+        forecast.time_scale(view) * draining.CLUSTER_OVERFLOW_S,
+        forecast.time_scale(view) * draining.EXTRA_WORKERS,
+        draining.MAX_FAILURES,
+        forecast.cost_params(view),
     )
 
 
 def part(case: Case, load: Load) -> tuple[int, int, int]:
-    """(first step, last step, arrivals) of the part that counts."""
+    """(first step, last step, arrivals) of the part that is evaluated."""
     first = int(load.arrivals[0] + case.from_s * load.rate)
     last = int(load.arrivals[0] + case.until_s * load.rate)
     arrivals = int(((load.arrivals >= first) & (load.arrivals <= last)).sum())
@@ -115,27 +115,27 @@ def part(case: Case, load: Load) -> tuple[int, int, int]:
 
 
 def over_bound(case: Case, load: Load, gpus: np.ndarray) -> float:
-    """GPUs at each sample up to the end of the part, over the bound in it."""
+    """GPUs at the samples of the part, over the bound there."""
     first, last, _ = part(case, load)
     inside = (load.samples >= first) & (load.samples <= last)
     return float(gpus[inside[: len(gpus)]].sum() / load.bound[inside].sum())
 
 
-def empty_cell(num_workers: int, capacity: float) -> Cell:
+def empty_cluster(num_workers: int, capacity: float) -> Cluster:
     rows = num_workers + 1
-    return Cell(
+    return Cluster(
         np.full(rows, capacity),
         np.zeros(rows),
         np.zeros(rows),
         np.zeros(rows, np.int64),
-        np.zeros((rows, SEATS), np.int64),
+        np.zeros((rows, MAX_REQUESTS), np.int64),
         np.ones(rows, np.bool_),
         np.zeros(rows, np.bool_),
     )
 
 
 def by_search(case: Case, load: Load, choices: int) -> dict[str, Any]:
-    """The compiled rule, or with more than one choice, the search."""
+    """Run the compiled rule, or the search if `choices` is more than 1."""
     first, last, arrivals = part(case, load)
     search = Search(
         int(first - LEAD_IN_S * load.rate), choices, int(case.horizon_s * load.rate), case.gpu_moves
@@ -143,10 +143,10 @@ def by_search(case: Case, load: Load, choices: int) -> dict[str, Any]:
     requests = Requests(load.arrivals, load.prompts, load.arrivals + load.outputs)
     rule = rule_of(load, mean_answer(load, first))
     num_workers = int(1.25 * load.bound.max()) + 8
-    cells = [empty_cell(num_workers, rule.capacity) for _ in range(2)]
+    clusters = [empty_cluster(num_workers, rule.capacity) for _ in range(2)]
     samples = load.samples[load.samples <= last]
     began_s = time.perf_counter()
-    gpus, done = run(Play(requests, rule, search, *cells), samples)
+    gpus, done = run(Replay(requests, rule, search, *clusters), samples)
     moves, tokens, overflows = done[first - load.arrivals[0] :].sum(axis=0).tolist()
     return {
         "gpus_over_bound": over_bound(case, load, gpus),
@@ -158,7 +158,7 @@ def by_search(case: Case, load: Load, choices: int) -> dict[str, Any]:
 
 
 def by_package(case: Case, load: Load) -> dict[str, Any]:
-    """The same part of a run of `simulate --ideal --policies frugal`."""
+    """Run the policy on the same part, as `simulate --ideal --policies frugal`."""
     first, last, arrivals = part(case, load)
     begun = load.arrivals <= last
     shorter = replace(
@@ -205,12 +205,14 @@ def main() -> None:
         type=Path,
         default=os.environ.get("MELLMPI_TRACES"),
         help="folder of the traces (default: $MELLMPI_TRACES); "
-        "without one, a generated load is searched",
+        "without one, a generated load is used",
     )
-    parser.add_argument("--parts", nargs="+", choices=CASES, default=list(CASES), help="only these")
+    parser.add_argument(
+        "--parts", nargs="+", choices=CASES, default=list(CASES), help="parts to run"
+    )
     parser.add_argument("--choices", type=int, help="choices tried at each decision")
-    parser.add_argument("--horizon-s", type=float, help="how far each is played")
-    parser.add_argument("--gpu-moves", type=float, help="moves that a GPU for a second is worth")
+    parser.add_argument("--horizon-s", type=float, help="seconds of future played for each choice")
+    parser.add_argument("--gpu-moves", type=float, help="cost of a GPU for a second, in moves")
     add_json_option(parser)
     args = parser.parse_args()
     given = {"choices": args.choices, "horizon_s": args.horizon_s, "gpu_moves": args.gpu_moves}

@@ -1,13 +1,13 @@
-"""Is a request sent, computed again, or both, and was that the fastest way?
+"""Is the KV of a request transferred, recomputed, or split, and is that the fastest mode?
 
     python bench/crossover.py [--links shm 10gbit 1gbit] [--contexts 128 … 8192]
                               [--json FILE] [--figure docs/crossover.png]
     python bench/crossover.py --draw FILE --figure docs/crossover.png
 
-Some 15 minutes for the whole grid. For every link and context: the time of each forced way, from
-the decision to the destination's word (a recompute: its first token), and what was chosen. The
-links of two hosts need root: they are network namespaces and a token bucket (bench/two_hosts.sh).
-The figure needs matplotlib.
+About 15 minutes for the whole grid. For every link and context: the time of each forced mode, from
+the decision to the destination's confirmation (recompute: to its first token), and the chosen mode.
+The links of two hosts need root: they are network namespaces and a token bucket
+(bench/two_hosts.sh). The figure needs matplotlib.
 """
 
 import argparse
@@ -21,15 +21,15 @@ from moving import LINKS, run
 from record import add_json_option, finish
 
 CONTEXTS = [128, 256, 512, 1024, 2048, 4096, 8192]
-WAYS = ("transfer", "recompute", "split")
-LOOKS = {"transfer": ("C0", "s"), "recompute": ("C3", "^"), "split": ("C2", "D")}
+MODES = ("transfer", "recompute", "split")
+STYLES = {"transfer": ("C0", "s"), "recompute": ("C3", "^"), "split": ("C2", "D")}
 NAMES = {"shm": "shared memory", "10gbit": "10 Gbit/s", "1gbit": "1 Gbit/s"}
-CLOSE = 1.3  # two ways nearer to each other are measured more often
-NEAR, WORST, SPLIT, ERROR = 1.10, 1.30, 0.75, 0.25  # the bars
+CLOSE = 1.3  # ratio of times below which modes are measured more often
+NEAR, WORST, SPLIT, ERROR = 1.10, 1.30, 0.75, 0.25  # the targets of `verdict`
 
 
 def median_s(rows: list[dict[str, Any]], asked: str, mode: str | None = None) -> float | None:
-    """Of the moves that were asked for so and went this way, or any; None: none did."""
+    """Median time of the moves with this request and this mode (None: any); None: no such move."""
     took = [
         r["took_s"]
         for r in rows
@@ -39,21 +39,20 @@ def median_s(rows: list[dict[str, Any]], asked: str, mode: str | None = None) ->
 
 
 def forced_s(rows: list[dict[str, Any]]) -> dict[str, float | None]:
-    """Medians of each way; a request too short to be split has none of that."""
-    return {way: median_s(rows, way, way) for way in WAYS}
+    """Median time of each forced mode; None: too short a request for a split."""
+    return {mode: median_s(rows, mode, mode) for mode in MODES}
 
 
 def close(rows: list[dict[str, Any]]) -> bool:
-    """Two ways are so near each other that a few moves do not tell which is faster."""
+    """Two modes take so similar times that a few moves do not tell which is faster."""
     seconds = sorted(s for s in forced_s(rows).values() if s is not None)
     return seconds[1] <= CLOSE * seconds[0]
 
 
 def cell(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """One link and context: medians of the forced ways, and the choice against them."""
-
+    """One link and context: medians of the forced modes, and the chosen mode compared to them."""
     forced = forced_s(rows)
-    known = {way: s for way, s in forced.items() if s is not None}
+    known = {mode: s for mode, s in forced.items() if s is not None}
     chosen = [r["mode"] for r in rows if r["asked"] == "chosen"]
     mode = statistics.mode(chosen)
     errors = [
@@ -61,8 +60,8 @@ def cell(rows: list[dict[str, Any]]) -> dict[str, Any]:
         for r in rows
         if r["asked"] == "chosen" and r["outcome"] == "moved"
     ]
-    better = min(s for way, s in known.items() if way != "split")
-    worse = max(s for way, s in known.items() if way != "split")
+    better = min(s for mode, s in known.items() if mode != "split")
+    worse = max(s for mode, s in known.items() if mode != "split")
     return {
         "forced_s": forced,
         "chosen": mode,
@@ -77,7 +76,7 @@ def cell(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def verdict(cells: list[dict[str, Any]]) -> dict[str, Any]:
-    """The whole grid against the bars."""
+    """Compare the whole grid with the targets."""
     over = [c["chosen_over_best"] for c in cells]
     near = [c["split_over_better"] for c in cells if c["near_each_other"]]
     near = [ratio for ratio in near if ratio is not None]
@@ -93,7 +92,7 @@ def verdict(cells: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """A panel a link: milliseconds over context, each way a line, the chosen one ringed."""
+    """One plot per link: milliseconds over context, one line per mode, the chosen mode circled."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -105,11 +104,11 @@ def draw(results: dict[str, Any], path: Path) -> None:
     )
     for axes, (link, cells) in zip(panels[0], grid.items(), strict=True):
         contexts = [int(n) for n in cells]
-        for way, (color, mark) in LOOKS.items():
-            points = [(int(n), c["forced_s"][way]) for n, c in cells.items()]
+        for mode, (color, mark) in STYLES.items():
+            points = [(int(n), c["forced_s"][mode]) for n, c in cells.items()]
             known = [(n, 1e3 * s) for n, s in points if s is not None]
             if known:
-                axes.plot(*zip(*known, strict=True), mark, ls="-", color=color, ms=5, label=way)
+                axes.plot(*zip(*known, strict=True), mark, ls="-", color=color, ms=5, label=mode)
         chosen = [1e3 * c["forced_s"][c["chosen"]] for c in cells.values()]
         axes.plot(contexts, chosen, "o", color="black", ms=13, mfc="none", mew=1.2, label="chosen")
         axes.set(xscale="log", yscale="log", title=NAMES[link], xlabel="context, tokens")
@@ -127,16 +126,18 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--links", nargs="+", choices=LINKS, default=["shm", "10gbit", "1gbit"])
     parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS)
-    parser.add_argument("--repeats", type=int, default=4, help="of each way and context")
-    parser.add_argument("--more", type=int, default=8, help="where two ways are close")
+    parser.add_argument("--repeats", type=int, default=4, help="of each mode and context")
+    parser.add_argument("--more", type=int, default=8, help="where two modes are close")
     parser.add_argument("--figure", type=Path, metavar="FILE")
-    parser.add_argument("--draw", type=Path, metavar="FILE", help="measure nothing: draw this")
+    parser.add_argument(
+        "--draw", type=Path, metavar="FILE", help="do not measure: draw this result"
+    )
     add_json_option(parser)
     return parser.parse_args()
 
 
 def measured(link: str, contexts: list[int], repeats: int, more: int) -> dict[int, Any]:
-    """Rows of moves, by context; more of them where ways are close to each other."""
+    """Records of moves, by context; more of them where modes are close to each other."""
     moves: dict[int, Any] = {n: [] for n in contexts}
     move_all(link, contexts, repeats, moves)
     move_all(link, [n for n in contexts if close(moves[n])], more, moves)
@@ -144,19 +145,19 @@ def measured(link: str, contexts: list[int], repeats: int, more: int) -> dict[in
 
 
 def move_all(link: str, contexts: list[int], repeats: int, moves: dict[int, Any]) -> None:
-    """One job of moves, added to what there is."""
+    """Run one job and add its records to `moves`."""
     if not contexts or not repeats:
         return
-    tell(f"{NAMES[link]}: contexts {contexts}, each way {repeats} times")
-    for row in run(link, contexts, [*WAYS, None], repeats):
+    tell(f"{NAMES[link]}: contexts {contexts}, each mode {repeats} times")
+    for row in run(link, contexts, [*MODES, None], repeats):
         moves[row["context"]].append(row)
     for n in contexts:
-        ways = [f"{way} {1e3 * s:.1f}" for way, s in forced_s(moves[n]).items() if s is not None]
-        tell(f"{n:6} tokens: {', '.join(ways)} ms; chosen: {cell(moves[n])['chosen']}")
+        times = [f"{mode} {1e3 * s:.1f}" for mode, s in forced_s(moves[n]).items() if s is not None]
+        tell(f"{n:6} tokens: {', '.join(times)} ms; chosen: {cell(moves[n])['chosen']}")
 
 
 def tell(line: str) -> None:
-    """How far it has got: standard output is the result's."""
+    """Print progress to standard error; standard output is for the result."""
     print(line, file=sys.stderr, flush=True)
 
 

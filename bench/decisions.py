@@ -2,9 +2,9 @@
 
     python bench/decisions.py [--json FILE] [--plot FILE.png]
 
-A view is built directly: every worker holds 100 requests of all sizes and ages and overflows within
-10 s, so that one in thirty does so before the next round. Timed, in CPU time, are a placement
-(`place`, mean of many) and a whole rebalancing pass (`rebalance`, median).
+The view is built directly: every worker holds 100 requests of all sizes and ages and overflows
+within 10 s, one in thirty before the next round. Measured in CPU time: a placement (`place`, mean)
+and a rebalancing pass (`rebalance`, median).
 """
 
 import argparse
@@ -30,7 +30,7 @@ KV = ModelKv("m", block_size=16, block_bytes=16 * 2**17)
 
 
 def make_view(num_workers: int, seed: int) -> View:
-    """A cluster in mid-life and nearly full; a tenth as many workers are parked."""
+    """A nearly full cluster of active workers, and a tenth as many parked ones."""
     rng = np.random.default_rng(seed)
     num_parked = max(1, num_workers // 10)
     ledger, columns = Ledger(num_workers + num_parked), make_columns(num_workers, rng)
@@ -40,7 +40,7 @@ def make_view(num_workers: int, seed: int) -> View:
     for worker in range(1, num_workers + num_parked + 1):
         ledger.ready(worker, (KV,), capacity, 4 * REQUESTS, acked=0)
         if worker > num_workers:
-            ledger.gone(worker, WorkerState.PARKED)
+            ledger.drop_arena(worker, WorkerState.PARKED)
     ledger.free[1 : num_workers + 1] = np.maximum(0, capacity - held)
     ledger.num_requests[1 : num_workers + 1] = REQUESTS
     ledger.activated[1 : num_workers + 1] = np.arange(num_workers)
@@ -64,7 +64,7 @@ def make_view(num_workers: int, seed: int) -> View:
 
 
 def fill(columns: RequestColumns, left: np.ndarray) -> tuple[np.ndarray, int]:
-    """Scale requests so that workers of one capacity have so much left; (bytes held, capacity)."""
+    """Scale requests until equal workers have `left` bytes free; (bytes held, capacity)."""
     rows = np.flatnonzero(columns.live & (columns.worker > 0))
     on = columns.worker[rows] - 1
     before = np.bincount(on, columns.kv_bytes(rows))
@@ -76,7 +76,7 @@ def fill(columns: RequestColumns, left: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 def make_columns(num_workers: int, rng: np.random.Generator) -> RequestColumns:
-    """`REQUESTS` on each worker, and `PLACEMENTS` that wait: the first rows."""
+    """`REQUESTS` on each worker; the first `PLACEMENTS` rows are requests that wait."""
     placed = num_workers * REQUESTS
     columns = RequestColumns(placed + PLACEMENTS)
     sampling = Sampling(4096, 0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, (), None)
@@ -85,14 +85,14 @@ def make_columns(num_workers: int, rng: np.random.Generator) -> RequestColumns:
     tokens = np.maximum(16, rng.exponential(MEAN_TOKENS, placed + PLACEMENTS)).astype(np.int64)
     columns.num_tokens[:] = tokens
     columns.num_prompt[:] = np.maximum(1, tokens // 2)
-    order = rng.permutation(placed)  # requests come and go: their rows are in no order
+    order = rng.permutation(placed)  # rows are reused, so they are in no order
     columns.worker[PLACEMENTS + order] = np.repeat(np.arange(1, num_workers + 1), REQUESTS)
     columns.movable[PLACEMENTS:] = True
     return columns
 
 
 def measure(name: str, num_workers: int, seed: int) -> dict[str, float]:
-    """Microseconds of a placement, milliseconds of a pass, and how much it proposes."""
+    """Microseconds of a placement, milliseconds of a pass, and the pass's number of proposals."""
     policy, view = policy_for(name, "auto"), make_view(num_workers, seed)
     rounds = []
     for _ in range(ROUNDS):
@@ -137,9 +137,9 @@ def draw(path: Path, results: dict[str, dict[int, dict[str, float]]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_json_option(parser)
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw cost against load")
-    parser.add_argument("--workers", type=int, nargs="+", default=WORKERS, help="sizes to measure")
-    parser.add_argument("--policies", nargs="+", default=list(POLICIES), help="which ones")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="plot durations against workers")
+    parser.add_argument("--workers", type=int, nargs="+", default=WORKERS, help="cluster sizes")
+    parser.add_argument("--policies", nargs="+", default=list(POLICIES), help="default: all")
     args = parser.parse_args()
     runs: dict[tuple[str, int], list[dict[str, float]]] = {}
     for seed in range(REPEATS):

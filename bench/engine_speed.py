@@ -1,18 +1,18 @@
-"""How fast is one worker against transformers, vLLM and llama.cpp, same weights, same threads?
+"""How fast is one worker, compared with transformers, vLLM and llama.cpp?
 
-`mellmpi` is the whole runtime, requests in as JSON lines and answers out; `engine` is its worker's
-own loop without the runtime around it, to see what that costs. Every system loads SmolLM2-135M in
-bfloat16, gets the same seeded token ids, and generates greedily with no end-of-sequence. What is
-timed is one batch from handing it over to having all tokens of all requests (prefill included); and
-one prompt alone until its first token, by length: time to first token, and prefill tokens/s.
-Each system is one process of its own on the same cores; loading and one warm-up of every batch size
-are not timed; rounds are interleaved; medians are compared.
+`mellmpi` is the whole runtime, with requests and answers as JSON lines; `engine` is the worker's
+loop without the runtime, to measure the overhead. All systems load SmolLM2-135M in bfloat16, use
+the same number of threads, get the same seeded token ids, and generate greedily without
+end-of-sequence. Timed are one batch, from its submission until all tokens of all requests are there
+(prefill included), and single prompts by length: time to first token, and prefill tokens/s. Each
+system is one process on the same cores; loading and one warm-up of every batch size are not timed;
+rounds of the systems alternate; medians are compared.
 
     bash bench/peers/install.sh                  # once
     python bench/engine_speed.py --json bench/results/engine_speed.json
     CPU=avx2 bash bench/peers/install.sh ~/.cache/mellmpi-peers-avx2
     python bench/engine_speed.py --cpu avx2 --peers ~/.cache/mellmpi-peers-avx2 \
-        --json bench/results/engine_speed_avx2.json     # on any x86: what it has more is hidden
+        --json bench/results/engine_speed_avx2.json     # hides more recent features of the CPU
 """
 
 import argparse
@@ -34,9 +34,9 @@ HERE = Path(__file__).resolve().parent
 SYSTEMS = ("mellmpi", "engine", "transformers", "vllm", "llama.cpp")
 SPEEDS = {
     "output_throughput": "output tokens/s, end to end",
-    "tokens_per_core_second": "output tokens a second of processor time",
+    "tokens_per_core_second": "output tokens per second of processor time",
 }
-HIDDEN = {  # what makes libraries use no more than AVX2: numba's LLVM, oneDNN, torch
+HIDDEN = {  # environment that limits libraries to AVX2: numba's LLVM, oneDNN, torch
     "native": {},
     "avx2": {
         "NUMBA_CPU_NAME": "haswell",
@@ -50,6 +50,8 @@ FIRST_ID, LAST_ID = 100, 49_000  # ordinary tokens of SmolLM2
 
 @dataclass(frozen=True)
 class Answer:
+    """A system's answer to one batch."""
+
     outputs: list[list[int]]
     seconds: float
     cpu_seconds: float
@@ -57,7 +59,7 @@ class Answer:
 
 
 class System:
-    """One system in its own process, ready to answer loads."""
+    """One system in its own process, ready for batches."""
 
     def __init__(self, name: str, args: argparse.Namespace):
         self.name, self._log = name, args.peers / f"{name}.log"
@@ -91,7 +93,7 @@ class System:
 
 
 def _command(name: str, args: argparse.Namespace) -> list[str]:
-    """How to start it; `answer.py` says what it must then do."""
+    """The command that starts a system; `answer.py` describes its protocol."""
     ours, vllm = sys.executable, str(args.peers / "vllm/bin/python")
     model, gguf = str(args.directory), str(args.peers / "smollm2-bf16.gguf")
     server = str(args.peers / "llama.cpp/build/bin/llama-server")
@@ -122,7 +124,7 @@ Answers = dict[int, dict[str, list[Answer]]]  # number of requests -> system -> 
 
 
 def measure(systems: list[System], args: argparse.Namespace) -> Answers:
-    """Round 0 is the warm-up: the same loads, not kept."""
+    """Answers of all rounds; round 0 is the warm-up and does not count."""
     answers: Answers = {n: {s.name: [] for s in systems} for n in args.requests}
     for round_ in range(args.rounds + 1):
         for n in args.requests:
@@ -137,7 +139,7 @@ def measure(systems: list[System], args: argparse.Namespace) -> Answers:
 
 
 def measure_prefill(systems: list[System], args: argparse.Namespace) -> dict[str, Any]:
-    """{tokens of a prompt: {system: its first token alone}}; medians, the first round not kept."""
+    """{tokens of a prompt: {system: its time to first token}}; medians without the first round."""
     found: dict[str, Any] = {}
     for num_in in args.prefill:
         seconds: dict[str, list[float]] = {system.name: [] for system in systems}
@@ -173,38 +175,41 @@ def note(text: str) -> None:
 
 
 def summarise(answers: Answers, num_out: int) -> dict[str, Any]:
-    """{requests: {system: figures}}; ratios are mellmpi's speed over the system's."""
+    """{requests: {system: figures}}; a ratio is the speed of mellmpi divided by the system's."""
     return {str(n): _row(by_name, n * num_out) for n, by_name in answers.items()}
 
 
 def _row(by_name: dict[str, list[Answer]], num_tokens: int) -> dict[str, Any]:
-    yardstick = next(iter(by_name.values()))
+    reference = next(iter(by_name.values()))
     row = {
         name: {
             "output_throughput": num_tokens / statistics.median(a.seconds for a in done),
             "tokens_per_core_second": num_tokens / statistics.median(a.cpu_seconds for a in done),
             "seconds": [round(a.seconds, 3) for a in done],
             "cpu_seconds": [round(a.cpu_seconds, 2) for a in done],
-            "same_first_token": round(_same_first_token(done, yardstick), 3),
+            "same_first_token": round(_same_first_token(done, reference), 3),
             "memory_mb": max(a.memory_mb for a in done),
         }
         for name, done in by_name.items()
     }
     for speed in SPEEDS:
         for figures in row.values():
-            if ours := row.get("mellmpi"):
-                figures[f"{speed}_ratio"] = round(ours[speed] / figures[speed], 3)
+            if own := row.get("mellmpi"):
+                figures[f"{speed}_ratio"] = round(own[speed] / figures[speed], 3)
     return row
 
 
 def _same_first_token(a: list[Answer], b: list[Answer]) -> float:
-    """Share of requests; shows that the weights are the same. In bf16 near-ties may differ."""
+    """The share of requests with equal first tokens, as a check of the weights.
+
+    In bfloat16 near ties may differ.
+    """
     pairs = [
-        (mine[0], other[0])
+        (first[0], second[0])
         for x, y in zip(a, b, strict=True)
-        for mine, other in zip(x.outputs, y.outputs, strict=True)
+        for first, second in zip(x.outputs, y.outputs, strict=True)
     ]
-    return sum(mine == other for mine, other in pairs) / len(pairs)
+    return sum(first == second for first, second in pairs) / len(pairs)
 
 
 def table(results: dict[str, Any], speed: str) -> str:
@@ -224,7 +229,7 @@ def _cells(texts: list[str]) -> str:
 
 
 def disturbed(answers: Answers, threads: int) -> list[str]:
-    """Where a system got less than 90 % of its cores: something else was running there."""
+    """The measurements in which a system had less than 90 % of its cores, because of other load."""
     return [
         f"{name} at {n} requests"
         for n, by_name in answers.items()
@@ -237,16 +242,20 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     cache = Path.home() / ".cache"
     parser.add_argument("--peers", type=Path, default=cache / "mellmpi-peers")
-    parser.add_argument("--cache-dir", type=Path, default=cache / "mellmpi", help="of our models")
+    parser.add_argument(
+        "--cache-dir", type=Path, default=cache / "mellmpi", help="directory of converted models"
+    )
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     parser.add_argument("--requests", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--cores", help="as taskset has it; default: the last --threads cores")
+    parser.add_argument("--cores", help="a list for taskset; default: the last --threads cores")
     parser.add_argument("--num-in", type=int, default=128)
     parser.add_argument("--num-out", type=int, default=128)
     parser.add_argument("--prefill", nargs="+", type=int, default=[128, 1024], metavar="TOKENS")
-    parser.add_argument("--cpu", choices=HIDDEN, default="native", help="what of the CPU is used")
+    parser.add_argument(
+        "--cpu", choices=HIDDEN, default="native", help="features of the CPU to use"
+    )
     record.add_json_option(parser)
     args = parser.parse_args()
     available = sorted(os.sched_getaffinity(0))
@@ -271,7 +280,7 @@ def main() -> None:
         note(table(results, speed))
     note(prefill_table(prefill))
     if busy := disturbed(answers, args.threads):
-        note(f"other work had a share of the cores, so tokens/s is low: {', '.join(busy)}")
+        note(f"other processes used the cores, so tokens/s is low: {', '.join(busy)}")
     config = {
         "model": "SmolLM2-135M-Instruct",
         "dtype": "bfloat16",

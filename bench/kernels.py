@@ -1,9 +1,9 @@
-"""How near do the CPU kernels come to what the machine can do, and to torch?
+"""How fast are the CPU kernels, compared with torch?
 
 SmolLM2-135M in bfloat16, random tokens: all linear layers of one step (the output projection for
-every row) beside torch's `F.linear`, attention of all layers, whole steps and prefill. Each figure
-is the median of `--repeats` runs; torch and ours take turns. More threads than idle cores measure
-the neighbours.
+every row) and the same by torch's `F.linear`, attention of all layers, whole steps and prefill.
+Each figure is the median of `--repeats` runs; runs of torch and mellmpi alternate. Use at most as
+many threads as cores are idle.
 
     python bench/kernels.py --threads 1 2 --json bench/results/kernels.json
 """
@@ -26,11 +26,11 @@ from numba import njit
 from mellmpi.engine import KvArena, KvGeometry, PackedBatch, weights
 from mellmpi.engine.cpu import CpuModel
 from mellmpi.engine.cpu.attention import attend, items_of
-from mellmpi.engine.cpu.linear import ADD, GATE_UP, KEEP, WIDE_ELEMENTS
+from mellmpi.engine.cpu.linear import ADD, GATE_UP, STORE, WIDENED_ELEMENTS
 from mellmpi.engine.cpu.packed_weights import activations, storage
-from mellmpi.engine.cpu.parallel_for import KERNEL, shares, team
+from mellmpi.engine.cpu.parallel_for import KERNEL, parallel_for, thread_group
 from mellmpi.engine.cpu.shapes import Chunks
-from mellmpi.engine.cpu.step import project
+from mellmpi.engine.cpu.step import matrix_of, project
 from mellmpi.models import Architecture, resolve
 
 DTYPE, BLOCK_SIZE, NUM_BLOCKS = torch.bfloat16, 16, 2100
@@ -38,105 +38,47 @@ DEFAULT_CACHE = Path.home() / ".cache" / "mellmpi"
 
 
 @njit(**KERNEL)
-def all_linears(team, rows, weights, sizes, width, scratch, logits):
+def all_linears(threads, rows, weights, sizes, width, scratch, logits):
     """The matrix products of one step and nothing else."""
-    wide = np.empty(WIDE_ELEMENTS, np.float32)
-    for layer in range(sizes.layers):
-        at, normed, inner = 4 * layer, scratch.normed, scratch.inner
-        project(
-            team,
-            at,
-            at,
-            normed,
-            sizes.normed_stride,
-            rows,
-            sizes.hidden,
-            weights,
-            sizes.qkv,
-            KEEP,
-            scratch.qkv,
-            sizes.qkv,
-            sizes,
-            wide,
-        )
-        project(
-            team,
-            at + 1,
-            at + 1,
-            scratch.attended,
-            sizes.attended_stride,
-            rows,
-            width,
-            weights,
-            sizes.hidden,
-            ADD,
-            scratch.residual,
-            sizes.hidden,
-            sizes,
-            wide,
-        )
-        project(
-            team,
-            at + 2,
-            at + 2,
-            normed,
-            sizes.normed_stride,
-            rows,
-            sizes.hidden,
-            weights,
-            2 * sizes.inner,
-            GATE_UP,
-            inner,
-            sizes.inner_stride,
-            sizes,
-            wide,
-        )
-        project(
-            team,
-            at + 3,
-            at + 3,
-            inner,
-            sizes.inner_stride,
-            rows,
-            sizes.inner,
-            weights,
-            sizes.hidden,
-            ADD,
-            scratch.residual,
-            sizes.hidden,
-            sizes,
-            wide,
-        )
-    last = 4 * sizes.layers
-    project(
-        team,
-        last,
-        last,
+    buffer = np.empty(WIDENED_ELEMENTS, np.float32)
+    x, x_stride, residual, hidden = (
         scratch.normed,
         sizes.normed_stride,
-        rows,
+        scratch.residual,
         sizes.hidden,
-        weights,
-        sizes.vocabulary,
-        KEEP,
-        logits,
-        sizes.vocabulary,
-        sizes,
-        wide,
     )
+    qkv, columns, out, out_stride = scratch.qkv, sizes.qkv, scratch.attended, sizes.attended_stride
+    inner, inner_stride = scratch.inner, sizes.inner_stride
+    for layer in range(sizes.layers):
+        at = 4 * layer
+        m = matrix_of(weights, sizes, at, hidden, sizes.qkv)
+        project(threads, at, m, x, x_stride, rows, weights, STORE, qkv, columns, buffer)
+        m = matrix_of(weights, sizes, at + 1, width, hidden)
+        project(threads, at + 1, m, out, out_stride, rows, weights, ADD, residual, hidden, buffer)
+        m = matrix_of(weights, sizes, at + 2, hidden, 2 * sizes.inner)
+        project(
+            threads, at + 2, m, x, x_stride, rows, weights, GATE_UP, inner, inner_stride, buffer
+        )
+        m = matrix_of(weights, sizes, at + 3, sizes.inner, hidden)
+        project(
+            threads, at + 3, m, inner, inner_stride, rows, weights, ADD, residual, hidden, buffer
+        )
+    last, width = 4 * sizes.layers, sizes.vocabulary
+    m = matrix_of(weights, sizes, last, hidden, width)
+    project(threads, last, m, x, x_stride, rows, weights, STORE, logits, width, buffer)
 
 
 @njit(**KERNEL)
-def all_attention(team, layers, queries, kv, chunks, heads, out):
+def all_attention(threads, layers, queries, kv, chunks, heads, out):
     width = heads.heads * heads.head_dim
     layer_stride = 2 * heads.kv_heads * heads.block_size * heads.head_dim
     for layer in range(layers):
-        for first, last in shares(team, layer, chunks.cu_items[-1]):
+        for first, last in parallel_for(threads, layer, chunks.cu_items[-1]):
             attend(first, last, queries, kv, layer * layer_stride, chunks, heads, out, width)
 
 
 def make_batch(starts: list[int], lengths: list[int], seed: int = 0) -> PackedBatch:
-    """Random tokens at these positions, their blocks scattered over the arena."""
+    """Random tokens at positions starts[i] … starts[i] + lengths[i] - 1, in scattered blocks."""
     rng = np.random.default_rng(seed)
     ends = np.add(starts, lengths)
     num_blocks = -(-int(max(ends)) // BLOCK_SIZE)
@@ -153,7 +95,7 @@ def make_batch(starts: list[int], lengths: list[int], seed: int = 0) -> PackedBa
 
 
 class Bench:
-    """One model with so many threads, and what is timed on it."""
+    """One model on `threads` threads, and the functions that are timed."""
 
     def __init__(self, arch: Architecture, tensors: dict[str, torch.Tensor], threads: int):
         self.arch, self.threads = arch, threads
@@ -173,11 +115,11 @@ class Bench:
         batch = make_batch(starts, lengths)
         return lambda: self.model.forward(batch, self.arena)
 
-    def together(self, kernel: Callable[..., None], phases: int, *arguments: Any) -> None:
-        """The kernel by all threads."""
-        shared, _counters = team(phases, self.threads)
-        running = [self._pool.submit(kernel, shared, *arguments) for _ in range(self.threads)]
-        for future in running:
+    def run_parallel(self, kernel: Callable[..., None], phases: int, *arguments: Any) -> None:
+        """Run the kernel on all threads."""
+        group, _counters = thread_group(phases, self.threads)
+        futures = [self._pool.submit(kernel, group, *arguments) for _ in range(self.threads)]
+        for future in futures:
             future.result()
 
     def linears(self, rows: int) -> Callable[[], Any]:
@@ -185,7 +127,7 @@ class Bench:
         scratch, width = model._make_scratch(rows), self.arch.num_heads * self.arch.head_dim
         logits = np.empty(rows * sizes.vocabulary, np.float32)
         arguments = (rows, model._weights, sizes, width, scratch, logits)
-        return lambda: self.together(all_linears, 4 * sizes.layers + 1, *arguments)
+        return lambda: self.run_parallel(all_linears, 4 * sizes.layers + 1, *arguments)
 
     def attention(self, num_seqs: int, context: int) -> Callable[[], Any]:
         batch, heads = make_batch([context - 1] * num_seqs, [1] * num_seqs), self.arch.num_heads
@@ -198,13 +140,13 @@ class Bench:
             items_of(batch.cu_chunks, self.arch.num_kv_heads),
         )
         queries = activations(torch.randn(num_seqs * heads * self.arch.head_dim).to(DTYPE))
-        told, kv = self.model._heads(self.arena), storage(self.arena.tensor.view(-1))
-        arguments = (self.arch.num_layers, queries, kv, chunks, told, np.zeros_like(queries))
-        return lambda: self.together(all_attention, self.arch.num_layers, *arguments)
+        sizes, kv = self.model._heads(self.arena), storage(self.arena.tensor.view(-1))
+        arguments = (self.arch.num_layers, queries, kv, chunks, sizes, np.zeros_like(queries))
+        return lambda: self.run_parallel(all_attention, self.arch.num_layers, *arguments)
 
 
 def torch_linears(tensors: dict[str, torch.Tensor], rows: int) -> Callable[[], Any]:
-    """The same products by `F.linear`, q, k, v and gate, up joined as ours are."""
+    """The same products by `F.linear`, with q, k, v joined, and gate, up."""
     joined, parts = [], {name: t for name, t in tensors.items() if t.dim() == 2}
     for index in range(len(parts) // 7):
         name = f"model.layers.{index}"
@@ -223,18 +165,19 @@ def torch_linears(tensors: dict[str, torch.Tensor], rows: int) -> Callable[[], A
 
 
 def medians_ms(repeats: int, **runs: Callable[[], Any]) -> dict[str, float]:
-    """Milliseconds of each; they take turns, after one turn that does not count."""
+    """Median milliseconds of each run; runs alternate, and the first round does not count."""
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(repeats + 1):
+    for round_ in range(repeats + 1):
         for name, run in runs.items():
             begin = time.perf_counter()
             run()
-            if turn:
+            if round_:
                 times[name].append(1e3 * (time.perf_counter() - begin))
     return {name: round(statistics.median(values), 2) for name, values in times.items()}
 
 
 def measure(directory: Path, threads: int, repeats: int) -> dict[str, Any]:
+    """All figures of the model in `directory` on `threads` threads."""
     torch.set_num_threads(threads)
     arch, tensors = weights.load(directory, DTYPE, torch.device("cpu"))
     bench, found = Bench(arch, dict(tensors), threads), {}

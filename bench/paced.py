@@ -1,8 +1,8 @@
-"""`python -m mellmpi` on a CPU whose steps take as long as a GPU's.
+"""Runs `python -m mellmpi` on a CPU with the step times of a GPU.
 
-Workers that share two cores slow each other, which no cost model of one worker knows. Here each
-step is stretched to seconds given first: STEP_S + PREFILL_S a prefilled and DECODE_S a decoded
-position. All else is the real thing.
+Workers that share cores slow each other down, which the cost model of one worker does not cover.
+Here each step is extended to STEP_S + PREFILL_S per prefilled + DECODE_S per decoded position.
+Everything else is unchanged.
 
     mpirun -n 5 python bench/paced.py STEP_S PREFILL_S DECODE_S run-batch --replay TRACE …
 """
@@ -17,7 +17,7 @@ from mellmpi.protocol import StepPlan
 
 
 def pace(step_s: float, prefill_s: float, decode_s: float) -> None:
-    """Let every step of this process take so long, or longer if it computes longer."""
+    """Extend every step of this process to the modelled time, in seconds."""
     compute = executor.Executor.execute
 
     def paced(self: Any, plan: StepPlan) -> Any:

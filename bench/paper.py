@@ -1,8 +1,8 @@
 """How do our runs of MELL's evaluation compare with the paper's? (INFOCOM 2025, section VIII)
 
-The paper's two set-ups and four workloads, simulated in its idealised model: time average of the
-GPUs in use, what that saves against the baselines, migrations a second, utilisation. Its figures
-stand beside ours; its GPU counts are read off a figure (± 0.2), the rest is printed there.
+Simulates the paper's two set-ups and four workloads in its idealised model, and prints our figures
+beside the paper's: time average of the GPUs in use, GPUs saved against the baselines, migrations a
+second, utilisation. The paper's GPU counts are read off a plot (± 0.2), the rest is given as text.
 """
 
 import argparse
@@ -23,14 +23,14 @@ from mellmpi.workload import load
 
 POLICIES = {"best_fit": "BF", "worst_fit": "WF", "load_balance": "LB", "mell": "MELL"}
 OURS = "frugal"
-WORKLOADS = {  # file, how much faster it is replayed
+WORKLOADS = {  # trace file, factor on its arrival rate
     "Infrequent": ("mell_x10_infrequent_dev.csv.gz", 1),
     "Middle": ("mell_x10_middle_dev.csv.gz", 1),
     "Frequent": ("mell_x10_frequent_dev.csv.gz", 1),
     "Azure 2023": ("azure23_conv_dev.csv.gz", 16),
 }
-# The paper does not say what is left for KV. With 8 GiB our live KV on a 4090 is its GPUs times
-# its utilisation; 16 GiB is what 40 GB leave beside the weights of the 13B model.
+# The paper does not give the memory for KV. With 8 GiB on a 4090 our live KV equals its GPUs times
+# its utilisation; 16 GiB remain of 40 GB beside the weights of the 13B model.
 SETUPS = {"LLaMA-2-13B, A100-40G": ("llama-2-13b", 16), "LLaMA-2-7B, RTX 4090": ("llama-2-7b", 8)}
 PAPER: dict[str, dict[str, dict[str, list[float]]]] = {  # in the order of WORKLOADS
     "LLaMA-2-13B, A100-40G": {
@@ -108,7 +108,7 @@ def simulated(trace: Path, rate_scale: float, model: str, gib: float) -> dict[st
 
 
 def figures(report: dict[str, Any], seconds: float) -> dict[str, dict[str, float]]:
-    """What the paper shows, by policy; `seconds` from the first arrival to the last."""
+    """The figures of each policy; `seconds`: from the first arrival to the last."""
     found = {}
     for name, policy in report["policies"].items():
         found[name] = {
@@ -126,11 +126,12 @@ def figures(report: dict[str, Any], seconds: float) -> dict[str, dict[str, float
 
 
 def saved(policies: dict[str, dict[str, float]], other: str, by: str) -> float:
-    """Percent of the GPUs of `other` that `by` does without."""
+    """GPUs that `by` saves against `other`, in percent."""
     return 100 * (1 - policies[by]["gpus"] / policies[other]["gpus"])
 
 
 def paper_value(setup: str, column: int, figure: str, policy: str) -> float | None:
+    """A figure of the paper; None if the paper does not give it."""
     if figure == "saved":
         gpus = PAPER[setup]["gpus"]
         return 100 * (1 - gpus["mell"][column] / gpus[policy][column])
@@ -139,7 +140,7 @@ def paper_value(setup: str, column: int, figure: str, policy: str) -> float | No
 
 
 def table(setup: str, ours: dict[str, Any]) -> Table:
-    """Ours, and in brackets the paper's, a column a workload."""
+    """Our figures, with the paper's in brackets; one column for each workload."""
     shown = Table(title=f"{setup}: ours (paper)", title_justify="left")
     for heading in ("", "policy", *ours):
         shown.add_column(heading, justify="left" if heading in ("", "policy") else "right")
@@ -204,11 +205,11 @@ def main() -> None:
         default=os.environ.get("MELLMPI_TRACES"),
         help="folder of the traces (default: $MELLMPI_TRACES)",
     )
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write the plot to this file")
     add_json_option(parser)
     args = parser.parse_args()
     if args.traces is None:
-        parser.error("--traces FOLDER, or MELLMPI_TRACES, must say where the traces are")
+        parser.error("the folder of the traces is missing: --traces FOLDER, or MELLMPI_TRACES")
     console = Console(stderr=True, width=110)
     results: dict[str, dict[str, Any]] = {setup: {} for setup in SETUPS}
     cases = [(setup, name) for setup in SETUPS for name in WORKLOADS]

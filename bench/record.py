@@ -1,4 +1,4 @@
-"""What every result says beside its figures (commit, machine, versions), and how it is output."""
+"""Writes benchmark results with their commit, machine and versions."""
 
 import argparse
 import json
@@ -14,13 +14,13 @@ PACKAGES = ("mellmpi", "numpy", "numba", "torch", "transformers", "mpi4py", "ope
 
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there, too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result to FILE")
 
 
 def finish(config: dict[str, Any], results: Any, path: Path | None, shown: bool = True) -> None:
-    """Print the one JSON object of a benchmark, and write it to `path` if there is one.
+    """Print the result of a benchmark as one JSON object, and write it to `path` if given.
 
-    shown  False: it is not printed, a table was
+    shown  False: do not print, as the benchmark has printed a table
     """
     text = json.dumps(
         {
@@ -40,7 +40,7 @@ def finish(config: dict[str, Any], results: Any, path: Path | None, shown: bool 
 
 
 def commit() -> str:
-    """Short hash; with a "+" where tracked files of the package differ from it."""
+    """Return the short hash, with a "+" if tracked files of the package differ from it."""
     try:
         head = _git("rev-parse", "--short", "HEAD")
         changed = _git("status", "--porcelain", "--untracked-files=no", "--", "mellmpi")
@@ -58,7 +58,7 @@ COMMIT = commit()  # when the benchmark starts: the tree may change while it run
 
 
 def device() -> dict[str, Any]:
-    """The processor and memory of this host."""
+    """Return the processor and memory of this host."""
     with open("/proc/cpuinfo") as lines:
         names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,10 +1,12 @@
-"""How near do decode and prefill come to what this device's memory and matrix units can do?
+"""How near are decode and prefill to the roofline of this device?
 
     python bench/roofline.py [--device cuda:0] [--json FILE]
 
-A model of a billion parameters in bfloat16 with random weights (on a CPU a tiny one). The ceilings
-are measured: a large copy within the device, bytes read and written, and a large product of random
-matrices. `floor_ms` is the longer of a step's bytes over the one and its operations over the other.
+A model of a billion parameters in bfloat16 with random weights (on a CPU a tiny model). The
+ceilings are measured: the bandwidth of a large copy within the device (bytes read and written), and
+the speed of a large product of random matrices. `floor_ms` is the longer of two times: a step's
+bytes at that bandwidth, and its operations at that speed (roofline model, Williams et al., CACM
+2009).
 """
 
 import argparse
@@ -19,7 +21,7 @@ from typing import Any
 
 from record import add_json_option, finish
 
-# A billion parameters: enough that a step reads memory rather than starting kernels.
+# A billion parameters: a step is then bound by memory, not by kernel launches.
 BILLION = {
     "model_type": "llama",
     "num_hidden_layers": 16,
@@ -37,13 +39,16 @@ BILLION = {
     "tie_word_embeddings": True,
 }
 TINY = "random:tiny-llama"
-WARM_S = 0.3  # an idle GPU has slow clocks
-CONTEXT = 512  # of what decodes
+WARM_S = 0.3  # an idle GPU has lower clocks
+CONTEXT = 512  # tokens of each decoding sequence
 
 
 def seconds(device: str, run: Callable[[], Any], inner: int = 1, repeats: int = 7) -> float:
-    """Median time of a call, of `inner` calls begun one after the other and waited for at the end:
-    what is short would else be drowned by starting and waiting."""
+    """Median seconds of a call.
+
+    Each repeat starts `inner` calls and synchronises once, so that launch and synchronisation do
+    not dominate short calls.
+    """
     import torch
 
     wait = torch.cuda.synchronize if device != "cpu" else lambda: None
@@ -63,28 +68,28 @@ def seconds(device: str, run: Callable[[], Any], inner: int = 1, repeats: int = 
 
 
 def copies(device: str) -> dict[str, float]:
-    """GB/s of the device's own copies of 256 MiB."""
+    """GB/s of copies of 256 MiB within the device, to and from the host."""
     import torch
 
     on_gpu = device != "cpu"
     num_bytes = (256 if on_gpu else 16) << 20
-    there = torch.ones(num_bytes, dtype=torch.uint8, device=device)
-    other = torch.empty_like(there)
-    here = torch.ones(num_bytes, dtype=torch.uint8, pin_memory=on_gpu)
+    on_device = torch.ones(num_bytes, dtype=torch.uint8, device=device)
+    other = torch.empty_like(on_device)
+    on_host = torch.ones(num_bytes, dtype=torch.uint8, pin_memory=on_gpu)
 
     def GBps(to: Any, source: Any, moved: int) -> float:
         took_s = seconds(device, lambda: to.copy_(source, non_blocking=on_gpu), 10 if on_gpu else 1)
         return round(moved * num_bytes / took_s / 1e9, 2)
 
     return {
-        "within_device": GBps(other, there, 2),  # read and written
-        "to_host": GBps(here, there, 1),
-        "from_host": GBps(there, here, 1),
+        "within_device": GBps(other, on_device, 2),  # read and written
+        "to_host": GBps(on_host, on_device, 1),
+        "from_host": GBps(on_device, on_host, 1),
     }
 
 
 def matrix_product(device: str) -> float:
-    """Operations a second of a large product in bfloat16. Random numbers: ones would be faster."""
+    """Operations/s of a large product in bfloat16; of random numbers, because ones are faster."""
     import torch
 
     size = 8192 if device != "cpu" else 512
@@ -99,7 +104,7 @@ def matrix_product(device: str) -> float:
 
 
 class Steps:
-    """Forward passes of any shape over one executor, at the same place again and again."""
+    """Forward passes of any shape on one executor; all use the same blocks."""
 
     def __init__(self, device: str, folder: Path):
         from mellmpi.config import CacheConfig, ModelConfig
@@ -140,8 +145,8 @@ class Steps:
         )
 
     def work(self, sequences: int, start: int, num_tokens: int) -> tuple[float, float]:
-        """(bytes, operations) that such a step cannot do without: weights and KV read once, KV
-        written; products and attention. Only a sequence's last row goes through the head."""
+        """The least (bytes, operations) of a step: weights and KV read once, KV written; products
+        and attention. Only a sequence's last row needs the output projection."""
         a = self.executor.arch
         width = a.head_dim * (2 * a.num_heads + 2 * a.num_kv_heads)
         layers = a.num_layers * a.hidden_size * (width + 3 * a.intermediate_size)
@@ -162,7 +167,7 @@ def row(
     start: int,
     num_tokens: int,
 ) -> dict[str, Any]:
-    """One shape of step beside what it cannot be faster than. ceilings: bytes and operations/s."""
+    """The time of a step, and its ratios to the ceilings, which are in bytes/s and operations/s."""
     plan = steps.plan(sequences, start, num_tokens)
     step_s = seconds(device, lambda: steps.executor.execute(plan))
     num_bytes, flops = steps.work(sequences, start, num_tokens)
@@ -195,13 +200,13 @@ def roofline(device: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda:0", help="default: cuda:0; or cpu, for a trial")
+    parser.add_argument("--device", default="cuda:0", help="default: cuda:0; cpu runs a tiny model")
     add_json_option(parser)
     args = parser.parse_args()
     from mellmpi.runtime.gpus import count_gpus
 
     if args.device != "cpu" and not count_gpus():
-        print("no GPU here: nothing was measured; --device cpu tries it out", file=sys.stderr)
+        print("no GPU here: nothing was measured; --device cpu runs a tiny model", file=sys.stderr)
         return
     finish({"device": args.device, "context": CONTEXT}, roofline(args.device), args.json)
 

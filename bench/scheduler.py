@@ -2,11 +2,10 @@
 
     python bench/scheduler.py [--json FILE]
 
-Rank 0's cluster scheduler and its metrics are driven by simulated workers (the real batch
-schedulers, an engine that costs nothing): each decodes 50 sequences and reports every step; 7.8
-requests a second and worker arrive and as many end. Only what rank 0 does is timed, in CPU time:
-decoding the wire form of what comes, the state machine with its policy, encoding what goes out,
-and the metrics. No socket, no MPI.
+Simulated workers (the real batch schedulers with a free engine) drive rank 0's cluster scheduler
+and metrics. Each worker decodes 50 sequences and reports every step; 7.8 requests per second and
+worker arrive, and as many end. Only the CPU time of rank 0 is measured: decoding of messages, the
+scheduler with its policy, encoding of commands, and the metrics. No sockets, no MPI.
 """
 
 import argparse
@@ -25,19 +24,19 @@ from mellmpi.scheduler import ClusterScheduler
 from mellmpi.sim import Network, SilentExecutor, Simulation, WorkerSpec
 from mellmpi.telemetry import Metrics
 
-SEQUENCES, TOKENS_PER_S = 50, 100_000 / 64  # of one worker
-PROMPT, OUTPUT = 100, 200  # tokens of a request
+SEQUENCES, TOKENS_PER_S = 50, 100_000 / 64  # per worker
+PROMPT, OUTPUT = 100, 200  # tokens per request
 STEP_S = SEQUENCES / TOKENS_PER_S
-ARRIVALS_PER_S = TOKENS_PER_S / OUTPUT  # of one worker: 500 for 64
+ARRIVALS_PER_S = TOKENS_PER_S / OUTPUT  # per worker: 500 for 64
 WARM_S, TIMED_S, REPEATS = 0.5, 2.0, 3  # simulated seconds
 WORKERS = (4, 16, 64, 256)
 KV = ModelKv("m", block_size=16, block_bytes=16)
-MEAN_BYTES = PROMPT + OUTPUT / 2 + 8  # a sequence, half a block of it unused
+MEAN_BYTES = PROMPT + OUTPUT / 2 + 8  # per sequence; half a block of it is unused
 ARENA_BLOCKS = int(SEQUENCES * MEAN_BYTES / 0.85 / KV.block_bytes)
 
 
 class Meter:
-    """Stands before the scheduler and adds up what each part takes."""
+    """Wraps the scheduler, and sums up the CPU seconds of each part."""
 
     def __init__(self, scheduler: ClusterScheduler, start_s: float):
         self.scheduler, self.metrics, self._start_s = scheduler, Metrics(), start_s
@@ -51,7 +50,7 @@ class Meter:
         name = type(event).__name__
         data = encode(event)
         began = time.process_time()
-        if not isinstance(event, Submit):  # that comes from the front, in the same process
+        if not isinstance(event, Submit):  # sent by the front in the same process
             event = decode(data)
         decoded = time.process_time()
         commands = self.scheduler.handle(source, event, now)
@@ -94,7 +93,7 @@ def request(request_id: int, num_outputs: int) -> Request:
 
 
 def simulation(num_workers: int, seed: int) -> Simulation:
-    """Workers in mid-life: as many requests as they hold on average, of all ages."""
+    """Return a simulation in steady state: the mean number of requests per worker, of all ages."""
     rng = random.Random(seed)
     cost = CostModel(prefill_token_s=0.0, step_s=STEP_S, decode_token_s=0.0, link_latency_s=1e-5)
     batch = BatchConfig(max_num_seqs=64, max_num_batched_tokens=2048)
@@ -114,7 +113,7 @@ def simulation(num_workers: int, seed: int) -> Simulation:
 
 
 def measure(num_workers: int, seed: int) -> dict[str, float]:
-    """CPU seconds of rank 0 in `TIMED_S` simulated seconds, by part, and what came in them."""
+    """Return CPU times of rank 0 in TIMED_S simulated seconds, by part, and the load."""
     sim = simulation(num_workers, seed)
     meter = Meter(sim.scheduler, WARM_S)
     sim.scheduler = meter  # type: ignore[assignment]

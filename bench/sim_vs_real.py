@@ -1,8 +1,7 @@
-"""Do a simulated run and a real one agree? One trace, replayed in both; cost model from the real.
+"""Do a simulated run and a real one agree? Both replay one trace; the cost model is measured.
 
-The real runs are `run-batch --replay` on this host, with steps that take as long as a GPU's
-(paced.py). Each is simulated with the costs fitted to its own report: steps, transfers and wakes;
-workers come up when the real ones did. The simulator drives the same two state machines. Compared
+The real runs are `run-batch --replay` on this host, with steps that take as long as on a GPU
+(paced.py). Each run is simulated (simulated_run.py) with costs fitted to its own report. Compared
 are mean active workers (within 5 %) and migrations (within 20 %), medians over the runs.
 """
 
@@ -10,12 +9,10 @@ import argparse
 import json
 import math
 import os
-import random
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,18 +21,12 @@ import numpy as np
 from record import ROOT, add_json_option, finish
 from rich.console import Console
 from rich.table import Table
+from simulated_run import requests_of, simulated
 
-from mellmpi.config import Config
-from mellmpi.costs import CostModel
-from mellmpi.frontend import ReplayJob, ServedModel
-from mellmpi.protocol import Emit, ModelKv, Rejected, Request
-from mellmpi.runtime.worker import REPORT_EVERY_S
-from mellmpi.sim import Network, SilentExecutor, Simulation, SimWorker, WorkerSpec
-from mellmpi.telemetry import Metrics
 from mellmpi.workload import Workload, gamma, load
 
 BARS = {"active_workers_mean": 0.05, "migrations": 0.20}
-SHAPE = {  # tiny; 1 KiB of KV a token in float32
+SHAPE = {  # tiny; 1 KiB of KV per token in float32
     "model_type": "llama",
     "num_hidden_layers": 2,
     "hidden_size": 64,
@@ -50,95 +41,6 @@ SHAPE = {  # tiny; 1 KiB of KV a token in float32
     "eos_token_id": 2,
     "tie_word_embeddings": False,
 }
-MESSAGE_S = 3e-4  # from one process of a host to another, when the other is about to look
-
-
-class Observed:
-    """The cluster scheduler, and the metrics of all that passes it, as in the runtime's loop."""
-
-    def __init__(self, scheduler: Any, num_requests: int):
-        self._scheduler, self.records = scheduler, scheduler.records
-        self._metrics, self._left, self.report = Metrics(), num_requests, {}
-
-    def handle(self, source: Any, event: Any, now: float) -> Any:
-        self._metrics.observe(now, source, event)
-        return self._seen(self._scheduler.handle(source, event, now), now)
-
-    def tick(self, now: float) -> Any:
-        return self._seen(self._scheduler.tick(now), now)
-
-    def _seen(self, commands: Any, now: float) -> Any:
-        for destination, command in commands:
-            self._metrics.command(now, destination, command)
-            over = isinstance(command, Rejected) or getattr(command, "finish_reason", None)
-            self._left -= bool(over and isinstance(command, Emit | Rejected))
-        if not self._left and not self.report:
-            self.report = self._metrics.report(now)
-        return commands
-
-
-class AsMeasured(Simulation):
-    """Blocks take what was measured, and workers report as the real ones do."""
-
-    block_bytes = 0
-
-    def __init__(self, *args: Any):
-        super().__init__(*args)
-        self._reported_s = dict.fromkeys(self.workers, 0.0)
-
-    def start(self, ready_s: list[float]) -> None:
-        """Workers are up at these times, not all at once."""
-        self._heap.clear()
-        for worker, at_s in zip(self.workers.values(), ready_s, strict=True):
-            self.at(at_s, lambda w=worker: self._to_scheduler(w.id, w.wake()))
-
-    def _block_s(self) -> float:
-        return self.block_bytes / self.cost.link_Bps
-
-    def _turn(self, worker: SimWorker) -> None:
-        # As the real loop: with the first step after 20 ms, or with nothing to do.
-        due = self.now - self._reported_s[worker.id] >= REPORT_EVERY_S
-        self.report_share = 1.0 if due else 0.0
-        if due:
-            self._reported_s[worker.id] = self.now
-        super()._turn(worker)
-
-
-def arena(report: dict[str, Any]) -> tuple[ModelKv, int]:
-    """The blocks of its one model, and how many a worker has."""
-    ((name, kv),) = report["worker_kv"]["models"].items()
-    block_bytes = kv["block_bytes"]
-    return (
-        ModelKv(name, kv["block_size"], block_bytes),
-        report["worker_kv"]["capacity_bytes"] // block_bytes,
-    )
-
-
-def simulated(
-    report: dict[str, Any], requests: list[tuple[float, Request]], seed: int
-) -> dict[str, Any]:
-    """The same requests on simulated workers that cost what the real ones did."""
-    config, (kv, num_blocks) = Config.from_dict(report["config"]), arena(report)
-    cost = CostModel.fitted(report["costs"])
-    spec = WorkerSpec(
-        (kv,),
-        num_blocks,
-        config.batch,
-        config.cache,
-        cost.wake_s,
-        SilentExecutor,
-        cost.step_seconds,
-    )
-    rng = random.Random(seed)
-    sim = AsMeasured([spec] * report["workers"], config.cluster, cost, Network(MESSAGE_S, rng), rng)
-    sim.block_bytes, sim.max_events = kv.block_bytes, 10**9
-    first_s = max(0.0, -min(report["ready_s"]))  # of the first request
-    sim.start([first_s + ready_s for ready_s in report["ready_s"]])
-    sim.scheduler = observed = Observed(sim.scheduler, len(requests))
-    for at_s, request in requests:
-        sim.submit(first_s + at_s, request)
-    sim.run()
-    return observed.report
 
 
 def figures(report: dict[str, Any]) -> dict[str, float]:
@@ -155,18 +57,8 @@ def figures(report: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def requests_of(workload: Workload, report: dict[str, Any]) -> Iterator[tuple[float, Request]]:
-    """(seconds from the start, request), as the real run has them."""
-    config, (kv, num_blocks) = Config.from_dict(report["config"]), arena(report)
-    room = num_blocks * kv.block_size
-    longest = min(room, config.model.max_model_len or room)
-    model = ServedModel(name=config.model.name, max_model_len=longest, vocab_size=2, eos_ids=())
-    job = ReplayJob(workload, (model,), seed=0)
-    return zip(job.arrivals(), job.requests(), strict=False)
-
-
 def real(args: argparse.Namespace, trace: Path, directory: Path, policy: str) -> dict[str, Any]:
-    """One run under mpirun; its report."""
+    """Run the trace under mpirun. Returns its report."""
     out = directory / "report.json"
     command = [
         "bash",
@@ -212,14 +104,14 @@ def write(workload: Workload, path: Path) -> None:
 
 
 def shorter(workload: Workload, longest: int) -> Workload:
-    """Nothing that the model refuses: it would end with an error."""
+    """Cut prompts and outputs to the longest sequence that the model accepts."""
     prompt = np.minimum(workload.prompt_tokens, longest - 1)
     output = np.minimum(workload.output_tokens, longest - prompt)
     return replace(workload, prompt_tokens=prompt, output_tokens=output)
 
 
 def compare(pairs: list[tuple[dict[str, float], dict[str, float]]]) -> dict[str, Any]:
-    """Medians of both sides, and the relative difference of each figure."""
+    """Return medians of real and simulated runs, and the relative difference, of each figure."""
     found = {}
     for name in pairs[0][0]:
         ours, theirs = (statistics.median(pair[i][name] for pair in pairs) for i in (0, 1))
@@ -250,9 +142,9 @@ def show(results: dict[str, Any]) -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--trace", type=Path, metavar="FILE", help="default: a generated one")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="default: a generated trace")
     parser.add_argument("--requests", type=int, default=800, help="of the generated trace")
-    parser.add_argument("--rate", type=float, default=6.0, help="requests/s of the generated one")
+    parser.add_argument("--rate", type=float, default=6.0, help="requests/s of the generated trace")
     parser.add_argument("--cv", type=float, default=1.0, help="1: Poisson; more: in bursts")
     parser.add_argument("--prompt", type=float, default=40.0, help="its mean prompt, tokens")
     parser.add_argument("--output", type=float, default=120.0, help="its mean answer, tokens")
@@ -262,14 +154,14 @@ def arguments() -> argparse.Namespace:
         nargs=3,
         default=[0.015, 1e-4, 2e-4],
         metavar=("STEP", "PREFILL", "DECODE"),
-        help="seconds of a step, at least: see paced.py",
+        help="shortest duration of a step, seconds: see paced.py",
     )
     parser.add_argument("--policies", nargs="+", default=["frugal"])
     parser.add_argument(
         "--thrift",
         type=float,
         default=1.0,
-        help="of frugal: the more, the more it moves, and the more their number says",
+        help="of frugal: more moves make their number more significant",
     )
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--runs", type=int, default=3)
@@ -300,7 +192,7 @@ def main() -> None:
             args.model = f"random:{name}"
         pairs: dict[str, list[Any]] = {policy: [] for policy in args.policies}
         for i in range(args.runs):
-            for policy in args.policies:  # in turn: the load of the host changes
+            for policy in args.policies:  # alternating, since the load of the host changes
                 report = real(args, trace, Path(name), policy)
                 reports.append(report)
                 model = simulated(report, list(requests_of(load(trace), report)), seed=i)

@@ -1,10 +1,10 @@
-"""How soon does a link that slows down ten times in mid-run change what is decided?
+"""How soon do decisions change when a link becomes ten times slower during a run?
 
     python bench/slowing.py [--context 256] [--before 8] [--after 8] [--json FILE]
 
-A request moves from one host to the other again and again, as the runtime chooses. After some
-moves the link goes from 10 Gbit/s to 1 Gbit/s (tc, while the job runs). Bar: within 3 moves over
-the slow link the next one goes another way. Needs root: two network namespaces.
+A request moves between two hosts again and again; the runtime chooses the mode. After some moves
+the link changes from 10 Gbit/s to 1 Gbit/s (tc, while the job runs). Target: at most 3 moves over
+the slow link have the mode of before. Needs root: two network namespaces.
 """
 
 import argparse
@@ -15,12 +15,12 @@ from moving import run
 from record import add_json_option, finish
 
 FAST, SLOW = "10gbit", "1gbit"
-BAR = 3
-SHIFT = 0.2  # of the positions, to be computed rather than sent: it goes another way
+BAR = 3  # most moves as before
+SHIFT = 0.2  # change of the share of computed positions that counts as another mode
 
 
 def shown(row: dict[str, Any]) -> dict[str, Any]:
-    """Of one move; `computed` is the share of its positions: 0 transfer, 1 recompute."""
+    """The record of one move; `computed`: share of recomputed positions (0: transfer)."""
     return {
         "mode": row["mode"],
         "computed": round(min(1.0, row["start"] / row["context"]), 2),
@@ -30,7 +30,7 @@ def shown(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def verdict(before: list[float], after: list[float]) -> dict[str, Any]:
-    """Shares computed, before and after the change: how many moves went on as before."""
+    """Compare shares of computed positions before and after the change of the link."""
     usual = median(before)
     same = next((i for i, share in enumerate(after) if abs(share - usual) >= SHIFT), len(after))
     return {"usual": usual, "moves_as_before": same, "bar": BAR, "holds": same <= BAR}

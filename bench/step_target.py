@@ -1,12 +1,12 @@
-"""What do decodes wait for while others prefill, and what does the shorter step cost?
+"""How much do prefills delay decodes, and how much throughput does a shorter step cost?
 
 One worker in this process serves SmolLM2. `--decoding` requests decode; then prompts of
-`--prompt-tokens` come. The time between two tokens of a request is compared with the time before
-the first prompt: with steps limited by their time, and by 512 tokens alone. Then a saturated batch,
-in which nobody waits for anything but the batch: its throughput both ways.
+`--prompt-tokens` arrive. The time per output token (TPOT) during their prefill is compared with
+that before: with steps limited by time, and by 512 tokens only. Then the throughput of a saturated
+batch is measured with both limits.
 
     python bench/step_target.py --json bench/results/step_target.json
-    python bench/step_target.py --cpu avx2 …     on any x86: what it has more than AVX2 is hidden
+    python bench/step_target.py --cpu avx2 …     hides features beyond AVX2 of an x86 CPU
 """
 
 import argparse
@@ -28,7 +28,7 @@ LIMITS = {"time": None, "tokens": UNLIMITED_MS}  # --target-step-ms
 
 
 class Front:
-    """Requests at given times, and when each of their tokens came."""
+    """Submits requests at given times, and records the time of each token."""
 
     def __init__(self, arrivals: list[tuple[float, Any]]):
         self._arrivals = sorted(arrivals, key=lambda arrival: arrival[0])
@@ -77,7 +77,7 @@ def request(request_id: int, prompt: list[int], num_out: int) -> Any:
 
 
 class Server:
-    """Scheduler and one worker, taking turns."""
+    """A scheduler and one worker, run alternately."""
 
     def __init__(self, directory: Path, threads: int, target_step_ms: float | None):
         from mellmpi.config import BatchConfig, CacheConfig, ClusterConfig, ModelConfig
@@ -90,7 +90,7 @@ class Server:
         from mellmpi.telemetry import Metrics
         from mellmpi.transport import LocalNetwork
 
-        loops.REPORT_EVERY_S = 0.0  # every step is told of, so that gaps are those of the steps
+        loops.REPORT_EVERY_S = 0.0  # report every step, so that gaps are those of the steps
         cache = CacheConfig(kv_cache_memory_bytes=1 << 30)
         model = ModelConfig(model=str(directory), served_model_name="m")
         build = partial(
@@ -116,19 +116,19 @@ class Server:
         self.loop = SchedulerLoop(network.transports[0], scheduler, Metrics(), time.perf_counter)
         self.worker.start()
         while self.loop.starting():
-            self.loop.turn(None)
+            self.loop.run_once(None)
 
     def run(self, front: Front) -> float:
-        """Seconds until all is answered."""
+        """Seconds until all requests have finished."""
         front.start_s = began_s = time.perf_counter()
         while not front.done:
-            self.loop.turn(front)
-            self.worker.turn()
+            self.loop.run_once(front)
+            self.worker.run_once()
         return time.perf_counter() - began_s
 
 
 def stalls(server: Server, args: argparse.Namespace) -> dict[str, float]:
-    """Gaps between tokens of those that decode, in ms, before and while prompts are prefilled."""
+    """Gaps between tokens of decoding requests in ms, before and during the prefill of prompts."""
     decoding = [
         request(i, p, args.num_out)
         for i, p in enumerate(make_prompts(args.decoding, 64, 1), start=1)
@@ -163,7 +163,7 @@ def stalls(server: Server, args: argparse.Namespace) -> dict[str, float]:
 
 
 def saturated(server: Server, args: argparse.Namespace) -> float:
-    """Output tokens/s of a batch that is there at once."""
+    """Output tokens/s of `--saturated` requests that are submitted at once."""
     prompts = make_prompts(args.saturated, 256, 3)
     requests = [request(i, p, 128) for i, p in enumerate(prompts, start=1)]
     return 128 * len(requests) / server.run(Front([(0.0, r) for r in requests]))
@@ -176,7 +176,9 @@ def quantile(values: list[float], share: float) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--cpu", choices=HIDDEN, default="native", help="what of the CPU is used")
+    parser.add_argument(
+        "--cpu", choices=HIDDEN, default="native", help="features of the CPU to use"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--decoding", type=int, default=8)
     parser.add_argument("--num-out", type=int, default=700)
@@ -188,7 +190,7 @@ def main() -> None:
     parser.add_argument("--cache-dir", type=Path, default=Path.home() / ".cache" / "mellmpi")
     record.add_json_option(parser)
     args = parser.parse_args()
-    os.environ |= HIDDEN[args.cpu]  # before anything of ours is imported
+    os.environ |= HIDDEN[args.cpu]  # before the first import of mellmpi
     from mellmpi.models import resolve
 
     directory = resolve("smollm2", args.cache_dir)

@@ -1,8 +1,8 @@
-"""Are greedy tokens and logits those of Hugging Face transformers, at any batch size?
+"""Do greedy tokens and logits equal those of Hugging Face transformers, at any batch size?
 
-The reference reads prompt and answer in one float32 pass: a token is right if it is the best one
-after everything before it, so one pass checks a whole answer. A differing token is acceptable only
-where the reference's two best logits lie within 1e-4; those are counted.
+The reference computes prompt and answer in one float32 pass (teacher forcing): a token is right if
+it is the likeliest after all tokens before it. A different token is acceptable only where the
+reference's two greatest logits differ by less than 1e-4; such near ties are counted.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import transformers
 from record import add_json_option, finish
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mellmpi.config import BatchConfig, CacheConfig, ModelConfig
 from mellmpi.engine import Executor, build_executor
@@ -27,7 +28,7 @@ DEMO = Path(__file__).parent.parent / "mellmpi" / "frontend" / "demo_prompts.jso
 
 @dataclass
 class Answer:
-    """One prompt, the tokens that follow it, and the logits each was chosen from."""
+    """One prompt, its output tokens, and the logits of each."""
 
     prompt: tuple[int, ...]
     outputs: list[int] = field(default_factory=list)
@@ -35,15 +36,17 @@ class Answer:
 
 
 def texts() -> str:
-    """The words of the demo prompts, one after the other."""
+    """The concatenated texts of the demo prompts."""
     bodies = [json.loads(line)["body"] for line in DEMO.read_text().splitlines()]
     return "\n\n".join(
         body["messages"][-1]["content"] if "messages" in body else body["prompt"] for body in bodies
     )
 
 
-def prompts(tokenizer, count: int, shortest: int, longest: int) -> list[tuple[int, ...]]:
-    """Pieces of the text, lengths spread evenly on a logarithmic scale."""
+def prompts(
+    tokenizer: PreTrainedTokenizerBase, count: int, shortest: int, longest: int
+) -> list[tuple[int, ...]]:
+    """Random pieces of the text; their lengths are evenly spaced on a logarithmic scale."""
     tokens = tokenizer(texts()).input_ids
     tokens = tokens * (1 + (longest + count) // len(tokens))
     rng = random.Random(0)
@@ -52,20 +55,22 @@ def prompts(tokenizer, count: int, shortest: int, longest: int) -> list[tuple[in
     return [tuple(tokens[s : s + n]) for s, n in zip(starts, lengths, strict=True)]
 
 
-def decode(executor: Executor, asked: list[tuple[int, ...]], num_out: int, batch: int):
-    """Answers to all prompts, `batch` of them at a time through the batch scheduler."""
+def decode(
+    executor: Executor, submitted: list[tuple[int, ...]], num_out: int, batch: int
+) -> list[Answer]:
+    """Answers to all prompts, at most `batch` at a time, by the batch scheduler."""
     sampling = Sampling(num_out, 0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, (), None)
-    answers = [Answer(prompt) for prompt in asked]
+    answers = [Answer(prompt) for prompt in submitted]
     limits = BatchConfig(max_num_seqs=batch, max_num_batched_tokens=512)
     scheduler = BatchScheduler(executor.models, executor.arena.num_blocks, 0, limits, CacheConfig())
-    waiting, model = list(range(len(asked))), executor.model
+    waiting, model = list(range(len(submitted))), executor.model
     forward, seen = model.forward, {}
     model.forward = lambda *args: seen.setdefault("logits", forward(*args))
     try:
         while waiting or scheduler.sequences:
             while waiting and len(scheduler.sequences) < batch:
                 i = waiting.pop()
-                request = Request(i, executor.model_kv.model, asked[i], sampling, None)
+                request = Request(i, executor.model_kv.model, submitted[i], sampling, None)
                 scheduler.handle(SCHEDULER, Assign(request, i + 1, ()))
             seen.clear()
             plan = scheduler.plan()
@@ -81,8 +86,8 @@ def decode(executor: Executor, asked: list[tuple[int, ...]], num_out: int, batch
 
 
 @torch.inference_mode()
-def compare(answers: list[Answer], reference) -> dict[str, float]:
-    """How the answers differ from the reference's reading of them."""
+def compare(answers: list[Answer], reference: PreTrainedModel) -> dict[str, float]:
+    """The differences between answers and the reference."""
     worst, near, wrong = 0.0, 0, 0
     for answer in answers:
         known = torch.tensor([[*answer.prompt, *answer.outputs[:-1]]])
@@ -108,7 +113,7 @@ def main() -> None:
     args = parser.parse_args()
     directory = resolve(args.model, args.cache_dir)
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
-    asked = prompts(tokenizer, args.prompts, 10, 1000)
+    submitted = prompts(tokenizer, args.prompts, 10, 1000)
     executor = build_executor(
         directory,
         ModelConfig(model=args.model, dtype="float32"),
@@ -116,7 +121,7 @@ def main() -> None:
         device="cpu",
         num_threads=args.threads,
     )
-    runs = {batch: decode(executor, asked, args.tokens, batch) for batch in args.batches}
+    runs = {batch: decode(executor, submitted, args.tokens, batch) for batch in args.batches}
     executor.release()
     torch.set_num_threads(args.threads)
     reference = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
@@ -129,7 +134,7 @@ def main() -> None:
         ]
         results[f"batch_{batch}_same_bits_as_batch_{args.batches[0]}"] = sum(same)
     config = {"model": args.model, "prompts": args.prompts, "tokens": args.tokens}
-    config |= {"prompt_tokens": sum(map(len, asked)), "batches": args.batches}
+    config |= {"prompt_tokens": sum(map(len, submitted)), "batches": args.batches}
     finish(config, results, args.json)
 
 

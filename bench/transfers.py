@@ -1,4 +1,4 @@
-"""Both ends of a transfer between worker 1 and worker 2, and of one large message instead."""
+"""Both ends of a transfer from worker 1 to worker 2, and of one large message instead."""
 
 import threading
 import time
@@ -12,11 +12,11 @@ from mellmpi.transport.probes import HostArena
 
 
 def receive(transport: Transport, between: Callable[[], Any] = lambda: None) -> Any:
-    """The next message, as a worker's loop would get it; `between`: what the loop does, too."""
+    """Returns the next message; `between` is called in each iteration, as by a worker's loop."""
     while True:
-        if came := transport.poll():
-            assert len(came) == 1
-            return came[0][1]
+        if messages := transport.poll():
+            assert len(messages) == 1
+            return messages[0][1]
         transport.progress()
         if between() is None:
             transport.wait(1.0)
@@ -37,7 +37,7 @@ def header(num_blocks: int) -> KvPayload:
 
 
 def send(transport: Transport, num_blocks: int) -> float:
-    """One round out of worker 1: seconds until worker 2 says that all is there."""
+    """At worker 1: send a transfer. Returns seconds until worker 2 has received all."""
     started_s = time.perf_counter()
     transport.send(2, header(num_blocks))
     transfer = transport.send_blocks(2, 2, range(num_blocks))
@@ -48,22 +48,22 @@ def send(transport: Transport, num_blocks: int) -> float:
 
 
 def accept(
-    transport: Transport, places: list[int], between: Callable[[], Any] = lambda: None
+    transport: Transport, block_ids: list[int], between: Callable[[], Any] = lambda: None
 ) -> float:
-    """The same, at worker 2, into other places: seconds from header to last block."""
-    assert receive(transport, between).num_blocks == len(places)
-    transfer = transport.receive_blocks(1, 2, places)
+    """At worker 2: receive a transfer. Returns seconds from header to last block."""
+    assert receive(transport, between).num_blocks == len(block_ids)
+    transfer = transport.receive_blocks(1, 2, block_ids)
     finish_transfer(transport, transfer, between)
     transport.send(1, Cancel(1, "gone"))
     return float(transfer.elapsed_s)
 
 
 def one_message(comm: Any, arena: HostArena) -> float:
-    """One blocking MPI_Send of as many bytes, and an answer."""
+    """Send the arena with one blocking MPI_Send and wait for an answer. Returns seconds."""
     from mpi4py import MPI
 
     whole, answer = [arena.blocks.ravel(), MPI.BYTE], bytearray(1)
-    set_yielding(True)  # it waits inside MPI, as programs do that know nothing of ours
+    set_yielding(True)  # blocking calls wait inside MPI
     started_s = time.perf_counter()
     if comm.rank == 1:
         comm.Send(whole, 2)
@@ -76,18 +76,20 @@ def one_message(comm: Any, arena: HostArena) -> float:
     return took_s
 
 
-def one_message_beside(comm: Any, arena: HostArena, step: Callable[[], Any]) -> float:
-    """The same into a thread of worker 2, that makes steps meanwhile."""
+def one_message_during(comm: Any, arena: HostArena, step: Callable[[], Any] | None) -> float:
+    """As `one_message`, but a thread of worker 2 receives while its main thread makes steps."""
     ready, took = bytearray(1), []
     if comm.rank == 1:
         comm.Recv(ready, 2)
         return one_message(comm, arena)
 
-    def receive_whole() -> None:
+    assert step is not None
+
+    def receive_message() -> None:
         comm.Send(ready, 1)
         took.append(one_message(comm, arena))
 
-    thread = threading.Thread(target=receive_whole)
+    thread = threading.Thread(target=receive_message)
     thread.start()
     while thread.is_alive():
         step()

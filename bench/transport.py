@@ -2,21 +2,20 @@
 
     python bench/transport.py [--links shm tcp 10gbit] [--json FILE]
 
-Each link is a job of 4 ranks: worker 1 sends to worker 2; the others sleep, as in a cluster with
-little to do. `10gbit` needs root: it makes two hosts of network namespaces (bench/two_hosts.sh).
-Transfers are timed at the sender, from the first call to the receiver's answer. Competitors
-alternate in the same job:
+Each link is a job of 4 ranks: worker 1 sends to worker 2, and the others sleep. `10gbit` needs
+root: it sets up two hosts as network namespaces (bench/two_hosts.sh). Transfers are timed at the
+sender, from the first call to the receiver's answer. Competitors alternate in the same job:
 
-one_message  one MPI_Send of as many bytes, in one piece
-carried      as in the runtime, moved by a thread of its own: within a host the receiver reads the
-             blocks out of the sender's memory, else there is one message a block
-checked      the same, with a checksum a block
-steps        without the thread: moved between decode steps
-messages     only on shm: one message a block there, too
+one_message  one MPI_Send of as many bytes
+carried      as in the runtime, moved by the progress thread: within a host the receiver reads the
+             blocks out of the sender's memory, between hosts there is one message per block
+checked      the same, with a checksum of every block
+steps        without the progress thread: moved between decode steps
+messages     only on shm: one message per block there, too
 
-one_message_decoding is what this machine leaves while its cores decode, too: the one large message,
-received by a second thread of the destination while the first makes the same steps. It waits for no
-end of a step, so what to compare is `moving_of_one_message_decoding`.
+one_message_decoding is the bound on this machine while its cores decode: the one large message is
+received by a second thread of the destination while the first thread decodes. It does not wait for
+the end of a step, so compare it with `moving_of_one_message_decoding`.
 """
 
 import argparse
@@ -28,13 +27,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from decoder import FREE_BLOCKS, REQUESTS, Decoder
 from record import add_json_option, finish
-from transfers import accept, one_message, one_message_beside, receive, send
+from transfers import accept, one_message, one_message_during, receive, send
 
-from mellmpi.protocol import Cancel, Chunk, Sampling, StepPlan, Stop
+from mellmpi.protocol import Cancel, Stop
 from mellmpi.transport import Transport
 from mellmpi.transport.probes import HostArena
 
@@ -47,157 +48,133 @@ LINKS = {  # flags of mpirun
 }
 BARS = ("one_message", "one_message_decoding")
 KINDS = ("carried", "checked", "steps")
-READING = "shm"  # `tcp` stands for the network between hosts, and sends
+WITH_READS = "shm"  # `tcp` simulates the network between hosts, without cross-memory reads
 SHAPES = ((64, 1 << 20), (63, 737_280))  # the second: 1,000 tokens of the demo model in fp32
-REQUESTS, CONTEXT = 8, 500  # decoded by the destination meanwhile
-DECODE_BLOCKS = 200  # moved then: 73 MB, 3,200 tokens of the demo model in bf16
 IDLE_S = 3.0
 
-# --- measurements, at worker 1 with worker 2 in step ---------------------------------------------
+# --- measurements, by workers 1 and 2 together ---------------------------------------------------
 
 
 def idle(
     comm: Any, ends: dict[str, Transport], num_blocks: int, block_bytes: int, repeats: int
 ) -> dict[str, Any]:
-    """All competitors while nobody computes."""
+    """All competitors while the destination is idle. Returns the results at worker 1."""
     arena = HostArena(num_blocks, block_bytes)
-    places = random.Random(0).sample(range(num_blocks), num_blocks)
+    block_ids = random.Random(0).sample(range(num_blocks), num_blocks)
     for end in ends.values():
         end.attach(arena)
     took: dict[str, list[float]] = {kind: [] for kind in ("one_message", *ends)}
     for _ in range(repeats + 2):
         took["one_message"].append(one_message(comm, arena))
         for kind, end in ends.items():
-            run = send(end, num_blocks) if comm.rank == 1 else accept(end, places)
-            took[kind].append(run)
+            seconds = send(end, num_blocks) if comm.rank == 1 else accept(end, block_ids)
+            took[kind].append(seconds)
     for end in ends.values():
         end.attach(None)
     if comm.rank != 1:
         return {}
-    seconds = {kind: statistics.median(each[2:]) for kind, each in took.items()}
+    medians = {kind: statistics.median(each[2:]) for kind, each in took.items()}
     return {
         "blocks": num_blocks,
         "block_bytes": block_bytes,
-        "GBps": {k: round(num_blocks * block_bytes / s / 1e9, 3) for k, s in seconds.items()},
+        "GBps": {k: round(num_blocks * block_bytes / s / 1e9, 3) for k, s in medians.items()},
         "of_one_message": {
-            k: round(seconds["one_message"] / seconds[k], 3) for k in seconds if k in ends
+            k: round(medians["one_message"] / medians[k], 3) for k in medians if k in ends
         },
-        "checksums_cost": round(seconds["checked"] / seconds["carried"] - 1, 3),
+        "checksums_cost": round(medians["checked"] / medians["carried"] - 1, 3),
     }
 
 
-class Decoder:
-    """Eight requests of the demo model, decoded at the same place again and again."""
+@dataclass
+class DecodingTimes:
+    """Of each competitor; `took` is measured by the sender, the rest by the destination."""
 
-    def __init__(self, num_threads: int):
-        from mellmpi.config import CacheConfig, ModelConfig
-        from mellmpi.engine import build_executor
-        from mellmpi.models import resolve
-
-        directory = resolve("smollm2", Path.home() / ".cache" / "mellmpi")
-        self.executor = build_executor(
-            directory,
-            ModelConfig(model="smollm2"),
-            CacheConfig(kv_cache_memory_bytes=512 << 20),
-            device="cpu",
-            num_threads=num_threads,
-        )
-        greedy = Sampling(999, 0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, (), None)
-        used = -(-CONTEXT // 16)
-        self.plan = StepPlan(
-            self.executor.models[0].kv.model,
-            tuple(
-                Chunk(
-                    i,
-                    CONTEXT - 1,
-                    (100 + i,),
-                    list(range(i * used, (i + 1) * used)),
-                    greedy,
-                    ((1,), []),
-                )
-                for i in range(REQUESTS)
-            ),
-            (),
-        )
-        self.places = list(range(REQUESTS * used, REQUESTS * used + DECODE_BLOCKS))
-        self.steps: list[float] = []
-
-    def step(self) -> bool:
-        started_s = time.perf_counter()
-        self.executor.execute(self.plan)
-        self.steps.append(time.perf_counter() - started_s)
-        return True
-
-    def mean_s(self, transport: Transport, num_steps: int) -> float:
-        """Of some steps in the loop of a worker to whom nothing happens."""
-        self.steps.clear()
-        for _ in range(num_steps):
-            transport.poll()
-            transport.progress()
-            self.step()
-        return statistics.mean(self.steps)
+    took: dict[str, list[float]]  # seconds per transfer
+    slower: dict[str, list[float]]  # relative slowdown of decode steps during transfers
+    moving: dict[str, list[float]]  # seconds per transfer, from header to last block
+    step_s: float = 0.0  # of a decode step without transfers
 
 
 def decoding(comm: Any, ends: dict[str, Transport], repeats: int) -> dict[str, Any]:
-    """Transfers into a worker that decodes; `slower`: its steps while one follows the other."""
+    """Transfers into a worker that decodes. Returns the results at worker 1."""
     decoder = Decoder(num_threads=1) if ends["carried"].worker == 2 else None
     if decoder is not None:
         arena = decoder.executor.arena
         comm.send(arena.block_bytes, 1)
     else:
-        arena = HostArena(DECODE_BLOCKS, comm.recv(source=2))
-    took: dict[str, list[float]] = {kind: [] for kind in (*BARS, *ends)}
-    slower: dict[str, list[float]] = {kind: [] for kind in ends}
-    moving: dict[str, list[float]] = {kind: [] for kind in ends}
-    whole = HostArena(DECODE_BLOCKS, arena.block_bytes)
+        arena = HostArena(FREE_BLOCKS, comm.recv(source=2))
     for end in ends.values():
         end.attach(arena)
-    for _ in range(repeats):
-        took["one_message"].append(one_message(comm, whole))
-        step = decoder.step if decoder is not None else None
-        took["one_message_decoding"] += [one_message_beside(comm, whole, step) for _ in range(5)]
-        for kind, end in ends.items():
-            if decoder is None:
-                receive(end)  # ready
-                took[kind] += [send(end, DECODE_BLOCKS) for _ in range(5)]
-                continue
-            alone_s = decoder.mean_s(end, 10)
-            end.send(1, Cancel(0, "gone"))
-            decoder.steps.clear()
-            moving[kind] += [accept(end, decoder.places, decoder.step) for _ in range(5)]
-            slower[kind].append(statistics.mean(decoder.steps) / alone_s - 1)
+    times = measure_decoding(comm, ends, arena.block_bytes, decoder, repeats)
     for end in ends.values():
         end.attach(None)
     if decoder is not None:
-        medians = [{k: statistics.median(v) for k, v in each.items()} for each in (slower, moving)]
-        comm.send((*medians, alone_s), 1)
+        medians = [
+            {kind: statistics.median(values) for kind, values in each.items()}
+            for each in (times.slower, times.moving)
+        ]
+        comm.send((*medians, times.step_s), 1)
         return {}
-    slow, moving_s, step_s = comm.recv(source=2)
-    seconds = {kind: statistics.median(each) for kind, each in took.items()}
-    num_bytes = DECODE_BLOCKS * arena.block_bytes
+    slower, moving_s, step_s = comm.recv(source=2)
+    seconds = {kind: statistics.median(each) for kind, each in times.took.items()}
+    num_bytes = FREE_BLOCKS * arena.block_bytes
     return {
         "requests": REQUESTS,
         "step_ms": round(step_s * 1e3, 2),
         "GBps": {k: round(num_bytes / s / 1e9, 3) for k, s in seconds.items()},
-        "of_one_message_idle": {
-            k: round(seconds["one_message"] / seconds[k], 3) for k in (BARS[1], *ends)
-        },
-        "of_one_message_decoding": {
-            k: round(seconds["one_message_decoding"] / seconds[k], 3) for k in ends
-        },
+        **relative(seconds, moving_s),
+        "decode_slower": {k: round(v, 3) for k, v in slower.items()},
+    }
+
+
+def measure_decoding(
+    comm: Any,
+    ends: dict[str, Transport],
+    block_bytes: int,
+    decoder: Decoder | None,
+    repeats: int,
+) -> DecodingTimes:
+    """All competitors; `decoder`: at the destination."""
+    times = DecodingTimes(
+        {kind: [] for kind in (*BARS, *ends)},
+        {kind: [] for kind in ends},
+        {kind: [] for kind in ends},
+    )
+    whole = HostArena(FREE_BLOCKS, block_bytes)
+    step = decoder.step if decoder is not None else None
+    for _ in range(repeats):
+        times.took["one_message"].append(one_message(comm, whole))
+        times.took["one_message_decoding"] += [
+            one_message_during(comm, whole, step) for _ in range(5)
+        ]
+        for kind, end in ends.items():
+            if decoder is None:
+                receive(end)  # the destination is ready
+                times.took[kind] += [send(end, FREE_BLOCKS) for _ in range(5)]
+                continue
+            times.step_s = decoder.mean_s(end, 10)
+            end.send(1, Cancel(0, "gone"))
+            decoder.steps.clear()
+            times.moving[kind] += [accept(end, decoder.free_blocks, decoder.step) for _ in range(5)]
+            times.slower[kind].append(statistics.mean(decoder.steps) / times.step_s - 1)
+    return times
+
+
+def relative(seconds: dict[str, float], moving_s: dict[str, float]) -> dict[str, dict[str, float]]:
+    """Bandwidths relative to one large message, while the destination is idle or decodes."""
+    idle_s, decoding_s = seconds["one_message"], seconds["one_message_decoding"]
+    ends = [kind for kind in seconds if kind not in BARS]
+    return {
+        "of_one_message_idle": {k: round(idle_s / seconds[k], 3) for k in (BARS[1], *ends)},
+        "of_one_message_decoding": {k: round(decoding_s / seconds[k], 3) for k in ends},
         # From header to last block: without the waits for the ends of two steps.
-        "moving_of_one_message_idle": {
-            k: round(seconds["one_message"] / moving_s[k], 3) for k in ends
-        },
-        "moving_of_one_message_decoding": {
-            k: round(seconds["one_message_decoding"] / moving_s[k], 3) for k in ends
-        },
-        "decode_slower": {k: round(v, 3) for k, v in slow.items()},
+        "moving_of_one_message_idle": {k: round(idle_s / moving_s[k], 3) for k in ends},
+        "moving_of_one_message_decoding": {k: round(decoding_s / moving_s[k], 3) for k in ends},
     }
 
 
 def round_trips(transport: Transport, pause_s: float, repeats: int) -> dict[str, float]:
-    """Small messages from worker 1 to 2 and back, in µs; `pause_s` lets the other one sleep."""
+    """Round trips of small messages, in µs; a pause before each lets the other worker sleep."""
     times = []
     for _ in range(repeats):
         if transport.worker == 1:
@@ -223,7 +200,7 @@ def poll_us(transport: Transport) -> float:
 
 
 def idle_cpu(transport: Transport) -> float:
-    """Share of one core that this rank uses while nothing happens."""
+    """Share of one core that this rank uses while it is idle."""
     used_s, stop_s = time.process_time(), time.monotonic() + IDLE_S
     while time.monotonic() < stop_s:
         transport.poll()
@@ -236,7 +213,7 @@ def idle_cpu(transport: Transport) -> float:
 
 
 def inside(link: str, repeats: int, output: Path) -> None:
-    """One rank of a job; worker 1 writes what was found."""
+    """One rank of a job; worker 1 writes the results to `output`."""
     from mpi4py import MPI
 
     from mellmpi.transport.mpi import MpiJob
@@ -246,10 +223,10 @@ def inside(link: str, repeats: int, output: Path) -> None:
         kind: job.connect(
             0.005,
             checksums="always" if kind == "checked" else "never",
-            carried=kind != "steps",
-            reading=link == READING and kind != "messages",
+            progress_thread=kind != "steps",
+            cross_memory=link == WITH_READS and kind != "messages",
         )
-        for kind in (*KINDS, *(["messages"] if link == READING else []))
+        for kind in (*KINDS, *(["messages"] if link == WITH_READS else []))
     }
     end, results = ends["carried"], {}
     if end.worker in (1, 2):
@@ -276,7 +253,7 @@ def inside(link: str, repeats: int, output: Path) -> None:
 
 
 def run(link: str, repeats: int) -> dict[str, Any]:
-    """A job on this link."""
+    """Run a job on this link. Returns its results."""
     launcher = ["mpirun", "--allow-run-as-root", "--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
     if link == "10gbit":
         subprocess.run([HERE / "two_hosts.sh", "up", link], check=True)

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Two hosts on one machine, for benchmarks: network namespaces mell1 and mell2 with a link between.
+# Two hosts on one machine, for benchmarks: network namespaces mell1 and mell2, joined by a link.
 #   two_hosts.sh up [RATE]           RATE such as 10gbit or 1gbit: a token bucket each way (tc)
-#   two_hosts.sh rate RATE           from now on, also while a job runs
-#   two_hosts.sh mpirun …            from mell1; the hosts are 10.78.0.1 and 10.78.0.2
+#   two_hosts.sh rate RATE           changes the rate, also while a job runs
+#   two_hosts.sh mpirun …            starts it on mell1; the hosts are 10.78.0.1 and 10.78.0.2
 #   two_hosts.sh down
-# Needs root and iproute2. Each host has its own name, so that MPI takes them for two.
+# Needs root and iproute2. Each namespace has its own host name, so that MPI sees two hosts.
 set -euo pipefail
 self=$(realpath "${BASH_SOURCE[0]}")
 
-# As if on that host; nsenter, unlike ip netns exec, leaves /sys as it is.
+# Run a command on that host. Unlike "ip netns exec", nsenter does not remount /sys.
 on() {
   local host=$1
   shift
@@ -28,7 +28,7 @@ case "${1:-}" in
     done
     [[ -z "${2:-}" ]] || "$self" rate "$2" ;;
   rate)
-    # The bucket holds some 3 ms of the rate: less could not be filled in time.
+    # The bucket holds about 2 to 3 ms of the rate: tc cannot refill a smaller one in time.
     case "$2" in
       1gbit) bucket="256kb" ;;
       *) bucket="4mb" ;;
@@ -38,7 +38,7 @@ case "${1:-}" in
     done ;;
   down)
     for i in 1 2; do ip netns del mell$i 2>/dev/null || true; done ;;
-  agent)  # in place of ssh: agent [-options] HOST COMMAND …
+  agent)  # replaces ssh: agent [-options] HOST COMMAND …
     shift
     while [[ "$1" == -* ]]; do shift; done
     host=mell${1##*[.l]}

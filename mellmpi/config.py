@@ -1,4 +1,4 @@
-"""Settings: frozen, checked once on rank 0, broadcast, handed down in sections."""
+"""Settings: immutable, checked once on rank 0, then broadcast to all ranks."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -7,11 +7,11 @@ DTYPES = ("float32", "bfloat16")
 MIGRATE = ("never", "auto", "stress")
 DEVICE_BUFFERS = ("auto", "never")
 CHECKSUMS = ("auto", "always", "never")
-DEMO_KV_BYTES = 40 << 20  # of each worker: some seven of the demo's requests
+DEMO_KV_BYTES = 40 << 20  # KV cache of a worker in the demo: holds about seven requests
 
 
 class UsageError(Exception):
-    """The user's mistake: the message says what to type instead; exit code 2."""
+    """A mistake of the user. The message says what to type instead; the exit code is 2."""
 
 
 def _check(ok: bool, message: str) -> None:
@@ -24,10 +24,10 @@ class ModelConfig:
     """Which weights to serve and in which precision."""
 
     model: str = "smollm2"  # directory, .gguf file, hub name, `smollm2`, or random:CONFIG
-    served_model_name: str | None = None  # None: the model's own name
+    served_model_name: str | None = None  # None: the value of `model`
     dtype: str = "bfloat16"  # of weights and KV
-    max_model_len: int | None = None  # prompt + output tokens; None: what the model was made for
-    chat_template: str | None = None  # a file; None: the tokenizer's own
+    max_model_len: int | None = None  # prompt + output tokens; None: the model's own limit
+    chat_template: str | None = None  # a Jinja file; None: the tokenizer's own
     seed: int = 0  # of random weights
 
     def __post_init__(self) -> None:
@@ -40,6 +40,7 @@ class ModelConfig:
 
     @property
     def name(self) -> str:
+        """Name that requests use."""
         return self.served_model_name or self.model
 
 
@@ -47,9 +48,9 @@ class ModelConfig:
 class CacheConfig:
     """The paged KV arena of one worker."""
 
-    block_size: int = 16  # tokens a block
-    kv_cache_memory_bytes: int | None = None  # None: a share of the device, or 1 GiB on a CPU
-    gpu_memory_utilization: float = 0.9
+    block_size: int = 16  # tokens of a block
+    kv_cache_memory_bytes: int | None = None  # None: a share of the GPU, or 1 GiB on a CPU
+    gpu_memory_utilization: float = 0.9  # that share, weights included; in (0, 1]
     enable_prefix_caching: bool = False
 
     def __post_init__(self) -> None:
@@ -64,7 +65,7 @@ class BatchConfig:
 
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
-    target_step_ms: float | None = None  # None: twice a step that only decodes, at least 50
+    target_step_ms: float | None = None  # None: twice a step of decodes alone, at least 50
 
     def __post_init__(self) -> None:
         _check(self.max_num_seqs > 0, "--max-num-seqs must be at least 1")
@@ -89,12 +90,12 @@ class ClusterConfig:
     """How requests are placed and moved."""
 
     policy: str = "frugal"
-    migrate: str = "auto"
+    migrate: str = "auto"  # never, auto: as the policy decides, stress: at random
     seed: int = 0  # of --migrate stress
-    rebalance_every_s: float = 0.1  # at most so often the policy looks at the whole cluster
-    horizon_s: float = 2.0  # placement keeps room for so many seconds of growth
-    park_after_s: float = 1.0  # a worker empty for so long may be parked
-    migration_limit_s: float = 1.0  # moves that would take longer wait until others have ended
+    rebalance_every_s: float = 0.1  # shortest time between two looks at the whole cluster
+    horizon_s: float = 2.0  # placement keeps room for this much growth of all sequences
+    park_after_s: float = 1.0  # time after which an empty worker may be parked
+    migration_limit_s: float = 1.0  # a longer migration is deferred until others have ended
     thrift: float = 0.5  # of `frugal`: 0 moves the fewest bytes, 1 uses the fewest workers
 
     def __post_init__(self) -> None:
@@ -105,12 +106,12 @@ class ClusterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TransportConfig:
-    """How bytes travel."""
+    """How messages and KV blocks are sent."""
 
-    idle_poll_s: float = 0.005  # longest sleep between looks at a link that cannot ring
-    device_buffers: str = "auto"  # auto: where a self-test passes; never: always staged
-    checksums: str = "auto"  # of every KV block on its way. auto: between hosts
-    measure_links: bool = True  # at the start, in about a second
+    idle_poll_s: float = 0.005  # longest sleep between polls of a link without a doorbell
+    device_buffers: str = "auto"  # auto: where a self-test passes; never: staged in host memory
+    checksums: str = "auto"  # of KV blocks in transfer; auto: between hosts
+    measure_links: bool = True  # at the start, for about a second
 
     def __post_init__(self) -> None:
         _check(
@@ -122,22 +123,22 @@ class TransportConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """The whole, as rank 0 built it and every rank received it."""
+    """All settings, equal on every rank."""
 
-    models: tuple[ModelConfig, ...] = (ModelConfig(),)  # requests that name none are for the first
-    worker_models: tuple[tuple[str, ...], ...] = ()  # what workers host; (): all of them all
+    models: tuple[ModelConfig, ...] = (ModelConfig(),)  # the first one is the default of requests
+    worker_models: tuple[tuple[str, ...], ...] = ()  # hosted models; (): all, by every worker
     cache: CacheConfig = field(default_factory=CacheConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     transport: TransportConfig = field(default_factory=TransportConfig)
-    threads: int | None = None  # compute threads a rank; None: cores of the host / its ranks
-    device: str = "auto"  # auto: CUDA where there is one; or cpu, cuda
+    threads: int | None = None  # compute threads of a rank; None: cores of the host / its ranks
+    device: str = "auto"  # auto: CUDA where there is a GPU; cpu; cuda
     oversubscribe_gpus: bool = False  # workers may share a GPU
 
     def __post_init__(self) -> None:
         names = [model.name for model in self.models]
-        double = next((name for name in names if names.count(name) > 1), None)
-        _check(double is None, f"two models are called {double}: give each a --served-model-name")
+        twice = next((name for name in names if names.count(name) > 1), None)
+        _check(twice is None, f"two models are called {twice}: give each a --served-model-name")
         _check(
             len(names) == 1 or self.model.chat_template is None,
             "--chat-template goes with one --model",
@@ -147,11 +148,11 @@ class Config:
 
     @property
     def model(self) -> ModelConfig:
-        """The first one."""
+        """The default model of requests."""
         return self.models[0]
 
     def hosted(self, worker: int) -> tuple[str, ...]:
-        """Names of the models that worker 1, 2, 3 … hosts."""
+        """Names of the models that this worker, 1 or higher, hosts."""
         if not self.worker_models:
             return tuple(model.name for model in self.models)
         return self.worker_models[(worker - 1) % len(self.worker_models)]
@@ -177,20 +178,20 @@ class Config:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """A command and its files; rank 0 alone needs them."""
+    """A command with its settings and files; only rank 0 has them."""
 
     command: str  # "run-batch", "demo" or "pipe"
     config: Config
     input_file: str | None = None
     output_file: str | None = None
-    request_rate: float | None = None  # requests a second; None: all at once
-    replay: str | None = None  # a trace, in place of input_file
-    rate_scale: float | None = None  # of a replay; None: as the trace has it
-    length_scale: float | None = None
+    request_rate: float | None = None  # requests per second; None: all at once
+    replay: str | None = None  # a trace; replaces input_file
+    rate_scale: float | None = None  # factor for a replay's arrivals; None: 1
+    length_scale: float | None = None  # factor for a replay's lengths; None: 1
     max_requests: int | None = None
     report: str | None = None
     timeline: str | None = None
-    show: int = 0  # answers to print
+    show: int = 0  # number of answers to print
     cache_dir: str | None = None  # None: the user's cache directory
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Damaged trace files: python -m tests.fuzz_traces 100000 reads so many of them."""
+"""Fuzz test of the trace reader: python -m tests.fuzz_traces 100000 reads 100000 damaged traces."""
 
 import gzip
 import random
@@ -51,7 +51,7 @@ PIECES = (
 
 
 def damaged(rng: random.Random, valid: bytes) -> bytes:
-    """A trace with up to four pieces cut out, doubled, or replaced; sometimes gzipped or cut."""
+    """Return a trace with up to four pieces removed, doubled or replaced; some gzipped or cut."""
     data = valid
     for _ in range(rng.randint(0, 4)):
         start = rng.randrange(len(data) + 1)
@@ -66,7 +66,7 @@ def damaged(rng: random.Random, valid: bytes) -> bytes:
 
 
 def outcome(path: Path, data: bytes) -> str:
-    """ "read" or "refused"; an error of another kind, or without the file's name, gets through."""
+    """Return "read" or "refused". Raises on any other error, or one without the file's name."""
     path.write_bytes(data)
     try:
         found = load(path)

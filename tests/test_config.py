@@ -1,4 +1,4 @@
-"""The configuration: frozen, checked once, and sent to all ranks as plain data."""
+"""The configuration: immutable, checked once, broadcast as plain data."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ def test_the_defaults_are_valid_and_survive_the_broadcast():
     assert Config.from_dict(msgpack.unpackb(msgpack.packb(config.to_dict()))) == config
 
 
-def test_what_was_set_survives_the_broadcast():
+def test_values_other_than_defaults_survive_the_broadcast():
     config = Config(
         models=(ModelConfig(model="x", dtype="float32"), ModelConfig(model="y")),
         worker_models=(("x",), ("x", "y")),
@@ -28,7 +28,7 @@ def test_what_was_set_survives_the_broadcast():
     assert back == config and type(back.batch) is BatchConfig
 
 
-def test_nothing_is_changed_after_the_start():
+def test_settings_are_immutable():
     for section in [Config(), *(make() for make in SECTIONS)]:
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(section, dataclasses.fields(section)[0].name, None)
@@ -77,7 +77,7 @@ def test_every_worker_hosts_every_model_unless_told_otherwise():
     assert Config(models=(A, B)).hosted(3) == ("a", "b")
 
 
-def test_sets_of_models_are_given_to_the_workers_in_turn_and_over_again():
+def test_workers_take_the_sets_of_models_in_turn_and_begin_again():
     config = Config(models=(A, B), worker_models=(("a",), ("a", "b")))
     assert [config.hosted(w) for w in (1, 2, 3)] == [("a",), ("a", "b"), ("a",)]
 
@@ -94,6 +94,6 @@ def test_sets_of_models_are_given_to_the_workers_in_turn_and_over_again():
         ({"models": (ModelConfig(model="a", chat_template="t"), B)}, "--chat-template"),
     ],
 )
-def test_models_that_cannot_be_told_apart_or_are_unknown_are_refused(values, hint):
+def test_ambiguous_or_unknown_models_are_refused(values, hint):
     with pytest.raises(ValueError, match=hint):
         Config(**values)

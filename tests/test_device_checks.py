@@ -1,4 +1,4 @@
-"""What `bench/device_checks.py` does beside the GPU: limits, models, arithmetic."""
+"""The parts of `bench/device_checks.py` that need no GPU: limits, models, arithmetic."""
 
 import importlib.util
 import json
@@ -15,14 +15,14 @@ import torch
 from mellmpi.config import CacheConfig, ModelConfig
 from mellmpi.engine import build_executor
 from mellmpi.models import checkpoint
-from mellmpi.transport.blocks import devices
+from mellmpi.transport import blocks
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 
 
 @pytest.fixture
 def load(monkeypatch):
-    """(name) -> a module of bench/."""
+    """(name) -> module of bench/."""
     monkeypatch.syspath_prepend(str(BENCH))
 
     def load(name):
@@ -32,11 +32,11 @@ def load(monkeypatch):
         return module
 
     yield load
-    for name in ("alone", "record", "roofline"):
+    for name in ("alone", "gpu_checks", "record", "roofline"):
         sys.modules.pop(name, None)
 
 
-def test_what_a_check_says_and_how_it_ends_is_told(load):
+def test_output_and_exit_code_of_a_check_are_returned(load):
     program = "import sys; print('found'); sys.stderr.write('why'); sys.exit(3)"
     assert load("alone").within(60, [sys.executable, "-c", program]) == ("found\n", "why", 3)
 
@@ -45,37 +45,37 @@ def test_a_check_that_takes_too_long_has_no_exit_code(load):
     assert load("alone").within(0.3, ["sleep", "600"])[2] is None
 
 
-def begun(*command):
-    """A job like a check's, and the first line that it says."""
+def started(*command):
+    """Start a job like a check. Returns it and its first line of output."""
     job = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, text=True)
     return job, job.stdout.readline().strip()
 
 
-def test_what_a_check_has_started_ends_with_it(load):
-    job, child = begun("sh", "-c", "sleep 600 & echo $!; wait")
+def test_processes_that_a_check_has_started_end_with_it(load):
+    job, child = started("sh", "-c", "sleep 600 & echo $!; wait")
     load("alone").end(job)
     left = [p for p in psutil.process_iter() if p.pid == int(child)]
     assert all(process.status() == psutil.STATUS_ZOMBIE for process in left)
 
 
-def test_a_check_that_is_deaf_is_ended_too(load):
+def test_a_check_that_ignores_sigterm_is_killed(load):
     program = "import signal, time; signal.signal(15, signal.SIG_IGN); print(1, flush=True); "
-    job, _ = begun(sys.executable, "-c", program + "time.sleep(600)")
+    job, _ = started(sys.executable, "-c", program + "time.sleep(600)")
     load("alone").end(job, patience_s=0.2)
     assert job.returncode == -9
 
 
-def test_without_the_default_model_random_weights_of_its_shape_are_used(load, tmp_path, capsys):
+def test_without_the_default_model_random_weights_of_its_shape_are_used(
+    load, tmp_path, capsys, monkeypatch
+):
     checks = load("device_checks")
 
     def resolve(model, cache_dir):
         raise ValueError("it is not installed")
 
-    original, checkpoint.resolve = checkpoint.resolve, resolve
-    try:
+    with monkeypatch.context() as patch:
+        patch.setattr("mellmpi.models.resolve", resolve)
         model = checks.usable(None, False, tmp_path)
-    finally:
-        checkpoint.resolve = original
     assert "not installed" in capsys.readouterr().err
     found = checkpoint.resolve(model, tmp_path)
     assert json.loads((found / "config.json").read_text())["num_hidden_layers"] == 30
@@ -84,35 +84,35 @@ def test_without_the_default_model_random_weights_of_its_shape_are_used(load, tm
 
 
 class Slots:
-    """Copies in host memory, done some looks later; `spoil` blocks of them go wrong."""
+    """Copies in host memory, done after some calls of `done`; copies of `spoil` blocks fail."""
 
     def __init__(self, arena, spoil):
-        self.arena, self.spoil, self.slots, self.looks = arena, spoil, {}, {}
+        self.arena, self.spoil, self.slots, self.calls_left = arena, spoil, {}, {}
 
-    def host_slot(self):
+    def new_slot(self):
         slot = np.zeros(self.arena.block_bytes, np.uint8)
         self.slots[slot.ctypes.data] = slot
         return slot.ctypes.data
 
-    def out(self, block_id, address):
+    def to_host(self, block_id, address):
         self.slots[address][:] = self.arena.blocks[block_id].numpy()
-        self.looks[address] = 2
+        self.calls_left[address] = 2
 
-    def into(self, block_id, address):
+    def to_device(self, block_id, address):
         if block_id not in self.spoil:
             self.arena.blocks[block_id] = torch.from_numpy(self.slots[address].copy())
-        self.looks[address] = 2
+        self.calls_left[address] = 2
 
     def done(self, address):
-        self.looks[address] -= 1
-        return self.looks[address] <= 0
+        self.calls_left[address] -= 1
+        return self.calls_left[address] <= 0
 
 
 @pytest.mark.parametrize("spoil", [(), (127,), (64,)])
-def test_copies_are_right_only_if_every_block_comes_back_as_it_was(load, monkeypatch, spoil):
-    checks = load("device_checks")
+def test_copies_are_right_only_if_every_block_is_unchanged(load, monkeypatch, spoil):
+    checks = load("gpu_checks")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    monkeypatch.setattr(devices, "CudaCopies", lambda arena: Slots(arena, spoil))
+    monkeypatch.setattr(blocks, "CudaCopies", lambda arena: Slots(arena, spoil))
     assert checks.copies_right("cpu") is not bool(spoil)
 
 
@@ -132,7 +132,7 @@ def test_the_checks_that_start_jobs_can_be_rehearsed(tmp_path):
     assert any("in place" in line for line in results["doctor"]["said"])
 
 
-def test_a_step_cannot_do_without_its_weights_its_kv_and_its_products(load, tmp_path):
+def test_the_least_work_of_a_step_is_its_weights_its_kv_and_its_products(load, tmp_path):
     roofline = load("roofline")
     directory = checkpoint.resolve("random:tiny-llama", tmp_path)
     steps = object.__new__(roofline.Steps)

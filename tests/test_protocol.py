@@ -1,4 +1,4 @@
-"""Messages on the wire."""
+"""Messages and their wire form."""
 
 import dataclasses
 import typing
@@ -28,7 +28,7 @@ LOGPROB = st.tuples(
 
 
 def values(hint: object) -> st.SearchStrategy:
-    """Anything a field of this type may hold."""
+    """A strategy for the values of a field of this type."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if isinstance(hint, type) and hint in TYPES.values():
         return messages(hint)
@@ -67,7 +67,7 @@ SAMPLING = Sampling(1, 0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, 2**64 - 1, (), None)
 REQUEST = Request(1, "m", (5, 6), SAMPLING, None)
 
 
-def test_messages_within_messages_come_back_as_what_they_were():
+def test_nested_messages_keep_their_types():
     order = decode(encode(Assign(REQUEST, 3, (7,))))
     assert type(order.request) is Request and type(order.request.sampling) is Sampling
     assert decode(encode(Submit(REQUEST))) == Submit(REQUEST)
@@ -79,7 +79,7 @@ def test_sequences_come_back_as_tuples():
     assert back.tokens == (7, 8) and back.preempted == ((1, 2),)
 
 
-def test_messages_cannot_be_changed_and_hold_nothing_else():
+def test_messages_are_frozen_and_slotted():
     for cls in TYPES.values():
         assert dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen
         assert not hasattr(cls, "__dict__") or "__slots__" in vars(cls)
@@ -92,19 +92,19 @@ def test_an_unknown_tag_is_refused():
         decode(b"\x91\xa7Nothing")
 
 
-def test_messages_have_no_defaults_that_hide_a_decision():
+def test_messages_have_no_defaults():
     for cls in TYPES.values():
         for field in fields(cls):
             assert field.default is field.default_factory is dataclasses.MISSING, (cls, field.name)
 
 
-def test_addresses_of_ranks_are_numbers_and_all_others_are_not():
+def test_only_addresses_of_ranks_are_numbers():
     assert protocol.SCHEDULER == 0
     names = {protocol.FRONT, protocol.OBSERVER, protocol.DATA_PLANE}
     assert len(names) == 3 and all(isinstance(name, str) for name in names)
 
 
-def test_the_fingerprint_is_that_of_these_messages():
+def test_the_fingerprint_is_16_hexadecimal_digits():
     assert len(protocol.FINGERPRINT) == 16
     assert int(protocol.FINGERPRINT, 16) >= 0
     assert {Emit, KvPayload, Sampling} <= set(TYPES.values())

@@ -1,10 +1,10 @@
-"""What a peer does for bench/engine_speed.py: load once, then answer one load a line of stdin.
+"""The protocol of peers of bench/engine_speed.py: load once, then answer one batch a line of stdin.
 
 in    {"prompts": [[token id, …], …], "num_out": 128}
-out   {"ready": version} once, then for each load {"outputs": [[token id, …], …], "seconds",
-      "cpu_seconds", "memory_mb"}: seconds from handing over all prompts to having all outputs.
+out   {"ready": version} once, then for each batch {"outputs": [[token id, …], …], "seconds",
+      "cpu_seconds", "memory_mb"}: seconds from the submission of all prompts to all outputs.
 
-Standard library only: vLLM's environment has nothing of ours.
+Standard library only, because vLLM's environment does not contain mellmpi.
 """
 
 import json
@@ -14,25 +14,28 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-Say = Callable[[dict[str, Any]], None]
+Send = Callable[[dict[str, Any]], None]
 Run = Callable[[list[list[int]], int], list[list[int]]]
 
 
-def channel() -> Say:
-    """The way to the parent. Call it first: from now on prints of libraries go to stderr."""
+def channel() -> Send:
+    """A function that sends a message to the parent; then redirects stdout to stderr.
+
+    Call it first, so that prints of libraries do not mix with messages.
+    """
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     return lambda message: print(json.dumps(message), file=out)
 
 
-def answer(say: Say, version: str, run: Run) -> None:
-    """Say that all is loaded, then time `run` on every load until stdin closes."""
-    say({"ready": version})
+def answer(send: Send, version: str, run: Run) -> None:
+    """Send the ready message, then time `run` on every batch until stdin closes."""
+    send({"ready": version})
     for line in sys.stdin:
-        load = json.loads(line)
+        batch = json.loads(line)
         start_s, start_cpu_s = time.perf_counter(), _cpu_seconds()
-        outputs = run(load["prompts"], load["num_out"])
-        say(
+        outputs = run(batch["prompts"], batch["num_out"])
+        send(
             {
                 "outputs": outputs,
                 "seconds": time.perf_counter() - start_s,
@@ -43,7 +46,7 @@ def answer(say: Say, version: str, run: Run) -> None:
 
 
 def _processes() -> list[str]:
-    """This one and a server it has started."""
+    """This process and the server that it has started."""
     with open(f"/proc/self/task/{os.getpid()}/children") as children:
         return ["self", *children.read().split()]
 
@@ -58,7 +61,7 @@ def _cpu_seconds() -> float:
 
 
 def _memory_mb() -> int:
-    """The largest resident size that one of them has had."""
+    """The peak resident size of the largest of these processes."""
     peaks_kib = []
     for process in _processes():
         with open(f"/proc/{process}/status") as status:

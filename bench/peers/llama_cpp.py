@@ -1,4 +1,4 @@
-"""llama.cpp's server on a BF16 GGUF, asked over HTTP by as many connections as requests."""
+"""llama.cpp's server on a BF16 GGUF, over HTTP with one connection for each request."""
 
 import argparse
 import json
@@ -88,14 +88,16 @@ def version(server: str) -> str:
 
 
 def main() -> None:
-    say = channel()
+    send = channel()
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", type=Path, required=True, help="a GGUF file")
     parser.add_argument("--server", required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--max-len", type=int, required=True)
     parser.add_argument("--max-requests", type=int, required=True)
-    parser.add_argument("--kv-type", default="f16", help="f16 is its default; bf16 is slower")
+    parser.add_argument(
+        "--kv-type", default="f16", help="default: f16, as in llama.cpp; bf16 is slower"
+    )
     args = parser.parse_args()
     port = free_port()
     url, server = f"http://127.0.0.1:{port}", start_server(args, port)
@@ -103,7 +105,7 @@ def main() -> None:
         wait_until_healthy(server, url)
         with ThreadPoolExecutor(args.max_requests) as pool:
             answer(
-                say,
+                send,
                 version(args.server),
                 lambda prompts, n: list(pool.map(lambda ids: complete(url, ids, n), prompts)),
             )

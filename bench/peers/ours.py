@@ -1,7 +1,7 @@
-"""mellmpi as its users run it: requests as JSON lines into `run-batch`, answers out of it.
+"""mellmpi: `run-batch` with requests and answers as JSON lines.
 
-Scheduler and worker share one process (a world of one rank), so that all of it runs on the cores
-that the peers get.
+Scheduler and worker share one process (a world of one rank), which runs on the same cores as the
+other systems.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def start(args: argparse.Namespace) -> subprocess.Popen:
 
 
 class Runner:
-    """Feeds one `run-batch` process; ids never repeat, or it would skip what it has done."""
+    """Sends requests to one `run-batch` process, which skips ids that it has answered before."""
 
     def __init__(self, process: subprocess.Popen):
         self._process, self._submitted = process, 0
@@ -69,7 +69,7 @@ class Runner:
 
 
 def main() -> None:
-    say = channel()
+    send = channel()
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
     parser.add_argument("--threads", type=int, required=True)
@@ -78,8 +78,8 @@ def main() -> None:
     args = parser.parse_args()
     process = start(args)
     runner = Runner(process)
-    runner.run([[1]], 1)  # comes back once all is loaded
-    answer(say, f"mellmpi {mellmpi.__version__}", runner.run)
+    runner.run([[1]], 1)  # returns when the model is loaded
+    answer(send, f"mellmpi {mellmpi.__version__}", runner.run)
     process.stdin.close()
     process.wait()
 

@@ -1,4 +1,4 @@
-"""mellmpi: one worker's own loop (batch scheduler and engine) in one process, without MPI."""
+"""mellmpi's worker loop (batch scheduler and engine) in one process, without MPI."""
 
 import argparse
 from pathlib import Path
@@ -14,7 +14,7 @@ from mellmpi.worker import BatchScheduler
 
 
 class Worker:
-    """Runs requests from all at once to all done, as the runtime's worker does between messages."""
+    """Runs a batch of requests to its end, as the worker does between messages."""
 
     def __init__(self, executor: Executor, batch: BatchConfig, cache: CacheConfig):
         self.executor, self.name = executor, executor.model_kv.model
@@ -46,7 +46,7 @@ class Worker:
 
 
 def main() -> None:
-    say = channel()
+    send = channel()
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--threads", type=int, required=True)
@@ -63,7 +63,7 @@ def main() -> None:
     )
     worker = Worker(executor, batch, cache)
     model = type(executor.model).__name__
-    answer(say, f"mellmpi {mellmpi.__version__} ({model}), torch {torch.__version__}", worker.run)
+    answer(send, f"mellmpi {mellmpi.__version__} ({model}), torch {torch.__version__}", worker.run)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Hugging Face transformers, `generate` on the whole batch: the plain way to run a model."""
+"""Hugging Face transformers: `generate` on the whole batch."""
 
 import argparse
 from pathlib import Path
@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 
 def main() -> None:
-    say = channel()
+    send = channel()
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--threads", type=int, required=True)
@@ -34,7 +34,7 @@ def main() -> None:
         )
         return out[:, ids.shape[1] :].tolist()
 
-    answer(say, f"transformers {transformers.__version__}, torch {torch.__version__}", run)
+    answer(send, f"transformers {transformers.__version__}, torch {torch.__version__}", run)
 
 
 if __name__ == "__main__":

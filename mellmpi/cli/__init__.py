@@ -1,7 +1,7 @@
-"""The command line, the environment and the YAML file, made into one Config.
+"""Reads the command line, the environment and the YAML file into one Config, and runs a command.
 
-The only room that reads the user's environment. Knows no MPI and no torch: commands are loaded
-when they run.
+The only room that reads the user's environment. Knows no MPI and no torch: a command is loaded
+when it runs.
 """
 
 from mellmpi.cli.parser import main

@@ -1,7 +1,7 @@
-"""What is measured, and what is predicted from it: steps, links, migrations, answer lengths.
+"""Measured and predicted durations: steps, links, migrations; and the lengths of answers.
 
-Pure: knows no clock and no machine, only numbers that others have measured. Used by both state
-machines, the simulator and the worker's calibration.
+Pure functions and tables of measurements; reads no clock and touches no device. Used by the
+scheduler, the worker, the simulator and the calibration of a worker.
 """
 
 from mellmpi.costs.answer_lengths import MEMORY, AnswerLengths

@@ -1,18 +1,19 @@
-"""How many prompt tokens a step computes, so that it takes a given time. Pure.
+"""Prompt tokens to compute in a step, so that the step takes a target time.
 
-A step's seconds are a + b·prefilled + c·decoded + d·attended (`step_times`). What is left of the
-target beside the decodes goes to prompts. Chunked prefill with a token budget is Sarathi-Serve's
-(OSDI 2024, §4); here the budget is a time, since a token takes 1 ms on one CPU and 10 on another.
+A step takes a + b·prefilled + c·decoded + d·attended seconds (see `step_times`). Prompts get the
+time that decoding leaves of the target. Chunked prefill with a token budget is from Sarathi-Serve
+(OSDI 2024, section 4); the budget here is a time, since a token takes 1 ms on one CPU and 10 ms
+on another.
 """
 
 import math
 from dataclasses import dataclass
 
 LEAST_TARGET_S = 0.05
-MULTIPLE = 2.0  # of a step that only decodes
-WITHOUT_DECODES = 4.0  # targets: no sequence waits for its next token, only messages do
-LEAST_SHARE = 0.2  # of a step that also decodes, for prompts: they never starve
-CLOSING_SHARE = 1 / 3  # likewise, at most, while a moving request is about to stop or to resume
+MULTIPLE = 2.0  # default target, in steps that only decode
+WITHOUT_DECODES = 4.0  # targets: without decodes only messages wait for the step's end
+LEAST_SHARE = 0.2  # least share of prompts in a step with decodes, so that prompts never starve
+CLOSING_SHARE = 1 / 3  # largest share of prompts while a moving request is to stop or to resume
 
 StepSeconds = tuple[float, float, float, float]  # a, b, c, d
 UNKNOWN: StepSeconds = (0.0, 0.0, 0.0, 0.0)
@@ -28,11 +29,12 @@ class StepBudget:
     def prompt_s(
         self, seconds: StepSeconds, num_decoding: int, num_prompts: int = 1, closing: bool = False
     ) -> float:
-        """Time for prompts in a step that decodes so many sequences; inf where nothing is known.
+        """Seconds for prompts in a step; inf if the step times are unknown.
 
-        num_prompts  that have yet to be computed. Where there are more of them than sequences that
-                     decode, these wait as many times as long: fewer wait for fewer steps
-        closing      a moving request is about to stop or to resume: the step is kept short
+        num_decoding  sequences that decode in the step
+        num_prompts   prompts still to be computed; where they outnumber the decoding sequences,
+                      the time grows by that ratio
+        closing       a moving request is about to stop or to resume: keep the step short
         """
         step_s, prefill_s, decode_s, _ = seconds
         if prefill_s <= 0:
@@ -46,11 +48,11 @@ class StepBudget:
         return min(prompts_s, _share_s(CLOSING_SHARE, decode_only_s)) if closing else prompts_s
 
     def num_tokens(self, seconds: StepSeconds, start: int, left_s: float) -> int:
-        """Positions from `start` on that can be computed in `left_s`, at least one."""
+        """Positions of a prompt, from `start` on, that `left_s` seconds allow; at least one."""
         _, prefill_s, _, attended_s = seconds
         if left_s == math.inf:
             return self.max_tokens
-        first_s = prefill_s + attended_s * start  # each later one looks back on one more
+        first_s = prefill_s + attended_s * start  # each later position attends to one more
         if attended_s * left_s < 1e-6 * first_s * first_s:
             count = left_s / first_s
         else:
@@ -58,14 +60,14 @@ class StepBudget:
         return max(1, min(self.max_tokens, int(count + 1e-9)))
 
     def chunk(self, seconds: StepSeconds, start: int, num_decoding: int) -> int:
-        """Positions of one prompt, from `start` on, in a step that decodes so many sequences."""
+        """Positions of one prompt, from `start` on, in a step with `num_decoding` sequences."""
         left_s = self.prompt_s(seconds, num_decoding)
         most = max(1, self.max_tokens - num_decoding)
         return min(most, self.num_tokens(seconds, start, left_s))
 
 
 def _share_s(share: float, rest_s: float) -> float:
-    """What is this share of a step, where all else takes `rest_s`."""
+    """Seconds that make up `share` of a step whose other work takes `rest_s`."""
     return rest_s * share / (1 - share)
 
 

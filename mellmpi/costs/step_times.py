@@ -1,8 +1,9 @@
-"""What a step takes on each worker, fitted from the steps themselves.
+"""Step times of each worker, fitted to its step reports.
 
-step_s = a·steps + b·prefilled + c·decoded + d·attended, by least squares over the reports. Errors
-count relative to the step, and a coefficient is forgotten only as fast as it is measured anew:
-what prefilling took stays known through a minute of nothing but decoding.
+    step_s = a·steps + b·prefilled + c·decoded + d·attended        (least squares)
+
+Residuals are relative to the step. A coefficient is forgotten only as fast as it is measured
+again: the prefill time stays known through a minute without prompts.
 """
 
 import math
@@ -16,50 +17,50 @@ from mellmpi.costs.cost_model import CostModel, least_squares
 from mellmpi.costs.step_budget import StepBudget, StepSeconds, chunk_s
 from mellmpi.protocol import StepReport
 
-FORGET = 0.96  # weight of the past, a report that is wholly about one coefficient
-INERTIA = 0.01  # reports that the estimate so far counts as, where nothing else is known
-SCALE_BLEND = 0.05  # weight of the newest report in the ratio to the prior
-OUTLIER = 4.0  # times the prediction: more is something else, such as a process not scheduled
-BELIEVED = 16  # reports after which outliers are bounded
-KNOWN = 0.5  # reports wholly about one coefficient, before which it goes with the scale
-ATTENDED = 8192  # looked-back positions that cost what one prefilled position does, at first
-EXPECTED = StepBudget(max_tokens=512, target_s=math.inf)  # of steps, unless told
-PACE_REPORTS = 5  # newest ones, of which the median is what a step takes just now
+FORGET = 0.96  # factor on the past for each report that depends on one coefficient alone
+INERTIA = 0.01  # weight, in reports, of the previous estimate
+SCALE_BLEND = 0.05  # weight of the newest report in the scale of the prior
+OUTLIER = 4.0  # durations are clipped to this factor around the prediction
+TRUSTED = 16  # reports after which durations are clipped
+KNOWN = 0.5  # reports about a coefficient before which its prior, scaled, is used
+ATTENDED = 8192  # attended positions that cost as much as one prefilled position, in the prior
+EXPECTED = StepBudget(max_tokens=512, target_s=math.inf)  # step limits of an unknown worker
+PACE_REPORTS = 5  # newest reports, whose median is the current duration of a step
 
 
 class _Fit:
-    """Coefficients in units of a prior: all ones is the prior itself."""
+    """Coefficients relative to a prior: all ones is the prior itself."""
 
-    def __init__(self, unit: np.ndarray):
-        self.unit = unit  # float64 [4], seconds
+    def __init__(self, prior: np.ndarray):
+        self.prior = prior  # float64 [4], seconds
         self._scale, self._count = 1.0, 0  # of the prior as a whole; reports
-        self._found, self._seen = np.ones(4), np.zeros(4)
+        self._factors, self._weights = np.ones(4), np.zeros(4)  # weights: reports, by coefficient
         self._xx = np.zeros((4, 4))
 
     @property
-    def found(self) -> np.ndarray:
-        """float64 [4]; what was never measured goes with the scale of the rest."""
-        return np.where(self._seen < KNOWN, self._scale, self._found)
+    def factors(self) -> np.ndarray:
+        """float64 [4], in units of the prior; `_scale` for coefficients not measured yet."""
+        return np.where(self._weights < KNOWN, self._scale, self._factors)
 
     def add(self, x: np.ndarray, took_s: np.ndarray) -> None:
         """x float64 [reports, 4], took_s float64 [reports]."""
-        before = self.found
-        expected = np.maximum(x @ (self.unit * before), 1e-12)
-        if self._count >= BELIEVED:
+        before = self.factors
+        expected = np.maximum(x @ (self.prior * before), 1e-12)
+        if self._count >= TRUSTED:
             took_s = took_s.clip(expected / OUTLIER, expected * OUTLIER)
-        # Errors count relative to the step, as expected or, where that is far off, as it was.
+        # Residuals are relative to the expected duration, clipped towards the actual one.
         size = expected.clip(took_s / OUTLIER, took_s * OUTLIER)
-        z = x * self.unit / size[:, None]
+        z = x * self.prior / size[:, None]
         shares = np.minimum(z * before, 1.0).sum(axis=0)
         keep = np.sqrt(FORGET**shares)
         past = self._xx * np.outer(keep, keep)
         inertia = np.diag(INERTIA / np.maximum(before, 0.01 * self._scale) ** 2)
         self._xx = past + z.T @ z
-        self._found = least_squares(
+        self._factors = least_squares(
             self._xx + inertia, (past + inertia) @ before + z.T @ (took_s / size)
         )
-        self._seen += shares
-        self._rescale(took_s / np.maximum(x @ self.unit, 1e-12))
+        self._weights += shares
+        self._rescale(took_s / np.maximum(x @ self.prior, 1e-12))
 
     def _rescale(self, ratios: np.ndarray) -> None:
         for ratio in ratios.tolist():
@@ -69,60 +70,65 @@ class _Fit:
 
 
 class StepTimes:
-    """One fit a worker, and one of all together for workers that have not said enough."""
+    """One fit for each worker, and a common one for workers without reports."""
 
     def __init__(self, prior: CostModel):
         prefill_s = prior.prefill_token_s
-        self._unit = np.array([prior.step_s, prefill_s, prior.decode_token_s, prefill_s / ATTENDED])
-        self._all = _Fit(self._unit)
+        self._prior = np.array(
+            [prior.step_s, prefill_s, prior.decode_token_s, prefill_s / ATTENDED]
+        )
+        self._common = _Fit(self._prior)
         self._fits: dict[int, _Fit] = {}
         self._budgets: dict[int, StepBudget] = {}
-        self._new: list[tuple[int, tuple[float, ...]]] = []
+        self._new: list[tuple[int, tuple[float, ...]]] = []  # worker, (x of `_Fit.add`, seconds)
         self._pace: defaultdict[int, deque[float]] = defaultdict(lambda: deque(maxlen=PACE_REPORTS))
 
     def begin(self, worker: int, budget: StepBudget, measured: Sequence[float]) -> None:
-        """A worker is ready: the limits of its steps, and what they took when it tried some.
+        """Register a worker with its step limits and its calibration.
 
-        measured  seconds as `coefficients` returns them; empty: it has tried none
+        measured  seconds in the order of `coefficients`; empty without a calibration
         """
         self._budgets[worker] = budget
         if not measured or worker in self._fits:
             return
-        unit = np.maximum(np.array(measured, np.float64), 1e-12)
+        prior = np.maximum(np.array(measured, np.float64), 1e-12)
         if not self._fits:
-            self._all = _Fit(unit)
-        self._fits[worker] = _Fit(unit)
+            self._common = _Fit(prior)
+        self._fits[worker] = _Fit(prior)
 
     def pace_s(self, worker: int) -> float:
-        """What a step there takes just now, whatever is in it; 0 before any."""
+        """Current seconds of a step, whatever it computes; 0 before the first report."""
         return median(newest) if (newest := self._pace.get(worker)) else 0.0
 
     def add(self, worker: int, report: StepReport) -> None:
-        """Remember a report; `fold` looks into it. Where steps are free, nothing is measured."""
-        if report.steps and report.step_s > 0 and self._unit.all():
+        """Keep a report for the next `fold`. Ignored where the prior's steps take no time."""
+        if report.steps and report.step_s > 0 and self._prior.all():
             self._pace[worker].append(report.step_s / report.steps)
             x = (report.steps, report.prefill_tokens, report.decode_tokens, report.attended)
             self._new.append((worker, (*x, report.step_s)))
 
     def fold(self) -> bool:
-        """Take in what was added; True if there was anything."""
+        """Fit the reports added since the last call; False if there are none."""
         new, self._new = self._new, []
         if not new:
             return False
         rows, workers = np.array([row for _, row in new]), np.array([worker for worker, _ in new])
         for worker in np.unique(workers).tolist():
-            mine = rows[workers == worker]
+            own = rows[workers == worker]
             if worker not in self._fits:
-                like = np.maximum(self._all.found, 0.01 * self._all.found.max())
-                self._fits[worker] = _Fit(self._unit * like)
-            self._fits[worker].add(mine[:, :4], mine[:, 4])
-        self._all.add(rows[:, :4], rows[:, 4])
+                common = np.maximum(self._common.factors, 0.01 * self._common.factors.max())
+                self._fits[worker] = _Fit(self._prior * common)
+            self._fits[worker].add(own[:, :4], own[:, 4])
+        self._common.add(rows[:, :4], rows[:, 4])
         return True
 
     def coefficients(self, worker: int | None = None) -> np.ndarray:
-        """Seconds of (a step, a prefilled position, a decoded one, a position looked back on)."""
-        fit = self._fits.get(worker, self._all) if worker is not None else self._all
-        return np.asarray(fit.unit * fit.found)
+        """Seconds of (a step, a prefilled position, a decoded one, an attended one): float64 [4].
+
+        Those of all workers together without `worker`, or for a worker without reports.
+        """
+        fit = self._fits.get(worker, self._common) if worker is not None else self._common
+        return np.asarray(fit.prior * fit.factors)
 
     def seconds(self, worker: int) -> StepSeconds:
         """`coefficients` as plain numbers."""
@@ -130,7 +136,7 @@ class StepTimes:
         return step_s, prefill_s, decode_s, attended_s
 
     def prefill_s(self, worker: int, num_tokens: int, num_decoding: int = 0) -> float:
-        """Positions [0, num_tokens) of a sequence, in the steps in which others decode."""
+        """Seconds to compute positions [0, num_tokens) in steps with `num_decoding` sequences."""
         if num_tokens <= 0:
             return 0.0
         seconds = self.seconds(worker)
@@ -141,5 +147,5 @@ class StepTimes:
         return num_steps * (step_s + num_decoding * decode_s) + chunk_s(seconds, 0, num_tokens)
 
     def prompt_s(self, worker: int, num_tokens: int) -> float:
-        """What the same positions add to the steps in which they are computed."""
+        """Seconds that positions [0, num_tokens) add to the steps that compute them."""
         return chunk_s(self.seconds(worker), 0, num_tokens)

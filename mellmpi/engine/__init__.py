@@ -1,9 +1,9 @@
-"""Runs step plans on one device: weights, KV arena, forward pass, sampler.
+"""Execution of step plans on one device: weights, KV arena, forward pass, sampling.
 
-Knows no request beyond its chunk of a step, no other rank and no policy.
+Knows of a request only its chunk in a step; knows no other rank and no policy.
 """
 
-from mellmpi.engine.device import choose_device, finish, kv_budget_bytes
+from mellmpi.engine.device import choose_device, kv_budget_bytes, synchronize
 from mellmpi.engine.executor import Executor, build_executor
 from mellmpi.engine.kv_arena import KvArena, KvGeometry
 from mellmpi.engine.packing import PackedBatch, pack
@@ -17,7 +17,7 @@ __all__ = [
     "build_engine",
     "build_executor",
     "choose_device",
-    "finish",
     "kv_budget_bytes",
     "pack",
+    "synchronize",
 ]

@@ -1,4 +1,4 @@
-"""Runs step plans on one device: weights, KV arena and sampler behind one call."""
+"""The executor: runs step plans of one model on one device."""
 
 import gc
 import logging
@@ -12,7 +12,7 @@ from mellmpi.config import CacheConfig, ModelConfig
 from mellmpi.engine import weights
 from mellmpi.engine.cpu import CpuModel, unsupported
 from mellmpi.engine.cuda import TorchModel
-from mellmpi.engine.device import choose_device, finish, kv_budget_bytes
+from mellmpi.engine.device import choose_device, kv_budget_bytes, synchronize
 from mellmpi.engine.kv_arena import KvArena, KvGeometry
 from mellmpi.engine.packing import PackedBatch, pack
 from mellmpi.engine.sampler import sample
@@ -23,19 +23,20 @@ log = logging.getLogger(__name__)
 
 
 class Model(Protocol):
-    """What the executor asks of a model, whatever it runs on."""
+    """The interface of a model class: weights on one device and their forward pass."""
 
     arch: Architecture
 
     @property
     def arithmetic(self) -> str: ...
+
     def forward(self, batch: PackedBatch, arena: KvArena) -> torch.Tensor:
-        """float32 [num_sampled, vocab]; K and V of all rows written into the arena."""
+        """Logits of the sampled rows, float32 [num_sampled, vocab]; writes K and V of all rows."""
         ...
 
 
 class Executor:
-    """One model and its arena, ready to run. `release` gives both back; build another to wake."""
+    """One model and its KV arena, ready to run. `release` frees both; to wake, build another."""
 
     def __init__(self, model: Model, arena: KvArena):
         self.model, self.arena = model, arena
@@ -47,38 +48,38 @@ class Executor:
 
     @property
     def fingerprint(self) -> str:
-        """Of the KV layout: blocks travel between executors that agree on it."""
+        """The digest of the KV layout: equal ones can exchange blocks."""
         return self.arena.fingerprint
 
     @property
     def arithmetic(self) -> str:
-        """Executors for which it is the same give the same answers, bit for bit."""
+        """Executors with equal `arithmetic` give the same answers, bit for bit."""
         return self.model.arithmetic
 
     @property
     def models(self) -> tuple[HostedModel, ...]:
-        """The one model, as its worker sees it."""
+        """The hosted model, in a tuple of one."""
         return (HostedModel(self.model_kv, self.fingerprint),)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
-        """One forward pass; the next token of each sampled chunk, in plan order.
+        """Run one forward pass. Returns the next token of each sampled chunk, in plan order.
 
-        Once it returns, all KV is written: blocks may be sent, received into and given to others
-        on other streams. Tokens say so by being there; a step without any has to be waited for.
+        When it returns, all KV is written: other streams may send, receive into and reuse blocks.
+        Copying tokens to the host waits for the step; a step without tokens is waited for.
         """
         self.arena.copy_blocks(plan.copies)
         if not plan.chunks:
-            finish(self.arena.device)
+            synchronize(self.arena.device)
             return StepResult((), ())
         batch = pack(plan, self.arena.block_size)
         logits = self.model.forward(batch, self.arena)
         if not batch.num_sampled:
-            finish(self.arena.device)
+            synchronize(self.arena.device)
         return sample(logits, plan.chunks[: batch.num_sampled])
 
     def release(self) -> None:
-        """Give weights and arena back to the device; this executor runs no more plans."""
+        """Free weights and arena; this executor can run no more plans."""
         device = self.arena.device
         del self.model, self.arena
         gc.collect()
@@ -95,18 +96,18 @@ def build_executor(
     num_threads: int | None = None,
     plain_torch: bool = False,
 ) -> Executor:
-    """Load the model in `directory` and allocate its arena; also the way to wake up.
+    """Load the model in `directory` and allocate its arena.
 
-    device       as `--device` has it
-    num_threads  compute threads on a CPU; None: as torch is set already
-    plain_torch  TorchModel also on a CPU
-    ValueError   says which option to change when the KV arena would hold no block
+    device       the value of `--device`
+    num_threads  compute threads on a CPU; None: torch's present setting
+    plain_torch  use TorchModel on a CPU, too
+    ValueError   names the option to change if the KV arena would hold no block
     """
     on = choose_device(device)
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     model = load_model(directory, model_config, cache_config, on, plain_torch)
-    geometry = as_laid_out(geometry_of(model.arch, model_config, cache_config), model)
+    geometry = with_layout(geometry_of(model.arch, model_config, cache_config), model)
     return Executor(model, KvArena(geometry, num_blocks(geometry, cache_config, on), on))
 
 
@@ -117,7 +118,7 @@ def load_model(
     on: torch.device,
     plain_torch: bool = False,
 ) -> Model:
-    """A model, ready to run on this device."""
+    """Load the model in `directory` on a device; the arguments are those of `build_executor`."""
     dtype = getattr(torch, model_config.dtype)
     arch, tensors = weights.load(directory, dtype, on, model_config.seed)
     if plain_torch or not _kernels_fit(arch, dtype, cache_config.block_size, on):
@@ -130,7 +131,7 @@ def load_model(
 def geometry_of(
     arch: Architecture, model_config: ModelConfig, cache_config: CacheConfig
 ) -> KvGeometry:
-    """What the KV of a model looks like where no kernels ask for another order."""
+    """The KV geometry of a model, with the plain layout inside a block."""
     return KvGeometry(
         model=model_config.name,
         dtype=getattr(torch, model_config.dtype),
@@ -141,8 +142,8 @@ def geometry_of(
     )
 
 
-def as_laid_out(geometry: KvGeometry, model: Model) -> KvGeometry:
-    """In the order that this model reads and writes."""
+def with_layout(geometry: KvGeometry, model: Model) -> KvGeometry:
+    """The geometry with the layout that this model reads and writes."""
     return replace(geometry, layout="kernels" if isinstance(model, CpuModel) else "plain")
 
 
@@ -152,12 +153,12 @@ def _kernels_fit(
     if device.type != "cpu":
         return False
     if reason := unsupported(arch, dtype, block_size):
-        log.warning("%s; going on in plain torch, which is several times slower", reason)
+        log.warning("%s; using plain torch, which is several times slower", reason)
     return reason is None
 
 
 def num_blocks(geometry: KvGeometry, cache: CacheConfig, device: torch.device) -> int:
-    """As many as the memory for KV holds, at least one; else ValueError."""
+    """The number of blocks that the memory for KV holds; ValueError if it holds none."""
     budget = kv_budget_bytes(cache, device)
     if budget < geometry.block_bytes:
         raise ValueError(

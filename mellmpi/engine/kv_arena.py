@@ -1,4 +1,4 @@
-"""The paged KV arena of one worker: block-major, so that whole blocks are sent in place."""
+"""The paged KV arena of a worker: block-major, so that blocks are sent without packing."""
 
 import hashlib
 import mmap
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from mellmpi.engine.device import finish
+from mellmpi.engine.device import synchronize
 from mellmpi.protocol import ModelKv
 
 LAYOUT_VERSION = 1  # of the order of axes inside a block
@@ -16,16 +16,16 @@ LAYOUT_VERSION = 1  # of the order of axes inside a block
 
 @dataclass(frozen=True, kw_only=True)
 class KvGeometry:
-    """What one block of one model's KV looks like: [layers, 2, kv_heads, block_size, head_dim]."""
+    """The layout of a block of one model's KV: [layers, 2, kv_heads, block_size, head_dim]."""
 
-    model: str  # its served name
+    model: str  # served name
     dtype: torch.dtype
     num_layers: int
     num_kv_heads: int
-    block_size: int  # tokens a block
+    block_size: int  # tokens per block
     head_dim: int
-    layout: str = "plain"  # the order of numbers inside a block, which a model may have of its own
-    slack: int = 0  # bytes at the end of a block that nothing uses: models that share an arena
+    layout: str = "plain"  # the order of numbers inside a block; some model classes have their own
+    slack: int = 0  # unused bytes at the end of a block, where models share an arena
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -37,7 +37,7 @@ class KvGeometry:
 
     @property
     def fingerprint(self) -> str:
-        """Equal on two workers exactly when one may use the other's blocks."""
+        """Equal on two workers exactly if they can use each other's blocks."""
         facts = (LAYOUT_VERSION, self.layout, self.model, str(self.dtype), self.shape, self.slack)
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
@@ -46,11 +46,11 @@ class KvGeometry:
         return ModelKv(self.model, self.block_size, self.block_bytes)
 
 
-def shared(geometries: Sequence[KvGeometry]) -> list[KvGeometry]:
-    """The same models with blocks of equal bytes, so that they can share an arena.
+def with_equal_blocks(geometries: Sequence[KvGeometry]) -> list[KvGeometry]:
+    """The geometries with blocks of equal bytes, so that the models can share an arena.
 
-    The largest block sets the size; each of the others holds as many times its tokens as fit.
-    What is left over, less than half of a block, is slack.
+    The largest block sets the size. Each other model's `block_size` is multiplied by the number of
+    its blocks that fit; the remainder, less than half a block, is slack.
     """
     size = max(geometry.block_bytes for geometry in geometries)
     fitted = []
@@ -62,9 +62,9 @@ def shared(geometries: Sequence[KvGeometry]) -> list[KvGeometry]:
 
 
 def _host_memory(num_bytes: int) -> torch.Tensor:
-    """Zeroed uint8 [num_bytes], page-aligned, resident only where it was used, unmapped when freed.
+    """Zeroed uint8 [num_bytes], page-aligned; pages become resident on first use.
 
-    Large pages: blocks lie scattered, and every 4 KiB page of them would cost a TLB entry.
+    Large pages, because blocks are scattered and each page of 4 KiB would need a TLB entry.
     """
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -73,13 +73,13 @@ def _host_memory(num_bytes: int) -> torch.Tensor:
 
 
 class KvArena:
-    """`num_blocks` blocks of KV memory on one device; whoever plans steps owns the block ids.
+    """`num_blocks` blocks of KV memory on one device; the batch scheduler allocates block ids.
 
-    elements  the memory as numbers, flat
+    elements  the memory as numbers of the geometry's dtype, flat
     tensor    [num_blocks, layers, 2, kv_heads, block_size, head_dim], each block contiguous; 2 is
-              K, V. Zeroed at first: padded attention reads slots nobody wrote, and 0 x NaN is NaN.
-              Finite ever after: what another model left there is numbers of the same type.
-    address   of block 0; block i begins `i * block_bytes` after it
+              K, V. Zeroed at first: padded attention reads unwritten slots, and 0 x NaN is NaN.
+              Blocks of another model leave finite numbers too: they have the same dtype.
+    address   address of block 0 in bytes; block i begins `i * block_bytes` after it
     """
 
     def __init__(self, geometry: KvGeometry, num_blocks: int, device: torch.device | str = "cpu"):
@@ -90,7 +90,7 @@ class KvArena:
             if device.type == "cpu"
             else torch.zeros(num_bytes, dtype=torch.uint8, device=device)
         )
-        finish(device)  # the zeros are there before what other streams receive
+        synchronize(device)  # zeroed before another stream receives into it
         self._lay_out(geometry, memory)
 
     def _lay_out(self, geometry: KvGeometry, memory: torch.Tensor) -> None:
@@ -98,11 +98,14 @@ class KvArena:
         self.num_blocks = len(memory) // geometry.block_bytes
         self.elements = memory.view(geometry.dtype)
         blocks = self.elements.view(self.num_blocks, -1)
-        self.tensor = blocks[:, : int(np.prod(geometry.shape))].unflatten(1, geometry.shape)
+        used = blocks[:, : int(np.prod(geometry.shape))]
+        self.tensor = used.view(self.num_blocks, *geometry.shape)
 
-    def seen_as(self, geometry: KvGeometry) -> "KvArena":
-        """The same blocks, as another model sees them. ValueError where its blocks differ in bytes
-        or in the type of their numbers."""
+    def view_as(self, geometry: KvGeometry) -> "KvArena":
+        """The same blocks with another model's geometry.
+
+        ValueError if the geometries differ in bytes of a block or in dtype.
+        """
         ours = self.geometry
         if (geometry.block_bytes, geometry.dtype) != (ours.block_bytes, ours.dtype):
             raise ValueError(
@@ -134,10 +137,10 @@ class KvArena:
         return self.geometry.fingerprint
 
     def block(self, block_id: int) -> torch.Tensor:
-        """uint8 [block_bytes]: one block in place, on the arena's device."""
+        """uint8 [block_bytes]: a view of one block, on the arena's device."""
         return self._bytes[block_id * self.block_bytes :][: self.block_bytes]
 
     def copy_blocks(self, pairs: Iterable[tuple[int, int]]) -> None:
-        """Copy whole blocks (from, to), one pair after the other."""
+        """Copy whole blocks (source, target), one pair after the other."""
         for source, target in pairs:
             self.tensor[target].copy_(self.tensor[source])

@@ -1,4 +1,4 @@
-"""A step plan as flat integer arrays: what a model reads of it."""
+"""A step plan as flat integer arrays, the input of a model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ from mellmpi.protocol import Chunk, StepPlan
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """The chunks of one step, one after the other in plan order.
+    """The C chunks of one step, concatenated in plan order to T rows.
 
-    tokens        int32 [T]                   T positions to compute
-    positions     int32 [T]                   of each in its sequence
-    cu_chunks     int32 [C + 1]               chunk c owns rows cu_chunks[c] … cu_chunks[c + 1]
-    context_lens  int32 [C]                   positions seen by chunk c, its last token included
-    block_tables  int32 [C, max_blocks]       physical block of every logical one, padded with 0
-    num_sampled   int                         the first so many chunks want logits of their last row
+    tokens        int32 [T]               token of each row
+    positions     int32 [T]               position of each row in its sequence
+    cu_chunks     int32 [C + 1]           chunk c is rows cu_chunks[c] … cu_chunks[c + 1] - 1
+    context_lens  int32 [C]               positions that the last row of chunk c attends to
+    block_tables  int32 [C, max_blocks]   physical block of each logical block, padded with 0
+    num_sampled   int                     chunks that need logits of their last row; they are first
     """
 
     tokens: np.ndarray
@@ -37,12 +37,12 @@ class PackedBatch:
 
     @property
     def last_rows(self) -> np.ndarray:
-        """int32 [num_sampled]: the rows whose logits are wanted."""
+        """int32 [num_sampled]: the rows that need logits."""
         return self.cu_chunks[1 : self.num_sampled + 1] - 1
 
 
 def pack(plan: StepPlan, block_size: int) -> PackedBatch:
-    """The arrays of one step, which must have at least one chunk."""
+    """The arrays of a plan that has at least one chunk."""
     lengths = np.array([len(chunk.tokens) for chunk in plan.chunks], np.int32)
     contexts = lengths + np.array([chunk.start for chunk in plan.chunks], np.int32)
     ends = np.cumsum(lengths, dtype=np.int32)
@@ -58,7 +58,7 @@ def pack(plan: StepPlan, block_size: int) -> PackedBatch:
 
 
 def _tables(chunks: Sequence[Chunk], num_blocks: np.ndarray) -> np.ndarray:
-    """The blocks that each chunk needs and no more: a table may already have room for growth."""
+    """int32 [C, max_blocks]: the blocks that each chunk needs; a chunk's table may be longer."""
     tables = np.zeros((len(chunks), num_blocks.max()), np.int32)
     for row, (chunk, n) in enumerate(zip(chunks, num_blocks.tolist(), strict=True)):
         assert chunk.tokens, f"request {chunk.request_id}: an empty chunk"
@@ -71,7 +71,7 @@ def _tables(chunks: Sequence[Chunk], num_blocks: np.ndarray) -> np.ndarray:
 
 
 def _num_sampled(chunks: Sequence[Chunk]) -> int:
-    """How many chunks are sampled; they stand first in the plan."""
+    """The number of sampled chunks; they must come first in the plan."""
     sampled = [chunk.sampling is not None for chunk in chunks]
     assert sampled == sorted(sampled, reverse=True), "sampled chunks must come first in a plan"
     return sum(sampled)

@@ -1,4 +1,4 @@
-"""Weights into memory: safetensors of a checkpoint directory, or seeded random numbers."""
+"""Loading of weights: safetensors of a checkpoint directory, or seeded random numbers."""
 
 from pathlib import Path
 
@@ -22,11 +22,12 @@ Weights = dict[str, torch.Tensor]
 def load(
     directory: Path, dtype: torch.dtype, device: torch.device | str, seed: int = 0
 ) -> tuple[Architecture, Weights]:
-    """Architecture and weights of a directory that `checkpoint.resolve` gave.
+    """The architecture and weights of a directory that `models.resolve` returned.
 
-    Names are those of `parameter_shapes`: tied models have no `lm_head.weight`. `seed` matters to
-    random models only, and gives the same numbers on every rank and device. On the CPU a tensor
-    already stored in `dtype` may share pages with other ranks of the host: do not write to it.
+    Names and shapes are those of `parameter_shapes`; tied models have no `lm_head.weight`. `seed`
+    is for random models only, and gives the same numbers on every rank and device. On a CPU a
+    tensor that is stored in `dtype` may share pages with other ranks of the host: do not write to
+    it. ValueError names missing, unexpected and misshaped weights.
     """
     arch = Architecture.from_directory(directory)
     if (directory / RANDOM_WEIGHTS).exists():
@@ -55,10 +56,10 @@ def _read(
 def random_weights(
     arch: Architecture, dtype: torch.dtype, device: torch.device | str, seed: int
 ) -> Weights:
-    """Seeded weights of the usual sizes: matrices N(0, 0.02²), biases alike, norms near 1."""
+    """Seeded weights: matrices and biases N(0, 0.02²), norms N(1, 0.02²)."""
     weights: Weights = {}
     for name, shape in parameter_shapes(arch).items():
-        # numpy's generators promise the same numbers on every processor and in every version.
+        # numpy's generators give the same numbers on every processor and in every version.
         rng = np.random.default_rng(tensor_seed(seed, name))
         values = rng.standard_normal(shape, dtype=np.float32) * np.float32(0.02)
         if name.endswith("norm.weight"):

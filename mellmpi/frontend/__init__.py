@@ -1,14 +1,14 @@
-"""Requests in, answers out: OpenAI bodies, text and tokens, batch files, stop strings.
+"""The interface to clients: OpenAI bodies, tokenizers, batch files, traces, stop strings.
 
-Knows no worker: a request is submitted, and its tokens come back.
+Reads requests and writes answers. Knows no worker: it yields requests and takes their tokens.
 """
 
 from mellmpi.frontend.batch import Answered, BatchJob, Counts
 from mellmpi.frontend.destination import Destination, Unwritable, check_different
-from mellmpi.frontend.formats import Read, Source
+from mellmpi.frontend.formats import Reader, Source
 from mellmpi.frontend.inputs import Requests, check_input, is_descriptor, open_input, requests_in
 from mellmpi.frontend.lines import descriptor_reader
-from mellmpi.frontend.openai import Served, ServedModel
+from mellmpi.frontend.openai import ServedModel, ServedModels
 from mellmpi.frontend.replay import ReplayJob
 from mellmpi.frontend.tokenizer import Tokenizer
 from mellmpi.frontend.visible import visible, visible_lines
@@ -18,11 +18,11 @@ __all__ = [
     "BatchJob",
     "Counts",
     "Destination",
-    "Read",
+    "Reader",
     "ReplayJob",
     "Requests",
-    "Served",
     "ServedModel",
+    "ServedModels",
     "Source",
     "Tokenizer",
     "Unwritable",

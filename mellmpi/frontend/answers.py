@@ -1,4 +1,4 @@
-"""Bodies of finished answers, in OpenAI's form."""
+"""Response bodies of finished answers, in OpenAI's format."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,11 @@ Json = dict[str, Any]
 def answer_body(
     call: Call, outputs: Sequence[Output], tokenizer: Tokenizer, answer_id: str, created: int
 ) -> Json:
-    """The body for one call whose outputs, one a choice, are all finished. `created`: unix s."""
+    """Return the response body of a call.
+
+    outputs  one per choice, all finished
+    created  unix time in seconds
+    """
     chat = call.url == CHAT
     choices = [
         (_chat_choice if chat else _completion_choice)(index, call, output, tokenizer)
@@ -32,7 +36,7 @@ def answer_body(
 
 
 def usage(call: Call, outputs: Sequence[Output]) -> dict[str, int]:
-    """Token counts; a prompt with several samples counts once."""
+    """Return the token counts. A prompt with several samples counts once."""
     prompt = sum(len(tokens) for tokens in call.prompts)
     completion = sum(len(output.tokens) for output in outputs)
     return {
@@ -74,7 +78,7 @@ def _token_ids(index: int, call: Call, output: Output) -> Json:
 
 
 def completion_logprobs(output: Output, tokenizer: Tokenizer) -> Json:
-    """Four lists, one entry a token each; the tokens joined are the text of the answer."""
+    """Return four lists with one entry per token. The tokens joined are the text of the answer."""
     texts = output.token_texts
     rows = list(zip(output.tokens, texts, output.logprobs, strict=True))
     return {
@@ -86,9 +90,9 @@ def completion_logprobs(output: Output, tokenizer: Tokenizer) -> Json:
 
 
 def _alternatives(token: int, text: str, row: TokenLogprob, tokenizer: Tokenizer) -> Json:
-    """Logprobs by text. The token itself is always there, which can make one more than asked for.
+    """Return logprobs by token text: of the token itself and of its most likely alternatives.
 
-    Other tokens of a text that is there already go by their ids.
+    Alternatives with a text that occurs already are named by their ids.
     """
     found = {text: _finite(row[0])}
     for other, value in _top(row):
@@ -99,7 +103,8 @@ def _alternatives(token: int, text: str, row: TokenLogprob, tokenizer: Tokenizer
 
 
 def chat_logprobs(output: Output, tokenizer: Tokenizer) -> list[Json]:
-    """One object a token, with its likeliest alternatives; the bytes joined are the text."""
+    """Return one object per token, with its most likely alternatives. The bytes joined are the
+    text of the answer."""
     return [
         {
             **_entry(token, row[0], data, tokenizer),
@@ -117,10 +122,7 @@ def _top(row: TokenLogprob) -> list[tuple[int, float]]:
 
 
 def _finite(logprob: float) -> float:
-    """JSON has no infinity; OpenAI's servers write this for a token that could not come.
-
-    Also for what is no number, as broken weights give.
-    """
+    """Replace infinity and NaN, which JSON lacks, by OpenAI's value for an impossible token."""
     return logprob if -9999.0 < logprob < math.inf else -9999.0
 
 

@@ -1,4 +1,4 @@
-"""Batch files in OpenAI's form: lines of requests in, lines of answers out as they complete."""
+"""Batch files in OpenAI's format: reads lines of requests, writes a line per complete answer."""
 
 import hashlib
 import itertools
@@ -13,31 +13,31 @@ from typing import Any
 from mellmpi.frontend.answers import answer_body
 from mellmpi.frontend.fields import BadRequest
 from mellmpi.frontend.lines import Line, LineReader
-from mellmpi.frontend.openai import CHAT, COMPLETIONS, Call, Served, parse
+from mellmpi.frontend.openai import CHAT, COMPLETIONS, Call, ServedModels, parse
 from mellmpi.frontend.outputs import Output
 from mellmpi.protocol import Emit, Rejected, Request
 
 log = logging.getLogger(__name__)
 Json = dict[str, Any]
 
-# Valid inside a JSON string, but Python's `splitlines`, and not it alone, ends a line at each.
-LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
+# Valid inside a JSON string, but Python's `splitlines`, among others, ends a line at each of them.
+ESCAPED_LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
 
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """One line of the input and what became of it, for whoever shows progress."""
+    """One line of the input with its result, or with new text, for the progress display."""
 
     number: int  # line of the input, from 1
     custom_id: str | None
-    prompt: str  # for people: the text, or what the user said last
-    text: str  # of the first choice; empty if it failed
+    prompt: str  # to display: the prompt, or the last message of a chat
+    text: str  # of the first choice; empty if the line failed
     error: str | None
 
 
 @dataclass(slots=True)
 class _Pending:
-    """A line whose requests are under way."""
+    """A line with requests in progress."""
 
     number: int
     custom_id: str
@@ -49,13 +49,13 @@ class _Pending:
 
 @dataclass(slots=True)
 class Counts:
-    """Lines of the input so far."""
+    """Counts of the input lines so far."""
 
     completed: int = 0
     failed: int = 0
     skipped: int = 0  # answered by an earlier run
     reasons: Counter[str] = field(default_factory=Counter)  # error code -> lines that failed
-    examples: dict[str, str] = field(default_factory=dict)  # error code -> the first such message
+    examples: dict[str, str] = field(default_factory=dict)  # error code -> its first message
 
     @property
     def lines(self) -> int:
@@ -70,63 +70,63 @@ class Counts:
 
 @dataclass
 class BatchJob:
-    """A batch as a machine without a clock: requests out, emits in, lines written.
+    """A batch: yields requests, takes their tokens, writes the answers. A `RequestSource`.
 
-    Never waits: where the input is a pipe, `requests` ends when nothing has come yet, and can be
-    called again until `exhausted`. Draw only as many as the scheduler can use: each one drawn is
-    tokenized. Every line is written in one piece as soon as its last token is known.
+    Never blocks: if the input is a pipe, `requests` ends when no line is available yet, and can be
+    called again until `exhausted`. Take only as many requests as the scheduler can use: each one
+    is tokenized. Every answer is written with one call as soon as its last token is known.
     """
 
     lines: LineReader
     write: Callable[[bytes], Any]
-    served: Served
+    served: ServedModels
     finished: frozenset[str] = frozenset()  # custom_ids to skip
-    answered: Callable[[Answered], None] = lambda _: None
-    grew: Callable[[Answered], None] | None = None  # its `text`: what a first choice grew by
+    on_answer: Callable[[Answered], None] = lambda _: None
+    on_text: Callable[[Answered], None] | None = None  # its `text` is new text of a first choice
     now: Callable[[], float] = time.time  # unix seconds, for `created`
     counts: Counts = field(default_factory=Counts)
     _ids: Iterator[int] = field(default_factory=lambda: itertools.count(1))
     _seen: dict[str, int] = field(default_factory=dict)  # custom_id -> line number
-    _drawn: list[Request] = field(default_factory=list)  # next one last
+    _drawn: list[Request] = field(default_factory=list)  # of the current line, in reverse order
     _open: dict[int, tuple[_Pending, int]] = field(default_factory=dict)  # id -> (line, choice)
 
     @property
     def exhausted(self) -> bool:
-        """Every request has been drawn."""
+        """Whether every request has been yielded."""
         return self.lines.exhausted and not self._drawn
 
     @property
     def done(self) -> bool:
-        """Every line of the input is answered."""
+        """Whether every line of the input is answered."""
         return self.exhausted and not self._open
 
     def requests(self) -> Iterator[Request]:
-        """Requests to submit; bad lines are answered on the way."""
+        """Yield requests to submit. Invalid lines are answered with an error immediately."""
         while True:
             while self._drawn:
                 yield self._drawn.pop()
             line = self.lines.next()
             if line is None:
                 return
-            self._drawn = self._read(line)[::-1]
+            self._drawn = self._read_line(line)[::-1]
 
     def emit(self, event: Emit) -> tuple[int, ...]:
-        """Take new tokens; ids of requests nobody waits for any more (a stop string was found)."""
+        """Take new tokens. Returns ids of requests to cancel, as after a stop string."""
         if event.request_id not in self._open:
-            return ()  # tokens under way while we cancelled
+            return ()  # sent before the request was cancelled
         pending, choice = self._open[event.request_id]
         output = pending.outputs[choice]
         try:
             grown = output.take(event)
-            if self.grew is not None and choice == 0 and grown:
-                of = pending.number, pending.custom_id, pending.prompt
-                self.grew(Answered(*of, grown, None))
+            if self.on_text is not None and choice == 0 and grown:
+                line_of = pending.number, pending.custom_id, pending.prompt
+                self.on_text(Answered(*line_of, grown, None))
             if output.finish_reason is None:
                 return ()
             ended = all(output.finish_reason for output in pending.outputs)
             line = self._answer_line(pending) if ended else None
         except Exception as error:
-            left = self._drop(pending, _fault(pending.custom_id, error))
+            left = self._drop(pending, _internal_error(pending.custom_id, error))
             return tuple(i for i in left if i != event.request_id or not event.finish_reason)
         del self._open[event.request_id]
         if line is not None:
@@ -134,7 +134,7 @@ class BatchJob:
         return () if event.finish_reason else (event.request_id,)
 
     def rejected(self, event: Rejected) -> tuple[int, ...]:
-        """A request cannot be served: its line fails; ids of its other choices, to cancel."""
+        """Fail the line of a rejected request. Returns ids of its other choices, to cancel."""
         if event.request_id not in self._open:
             return ()
         pending, _ = self._open[event.request_id]
@@ -142,30 +142,30 @@ class BatchJob:
         return tuple(i for i in left if i != event.request_id)
 
     def _drop(self, pending: _Pending, error: BadRequest) -> tuple[int, ...]:
-        """A line fails; ids of its requests that are still open."""
+        """Fail a line. Returns ids of its requests that were still open."""
         left = tuple(i for i in pending.request_ids if self._open.pop(i, None) is not None)
         self._fail(pending.number, pending.custom_id, error)
         return left
 
     # --- one line --------------------------------------------------------------------------------
 
-    def _read(self, line: Line) -> list[Request]:
+    def _read_line(self, line: Line) -> list[Request]:
         if line.is_blank:
             return []
         custom_id = None
         try:
             entry = parse_line(line)
             custom_id = _custom_id(entry)
-            if self._is_finished(custom_id, line.number):
+            if self._is_answered_before(custom_id, line.number):
                 return []
             return self._start(line.number, custom_id, entry)
         except BadRequest as error:
             self._fail(line.number, custom_id, error)
-        except Exception as error:  # one line never harms another
-            self._fail(line.number, custom_id, _fault(custom_id, error))
+        except Exception as error:  # must not affect other lines
+            self._fail(line.number, custom_id, _internal_error(custom_id, error))
         return []
 
-    def _is_finished(self, custom_id: str, number: int) -> bool:
+    def _is_answered_before(self, custom_id: str, number: int) -> bool:
         first = self._seen.setdefault(custom_id, number)
         if first != number:
             raise BadRequest(
@@ -177,7 +177,7 @@ class BatchJob:
         return custom_id in self.finished
 
     def _start(self, number: int, custom_id: str, entry: Json) -> list[Request]:
-        url, body = _envelope(entry)
+        url, body = _url_and_body(entry)
         call = parse(url, body, self.served, custom_id)
         if call.stream:
             raise BadRequest("a batch cannot stream; leave stream out", "stream")
@@ -200,34 +200,34 @@ class BatchJob:
         self.write(line)
         self.counts.completed += 1
         text = pending.outputs[0].text
-        self.answered(Answered(pending.number, pending.custom_id, pending.prompt, text, None))
+        self.on_answer(Answered(pending.number, pending.custom_id, pending.prompt, text, None))
 
     def _fail(self, number: int, custom_id: str | None, bad: BadRequest) -> None:
-        # In the response for readers of OpenAI's form, and beside it, where many look first.
+        # In the response, as OpenAI's format has it, and beside it, where many programs look first.
         error = {**bad.error, "message": f"line {number}: {bad.message}"}
         answer_id = _digest(f"{number}/{custom_id}")
         self.write(batch_line(custom_id, answer_id, bad.status, {"error": error}, error))
         self.counts.fail(bad.error["code"] or "invalid_request", error["message"])
-        self.answered(Answered(number, custom_id, "", "", error["message"]))
+        self.on_answer(Answered(number, custom_id, "", "", error["message"]))
 
 
 def batch_line(
     custom_id: str | None, answer_id: str, status: int, body: Json, error: Json | None
 ) -> bytes:
-    """One line of the output, in OpenAI's form."""
+    """Return one line of the output, in OpenAI's format."""
     line = {
         "id": f"batch_req_{answer_id}",
         "custom_id": custom_id,
         "response": {"status_code": status, "request_id": f"req_{answer_id}", "body": body},
         "error": error,
     }
-    text = json.dumps(line, ensure_ascii=False, allow_nan=False).translate(LINE_ENDS)
-    # A lone surrogate in a custom_id goes back as the JSON escape it came as.
+    text = json.dumps(line, ensure_ascii=False, allow_nan=False).translate(ESCAPED_LINE_ENDS)
+    # A lone surrogate in a custom_id is written as the JSON escape that the input had.
     return text.encode("utf-8", "backslashreplace") + b"\n"
 
 
-def _fault(custom_id: str | None, error: Exception) -> BadRequest:
-    """An error of ours while we dealt with one request, as that request's error."""
+def _internal_error(custom_id: str | None, error: Exception) -> BadRequest:
+    """Log an internal error, and return it as the error of the request that it affects."""
     log.exception("request %r failed", custom_id, exc_info=error)
     return BadRequest(
         f"an internal error ({type(error).__name__}: {error})", code="internal_error", status=500
@@ -235,7 +235,7 @@ def _fault(custom_id: str | None, error: Exception) -> BadRequest:
 
 
 def parse_line(line: Line) -> Json:
-    """The object that a line of the input holds."""
+    """Return the JSON object of an input line. Raises BadRequest."""
     if line.data is None:
         raise BadRequest("the line is too long", code="invalid_json")
     try:
@@ -252,11 +252,11 @@ def parse_line(line: Line) -> Json:
 def _custom_id(entry: Json) -> str:
     custom_id = entry.get("custom_id")
     if not isinstance(custom_id, str) or not custom_id:
-        raise BadRequest("custom_id is missing, or is not a text", "custom_id")
+        raise BadRequest("custom_id is missing, or is not a string", "custom_id")
     return custom_id
 
 
-def _envelope(entry: Json) -> tuple[str, Json]:
+def _url_and_body(entry: Json) -> tuple[str, Json]:
     if entry.get("method", "POST") != "POST":
         raise BadRequest(f"method must be POST, not {entry['method']!r}", "method")
     url, body = entry.get("url"), entry.get("body")
@@ -268,10 +268,10 @@ def _envelope(entry: Json) -> tuple[str, Json]:
 
 
 def prompt_text(body: Json) -> str:
-    """What was asked, for people: the last message, or the prompt."""
+    """Return the last message, or the prompt, to display."""
     messages = body.get("messages")
-    asked = messages[-1]["content"] if messages else body["prompt"]
-    first = asked[0] if isinstance(asked, list) and asked else asked
+    prompt = messages[-1]["content"] if messages else body["prompt"]
+    first = prompt[0] if isinstance(prompt, list) and prompt else prompt
     text = first.get("text") if isinstance(first, dict) else first
     return text if isinstance(text, str) else "(token ids)"
 

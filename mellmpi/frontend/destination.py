@@ -1,4 +1,4 @@
-"""Files to be written: proved writable before anything else is done."""
+"""Output files. They are checked for write access before anything else is done."""
 
 import errno
 import fcntl
@@ -16,46 +16,50 @@ from mellmpi.frontend.inputs import kind_of
 from mellmpi.frontend.resume import finished_ids
 from mellmpi.frontend.visible import visible
 
-READER_S = 2.0  # so long an output pipe may be without a reader at the start
+READER_S = 2.0  # time for an output pipe to get a reader at the start
 
 
 class Unwritable(Exception):
-    """An output that was opened cannot be written on; the text says why."""
+    """Writing to an open output failed. The text says why."""
 
 
 @dataclass
 class Destination:
-    """What answers, the report or the picture are written to.
+    """The output of the answers, the report or the picture.
 
-    A regular file is opened when it is written to; anything else is open from `prove` on.
+    A regular file is opened by the first write; `check_writable` opens everything else.
     """
 
     flag: str
-    name: str  # as the user gave it
-    path: str  # where to find it
+    name: str  # as the user typed it
+    path: str
     access: int = os.O_WRONLY  # os.O_RDWR, to resume
-    descriptor: int | None = None  # where it is open
+    descriptor: int | None = None  # None: not open
 
     def __str__(self) -> str:
         return f"{self.flag} {visible(self.name)}"
 
-    def prove(self, made: ExitStack) -> os.stat_result:
-        """Show that it can be written. UsageError if not; closing `made` removes what it made."""
+    def check_writable(self, created: ExitStack) -> os.stat_result:
+        """Return the file's status. Raises UsageError if the file cannot be written.
+
+        Closing `created` removes the file if this call has created it.
+        """
         if self.descriptor is None:
             path, existed = os.path.realpath(self.path), os.path.exists(self.path)
             descriptor = self._open(0)
             if not existed:
-                made.callback(os.unlink, path)
+                created.callback(os.unlink, path)
             if stat.S_ISREG(os.fstat(descriptor).st_mode):
-                made.callback(os.close, descriptor)
+                created.callback(os.close, descriptor)
                 return os.fstat(descriptor)
             self.descriptor = descriptor
         return os.fstat(self.descriptor)
 
     def resume(self) -> frozenset[str]:
-        """Open to append answers; the custom_ids that a regular file answers already.
+        """Open to append answers. Returns the custom_ids that a regular file answers already.
 
-        UsageError if it is no batch output, cannot be changed, or another run is writing to it.
+        Raises UsageError if the file is not a batch output, cannot be changed, or is being written
+        by another run.
         """
         if self.descriptor is not None:
             return frozenset()
@@ -65,22 +69,22 @@ class Destination:
             return finished_ids(self.descriptor, os.path.realpath(self.path))
         except OSError as error:
             raise UsageError(
-                f"{self} has lines that failed, which cannot be taken out of it: "
-                f"{error.strerror}; {self._advice()}"
+                f"{self} has failed lines that cannot be removed: {error.strerror}; "
+                f"{self._advice()}"
             ) from error
         except ValueError as error:
             raise UsageError(f"{self.flag} {error}") from error
 
     def append(self, data: bytes) -> None:
-        """Write whole lines to what `resume` opened. Raises Unwritable."""
-        assert self.descriptor is not None, "resume comes first"
+        """Write complete lines after `resume`. Raises Unwritable."""
+        assert self.descriptor is not None, "resume must be called first"
         try:
             write_all(self.descriptor, data)
         except OSError as error:
             raise self._unwritable(error) from error
 
     def replace(self, data: bytes) -> None:
-        """Write this alone. Raises Unwritable."""
+        """Replace the contents of the file by `data`. Raises Unwritable."""
         try:
             if self.descriptor is None:
                 self.descriptor = self._open(os.O_TRUNC)
@@ -92,7 +96,7 @@ class Destination:
         self.flush()
 
     def flush(self) -> None:
-        """Have all of it on the disk: some file systems find only then that they are full."""
+        """Sync a regular file: some file systems report only then that they are full."""
         try:
             if self.descriptor is not None and stat.S_ISREG(os.fstat(self.descriptor).st_mode):
                 os.fsync(self.descriptor)
@@ -116,7 +120,7 @@ class Destination:
             raise UsageError(text) from error
 
     def _open_pipe(self) -> int:
-        """Open a pipe that has a reader, or will have one in a moment; or a device."""
+        """Open a device, or a pipe that has a reader within READER_S."""
         until_s = time.monotonic() + READER_S
         while True:
             try:
@@ -126,7 +130,7 @@ class Destination:
                     raise
                 if time.monotonic() > until_s:
                     reader = f"cat {shlex.quote(visible(self.name))} > FILE &"
-                    text = f"{self} is a pipe that nobody reads; type first  {reader}"
+                    text = f"{self} is a pipe without a reader; first type  {reader}"
                     raise UsageError(text) from error
             time.sleep(0.01)
 
@@ -137,7 +141,7 @@ class Destination:
             text = f"{self} is being written by another run; wait for its end, or {self._advice()}"
             raise UsageError(text) from error
         except OSError:
-            return  # a file system without locks
+            return  # the file system has no locks
 
     def _advice(self) -> str:
         return f"give another name with {self.flag}"
@@ -149,7 +153,7 @@ class Destination:
 
 
 def write_all(descriptor: int, data: bytes) -> None:
-    """Write every byte, also where the descriptor was set not to block. Raises OSError."""
+    """Write all bytes, even if the descriptor is non-blocking. Raises OSError."""
     rest = memoryview(data)
     while rest:
         try:
@@ -159,7 +163,7 @@ def write_all(descriptor: int, data: bytes) -> None:
 
 
 def check_different(found: list[tuple[str, os.stat_result]]) -> None:
-    """UsageError if two of these (flag with name, status) are the same file or pipe."""
+    """Raise UsageError if two of these (flag with name, status) are the same file or pipe."""
     for i, (later, status) in enumerate(found):
         for earlier, other in found[:i]:
             is_shared = stat.S_ISREG(status.st_mode) or stat.S_ISFIFO(status.st_mode)

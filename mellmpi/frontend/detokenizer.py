@@ -1,8 +1,8 @@
-"""Token ids to text, one token at a time: what each token adds to the text before it.
+"""Decodes token ids to text incrementally, one token at a time.
 
-A token stands for bytes, and a character may need the bytes of several tokens. So text is made of
-bytes here, not of decoded tokens. Which bytes a token stands for is read from the decoder of its
-tokenizer.json (the `tokenizers` library, module decoders).
+A token stands for bytes, and a character may need the bytes of several tokens. So text is decoded
+from bytes, not from token texts. The bytes of a token follow from the `decoder` in tokenizer.json
+(module `decoders` of the `tokenizers` library).
 """
 
 import codecs
@@ -16,10 +16,10 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.pre_tokenizers import ByteLevel
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_CHARACTER_BYTES = 4  # of UTF-8, at most
-_ONE_MARK_A_BYTE = "mellmpi.one_mark_a_byte"  # an error handler of codecs
+_CHARACTER_BYTES = 4  # maximum of UTF-8
+_MARK_PER_BYTE = "mellmpi.mark_per_byte"  # an error handler of codecs
 
-Piece = Callable[[str | bytes], str | bytes]  # one step from a token's name towards its bytes
+DecodeStep = Callable[[str | bytes], str | bytes]  # a step from a token's name to its bytes
 
 
 def _mark_each_byte(error: UnicodeError) -> tuple[str, int]:
@@ -27,41 +27,41 @@ def _mark_each_byte(error: UnicodeError) -> tuple[str, int]:
     return "\ufffd" * (error.end - error.start), error.end
 
 
-codecs.register_error(_ONE_MARK_A_BYTE, _mark_each_byte)
+codecs.register_error(_MARK_PER_BYTE, _mark_each_byte)
 
 
 class TokenBytes:
-    """The bytes of every token of one tokenizer. ValueError if its decoder is not supported."""
+    """The bytes of every token of a tokenizer. Raises ValueError if its decoder is unsupported."""
 
     def __init__(self, backend: Backend):
         self._backend = backend
         added = backend.get_added_tokens_decoder()
         self.special = {i for i, token in added.items() if token.special}
         self.added_names = [token.content for token in added.values()]
-        self._known: dict[int, bytes] = {}
+        self._cache: dict[int, bytes] = {}
         state = backend.decoder.__getstate__() if backend.decoder else b"null"  # its JSON
-        decoder = _flat(json.loads(state))
+        decoder = _flattened(json.loads(state))
         kinds = [step["type"] for step in decoder]
-        fused = kinds.index("Fuse") if "Fuse" in kinds else len(kinds)  # from here on: whole texts
+        fused = kinds.index("Fuse") if "Fuse" in kinds else len(kinds)  # later steps: whole texts
         self._steps = [_step(step, i < fused) for i, step in enumerate(decoder)]
         self._first_steps = [_first_step(step, i < fused) for i, step in enumerate(decoder)]
         by_bytes = any(step["type"] == "ByteFallback" for step in decoder)
-        # Bytes that are no text: byte-level decoders mark each broken character, SentencePiece
-        # each byte.
-        self.errors = _ONE_MARK_A_BYTE if by_bytes else "replace"
+        # Invalid UTF-8: byte-level decoders put a replacement mark per broken character,
+        # SentencePiece one per byte.
+        self.errors = _MARK_PER_BYTE if by_bytes else "replace"
 
     def __getitem__(self, token: int) -> bytes:
-        """What the token adds to a text; nothing for special tokens and ids without a token."""
-        found = self._known.get(token)
+        """The bytes that the token adds to a text; b"" for special tokens and unknown ids."""
+        found = self._cache.get(token)
         if found is None:
-            found = self._known[token] = self._through(self._steps, token)
+            found = self._cache[token] = self._decode(self._steps, token)
         return found
 
     def first(self, token: int) -> bytes:
-        """The same where a text begins with it."""
-        return self._through(self._first_steps, token)
+        """Return the bytes of the token at the beginning of a text."""
+        return self._decode(self._first_steps, token)
 
-    def _through(self, steps: list[Piece], token: int) -> bytes:
+    def _decode(self, steps: list[DecodeStep], token: int) -> bytes:
         if token in self.special or (name := self.name(token)) is None:
             return b""
         value: str | bytes = name
@@ -70,14 +70,14 @@ class TokenBytes:
         return value if isinstance(value, bytes) else value.encode("utf-8", "replace")
 
     def name(self, token: int) -> str | None:
-        """How the vocabulary spells the token; None: there is no such token."""
+        """Return the token's name in the vocabulary; None: there is no such token."""
         if not 0 <= token < 2**32:
             return None
         name: str | None = self._backend.id_to_token(token)
         return name
 
     def label(self, token: int) -> str:
-        """The token for people to read, special ones included; part of a character as escapes."""
+        """Return the token as readable text, special ones too; parts of a character as escapes."""
         if token in self.special:
             return self.name(token) or ""
         data = self[token]
@@ -88,20 +88,20 @@ class TokenBytes:
 
 
 class TextStream:
-    """Tokens in, text out, never half a character.
+    """Decodes a stream of tokens; returns complete characters only.
 
-    The text of a prompt and all that comes out here are together the text of all tokens.
+    The text of the prompt and all returned text together are the text of all tokens.
     """
 
     def __init__(self, token_bytes: TokenBytes, prompt: Sequence[int] = ()):
         self._bytes = token_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")(token_bytes.errors)
         self._at_start = not any(token_bytes[token] for token in prompt)
-        self._tail = self._cut_off(prompt)
+        self._tail = self._incomplete_end(prompt)
         self.data = b""  # of the last token
 
     def push(self, token: int) -> str:
-        """The text that this token completes, often a word and sometimes nothing yet."""
+        """Add a token. Returns the text that it completes, which may be empty."""
         data = self._bytes[token]
         if data and self._at_start:
             data = self._bytes.first(token)
@@ -112,11 +112,11 @@ class TextStream:
         return self._decoder.decode(data)
 
     def finish(self) -> str:
-        """Bytes that never became a character, as replacement marks."""
+        """End the stream. Returns replacement marks for an incomplete character."""
         return self._decoder.decode(b"", final=True)
 
-    def _cut_off(self, prompt: Sequence[int]) -> bytes:
-        """The bytes at the end of a prompt that begin a character."""
+    def _incomplete_end(self, prompt: Sequence[int]) -> bytes:
+        """Return the bytes at the end of a prompt that begin an incomplete character."""
         end = b""
         for token in reversed(prompt):
             if len(end) >= _CHARACTER_BYTES:
@@ -127,7 +127,7 @@ class TextStream:
         return decoder.getstate()[0]
 
     def _continue_tail(self, data: bytes) -> None:
-        """Complete the prompt's last character, if these bytes do."""
+        """Decode the incomplete character of the prompt if `data` continues it."""
         try:
             codecs.getincrementaldecoder("utf-8")().decode((self._tail + data)[:_CHARACTER_BYTES])
             self._decoder.decode(self._tail)
@@ -139,18 +139,18 @@ class TextStream:
 # --- decoders of tokenizer.json ------------------------------------------------------------------
 
 
-def _flat(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
+def _flattened(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
     if decoder is None:
         return [{"type": "None"}]
     if decoder["type"] == "Sequence":
-        return [step for part in decoder["decoders"] for step in _flat(part)]
+        return [step for part in decoder["decoders"] for step in _flattened(part)]
     return [decoder]
 
 
-def _step(step: dict[str, Any], for_each: bool) -> Piece:
-    """One step of a decoder, on one token's name. What is bytes already stays.
+def _step(step: dict[str, Any], for_each: bool) -> DecodeStep:
+    """Return a step of the decoder for one token. It leaves bytes unchanged.
 
-    for_each  it is done to each token, not to the whole text
+    for_each  the step applies to each token, not to the whole text
     """
     match step:
         case {"type": "ByteLevel"}:
@@ -165,35 +165,35 @@ def _step(step: dict[str, Any], for_each: bool) -> Piece:
         case {"type": "Metaspace", "replacement": mark}:
             return _on_names(lambda name: name.replace(mark, " "))
         case {"type": "WordPiece", "prefix": prefix}:
-            return _on_names(lambda name: _continued(name, prefix))
+            return _on_names(lambda name: _word_piece(name, prefix))
         case {"type": "BPEDecoder", "suffix": suffix}:
             return _on_names(lambda name: name.replace(suffix, " "))
         case {"type": "None"}:
             return _on_names(lambda name: f" {name}")
         case {"type": "Strip", "content": mark, "start": count} if for_each:
-            return lambda value: _without(value, mark, count)
+            return lambda value: _stripped(value, mark, count)
         case {"type": "Fuse" | "Strip"}:
             return lambda value: value
     raise ValueError(f"the decoder {step['type']!r} of this tokenizer is not supported")
 
 
-def _first_step(step: dict[str, Any], for_each: bool) -> Piece:
-    """The same for the first token of a text."""
+def _first_step(step: dict[str, Any], for_each: bool) -> DecodeStep:
+    """Return a step of the decoder for the first token of a text."""
     match step:
         case {"type": "Metaspace", "prepend_scheme": "always" | "first", "replacement": mark}:
             return _on_names(lambda name: name.replace(mark, ""))
         case {"type": "Strip", "content": mark, "start": count}:
-            return lambda value: _without(value, mark, count)
+            return lambda value: _stripped(value, mark, count)
         case {"type": "WordPiece" | "None"}:
             return lambda value: value
     return _step(step, for_each)
 
 
-def _on_names(step: Callable[[str], str | bytes]) -> Piece:
+def _on_names(step: Callable[[str], str | bytes]) -> DecodeStep:
     return lambda value: step(value) if isinstance(value, str) else value
 
 
-def _without(value: str | bytes, mark: str, most: int) -> str | bytes:
+def _stripped(value: str | bytes, mark: str, most: int) -> str | bytes:
     for _ in range(most):
         if isinstance(value, str):
             value = value.removeprefix(mark)
@@ -202,7 +202,7 @@ def _without(value: str | bytes, mark: str, most: int) -> str | bytes:
     return value
 
 
-def _continued(name: str, prefix: str) -> str:
+def _word_piece(name: str, prefix: str) -> str:
     return name.removeprefix(prefix) if name.startswith(prefix) else f" {name}"
 
 
@@ -212,7 +212,8 @@ def _byte_fallback(name: str) -> str | bytes:
 
 
 def _byte_values() -> dict[str, int]:
-    """GPT-2's alphabet: printable bytes stand for themselves, others for 256, 257, …"""
+    """Return GPT-2's byte alphabet: printable bytes are their own characters, the others are
+    characters 256, 257, …"""
     alphabet = set(ByteLevel.alphabet())
     plain = [b for b in range(256) if chr(b) in alphabet]
     others = [b for b in range(256) if chr(b) not in alphabet]

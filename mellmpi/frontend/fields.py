@@ -1,9 +1,11 @@
-"""Fields of an OpenAI body: read with their types checked, refused where we cannot honour them."""
+"""Reads the fields of an OpenAI body: checks types and ranges, refuses unsupported fields."""
 
 import difflib
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
+
+Default = TypeVar("Default", int, None)
 
 SHARED = (
     "model",
@@ -25,15 +27,15 @@ SHARED = (
     "stream_options",
     "return_token_ids",
 )
-OF_CHAT = (
+CHAT_ONLY = (
     "messages",
     "max_completion_tokens",
     "top_logprobs",
     "add_generation_prompt",
     "chat_template_kwargs",
 )
-OF_COMPLETIONS = ("prompt",)
-IGNORED = (  # bookkeeping of the client's, without influence on the answer
+COMPLETIONS_ONLY = ("prompt",)
+IGNORED = (  # bookkeeping of the client; no influence on the answer
     "user",
     "metadata",
     "store",
@@ -44,8 +46,8 @@ IGNORED = (  # bookkeeping of the client's, without influence on the answer
     "parallel_tool_calls",
     "request_id",
 )
-# Known, but not to be had here: whoever asks for one must hear of it. With each, the value that
-# asks for nothing (null always does).
+# Fields of OpenAI or vLLM that are not supported: a request with one of them is refused. With each
+# field, the values that have no effect and are accepted (null always is).
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "allowed_token_ids": (),
     "audio": (),
@@ -88,7 +90,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 
 
 class BadRequest(Exception):
-    """The client's fault: becomes an OpenAI error with this status."""
+    """An error of the client. Becomes an OpenAI error with this HTTP status."""
 
     def __init__(
         self, message: str, param: str | None = None, code: str | None = None, status: int = 400
@@ -98,36 +100,40 @@ class BadRequest(Exception):
 
     @property
     def error(self) -> dict[str, Any]:
-        """What stands under "error" in the body of the answer."""
+        """The value of "error" in the body of the response."""
         kinds = {404: "not_found_error", 500: "internal_error"}
         kind = kinds.get(self.status, "invalid_request_error")
         return {"message": self.message, "type": kind, "param": self.param, "code": self.code}
 
 
 class Fields:
-    """The fields of one body. A field that is absent or null has its default."""
+    """The fields of one body. A field that is absent or null has its default.
+
+    All methods raise BadRequest for invalid values.
+    """
 
     def __init__(self, body: Mapping[str, Any], *, chat: bool):
         self._body, self.chat = body, chat
 
     def check_names(self) -> None:
-        """Refuse fields that we do not know, and known ones that we would have to ignore."""
-        known = (*SHARED, *(OF_CHAT if self.chat else OF_COMPLETIONS))
+        """Refuse unknown fields, and unsupported ones that would change the answer."""
+        known = (*SHARED, *(CHAT_ONLY if self.chat else COMPLETIONS_ONLY))
         for name, value in self._body.items():
             if name in known or name in IGNORED or value is None:
                 continue
             if name not in UNSUPPORTED:
-                raise BadRequest(f"unknown field {_shown(name)}{_meant(name, known)}", _short(name))
+                message = f"unknown field {_short_repr(name)}{_suggestion(name, known)}"
+                raise BadRequest(message, _shortened(name))
             if value not in UNSUPPORTED[name]:
                 raise BadRequest(f"{name} is not supported here; leave it out", name, "unsupported")
 
     def get(self, name: str, kind: type | tuple[type, ...]) -> Any:
-        """The value, or None; never of another type than `kind`."""
+        """Return the value, which is of type `kind`, or None."""
         value = self._body.get(name)
         if value is not None and not isinstance(value, kind):
             kinds = kind if isinstance(kind, tuple) else (kind,)
-            wanted = " or ".join(_NAMES[kind] for kind in kinds)
-            raise BadRequest(f"{name} must be {wanted}, not {_shown(value)}", name)
+            wanted = " or ".join(_TYPE_NAMES[kind] for kind in kinds)
+            raise BadRequest(f"{name} must be {wanted}, not {_short_repr(value)}", name)
         return value
 
     def boolean(self, name: str, default: bool = False) -> bool:
@@ -135,15 +141,15 @@ class Fields:
         return default if value is None else value
 
     def integer(
-        self, name: str, default: int | None, low: int | None = None, high: int | None = None
-    ) -> Any:
+        self, name: str, default: Default, low: int | None = None, high: int | None = None
+    ) -> int | Default:
         value = self._body.get(name)
         if value is None:
             return default
         if type(value) is not int:  # bool is an int to Python, but not to a client
-            raise BadRequest(f"{name} must be an integer, not {_shown(value)}", name)
+            raise BadRequest(f"{name} must be an integer, not {_short_repr(value)}", name)
         if (low is not None and value < low) or (high is not None and value > high):
-            raise BadRequest(f"{name} must be {_range(low, high)}, not {_shown(value)}", name)
+            raise BadRequest(f"{name} must be {_range(low, high)}, not {_short_repr(value)}", name)
         return value
 
     def number(
@@ -158,22 +164,22 @@ class Fields:
         value = self._body.get(name)
         if value is None:
             return default
-        if type(value) not in (int, float) or not abs(value) < sys.float_info.max:  # NaN neither
-            raise BadRequest(f"{name} must be a number, not {_shown(value)}", name)
+        if type(value) not in (int, float) or not abs(value) < sys.float_info.max:  # or NaN
+            raise BadRequest(f"{name} must be a number, not {_short_repr(value)}", name)
         if value < low or (low_open and value == low) or (high is not None and value > high):
             wanted = _range(low, high, low_open=low_open)
-            raise BadRequest(f"{name} must be {wanted}, not {_shown(value)}", name)
+            raise BadRequest(f"{name} must be {wanted}, not {_short_repr(value)}", name)
         return float(value)
 
 
-_NAMES = {str: "text", list: "a list", dict: "an object", bool: "true or false"}
+_TYPE_NAMES = {str: "text", list: "a list", dict: "an object", bool: "true or false"}
 
 
-def _shown(value: Any) -> str:
-    return _short(repr(value))
+def _short_repr(value: Any) -> str:
+    return _shortened(repr(value))
 
 
-def _short(text: str) -> str:
+def _shortened(text: str) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
@@ -182,6 +188,6 @@ def _range(low: float | None, high: float | None, *, low_open: bool = False) -> 
     return above if high is None else f"{above} and at most {high}"
 
 
-def _meant(name: str, known: tuple[str, ...]) -> str:
+def _suggestion(name: str, known: tuple[str, ...]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,7 +1,7 @@
-"""What an input file holds, recognised by its first bytes: JSON Lines, plain or gzipped, or else.
+"""Detects the format of an input from its first bytes: JSON Lines, plain or gzipped, or another.
 
-A file that certainly is something else is refused once, with the command that converts it, instead
-of line by line.
+An input that is certainly of another format is refused as a whole, with the command that converts
+it, instead of line by line.
 """
 
 import json
@@ -13,16 +13,19 @@ from dataclasses import dataclass
 
 from mellmpi.frontend.visible import visible
 
-Read = Callable[[], bytes | None]
-"""Gives bytes, b"" at the end, or None while nothing has come. May raise OSError, Unreadable."""
+Reader = Callable[[], bytes | None]
+"""Returns bytes, b"" at the end, or None if no data is available yet.
+
+May raise OSError or Unreadable.
+"""
 
 GZIP = b"\x1f\x8b"
-PIECE_BYTES = 1 << 20  # so many at most from one call of `read`
-ENOUGH_BYTES = 1 << 12  # from so many on, the format is told by what has come
-HEAD_BYTES = 1 << 16  # so many of them are looked at
-BLANK = b"\xef\xbb\xbf \t\r\n"  # a byte order mark of UTF-8, and white space
+PIECE_BYTES = 1 << 20  # maximum of one call of a `Reader`
+FORMAT_BYTES = 1 << 12  # received bytes that suffice to detect the format
+HEAD_BYTES = 1 << 16  # maximum of bytes that are inspected
+BLANK = b"\xef\xbb\xbf \t\r\n"  # the byte order mark of UTF-8, and white space
 
-FORMATS = (  # first bytes, name, command that makes text of it
+FORMATS = (  # first bytes, name, command that converts it to text
     (b"\x28\xb5\x2f\xfd", "compressed with zstd", "zstd -dc"),
     (b"\xfd7zXZ\x00", "compressed with xz", "xz -dc"),
     (b"\x5d\x00\x00", "compressed with lzma", "xz -dc --format=lzma"),
@@ -41,7 +44,7 @@ FORMATS = (  # first bytes, name, command that makes text of it
     (b"\xff\xfe", "UTF-16 text", "iconv -f UTF-16 -t UTF-8"),
     (b"\xfe\xff", "UTF-16 text", "iconv -f UTF-16 -t UTF-8"),
 )
-WIDE = (  # ASCII in another encoding, without a byte order mark
+WIDE_ASCII = (  # ASCII in another encoding, without a byte order mark
     (rb"[^\0]\0\0\0", "UTF-32LE"),
     (rb"\0\0\0[^\0]", "UTF-32BE"),
     (rb"[^\0]\0[^\0]\0", "UTF-16LE"),
@@ -54,70 +57,70 @@ EXAMPLE = (
 
 
 class Unreadable(ValueError):
-    """The input, or what is left of it, cannot be read; the text says what to type instead."""
+    """The input, or the rest of it, cannot be read. The text says what to type instead."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """How to speak of an input. `name` None: standard input."""
+    """The name of an input for messages. `name` None: standard input."""
 
     name: str | None
 
     def __str__(self) -> str:
         return "standard input" if self.name is None else f"-i {visible(self.name)}"
 
-    def through(self, command: str) -> str:
-        """What to type to have `command` convert the input."""
-        before = f"… | {command}"
+    def conversion_hint(self, command: str) -> str:
+        """Return what to type to convert the input with `command`."""
+        source = f"… | {command}"
         if self.name is not None:
-            before = f"{command} {shlex.quote(visible(self.name))}"
-        return f"type  {before} | … -i -"
+            source = f"{command} {shlex.quote(visible(self.name))}"
+        return f"type  {source} | … -i -"
 
 
-class Decoded:
-    """`read` of JSON Lines from a `read` of bytes: gunzips, and refuses other formats.
+class TextReader:
+    """A `Reader` of JSON Lines from a `Reader` of bytes: gunzips, and refuses other formats.
 
-    Gives nothing before the first line is seen to be an object, or enough has come to be sure of
-    another format.
+    Returns None until the first line is known to be an object, or until enough bytes have arrived
+    to detect another format.
     """
 
-    def __init__(self, read: Read, source: Source, is_unpacked: bool = False):
+    def __init__(self, read: Reader, source: Source, is_unpacked: bool = False):
         self._bytes, self._source, self._is_unpacked = read, source, is_unpacked
         self._head = b""
-        self._read: Read | None = None  # once the format is known
+        self._read: Reader | None = None  # None: the format is not known yet
 
     def __call__(self) -> bytes | None:
-        """The next bytes of text. Raises Unreadable for what is no text, or is damaged."""
+        """Return the next bytes of text. Raises Unreadable for other formats and damaged data."""
         if self._read is not None:
             return self._read()
-        piece = self._piece()
+        piece = self._read_piece()
         if piece is None:
             return None
         self._head += piece
-        if piece and not _is_enough(self._head):
+        if piece and not _shows_format(self._head):
             return None
-        self._read = self._opened()
+        self._read = self._open()
         return self._read()
 
-    def _piece(self) -> bytes | None:
+    def _read_piece(self) -> bytes | None:
         try:
             return self._bytes()
         except OSError as error:
-            raise Unreadable(f"{self._source} cannot be read on: {error.strerror}") from error
+            raise Unreadable(f"{self._source}: reading failed ({error.strerror})") from error
 
-    def _opened(self) -> Read:
-        rest = _after(self._head, self._piece)
+    def _open(self) -> Reader:
+        rest = _with_head(self._head, self._read_piece)
         if self._head.startswith(GZIP) and not self._is_unpacked:
-            return Decoded(Gunzip(rest, self._source), self._source, is_unpacked=True)
+            return TextReader(GzipReader(rest, self._source), self._source, is_unpacked=True)
         if problem := _problem(self._head[:HEAD_BYTES], self._source):
             raise Unreadable(problem)
         return rest
 
 
-class Gunzip:
-    """`read` of what a gzip file holds, member after member (RFC 1952)."""
+class GzipReader:
+    """A `Reader` of the contents of a gzip file, member after member (RFC 1952)."""
 
-    def __init__(self, read: Read, source: Source):
+    def __init__(self, read: Reader, source: Source):
         self._read, self._source = read, source
         self._packed = b""
         self._member = zlib.decompressobj(wbits=31)
@@ -141,7 +144,7 @@ class Gunzip:
 
     def _unpack(self) -> bytes:
         if self._member.eof:
-            self._packed = self._packed.lstrip(b"\0")  # padding, of tapes
+            self._packed = self._packed.lstrip(b"\0")  # padding, as tape archives have it
             if not self._packed:
                 return b""
             self._member = zlib.decompressobj(wbits=31)
@@ -153,53 +156,51 @@ class Gunzip:
         return text
 
 
-def _after(head: bytes, read: Read) -> Read:
-    """`read` that gives `head` first."""
+def _with_head(head: bytes, read: Reader) -> Reader:
+    """Return a `Reader` that returns `head` first, then what `read` returns."""
     first = [head] if head else []
     return lambda: first.pop() if first else read()
 
 
-def _is_enough(head: bytes) -> bool:
-    """Does this say what the format is?"""
-    if len(head) >= ENOUGH_BYTES or head.startswith(GZIP):
+def _shows_format(head: bytes) -> bool:
+    """Return whether these bytes suffice to detect the format."""
+    if len(head) >= FORMAT_BYTES or head.startswith(GZIP):
         return True
     first, end, _ = head.lstrip(BLANK).partition(b"\n")
     return bool(end) and first.startswith(b"{") and first.rstrip().endswith(b"}")
 
 
 def _problem(head: bytes, source: Source) -> str:
-    """Why this is the beginning of no JSON Lines, and what to type; "" if it may be."""
-    for first, what, command in (*FORMATS, *_guesses(head)):
+    """Return why `head` cannot begin JSON Lines, and what to type; "" if it can."""
+    for first, what, command in (*FORMATS, *_guessed_formats(head)):
         if head.startswith(first):
-            advice = source.through(command) if command else EXAMPLE
+            advice = source.conversion_hint(command) if command else EXAMPLE
             return f"{source} is {what}: {advice}"
     return ""
 
 
-def _guesses(head: bytes) -> list[tuple[bytes, str, str]]:
-    """A row as in FORMATS, for what can be told by more than the first bytes."""
-    for pattern, encoding in WIDE:
+def _guessed_formats(head: bytes) -> list[tuple[bytes, str, str]]:
+    """Return rows as in FORMATS, for formats that the first bytes alone do not show."""
+    for pattern, encoding in WIDE_ASCII:
         if re.match(pattern, head, re.DOTALL):
             return [(b"", f"{encoding} text", f"iconv -f {encoding} -t UTF-8")]
     text = head.lstrip(BLANK)
     if text.startswith(b"{"):
-        pretty = _is_spread_object(text)
-        return (
-            [(b"", "JSON over several lines, not one object a line", "jq -c .")] if pretty else []
-        )
+        row = (b"", "JSON over several lines, not one object per line", "jq -c .")
+        return [row] if _is_multiline_object(text) else []
     if b"\0" in head[:512]:
         return [(b"", "binary data", "")]
     if _is_array(text):
-        return [(b"", "one JSON array, not one object a line", "jq -c '.[]'")]
+        return [(b"", "one JSON array, not one object per line", "jq -c '.[]'")]
     if re.search(rb"^[ \t]*\{", text, re.MULTILINE):
-        return []  # there are requests among whatever it is
+        return []  # at least one line may be a request
     if text.startswith(b"<"):
         return [(b"", "HTML or XML", "")]
     return [(b"", "a table (CSV)", "")] if _is_table(text) else []
 
 
-def _is_spread_object(text: bytes) -> bool:
-    """Is the first object longer than its line?"""
+def _is_multiline_object(text: bytes) -> bool:
+    """Return whether the first object spans several lines."""
     first, _, rest = text.partition(b"\n")
     if first.strip() == b"{":
         return rest.lstrip().startswith(b'"')
@@ -212,7 +213,7 @@ def _is_spread_object(text: bytes) -> bool:
 
 
 def _is_array(text: bytes) -> bool:
-    """Does it begin with an array of objects that is no line of its own among others?"""
+    """Return whether the text is one array of objects, not a line that holds an array."""
     if not re.match(rb"\[\s*\{", text):
         return False
     first, _, rest = text.partition(b"\n")
@@ -224,7 +225,7 @@ def _is_array(text: bytes) -> bool:
 
 
 def _is_table(text: bytes) -> bool:
-    """Are the first lines names in columns, and as many values?"""
+    """Return whether the first two lines are column names and as many values."""
     lines = text.splitlines()[:2]
     for separator in (b",", b";", b"\t"):
         columns = [line.count(separator) for line in lines]

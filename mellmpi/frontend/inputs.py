@@ -1,4 +1,4 @@
-"""Where requests are read from: opened, and checked if it is a regular file, before all else."""
+"""Opens the input of a job. A regular file is checked from end to end before anything else."""
 
 import os
 import stat
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from mellmpi.config import UsageError
-from mellmpi.frontend.formats import Decoded, Read, Source, Unreadable
+from mellmpi.frontend.formats import Reader, Source, TextReader, Unreadable
 from mellmpi.frontend.lines import LineReader, count_lines, descriptor_reader
 
 KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
@@ -19,22 +19,22 @@ ADVICE = "give a file of requests, or type  cat FILE | … -i -"
 
 @dataclass(frozen=True)
 class Requests:
-    """Lines to answer."""
+    """The lines of one input."""
 
     source: Source
     lines: LineReader
-    count: int | None  # that are not blank; None: not known, as it is no regular file
+    count: int | None  # of lines that are not blank; None: unknown, the input is not a regular file
 
 
 def kind_of(status: os.stat_result) -> str:
-    """What it is, where that can be neither read nor written as a file; "" otherwise."""
+    """Return "a directory" or the like for a file that cannot be read or written; else ""."""
     return next((what for is_kind, what in KINDS if is_kind(status.st_mode)), "")
 
 
 def is_descriptor(name: str, descriptor: int) -> bool:
-    """Is `name` another name of what is open as `descriptor`, as /dev/stdin is of 0?
+    """Return whether `name` is another name of an open descriptor, as /dev/stdin is of 0.
 
-    Not for a regular file: it can be opened again, and read from its beginning.
+    False for a regular file: it can be opened again and read from its beginning.
     """
     try:
         status = os.stat(name)
@@ -44,12 +44,12 @@ def is_descriptor(name: str, descriptor: int) -> bool:
 
 
 def open_input(path: str, source: Source) -> int:
-    """A descriptor to read `path`, which never waits for a writer. UsageError if there is none."""
+    """Open `path` for non-blocking reads. Returns the descriptor. Raises UsageError."""
     try:
         _check_kind(os.stat(path), source)
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
     except FileNotFoundError as error:
-        raise UsageError(f"{source}: there is no such file that can be read; {ADVICE}") from error
+        raise UsageError(f"{source}: there is no such file; {ADVICE}") from error
     except OSError as error:
         raise UsageError(f"{source} cannot be read: {error.strerror}; {ADVICE}") from error
     check_input(descriptor, source)
@@ -57,9 +57,9 @@ def open_input(path: str, source: Source) -> int:
 
 
 def check_input(descriptor: int, source: Source) -> None:
-    """UsageError unless this is a regular file, a pipe, a terminal, a socket or /dev/null."""
+    """Raise UsageError unless this is a regular file, a pipe, a terminal, a socket or /dev/null."""
     status = os.fstat(descriptor)
-    if not stat.S_ISSOCK(status.st_mode):  # standard input may be one
+    if not stat.S_ISSOCK(status.st_mode):  # standard input may be a socket
         _check_kind(status, source)
     is_null = status.st_rdev == os.stat(os.devnull).st_rdev
     if stat.S_ISCHR(status.st_mode) and not is_null and not os.isatty(descriptor):
@@ -71,31 +71,33 @@ def _check_kind(status: os.stat_result, source: Source) -> None:
         raise UsageError(f"{source} is {what}; {ADVICE}")
 
 
-def requests_in(descriptor: int, read: Read, source: Source) -> Requests:
-    """What to answer from an open input; `read` gives its bytes.
+def requests_in(descriptor: int, read: Reader, source: Source) -> Requests:
+    """Return the requests of an open input; `read` returns its bytes.
 
-    A regular file is read once from end to end. UsageError if it is damaged, or no JSON Lines.
+    A regular file is read once from end to end. Raises UsageError if the file is damaged or is not
+    JSON Lines.
     """
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        return Requests(source, LineReader(Decoded(read, source)), None)
+        return Requests(source, LineReader(TextReader(read, source)), None)
     start = os.lseek(descriptor, 0, os.SEEK_CUR)
     try:
-        count = count_lines(LineReader(Decoded(read, source)))
+        count = count_lines(LineReader(TextReader(read, source)))
     except Unreadable as error:
         raise UsageError(str(error)) from error
     end = os.lseek(descriptor, 0, os.SEEK_CUR)
     os.lseek(descriptor, start, os.SEEK_SET)
-    return Requests(source, LineReader(Decoded(_whole(descriptor, end, source), source)), count)
+    read = _complete_reader(descriptor, end, source)
+    return Requests(source, LineReader(TextReader(read, source)), count)
 
 
-def _whole(descriptor: int, end: int, source: Source) -> Read:
-    """`read` of a regular file that raises Unreadable if the file ends before `end`, as it did."""
+def _complete_reader(descriptor: int, end: int, source: Source) -> Reader:
+    """Return a `Reader` of a regular file that raises Unreadable if the file ends before `end`."""
     read = descriptor_reader(descriptor)
 
-    def whole() -> bytes | None:
+    def read_checked() -> bytes | None:
         piece = read()
         if not piece and os.lseek(descriptor, 0, os.SEEK_CUR) < end:
             raise Unreadable(f"{source} became shorter while it was read")
         return piece
 
-    return whole
+    return read_checked

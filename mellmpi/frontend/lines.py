@@ -1,18 +1,18 @@
-"""Lines of a file or a pipe, read without ever waiting for a writer."""
+"""Reads lines of a file or a pipe without blocking."""
 
 import os
 import select
 from collections import deque
 from dataclasses import dataclass
 
-from mellmpi.frontend.formats import BLANK, PIECE_BYTES, Read, Unreadable
+from mellmpi.frontend.formats import BLANK, PIECE_BYTES, Reader, Unreadable
 
 MAX_LINE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line without its end. `data` is None where it was longer than the limit."""
+    """One line without its line end. `data` is None if the line is longer than the limit."""
 
     number: int  # from 1
     data: bytes | None
@@ -23,29 +23,29 @@ class Line:
 
 
 class LineReader:
-    """Lines from `read`, which gives bytes, `b""` at the end, or None when there is none yet.
+    """Splits the bytes of a `Reader` into lines.
 
-    Where `read` raises Unreadable, the lines end with the last whole one, and `problem` says why.
+    If `read` raises Unreadable, the lines end with the last complete one, and `problem` says why.
     """
 
-    def __init__(self, read: Read, max_line_bytes: int = MAX_LINE_BYTES):
+    def __init__(self, read: Reader, max_line_bytes: int = MAX_LINE_BYTES):
         self._read, self._max = read, max_line_bytes
         self.problem = ""
-        self.most: int | None = None  # lines to give at all; None: as many as there are
+        self.max_lines: int | None = None  # lines to return; None: all
         self._lines: deque[bytes | None] = deque()
-        self._rest: list[bytes] = []  # pieces of the line that has not ended
+        self._rest: list[bytes] = []  # pieces of the incomplete line
         self._rest_bytes = 0
         self._number = 0
         self._at_end = False
 
     @property
     def exhausted(self) -> bool:
-        """No line will ever come again."""
-        return self._number == self.most or (self._at_end and not self._lines)
+        """Whether no more lines will follow."""
+        return self._number == self.max_lines or (self._at_end and not self._lines)
 
     def next(self) -> Line | None:
-        """The next line, or None: no more at all (`exhausted`), or none for now."""
-        if self._number == self.most:
+        """Return the next line; None at the end (`exhausted`), or if none is available yet."""
+        if self._number == self.max_lines:
             return None
         while not self._lines and not self._at_end:
             try:
@@ -79,13 +79,12 @@ class LineReader:
             self._rest.clear()
 
     def _end_line(self) -> None:
-        whole = b"".join(self._rest) if self._rest_bytes <= self._max else None
-        self._lines.append(whole)
+        self._lines.append(b"".join(self._rest) if self._rest_bytes <= self._max else None)
         self._rest, self._rest_bytes = [], 0
 
 
 def count_lines(lines: LineReader) -> int:
-    """Read everything; the number of lines that are not blank. Raises Unreadable."""
+    """Read all lines and return the number of those that are not blank. Raises Unreadable."""
     count = 0
     while not lines.exhausted:
         line = lines.next()
@@ -95,8 +94,8 @@ def count_lines(lines: LineReader) -> int:
     return count
 
 
-def descriptor_reader(descriptor: int) -> Read:
-    """`read` of an open file, pipe or terminal."""
+def descriptor_reader(descriptor: int) -> Reader:
+    """Return a `Reader` of an open file, pipe or terminal."""
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
 

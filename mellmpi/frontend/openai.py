@@ -1,4 +1,4 @@
-"""Bodies of /v1/completions and /v1/chat/completions, checked and turned into requests."""
+"""Checks bodies of /v1/completions and /v1/chat/completions, and makes requests of them."""
 
 import hashlib
 from collections.abc import Iterator
@@ -10,15 +10,15 @@ from mellmpi.frontend.tokenizer import Message, Tokenizer
 from mellmpi.protocol import Request, Sampling
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as OpenAI has it; a chat may fill the context
-MAX_ANSWERS = 2048  # of one call: prompts times n
-RESERVED = {"messages", "tools", "documents", "self"}  # template variables that are not the user's
+DEFAULT_MAX_TOKENS = 16  # of /v1/completions, OpenAI's value; a chat may fill the context
+MAX_ANSWERS = 2048  # per call: prompts times n
+RESERVED = {"messages", "tools", "documents", "self"}  # template variables that users cannot set
 MAX_STOPS, MAX_LOGPROBS, MAX_CHOICES = 4, 20, 128
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServedModel:
-    """What the front must know of a model."""
+    """The properties of a model that request checks need."""
 
     name: str
     max_model_len: int  # prompt and output tokens together
@@ -27,20 +27,20 @@ class ServedModel:
 
 
 @dataclass(frozen=True)
-class Served:
-    """Models and their tokenizers by name; the first is for requests that name none."""
+class ServedModels:
+    """Models and their tokenizers by name. The first model is the default."""
 
     models: dict[str, ServedModel]
     tokenizers: dict[str, Tokenizer]
 
     @staticmethod
-    def of(*pairs: tuple[ServedModel, Tokenizer]) -> "Served":
-        """These, in this order. A model's answers also end where its tokenizer says."""
-        models = {m.name: _ending(m, t) for m, t in pairs}
-        return Served(models, {m.name: t for m, t in pairs})
+    def of(*pairs: tuple[ServedModel, Tokenizer]) -> "ServedModels":
+        """Pair models with tokenizers, and add each tokenizer's end tokens to its model."""
+        models = {m.name: _with_end_ids(m, t) for m, t in pairs}
+        return ServedModels(models, {m.name: t for m, t in pairs})
 
     def named(self, name: str | None) -> ServedModel:
-        """The one that a request is for. BadRequest says which there are."""
+        """Return the model of this name, or the default. Raises BadRequest with the valid names."""
         name = name or next(iter(self.models))
         if name not in self.models:
             raise BadRequest(
@@ -53,19 +53,19 @@ class Served:
         return self.models[name]
 
 
-def _ending(model: ServedModel, tokenizer: Tokenizer) -> ServedModel:
+def _with_end_ids(model: ServedModel, tokenizer: Tokenizer) -> ServedModel:
     ids = dict.fromkeys((*model.eos_ids, *tokenizer.end_ids))
     return replace(model, eos_ids=tuple(i for i in ids if i < model.vocab_size))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """One body, checked: choice i is sample i % n of prompt i // n."""
+    """One checked API call. Choice i is sample i % n of prompt i // n."""
 
     url: str
     model: str
     prompts: tuple[tuple[int, ...], ...]
-    samplings: tuple[Sampling, ...]  # one a choice
+    samplings: tuple[Sampling, ...]  # one per choice
     stops: tuple[str, ...]
     stream: bool
     include_usage: bool  # at the end of a stream
@@ -76,18 +76,18 @@ class Call:
         return len(self.samplings) // len(self.prompts)
 
     def requests(self, ids: Iterator[int]) -> list[Request]:
-        """One request a choice, in the order of the choices."""
+        """Return one request per choice, in the order of the choices."""
         return [
             Request(next(ids), self.model, self.prompts[index // self.n], sampling, None)
             for index, sampling in enumerate(self.samplings)
         ]
 
 
-def parse(url: str, body: dict[str, Any], served: Served, identity: str) -> Call:
-    """Check a body and tokenize its prompts; BadRequest says what is wrong with it.
+def parse(url: str, body: dict[str, Any], served: ServedModels, identity: str) -> Call:
+    """Check a body and tokenize its prompts. Raises BadRequest.
 
-    `identity` names the request within its run. Where the body gives no seed, one is made of it,
-    so that the same file answers alike again.
+    identity  name of the call, unique within the run. The default seed is derived from it, so that
+              a rerun of the same file gives the same answers
     """
     fields = Fields(body, chat=url == CHAT)
     fields.check_names()
@@ -100,7 +100,7 @@ def parse(url: str, body: dict[str, Any], served: Served, identity: str) -> Call
     base = _sampling(fields, model, identity, stop_ids)
     max_tokens = [_max_tokens(fields, len(prompt), model) for prompt in prompts for _ in range(n)]
     samplings = tuple(
-        # Choices of one call differ in their seeds; the first has the one that was asked for.
+        # Choices of one call differ in their seeds; the first one has the requested seed.
         replace(base, max_tokens=count, seed=(base.seed + index) % 2**64)
         for index, count in enumerate(max_tokens)
     )
@@ -126,8 +126,9 @@ def _messages(fields: Fields, tokenizer: Tokenizer) -> list[list[int]]:
         raise BadRequest("messages must be a list of at least one message", "messages")
     plain = [_message(message, index) for index, message in enumerate(messages)]
     variables = dict(fields.get("chat_template_kwargs", dict) or {})
-    if taken := RESERVED & variables.keys():
-        raise BadRequest(f"chat_template_kwargs may not have {min(taken)}", "chat_template_kwargs")
+    if reserved := RESERVED & variables.keys():
+        name = min(reserved)
+        raise BadRequest(f"chat_template_kwargs may not set {name}", "chat_template_kwargs")
     variables.setdefault("add_generation_prompt", fields.boolean("add_generation_prompt", True))
     try:
         return [tokenizer.encode_chat(plain, variables)]
@@ -150,20 +151,22 @@ def _message(message: Any, index: int) -> Message:
 
 
 def _text_part(part: Any, where: str) -> str:
-    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
-        return part["text"]
+    if isinstance(part, dict) and part.get("type") == "text":
+        text = part.get("text")
+        if isinstance(text, str):
+            return text
     raise BadRequest(f"{where}: only parts of type text are supported", f"{where}.content")
 
 
 def _clean(text: str, where: str) -> str:
-    """JSON can escape half a surrogate pair, which is no character and has no tokens."""
+    """Refuse lone surrogates, which JSON can escape, but which are not characters."""
     if any("\ud800" <= character <= "\udfff" for character in text):
-        raise BadRequest(f"{where} has a lone surrogate, which is no valid text", where)
+        raise BadRequest(f"{where} has a lone surrogate, which is not valid text", where)
     return text
 
 
 def _prompts(fields: Fields, tokenizer: Tokenizer) -> list[list[int]]:
-    """`prompt` is a text, texts, token ids, or lists of token ids."""
+    """Return token ids of each prompt. `prompt` is text, token ids, or a list of either."""
     prompt = fields.get("prompt", (str, list))
     if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
         prompt = [prompt]
@@ -192,7 +195,7 @@ def _one_prompt(item: Any, tokenizer: Tokenizer) -> list[int]:
 def _checked(tokens: list[int], model: ServedModel, chat: bool) -> tuple[int, ...]:
     param = "messages" if chat else "prompt"
     if not tokens:
-        raise BadRequest(f"{param}: there is not one token to continue", param)
+        raise BadRequest(f"{param} must have at least one token", param)
     if wrong := [token for token in tokens if not 0 <= token < model.vocab_size]:
         raise BadRequest(
             f"token id {wrong[0]} is not in the vocabulary of {model.vocab_size}", param
@@ -231,7 +234,7 @@ def _max_tokens(fields: Fields, prompt_len: int, model: ServedModel) -> int:
 def _sampling(
     fields: Fields, model: ServedModel, identity: str, stop_ids: tuple[int, ...]
 ) -> Sampling:
-    """All but `max_tokens`, which depends on the prompt."""
+    """Return the sampling parameters without `max_tokens`, which depends on the prompt."""
     top_k = fields.integer("top_k", 0, low=-1)
     extra = fields.get("stop_token_ids", list) or []
     if not all(type(token) is int and 0 <= token < model.vocab_size for token in extra):
@@ -240,7 +243,7 @@ def _sampling(
     return Sampling(
         max_tokens=0,
         temperature=fields.number("temperature", 1.0, low=0.0),
-        top_k=top_k if 0 < top_k < model.vocab_size else 0,  # others cut nothing
+        top_k=top_k if 0 < top_k < model.vocab_size else 0,  # 0: no limit
         top_p=fields.number("top_p", 1.0, low=0.0, high=1.0, low_open=True),
         min_p=fields.number("min_p", 0.0, low=0.0, high=1.0),
         repetition_penalty=fields.number("repetition_penalty", 1.0, low=0.0, low_open=True),
@@ -272,16 +275,17 @@ def _num_logprobs(fields: Fields) -> int | None:
 
 
 def _stops(fields: Fields, tokenizer: Tokenizer) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Stop strings; and special tokens, whose text is in no answer, by their ids."""
+    """Return (stop strings, ids of stop tokens). A stop string that spells a special token becomes
+    its id, because answers do not contain the text of special tokens."""
     stop = fields.get("stop", (str, list))
     stops = [stop] if isinstance(stop, str) else stop or []
     if len(stops) > MAX_STOPS or not all(isinstance(text, str) and text for text in stops):
-        raise BadRequest(f"stop must be a text or up to {MAX_STOPS} texts, none empty", "stop")
+        raise BadRequest(f"stop must be one to {MAX_STOPS} strings that are not empty", "stop")
     ids = {text: tokenizer.special_id(_clean(text, "stop").strip()) for text in stops}
     for text in (text for text, token in ids.items() if token is None):
         if inside := tokenizer.special_inside(text):
             raise BadRequest(
-                f"stop has {inside}, a special token, whose text is in no answer: "
+                f"stop contains the special token {inside}, whose text no answer contains: "
                 "give that token alone",
                 "stop",
             )

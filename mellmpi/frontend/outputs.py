@@ -1,4 +1,4 @@
-"""The answer to one request as it grows: tokens, their text, and why it ended."""
+"""The answer to one request while it is generated: tokens, their text and the finish reason."""
 
 import itertools
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from mellmpi.protocol import Emit, Sampling, TokenLogprob
 
 
 class Output:
-    """Fed with the `Emit`s of one request until `finish_reason` is set; deaf from then on."""
+    """Collects the `Emit`s of one request until `finish_reason` is set; later ones are ignored."""
 
     def __init__(
         self,
@@ -21,7 +21,7 @@ class Output:
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprob] = []
         self.token_bytes: list[bytes] = []  # what each token adds to the text
-        self._starts: list[int] = []  # where its text begins, stop strings included
+        self._starts: list[int] = []  # offset of each token's text, stop strings included
         self.text = ""
         self.finish_reason: str | None = None
         self._stream = tokenizer.stream(prompt)
@@ -30,7 +30,10 @@ class Output:
         self._stop_tokens = frozenset(sampling.stop_token_ids)
 
     def take(self, emit: Emit) -> str:
-        """Add new tokens; the text that is certain now. Tokens after a stop string are dropped."""
+        """Add new tokens. Returns the text that is now final.
+
+        Tokens after a stop string are dropped.
+        """
         if self.finish_reason is not None:
             return ""
         assert emit.first == len(self.tokens), f"tokens out of order: {emit}"
@@ -39,7 +42,7 @@ class Output:
             self.tokens.append(token)
             self.logprobs += emit.logprobs[index : index + 1]
             self._starts.append(self._length)
-            # A token that ends the answer is counted, but is no part of its text.
+            # The token that ends the answer is counted, but has no text.
             if token in self._stop_tokens:
                 self.token_bytes.append(b"")
             else:
@@ -53,18 +56,17 @@ class Output:
 
     @property
     def offsets(self) -> list[int]:
-        """Where in the text that of each token begins, in characters; and the text's length."""
+        """The offset of each token's text, in characters, and then the length of the text."""
         length = len(self.text)
         return [*(min(start, length) for start in self._starts), length]
 
     @property
     def token_texts(self) -> list[str]:
-        """What each token added to the text; joined they are the text.
+        """The text of each token; joined, they are the whole text.
 
         A character of several tokens belongs to the last of them.
         """
-        offsets = self.offsets
-        return [self.text[a:b] for a, b in itertools.pairwise(offsets)]
+        return [self.text[a:b] for a, b in itertools.pairwise(self.offsets)]
 
     def _add(self, text: str) -> None:
         self._length += len(text)

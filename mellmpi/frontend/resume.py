@@ -1,8 +1,8 @@
-"""What a batch output file already answers, so that a restart does only the rest.
+"""Finds the requests that a batch output file already answers, so that a restart skips them.
 
-Answers stay in the same file (its links, owner and permissions too), which is rewritten in place
-where failed lines are taken out of it. What is kept is first written to a file beside it, so that
-a rewrite that was interrupted at any moment is done again from there.
+Failed lines are removed by rewriting the file in place, so that links, owner and permissions stay.
+The lines to keep are first written to a second file in the same directory: an interrupted rewrite
+is repeated from there.
 """
 
 import fcntl
@@ -20,53 +20,54 @@ BEGINNING = b'{"id": "batch_req_'  # of every answer
 
 
 def finished_ids(descriptor: int, path: str) -> frozenset[str]:
-    """The custom_ids that the open file answers with success; the file is made ready for more.
+    """Return the custom_ids of the successful answers, and prepare the file for more answers.
 
-    Takes out a torn last line, and lines that report an error: their requests run again.
+    Removes an incomplete last line, and lines that report an error: their requests run again.
     descriptor  open to read and append
     path        its real path, without links
-    ValueError if the file is something else than a batch output; it is then left as it is.
-    OSError if it cannot be changed, or nothing can be written beside it; no answer is lost.
+    ValueError  the file is not a batch output; it is not changed
+    OSError     the file or its directory cannot be written; no answer is lost
     """
     _repair(descriptor, path)
-    finished, whole_bytes, has_failures, line = set(), 0, False, b"\n"
+    finished, complete_bytes, has_failures, line = set(), 0, False, b"\n"
     for position, line in _lines(descriptor, path):
         result = _result(line)
         if result is None:
             line = b"\n"
-            break  # a torn last line
+            break  # an incomplete last line
         if _succeeded(result):
             finished.add(result["custom_id"])
         else:
             has_failures = True
-        whole_bytes = position + len(line)
+        complete_bytes = position + len(line)
     if has_failures:
         _keep_successes(descriptor, path)
-    elif whole_bytes < os.fstat(descriptor).st_size:
-        os.ftruncate(descriptor, whole_bytes)
+    elif complete_bytes < os.fstat(descriptor).st_size:
+        os.ftruncate(descriptor, complete_bytes)
     if not has_failures and not line.endswith(b"\n"):
         os.write(descriptor, b"\n")
     return frozenset(finished)
 
 
 def _lines(descriptor: int, path: str) -> Iterator[tuple[int, bytes]]:
-    """(offset, line); all but the last, which may be torn, are results or a ValueError."""
+    """Yield (offset, line). Raises ValueError for a line that is not a result, unless it may be an
+    incomplete last line."""
     position = 0
     with open(descriptor, "rb", closefd=False) as stream:
         stream.seek(0)
         for number, line in enumerate(stream, start=1):
             if line.strip():
-                if _result(line) is None and not _is_torn(line, is_first=number == 1):
+                if _result(line) is None and not _is_incomplete(line, is_first=number == 1):
                     raise ValueError(
-                        f"{visible(path)} exists and is no batch output (line {number} is not a "
+                        f"{visible(path)} exists and is not a batch output (line {number} is not a "
                         "result); remove it, or give another name with -o"
                     )
                 yield position, line
             position += len(line)
 
 
-def _is_torn(line: bytes, is_first: bool) -> bool:
-    """Can it be what was written of an answer when the job was killed?"""
+def _is_incomplete(line: bytes, is_first: bool) -> bool:
+    """Return whether the line can be the beginning of an answer, cut when the job was killed."""
     if line.endswith(b"\n"):
         return False
     return not is_first or line.startswith(BEGINNING) or BEGINNING.startswith(line)
@@ -77,8 +78,8 @@ def _result(line: bytes) -> dict[str, Any] | None:
         result = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    good = isinstance(result, dict) and {"custom_id", "response"} <= result.keys()
-    return result if good else None
+    is_result = isinstance(result, dict) and {"custom_id", "response"} <= result.keys()
+    return result if is_result else None
 
 
 def _succeeded(result: dict[str, Any]) -> bool:
@@ -94,7 +95,7 @@ def _succeeded(result: dict[str, Any]) -> bool:
 
 
 def kept_path(descriptor: int, path: str) -> Path:
-    """Where the lines to keep are written first; a new file of the same name has another."""
+    """Return the file for the lines to keep. It is named by inode: a new file has another."""
     return Path(path).with_name(f".mellmpi-{os.fstat(descriptor).st_ino}.jsonl")
 
 
@@ -105,7 +106,7 @@ def _keep_successes(descriptor: int, path: str) -> None:
 
 
 def _write_kept(descriptor: int, path: str) -> Path:
-    """All lines that stay, on disk beside the file: complete, or not there."""
+    """Write the lines to keep to `kept_path`, atomically, and return it."""
     kept = kept_path(descriptor, path)
     part = kept.with_suffix(".part")
     try:
@@ -125,12 +126,12 @@ def _write_kept(descriptor: int, path: str) -> Path:
 
 
 def _private(name: str, flags: int) -> int:
-    """Opens for the owner alone: the answers may be secret."""
+    """Open for the owner only: answers may be secret."""
     return os.open(name, flags, 0o600)
 
 
 def _copy(kept: Path, descriptor: int) -> None:
-    """Write `kept` over the file, which is never shorter than it on the way."""
+    """Overwrite the file with `kept`. Until the end the file is at least as long as `kept`."""
     mode = fcntl.fcntl(descriptor, fcntl.F_GETFL)
     fcntl.fcntl(descriptor, fcntl.F_SETFL, mode & ~os.O_APPEND)  # to write at the beginning
     try:
@@ -144,7 +145,7 @@ def _copy(kept: Path, descriptor: int) -> None:
 
 
 def _repair(descriptor: int, path: str) -> None:
-    """Do an interrupted rewrite again. A file shorter than what was kept of it is another file."""
+    """Repeat an interrupted rewrite. A file shorter than the kept lines is another file."""
     kept = kept_path(descriptor, path)
     if not kept.exists():
         return

@@ -1,8 +1,8 @@
-"""Stop strings, found in text that arrives piece by piece."""
+"""Finds stop strings in text that arrives in pieces."""
 
 
 class StopStrings:
-    """Text in, text out up to the first stop string; what could begin one is held back."""
+    """Passes text on up to the first stop string; holds back text that may begin a stop string."""
 
     def __init__(self, stops: tuple[str, ...]):
         self._stops = stops
@@ -10,7 +10,7 @@ class StopStrings:
         self.found = False
 
     def push(self, text: str) -> str:
-        """The part of the text so far that is certain to be answer and was not given out yet."""
+        """Add text. Returns all text that is now known to belong to the answer."""
         if not self._stops:
             return text
         self._held += text
@@ -18,18 +18,18 @@ class StopStrings:
         if starts:
             self.found = True
             return self._take(min(starts))
-        return self._take(len(self._held) - self._beginning())
+        return self._take(len(self._held) - self._partial_stop_length())
 
     def finish(self) -> str:
-        """What was held back, once no more text comes and no stop string was found."""
+        """End the text. Returns the held text if no stop string was found."""
         return "" if self.found else self._take(len(self._held))
 
     def _take(self, length: int) -> str:
-        given, self._held = self._held[:length], self._held[length:]
-        return given
+        passed, self._held = self._held[:length], self._held[length:]
+        return passed
 
-    def _beginning(self) -> int:
-        """Length of the longest end of the held text that begins a stop string."""
+    def _partial_stop_length(self) -> int:
+        """Return the length of the longest suffix of the held text that begins a stop string."""
         longest = min(len(self._held), max(len(stop) for stop in self._stops) - 1)
         for length in range(longest, 0, -1):
             if any(stop.startswith(self._held[-length:]) for stop in self._stops):

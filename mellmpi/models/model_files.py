@@ -1,4 +1,4 @@
-"""Files of a model directory, read with errors that name the file and say what to do."""
+"""Reading of model files, with errors that name the file and say what to do."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ def refuse_pointer(head: bytes, file: Path) -> None:
 
 
 def refuse_broken_link(file: Path) -> None:
-    """ValueError if `file` is a symbolic link to nothing, as after copying half of a cache."""
+    """ValueError if `file` is a broken symbolic link, as in an incomplete copy of a cache."""
     if file.is_symlink() and not file.exists():
         raise ValueError(
             f"{file} is a symbolic link to {file.readlink()}, which does not exist: copy the model "
@@ -51,9 +51,9 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def check_json_ends(file: Path) -> None:
-    """ValueError if `file` cannot be a whole JSON object, judged by its first and last bytes.
+    """ValueError if the first and last bytes of `file` are not those of a JSON object.
 
-    Large files are read only at both ends: what lies between is checked when they are loaded.
+    For large files; the bytes between are checked when the file is loaded.
     """
     size = file.stat().st_size
     with file.open("rb") as stream:
@@ -70,7 +70,7 @@ def check_json_ends(file: Path) -> None:
 
 
 def short(value: object) -> str:
-    """`value` for an error message: on one line, at most about 60 characters."""
+    """`repr(value)` for an error message, on one line and cut to 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:60] + "…"
 

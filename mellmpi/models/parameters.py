@@ -9,7 +9,7 @@ Shape = tuple[int, ...]
 
 
 def parameter_shapes(arch: Architecture) -> dict[str, Shape]:
-    """Every weight by name; matrices are [out, in]. Tied models have no `lm_head.weight`."""
+    """The shape of every weight by name; matrices are [out, in]. Tied models have no lm_head."""
     shapes: dict[str, Shape] = {"model.embed_tokens.weight": (arch.vocab_size, arch.hidden_size)}
     for index in range(arch.num_layers):
         for name, shape in _layer(arch).items():
@@ -46,7 +46,7 @@ def _layer(arch: Architecture) -> dict[str, Shape]:
 
 
 def check_parameters(found: Mapping[str, Shape], arch: Architecture, source: str) -> None:
-    """ValueError naming what `source` lacks, has too much of, or has in another shape."""
+    """ValueError names the missing, unexpected and misshaped weights of `source`."""
     expected = parameter_shapes(arch)
     missing = [name for name in expected if name not in found]
     unexpected = [name for name in found if name not in expected]
@@ -56,10 +56,10 @@ def check_parameters(found: Mapping[str, Shape], arch: Architecture, source: str
         if name in found and tuple(found[name]) != shape
     ]
     faults = {"missing": missing, "unexpected": unexpected, "of another shape": misshaped}
-    said = [f"{len(names)} {kind} ({_few(names)})" for kind, names in faults.items() if names]
-    if said:
+    listed = [f"{len(names)} {kind} ({_few(names)})" for kind, names in faults.items() if names]
+    if listed:
         raise ValueError(
-            f"the weights of {source} do not fit its configuration: {'; '.join(said)}; copy or "
+            f"the weights of {source} do not fit its configuration: {'; '.join(listed)}; copy or "
             "download the whole model again"
         )
 
@@ -69,5 +69,5 @@ def _few(names: list[str]) -> str:
 
 
 def tensor_seed(seed: int, name: str) -> int:
-    """A seed for one tensor that depends on nothing but the run's seed and its name."""
+    """The seed of one tensor, a function of the run's seed and the tensor's name only."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "little")

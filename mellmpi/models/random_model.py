@@ -63,20 +63,24 @@ NAMED: dict[str, dict[str, Any]] = {
 
 
 def write_random_model(config: str, directory: Path) -> None:
-    """Fill `directory` for a named shape, a config.json or a directory that has one."""
+    """Write config.json and tokenizer files into `directory`.
+
+    config      a name in `NAMED`, the path of a config.json, or of a directory that has one
+    ValueError  there is no such file, or it is not valid
+    """
     source = expanded(config)
     if config in NAMED:
-        shape, tokenizer_dir = NAMED[config], None
-        arch = Architecture.from_hf(shape)
+        settings, tokenizer_dir = NAMED[config], None
+        arch = Architecture.from_hf(settings)
     elif (file := source / "config.json" if source.is_dir() else source).is_file():
-        shape, tokenizer_dir = read_json(file), file.parent
+        settings, tokenizer_dir = read_json(file), file.parent
         arch = Architecture.from_file(file)
     else:
         raise ValueError(
             f"random:{config}: there is no such file; give the path of a config.json, a directory "
             f"that has one, or one of {', '.join(NAMED)}"
         )
-    (directory / "config.json").write_text(json.dumps(shape, indent=1))
+    (directory / "config.json").write_text(json.dumps(settings, indent=1))
     (directory / RANDOM_WEIGHTS).write_text("")
     if tokenizer_dir is not None and (tokenizer_dir / "tokenizer.json").exists():
         check_tokenizer(tokenizer_dir)
@@ -92,11 +96,14 @@ def _copy_tokenizer(source: Path, directory: Path) -> None:
 
 
 def write_byte_tokenizer(vocab_size: int, directory: Path) -> None:
-    """A tokenizer of one token a byte, three special tokens and a ChatML template."""
+    """Write a tokenizer with one token for each byte, three special tokens and a ChatML template.
+
+    ValueError if `vocab_size` is too small.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *bytes_])}
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *alphabet])}
     if vocab_size < len(vocab):
         raise ValueError(
             f"vocab_size {vocab_size} is too small for the byte tokenizer, which needs "

@@ -1,7 +1,7 @@
-"""The header of a safetensors file, checked against the file's size without reading weights.
+"""Checks of a safetensors header against the size of its file, without reading weights.
 
 The format: 8 bytes of header length, little-endian, a JSON header, the tensors' bytes without gaps
-(https://huggingface.co/docs/safetensors). What passes here, the safetensors package opens, too.
+(https://huggingface.co/docs/safetensors). The safetensors package opens all accepted files.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeGuard
 from mellmpi.models.model_files import refuse_pointer, short
 
 LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors package
-BYTES = {  # of one number
+BYTES = {  # of one element
     "BOOL": 1,
     "U8": 1,
     "I8": 1,
@@ -34,15 +34,15 @@ BYTES = {  # of one number
 AGAIN = "copy or download it again"
 
 
-class Stored(NamedTuple):
-    """One tensor as a safetensors file has it."""
+class StoredTensor(NamedTuple):
+    """Type and shape of a tensor in a safetensors file."""
 
-    dtype: str  # as the format names it: "F32", "BF16", …
+    dtype: str  # a key of `BYTES`
     shape: tuple[int, ...]
 
 
-def read_header(file: Path) -> dict[str, Stored]:
-    """Every tensor of `file` by its name; ValueError names the file and its fault."""
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """All tensors of `file` by name; ValueError names the file and its fault."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(200)
@@ -57,11 +57,11 @@ def read_header(file: Path) -> dict[str, Stored]:
         stream.seek(8)
         tensors = _parse(stream.read(length), file)
     _check_extent(tensors, file, size - 8 - length)
-    return {name: Stored(tensor["dtype"], tuple(tensor["shape"])) for name, tensor in tensors}
+    return {name: StoredTensor(tensor["dtype"], tuple(tensor["shape"])) for name, tensor in tensors}
 
 
 def _parse(header: bytes, file: Path) -> list[tuple[str, dict[str, Any]]]:
-    """(name, entry) pairs of the header, entries of the right form."""
+    """(name, entry) pairs of the header; every entry is valid by itself."""
     try:
         # Pairs, because a dictionary would hide a name that occurs twice.
         pairs = json.loads(header.decode("utf-8"), object_pairs_hook=list)
@@ -101,7 +101,7 @@ def _are_sizes(value: Any) -> TypeGuard[list[int]]:
 
 
 def _check_extent(tensors: list[tuple[str, dict[str, Any]]], file: Path, present: int) -> None:
-    """ValueError unless the tensors fill the `present` bytes behind the header one by one."""
+    """ValueError unless the tensors fill the `present` bytes after the header without gaps."""
     end = 0
     for offsets in sorted(entry["data_offsets"] for _, entry in tensors):
         if offsets[0] != end:

@@ -1,4 +1,4 @@
-"""The tokenizer's files of a model directory, checked as far as a glance can tell."""
+"""Checks of the tokenizer files in a model directory, by their first and last bytes."""
 
 import importlib.metadata
 from pathlib import Path
@@ -12,11 +12,11 @@ from mellmpi.models.model_files import (
 
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.json")
 TEXTS = ("chat_template.jinja", "merges.txt")
-CONVERTERS = ("sentencepiece", "protobuf")  # what transformers reads tokenizer.model with
+CONVERTERS = ("sentencepiece", "protobuf")  # packages with which transformers reads tokenizer.model
 
 
 def check_tokenizer(directory: Path) -> None:
-    """ValueError unless there is a tokenizer that can be read, as far as a glance can tell."""
+    """ValueError unless `directory` has tokenizer files, and their ends look valid."""
     for name in ("tokenizer.json", *SETTINGS, *TEXTS):
         refuse_broken_link(directory / name)
     for name in SETTINGS:
@@ -38,7 +38,7 @@ def check_tokenizer(directory: Path) -> None:
 
 
 def _check_sentencepiece(file: Path) -> None:
-    """ValueError unless transformers can convert `file` when it is loaded."""
+    """ValueError unless transformers can convert `file`, a tokenizer.model."""
     head = _head(file)
     refuse_pointer(head, file)
     if not head.startswith(b"\n"):  # the first field, `pieces`, of sentencepiece_model.proto

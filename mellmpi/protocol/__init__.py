@@ -1,7 +1,7 @@
-"""Every message that crosses a rank boundary, and the plain data that both sides of it share.
+"""All messages between ranks and between the parts of one rank, and the plain data in them.
 
-Knows nothing else of the package. Units are in the comments. Fields are appended at the end, never
-reordered; `FINGERPRINT` lets ranks refuse a mixed installation.
+Knows nothing of the rest of the package. Units are in the comments. Fields are appended at the end,
+never reordered; ranks compare `FINGERPRINT` to refuse a mixed installation.
 """
 
 import hashlib
@@ -51,6 +51,16 @@ from mellmpi.protocol.telemetry import (
     Preempted,
     WorkerChanged,
 )
+from mellmpi.protocol.unions import (
+    DataPlaneCommand,
+    FrontEvent,
+    Observation,
+    OfferAnswer,
+    SchedulerCommand,
+    SchedulerEvent,
+    WorkerCommand,
+    WorkerEvent,
+)
 from mellmpi.protocol.wire import (
     DATA_PLANE,
     FRONT,
@@ -95,8 +105,10 @@ __all__ = [
     "BlocksSent",
     "Cancel",
     "Chunk",
+    "DataPlaneCommand",
     "DrainBlocks",
     "Emit",
+    "FrontEvent",
     "GatherPart",
     "GatherWhole",
     "HostedModel",
@@ -111,6 +123,8 @@ __all__ = [
     "MigrationEnded",
     "MigrationStarted",
     "ModelKv",
+    "Observation",
+    "OfferAnswer",
     "Park",
     "Parked",
     "PartComputed",
@@ -122,6 +136,8 @@ __all__ = [
     "Release",
     "Request",
     "Sampling",
+    "SchedulerCommand",
+    "SchedulerEvent",
     "SendBlocks",
     "SendKv",
     "StepPlan",
@@ -133,6 +149,8 @@ __all__ = [
     "Unfreeze",
     "Wake",
     "WorkerChanged",
+    "WorkerCommand",
+    "WorkerEvent",
     "WorkerLost",
     "WorkerReady",
     "blocks_for",

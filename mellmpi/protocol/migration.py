@@ -1,4 +1,10 @@
-"""A request changes its worker: between the machines, and to the data plane of a worker."""
+"""Messages that move a request's KV: between ranks, and between a worker and its data plane.
+
+A migration is one or more rounds. A round is a `KvPayload` and the blocks that it announces, under
+the tag ROUNDS * dst_epoch + round. Rounds between one pair of workers may overlap in time. Each
+`SendBlocks` is matched by exactly one `ReceiveBlocks` or `DrainBlocks` of the same tag, in the
+order of the headers.
+"""
 
 from mellmpi.protocol.request import Request, TokenLogprob
 from mellmpi.protocol.wire import message
@@ -6,29 +12,29 @@ from mellmpi.protocol.wire import message
 
 @message
 class ReceiveKv:
-    """Scheduler → destination: reserve blocks for this request; its KV comes from `src`."""
+    """Scheduler → destination: reserve blocks for this request, whose KV comes from `src`."""
 
     request: Request
     epoch: int  # of the assignment that begins when the KV has arrived
     src: int
-    num_logged: int  # output tokens in the scheduler's log: KvReceived's run starts there
-    num_tokens: int  # prompt + output when this was sent: what to reserve for
-    start: int  # positions before it are recomputed by the destination; 0: all travel
-    outputs: tuple[int, ...]  # all that are logged, if some of it is to be recomputed
+    num_logged: int  # output tokens in the scheduler's log: the run of KvReceived starts there
+    num_tokens: int  # prompt + output when this was sent: positions to reserve blocks for
+    start: int  # positions before it are recomputed by the destination; 0: all are transferred
+    outputs: tuple[int, ...]  # all logged output tokens if start > 0, else empty
 
 
 @message
 class KvReserved:
-    """Destination → scheduler: blocks are set aside."""
+    """Destination → scheduler: the blocks are reserved."""
 
     request_id: int
     epoch: int
-    start: int  # positions before it need not come: computed there, or known from others
+    start: int  # positions before it are not sent: recomputed, or present as a cached prefix
 
 
 @message
 class KvRefused:
-    """Destination → scheduler: no room; the source never knew."""
+    """Destination → scheduler: there is no room. The source has not been asked for anything."""
 
     request_id: int
     epoch: int
@@ -36,23 +42,24 @@ class KvRefused:
 
 @message
 class SendKv:
-    """Scheduler → source: send the sequence's KV to `dst`, in rounds while it decodes on.
+    """Scheduler → source: send the sequence's KV to `dst`, in rounds, and go on decoding.
 
-    It stops at a step boundary, for the last round; where `start` is not 0, after `PartComputed`.
+    The source stops decoding at a step boundary before the last round; if `start` is not 0, not
+    before it has received `PartComputed`.
     """
 
     request_id: int
-    epoch: int  # the assignment being ended
+    epoch: int  # the assignment that ends
     dst: int
-    dst_epoch: int  # the assignment being begun
+    dst_epoch: int  # the assignment that begins
     start: int
 
 
 @message
 class KvPayload:
-    """Source → destination: a round of `num_blocks` blocks follows on the data plane.
+    """Source → destination: header of a round; `num_blocks` blocks follow on the data plane.
 
-    Rounds of one migration are announced in order, without gaps.
+    The rounds of one migration are announced in order, without gaps.
     """
 
     request_id: int
@@ -60,19 +67,18 @@ class KvPayload:
     fingerprint: str  # of the KV layout: model, dtype, shape, version
     first_block: int  # logical index of the first block that follows
     num_blocks: int
-    num_computed: int  # positions whose KV is valid once all blocks are here
+    num_computed: int  # positions whose KV is valid once all blocks have arrived
     outputs: tuple[int, ...]  # with the last round: all output tokens at the source
-    logprobs: tuple[tuple[int, TokenLogprob], ...]  # likewise: (output index, logprob)
-    last: bool  # the source has stopped; what follows completes the sequence
+    logprobs: tuple[tuple[int, TokenLogprob], ...]  # with the last round: (output index, logprob)
+    last: bool  # the source has stopped decoding; this round completes the sequence
     tag: int  # of the block messages: see `ROUNDS`
 
 
 @message
 class PartComputed:
-    """Destination → source: what I was to compute of a split is there; stop as soon as you can.
+    """Destination → source: the recomputed part of a split is ready; send the last round soon.
 
-    Sent once, after the first header, wherever `SendKv.start` is not 0. The source decodes on
-    until it comes.
+    Sent once, after the first header, if `SendKv.start` is not 0. The source decodes until then.
     """
 
     request_id: int
@@ -81,20 +87,23 @@ class PartComputed:
 
 @message
 class KvReceived:
-    """Destination → scheduler: I own it now. The run holds tokens the scheduler may not have."""
+    """Destination → scheduler: this worker owns the request now.
+
+    The run of tokens may include tokens that the scheduler has not logged yet.
+    """
 
     request_id: int
     epoch: int
     first: int
     tokens: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...]
-    num_bytes: int  # that came over the link
-    transfer_s: float  # seconds from header to last block, of all rounds
+    num_bytes: int  # received over the link
+    transfer_s: float  # seconds from header to last block, summed over the rounds
 
 
 @message
 class KvFailed:
-    """Destination → scheduler: it did not arrive, did not fit, or was not what it claimed."""
+    """Destination → scheduler: the KV did not arrive, did not fit, or did not match its header."""
 
     request_id: int
     epoch: int
@@ -103,22 +112,15 @@ class KvFailed:
 
 @message
 class Unfreeze:
-    """Scheduler → source: the move came to nothing; decode on."""
+    """Scheduler → source: the migration failed; continue decoding."""
 
     request_id: int
     epoch: int
 
 
-#
-# A migration is one or more rounds, each a KvPayload and the blocks it announces under a tag of
-# its own: ROUNDS * dst_epoch + round. Rounds of one pair of workers may be under way together. To
-# each SendBlocks belongs exactly one ReceiveBlocks or DrainBlocks of the same tag, given in the
-# order of the headers.
-
-
 @message
 class SendBlocks:
-    """Batch scheduler → data plane: these physical blocks go to `dst` under `tag`."""
+    """Batch scheduler → data plane: send these physical blocks to `dst` under `tag`."""
 
     request_id: int
     epoch: int  # of the assignment that holds the blocks
@@ -129,7 +131,7 @@ class SendBlocks:
 
 @message
 class ReceiveBlocks:
-    """Batch scheduler → data plane: put what comes from `src` under `tag` into these blocks."""
+    """Batch scheduler → data plane: receive blocks from `src` under `tag` into these blocks."""
 
     request_id: int
     epoch: int
@@ -140,7 +142,7 @@ class ReceiveBlocks:
 
 @message
 class DrainBlocks:
-    """Batch scheduler → data plane: receive and throw away; nobody owns them here any more."""
+    """Batch scheduler → data plane: receive and discard one transfer."""
 
     src: int
     tag: int
@@ -149,20 +151,20 @@ class DrainBlocks:
 
 @message
 class BlocksSent:
-    """Data plane → batch scheduler: the buffers are ours again (also when the peer was lost)."""
+    """Data plane → batch scheduler: the blocks may be written again (also if the peer was lost)."""
 
     request_id: int
     epoch: int
-    round: int  # tag of the order that has ended
+    round: int  # tag of the completed SendBlocks
 
 
 @message
 class BlocksArrived:
-    """Data plane → batch scheduler: all blocks of one header are in place, or never will be."""
+    """Data plane → batch scheduler: all blocks of one header have arrived, or the round failed."""
 
     request_id: int
     epoch: int
     ok: bool
     transfer_s: float
-    round: int  # tag of the order that has ended
+    round: int  # tag of the completed ReceiveBlocks
     reason: str  # "" if ok; "checksum", "truncated", "size" (of a block), "peer lost"

@@ -1,4 +1,4 @@
-"""Which worker owns a request, and what its steps produced."""
+"""Messages about the ownership of a request and the results of a worker's steps."""
 
 from mellmpi.protocol.request import Request, TokenLogprob
 from mellmpi.protocol.wire import message
@@ -6,16 +6,19 @@ from mellmpi.protocol.wire import message
 
 @message
 class Assign:
-    """Scheduler → worker: own this request. First placement, resume, recompute, recovery alike."""
+    """Scheduler → worker: own this request.
+
+    The same message for first placement, resumption, recompute migration and recovery.
+    """
 
     request: Request
     epoch: int
-    outputs: tuple[int, ...]  # tokens already produced, from the log
+    outputs: tuple[int, ...]  # output tokens in the scheduler's log
 
 
 @message
 class Release:
-    """Scheduler → worker: forget this assignment and free its blocks."""
+    """Scheduler → worker: end this assignment and free its blocks."""
 
     request_id: int
     epoch: int
@@ -23,15 +26,15 @@ class Release:
 
 @message
 class StepReport:
-    """Worker → scheduler: what the steps since the last report produced and freed.
+    """Worker → scheduler: results of the steps since the last report.
 
     Runs are flat: run i is `counts[i]` tokens of `request_ids[i]` under `epochs[i]`, the first of
-    them at output index `firsts[i]`; `tokens` holds the runs one after the other.
+    them at output index `firsts[i]`; `tokens` is the concatenation of all runs.
     """
 
     steps: int
-    step_s: float  # wall time of the steps, the loop around them included, seconds
-    prefill_tokens: int  # computed positions that were not sampled from
+    step_s: float  # wall time of the steps, including the loop around them, seconds
+    prefill_tokens: int  # computed positions without sampling
     decode_tokens: int  # sampled positions
     free_bytes: int  # of the KV arena, now
     acked: int  # commands handled so far
@@ -42,4 +45,4 @@ class StepReport:
     tokens: tuple[int, ...]
     logprobs: tuple[tuple[int, tuple[TokenLogprob, ...]], ...]  # (run index, one a token), sparse
     preempted: tuple[tuple[int, int], ...]  # (request id, epoch): handed back, blocks freed
-    attended: int  # positions that the prefilled ones looked back on, one by one
+    attended: int  # (query, key) pairs: earlier positions that prefilled positions attended to

@@ -1,4 +1,4 @@
-"""What a client asks, and what the front and the scheduler say about it."""
+"""Requests of clients, and the messages between the front and the scheduler about them."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from mellmpi.protocol.wire import message
 
 @message
 class Sampling:
-    """How the next token is chosen; all of it is fixed when the request is made."""
+    """Sampling parameters of a request, all fixed when the request is made."""
 
     max_tokens: int  # at least 1
     temperature: float  # 0: greedy
@@ -18,13 +18,13 @@ class Sampling:
     presence_penalty: float  # 0: off; over output
     frequency_penalty: float  # 0: off; over output
     seed: int  # 0 … 2**64 - 1; with the position, the only source of randomness
-    stop_token_ids: tuple[int, ...]  # one of these ends the output and is its last token
+    stop_token_ids: tuple[int, ...]  # each of them ends the output and is its last token
     num_logprobs: int | None  # alternatives to report a token; None: no logprobs at all
 
 
 @message
 class Request:
-    """What a client asked; immutable, and all that any worker needs to compute the answer."""
+    """A client's request; immutable, and all that a worker needs to compute the answer."""
 
     id: int
     model: str
@@ -46,7 +46,7 @@ class Submit:
 
 @message
 class Cancel:
-    """Front → scheduler: nobody waits for more tokens of this request."""
+    """Front → scheduler: no more tokens of this request are needed."""
 
     request_id: int
     reason: str  # "stop": a stop string completed the answer; "gone": the client left
@@ -54,7 +54,7 @@ class Cancel:
 
 @message
 class Emit:
-    """Scheduler → front: new tokens of a request, in order, none twice."""
+    """Scheduler → front: new tokens of a request, in order, each exactly once."""
 
     request_id: int
     first: int  # index of the first of these tokens in the output
@@ -65,14 +65,17 @@ class Emit:
 
 @message
 class Rejected:
-    """Scheduler → front: this request can never be served here, and why."""
+    """Scheduler → front: this request can never be served here."""
 
     request_id: int
     reason: str
 
 
 def finish_reason(request: Request, outputs: Sequence[int]) -> str | None:
-    """Why the output is complete, or None. A function of request and tokens: all ranks agree."""
+    """Return "stop" or "length" if the output is complete, else None.
+
+    A pure function of request and tokens: all ranks agree on the result without a message.
+    """
     if outputs and outputs[-1] in request.sampling.stop_token_ids:
         return "stop"
     return "length" if len(outputs) >= request.sampling.max_tokens else None

@@ -1,4 +1,4 @@
-"""What the batch scheduler and its engine tell each other. Never on the wire."""
+"""Data between the batch scheduler and its engine. Never sent over the wire."""
 
 from dataclasses import dataclass
 
@@ -8,21 +8,21 @@ from mellmpi.protocol.workers import ModelKv
 
 @dataclass(frozen=True, slots=True)
 class HostedModel:
-    """Engine → batch scheduler: a model of this worker; all share its arena's blocks."""
+    """Engine → batch scheduler: a model of this worker. All models share the arena's blocks."""
 
     kv: ModelKv
-    fingerprint: str  # of the KV layout: blocks travel between workers where it is the same
+    fingerprint: str  # of the KV layout: blocks move only between workers where it is equal
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """The tokens of one sequence computed in one step."""
+    """The tokens of one sequence that one step computes."""
 
     request_id: int
-    start: int  # position of the first token; KV of all before it is in place
+    start: int  # position of the first token; KV of all earlier positions is present
     tokens: tuple[int, ...]  # their KV is written at start … start + len(tokens) - 1
-    block_table: list[int]  # physical block of every logical one; owned by the batch scheduler
-    sampling: Sampling | None  # None: this chunk ends before the sequence has caught up
+    block_table: list[int]  # physical block of each logical block; owned by the batch scheduler
+    sampling: Sampling | None  # None: nothing is sampled, as the prompt ends in a later chunk
     history: tuple[tuple[int, ...], list[int]]  # (prompt, outputs): for penalties
 
 
@@ -37,7 +37,7 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a forward pass produced: one token for each sampled chunk, in plan order."""
+    """The result of a forward pass: one token for each sampled chunk, in plan order."""
 
     tokens: tuple[int, ...]
     logprobs: tuple[TokenLogprob | None, ...]  # None where the request asked for none

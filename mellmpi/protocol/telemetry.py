@@ -1,11 +1,11 @@
-"""What rank 0 tells metrics and the timeline. Never on the wire."""
+"""Messages of rank 0 to metrics and timeline. Never sent over the wire."""
 
 from mellmpi.protocol.wire import message
 
 
 @message
 class MigrationStarted:
-    """A placed request begins to move."""
+    """The migration of a placed request starts."""
 
     request_id: int
     mode: str  # "transfer", "recompute" or "split"
@@ -14,21 +14,21 @@ class MigrationStarted:
     reason: str  # of the policy: "overflow", "drain", "stress" …
     start: int  # positions before it are computed by the destination
     num_bytes: int  # expected over the link
-    predicted_s: float  # until its end, as rank 0 will see it
+    predicted_s: float  # until rank 0 learns of its end
     predicted_downtime_s: float  # without a token
 
 
 @message
 class MigrationEnded:
-    """It has moved, or stays where it was."""
+    """The request has moved, or stays with its owner."""
 
     request_id: int
     mode: str
     src: int
     dst: int
-    num_bytes: int  # that came over the link
+    num_bytes: int  # received over the link
     transfer_s: float  # from header to last block; 0 for recompute
-    outcome: str  # "moved", or why not: "refused", "failed: checksum", "preempted" …
+    outcome: str  # "moved", or the cause: "refused", "failed: checksum", "preempted" …
 
 
 @message
@@ -41,7 +41,7 @@ class WorkerChanged:
 
 @message
 class Preempted:
-    """A request lost its blocks and waits again."""
+    """A request has lost its blocks and waits again."""
 
     request_id: int
     worker: int

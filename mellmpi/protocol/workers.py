@@ -1,4 +1,4 @@
-"""The life of workers and of the job: start, parking, loss, gathers, measured links."""
+"""Messages about the life of workers and of the job: start, parking, loss, gathers, links."""
 
 from mellmpi.protocol.wire import message
 
@@ -13,7 +13,7 @@ class ModelKv:
 
 
 def blocks_for(num_tokens: int, block_size: int) -> int:
-    """Blocks that hold `num_tokens` positions."""
+    """The number of blocks that hold `num_tokens` positions."""
     return -(-num_tokens // block_size)  # ceiling division
 
 
@@ -28,24 +28,24 @@ class WorkerReady:
 
     models: tuple[ModelKv, ...]
     capacity_bytes: int  # of the KV arena
-    max_num_seqs: int  # sequences it decodes at once
+    max_num_seqs: int  # most sequences that it decodes at once
     acked: int  # commands handled so far
-    wake_s: float  # what loading took, seconds
-    max_batched_tokens: int  # positions it computes in a step, at most
+    wake_s: float  # time to load, seconds
+    max_batched_tokens: int  # most positions that one step computes
     target_step_s: float | None  # of a step with decodes and prompts; None: the default rule
-    step_s: tuple[float, ...]  # seconds of (a step, a prefilled position, a decoded one, a position
-    #                            looked back on), as measured at the start; empty: not measured
-    arithmetic: str  # workers for which it is the same give the same answers, bit for bit
+    step_s: tuple[float, ...]  # seconds of (a step, a prefilled position, a decoded position, an
+    #                            attended position), measured at the start; empty: not measured
+    arithmetic: str  # workers with equal values compute bitwise equal answers
 
 
 @message
 class Park:
-    """Scheduler → worker: you hold no request; give weights and arena back."""
+    """Scheduler → worker, which holds no request: release weights and arena."""
 
 
 @message
 class Parked:
-    """Worker → scheduler: done; only `Wake` and `Stop` make sense to me now."""
+    """Worker → scheduler: weights and arena are released; only `Wake` and `Stop` may follow."""
 
     acked: int
 
@@ -57,12 +57,12 @@ class Wake:
 
 @message
 class Stop:
-    """Scheduler → worker: the run is over; leave the loop."""
+    """Scheduler → worker: the job is over; leave the loop."""
 
 
 @message
 class WorkerLost:
-    """Transport → scheduler: this worker will never answer again."""
+    """Transport → scheduler: this worker is lost for the rest of the job."""
 
     worker: int
 
@@ -85,33 +85,33 @@ class GatherWhole:
 class RankFailed:
     """Rank → rank 0: this rank ends because of an error."""
 
-    exit_code: int  # 2: the user can do something about it; 1: a fault
+    exit_code: int  # 2: the user can correct the cause; 1: a fault
     text: str  # one line for the user, or a traceback
 
 
 @message
 class LinkProbe:
-    """Worker → worker: answer `LinkProbed` once the blocks that follow have come."""
+    """Worker → worker: answer `LinkProbed` once the blocks that follow have arrived."""
 
     num_blocks: int  # 0: a small message, answered at once
-    done: bool  # the last one: no answer
+    done: bool  # the last probe: no answer
 
 
 @message
 class LinkProbed:
-    """Worker → worker: they have come."""
+    """Worker → worker: the blocks of a probe have arrived."""
 
 
 @message
 class LinksMeasured:
     """Worker → scheduler, transport → scheduler: links between hosts, a row a direction.
 
-    From worker a to worker b it is the row of `(host_of[a - 1], host_of[b - 1])`; links of workers
-    that were lost meanwhile are not there. Both directions of a host's own link are one row.
+    The link from worker a to worker b is the row of `(host_of[a - 1], host_of[b - 1])`. Links of
+    workers that were lost meanwhile are missing. A host's link to itself is one row.
     """
 
     host_of: tuple[int, ...]  # host of worker 1, 2, 3 …
     srcs: tuple[int, ...]  # hosts
     dsts: tuple[int, ...]
     latency_s: tuple[float, ...]  # one way, of a small message between loops that sleep
-    Bps: tuple[float, ...]  # of blocks in flight, beyond the latency
+    Bps: tuple[float, ...]  # bytes a second of blocks in flight, excluding the latency

@@ -1,4 +1,5 @@
-"""The loops in which the parts meet: rank 0, a worker, their start and their end.
+"""The main loops of rank 0 and of a worker, with their start and end.
 
-Decides nothing about requests. Commands are modules: the command line loads the one that it runs.
+Makes no decisions about requests. Each command is a module: the command line loads only the one
+that it runs.
 """

@@ -1,4 +1,4 @@
-"""The files of a job: all opened, or proved writable, before the model loads."""
+"""The files of a job: all are opened, or checked for write access, before the model loads."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ from pathlib import Path
 from mellmpi.config import Options, UsageError
 from mellmpi.frontend import (
     Destination,
-    Read,
+    Reader,
     Requests,
     Source,
     check_different,
@@ -31,31 +31,31 @@ STDOUT_NAMES = ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
 
 @dataclass
 class BatchFiles:
-    """What a job reads and writes. None: there is no such file."""
+    """The inputs and outputs of a job. None: the job has no such file."""
 
-    requests: Requests | None  # None: `workload` has them
-    workload: Workload | None  # to replay
+    requests: Requests | None  # None: replays `workload`
+    workload: Workload | None
     output: Destination | None
     report: Destination | None
     timeline: Destination | None
-    finished: frozenset[str] = field(default_factory=frozenset)  # answered by an earlier run
+    finished: frozenset[str] = field(default_factory=frozenset)  # custom_ids of an earlier run
 
     @property
     def is_quiet(self) -> bool:
-        """Answers go where progress would be shown."""
+        """Whether answers go to the terminal, so that progress would be printed between them."""
         if self.output is None or self.output.descriptor is None:
             return False
         return self.output.descriptor == STDOUT or is_descriptor(self.output.path, STDERR)
 
     @property
     def num_requests(self) -> int | None:
-        """For the progress bar; None: not known."""
+        """Number of requests, for the progress bar; None: unknown."""
         if self.requests is not None:
             return self.requests.count
         return None if self.workload is None else len(self.workload)
 
     def begin(self) -> Callable[[bytes], None] | None:
-        """Open the output for answers; what writes them. UsageError as `Destination.resume`."""
+        """Open the output. Returns the function that writes answers. Raises UsageError."""
         if self.output is None:
             return None
         self.finished |= self.output.resume()
@@ -63,9 +63,9 @@ class BatchFiles:
 
 
 def open_files(options: Options) -> BatchFiles:
-    """Open inputs, prove outputs, and read what an earlier run has answered.
+    """Open the input, check the outputs, and read the answers of an earlier run.
 
-    UsageError says what to type instead; nothing new is then left on the disk.
+    Raises UsageError that says what to type instead; then no new file is left.
     """
     is_complete = options.replay or (options.input_file and options.output_file)
     if options.command == "run-batch" and not is_complete:
@@ -73,44 +73,45 @@ def open_files(options: Options) -> BatchFiles:
             "run-batch needs -i requests.jsonl and -o answers.jsonl, or --replay trace.csv"
         )
     output, report = _output(options), _destination("--report", options.report)
-    found = BatchFiles(None, None, output, report, _picture(options.timeline))
-    outputs = [one for one in (output, report, found.timeline) if one]
+    found = BatchFiles(None, None, output, report, _timeline(options.timeline))
+    outputs = [file for file in (output, report, found.timeline) if file]
     if options.replay:
         _check_trace(options.replay, output)
-        _prove(f"--replay {visible(options.replay)}", os.stat(options.replay), outputs)
+        _check_outputs(f"--replay {visible(options.replay)}", os.stat(options.replay), outputs)
         found.workload = _workload(options)
         sys.stderr.write(f"mellmpi: {found.workload.source}\n")
     else:
         descriptor, read, source = _input(options)
-        _prove(str(source), os.fstat(descriptor), outputs)
+        _check_outputs(str(source), os.fstat(descriptor), outputs)
         found.requests = requests_in(descriptor, read, source)
-    if output and os.path.exists(output.path):  # a new one is made when the first answer can come
+    if output and os.path.exists(output.path):  # a new file is created before the first answer
         found.begin()
     return found
 
 
-def _prove(name: str, status: os.stat_result, outputs: list[Destination]) -> None:
-    """UsageError unless all of these can be written, and are different from the input."""
-    to_stdout = [str(one) for one in outputs if one.descriptor == STDOUT]
+def _check_outputs(name: str, status: os.stat_result, outputs: list[Destination]) -> None:
+    """Raise UsageError unless all outputs can be written and differ from the input."""
+    to_stdout = [str(output) for output in outputs if output.descriptor == STDOUT]
     if len(to_stdout) > 1:
         raise UsageError(
             f"{' and '.join(to_stdout)} both go to standard output; give one of them "
             "the name of a file"
         )
-    with ExitStack() as made:
-        check_different([(name, status), *((str(one), one.prove(made)) for one in outputs)])
+    with ExitStack() as created:
+        statuses = [(str(output), output.check_writable(created)) for output in outputs]
+        check_different([(name, status), *statuses])
 
 
 def demo_input() -> Path:
-    """The prompts that ship with the package."""
+    """Return the file of the demo prompts, which is part of the package."""
     return Path(str(files("mellmpi.frontend") / "demo_prompts.jsonl"))
 
 
 # --- inputs --------------------------------------------------------------------------------------
 
 
-def _input(options: Options) -> tuple[int, Read, Source]:
-    """An open descriptor, what reads it, and its name."""
+def _input(options: Options) -> tuple[int, Reader, Source]:
+    """Return an open descriptor, its `Reader` and its name."""
     name = str(demo_input()) if options.command == "demo" else options.input_file or "-"
     path = descriptor_path(name)
     if name != "-" and not is_descriptor(path, STDIN):
@@ -128,11 +129,11 @@ def _check_trace(name: str, output: Destination | None) -> None:
         raise UsageError(f"--replay {visible(name)} cannot be read: there is no such file")
     if not os.path.isfile(name):
         raise UsageError(
-            f"--replay {visible(name)} is no regular file; type  cat "
-            f"{visible(name)} > trace.csv  and give that"
+            f"--replay {visible(name)} is not a regular file; type  cat "
+            f"{visible(name)} > trace.csv  and give trace.csv"
         )
     if output and os.path.isfile(output.path) and os.path.getsize(output.path):
-        raise UsageError(f"{output} exists, and a replay starts anew: give another name")
+        raise UsageError(f"{output} exists, and a replay cannot continue it: give another name")
 
 
 def _workload(options: Options) -> Workload:
@@ -154,7 +155,7 @@ def _output(options: Options) -> Destination | None:
     return _destination("-o", name, os.O_RDWR)
 
 
-def _picture(name: str | None) -> Destination | None:
+def _timeline(name: str | None) -> Destination | None:
     if not name:
         return None
     from mellmpi.telemetry import SUFFIXES

@@ -1,7 +1,7 @@
-"""What a worker's steps take, tried before the first request comes.
+"""Measures the step times of a worker before the first request.
 
-Four steps tell the four coefficients of `core.step_times`: one sequence decodes, eight do, a piece
-of a prompt is computed, and the same piece far into a context. No request reads their KV.
+Four steps determine the four coefficients of `costs.step_times`: decode one sequence, decode eight,
+prefill a chunk, and prefill the same chunk far into a context. No request reads their KV.
 """
 
 from collections.abc import Callable
@@ -10,12 +10,12 @@ from typing import Protocol
 from mellmpi.costs import ATTENDED, StepSeconds
 from mellmpi.protocol import Chunk, HostedModel, Sampling, StepPlan, StepResult
 
-BATCH = 8  # sequences that decode at once
-PIECE, LONG_PIECE = 32, 128  # prompt tokens; the long one where it takes no longer than LONG_S
+BATCH = 8  # sequences of the decode step
+CHUNK, LONG_CHUNK = 32, 128  # prompt tokens; the long one if the short one takes less than LONG_S
 LONG_S = 0.06
-FAR = 1024  # positions before the piece that looks back
-LEAST = 1e-3  # of a step: what anything in it takes at the least
-REPEATS = 2  # of each step, of which the fastest counts: the first one warms up
+FAR = 1024  # positions before the chunk far into a context
+LEAST = 1e-3  # lower limit of a coefficient, as a share of the step
+REPEATS = 2  # the fastest counts: the first one includes the warm-up
 GREEDY = Sampling(
     max_tokens=1,
     temperature=0.0,
@@ -32,7 +32,7 @@ GREEDY = Sampling(
 
 
 class Engine(Protocol):
-    """What is tried (mellmpi.engine)."""
+    """The interface of an engine (mellmpi.engine)."""
 
     @property
     def models(self) -> tuple[HostedModel, ...]: ...
@@ -40,15 +40,15 @@ class Engine(Protocol):
 
 
 def measured_steps(engine: Engine, most_positions: int, clock: Callable[[], float]) -> StepSeconds:
-    """Seconds of (a step, a prefilled position, a decoded one, a position looked back on).
+    """Return seconds of (a step, a prefilled position, a decoded position, an attended position).
 
-    most_positions  of a sequence of the engine's first model
+    most_positions  limit of a sequence of the engine's first model
     clock           seconds
     """
     kv = engine.models[0].kv
 
     def took_s(starts: list[int], num_tokens: int) -> float:
-        """The fastest step with a chunk at each start; a chunk of one token is a decode."""
+        """Return the fastest time of a step with a chunk at each start. One token: a decode."""
         chunks = tuple(_chunk(start, num_tokens, kv.block_size) for start in starts)
         times = []
         for _ in range(REPEATS):
@@ -60,19 +60,19 @@ def measured_steps(engine: Engine, most_positions: int, clock: Callable[[], floa
     one_s, many_s = took_s([0], 1), took_s([0] * BATCH, 1)
     decode_s = max(0.0, many_s - one_s) / (BATCH - 1)
     step_s = max(one_s - decode_s, 0.1 * one_s)
-    piece = max(1, min(PIECE, most_positions // 2))
-    piece_s = took_s([0], piece)
-    if piece_s < LONG_S and most_positions >= 2 * LONG_PIECE:
-        piece, piece_s = LONG_PIECE, took_s([0], LONG_PIECE)
-    prefill_s = max(piece_s - step_s, LEAST * piece_s) / piece
-    far = max(1, min(FAR, most_positions - piece))
-    attended_s = (took_s([far], piece) - piece_s) / (piece * far)
-    # A busy machine may make the later of two steps the faster one.
+    chunk = max(1, min(CHUNK, most_positions // 2))
+    chunk_s = took_s([0], chunk)
+    if chunk_s < LONG_S and most_positions >= 2 * LONG_CHUNK:
+        chunk, chunk_s = LONG_CHUNK, took_s([0], LONG_CHUNK)
+    prefill_s = max(chunk_s - step_s, LEAST * chunk_s) / chunk
+    far = max(1, min(FAR, most_positions - chunk))
+    attended_s = (took_s([far], chunk) - chunk_s) / (chunk * far)
+    # On a busy machine a difference of two steps may be negative.
     return step_s, prefill_s, max(decode_s, LEAST * step_s), max(attended_s, prefill_s / ATTENDED)
 
 
 def _chunk(start: int, num_tokens: int, block_size: int) -> Chunk:
-    """All of its positions are in one block: what is in there matters to nobody."""
+    """Return a chunk whose positions are all in block 0, which no request reads."""
     num_blocks = -(-(start + num_tokens) // block_size)
     return Chunk(
         request_id=0,

@@ -1,7 +1,7 @@
-"""How many of the demo's requests come, and how fast, so that the demo suits the machine.
+"""Chooses the number and the rate of the demo's requests to suit the machine.
 
-About CONCURRENT requests a worker are open at once: more than the KV cache of one worker holds in
-all, so that requests move, and few enough that each answer comes while somebody watches.
+About CONCURRENT requests per worker are open at a time: together more than the KV cache of one
+worker holds, so that requests migrate, but few enough for answers at reading speed.
 """
 
 from collections.abc import Sequence
@@ -9,33 +9,33 @@ from dataclasses import dataclass
 
 from mellmpi.costs import StepSeconds
 
-CONCURRENT = 5  # open requests a worker
-LOAD_S = 18.0  # requests arrive for so long
-LONGEST_S = 45.0  # from the first arrival to the last answer, as estimated
-PROMPT_TOKENS, ANSWER_TOKENS = 160, 130  # of a request, on average
-LEAST_REQUESTS = 8  # shorter demos show nothing
-FASTEST = 8.0  # requests a second; the demo is for people
+CONCURRENT = 5  # open requests per worker
+LOAD_S = 18.0  # duration of the arrivals
+LONGEST_S = 45.0  # estimated time from the first arrival to the last answer
+PROMPT_TOKENS, ANSWER_TOKENS = 160, 130  # mean of a request
+LEAST_REQUESTS = 8  # a shorter demo shows no migrations
+FASTEST = 8.0  # requests per second that people can follow
 
 
 @dataclass(frozen=True)
 class DemoLoad:
-    """Requests of a demo."""
+    """The load of a demo."""
 
-    count: int
-    rate: float  # requests a second, Poisson
+    count: int  # requests
+    rate: float  # requests per second, Poisson
 
 
 def demo_load(workers: Sequence[StepSeconds], num_prompts: int) -> DemoLoad:
-    """What suits workers whose steps take so long; all of them get the same share."""
+    """Return the load for workers with these step times. All workers get the same share."""
     answer_s = max(map(_answer_s, workers))
     rate = min(FASTEST, CONCURRENT * len(workers) / answer_s)
-    fits = rate * max(0.0, LONGEST_S - answer_s)  # the last one to arrive is answered in time
+    fits = rate * max(0.0, LONGEST_S - answer_s)  # the last request is answered in time
     count = round(min(rate * LOAD_S, fits))
     return DemoLoad(min(num_prompts, max(LEAST_REQUESTS, count)), rate)
 
 
 def _answer_s(seconds: StepSeconds) -> float:
-    """An average request beside CONCURRENT - 1 others: its prompt, then a token a step."""
+    """Return the seconds of a mean request beside CONCURRENT - 1 others: prefill, then decode."""
     step_s, prefill_s, decode_s, _ = seconds
-    prompts_s = PROMPT_TOKENS * prefill_s  # of others, too: one begins as often as one ends
-    return ANSWER_TOKENS * (step_s + CONCURRENT * decode_s) + CONCURRENT * prompts_s
+    prompt_s = PROMPT_TOKENS * prefill_s  # during an answer each other request prefills once, too
+    return ANSWER_TOKENS * (step_s + CONCURRENT * decode_s) + CONCURRENT * prompt_s

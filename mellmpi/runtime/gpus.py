@@ -1,4 +1,4 @@
-"""Which GPU a worker uses, known before torch is imported."""
+"""Assigns GPUs to workers, without importing torch."""
 
 import ctypes
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from mellmpi.protocol import SCHEDULER
 
 
 def count_gpus() -> int:
-    """GPUs that this process may use (CUDA_VISIBLE_DEVICES counts), asked of the driver itself."""
+    """Return the number of GPUs that the CUDA driver shows (subject to CUDA_VISIBLE_DEVICES)."""
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -21,7 +21,7 @@ def count_gpus() -> int:
 
 @dataclass(frozen=True)
 class GpuAssignment:
-    """One worker's place on its host."""
+    """The GPU of one worker. The workers of a host take its GPUs round-robin."""
 
     index: int  # among the workers of this host
     neighbours: int  # workers on this host, this one included
@@ -29,7 +29,7 @@ class GpuAssignment:
 
     @staticmethod
     def of(rank: int, neighbours: Sequence[int], num_gpus: int) -> "GpuAssignment":
-        """A worker's; `neighbours`: all ranks of its host."""
+        """Return the assignment of a worker. `neighbours`: all ranks of its host."""
         workers = [other for other in neighbours if other != SCHEDULER]
         return GpuAssignment(workers.index(rank), len(workers), num_gpus)
 
@@ -39,17 +39,17 @@ class GpuAssignment:
 
     @property
     def sharers(self) -> int:
-        """Workers that use the same GPU, this one included."""
+        """Number of workers that use the same GPU, this one included."""
         if not self.num_gpus:
             return 1
         return len(range(self.index % self.num_gpus, self.neighbours, self.num_gpus))
 
     def problem(self, host: str, oversubscribe: bool) -> str:
-        """What is wrong with it, in words for the user; empty if nothing is."""
+        """Return a message if the host has too few GPUs, else ""."""
         if not self.num_gpus or oversubscribe or self.neighbours <= self.num_gpus:
             return ""
         return (
-            f"{host} has {self.num_gpus} GPU(s) for {self.neighbours} workers: start one rank a "
+            f"{host} has {self.num_gpus} GPU(s) for {self.neighbours} workers: start one rank per "
             f"GPU and one more for the scheduler (mpirun -np {self.num_gpus + 1} …), or let "
             "workers share GPUs with --oversubscribe-gpus"
         )

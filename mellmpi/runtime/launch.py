@@ -1,4 +1,4 @@
-"""From a started process to its role: rank 0 schedules, the others work, one alone does both."""
+"""Starts the role of a process: rank 0 schedules, the others work; a single process does both."""
 
 import errno
 import gc
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mellmpi.config import Config, ModelConfig, Options, UsageError
 from mellmpi.frontend import Tokenizer, visible
@@ -19,6 +19,7 @@ from mellmpi.runtime.batch_files import open_files
 from mellmpi.runtime.calibration import measured_steps
 from mellmpi.runtime.connect import connect
 from mellmpi.runtime.gpus import GpuAssignment, count_gpus
+from mellmpi.runtime.job import Job
 from mellmpi.runtime.run_batch import Rank0
 from mellmpi.runtime.standard_input import StandardInput
 from mellmpi.runtime.worker import Engine, Worker
@@ -27,11 +28,11 @@ from mellmpi.transport import LocalNetwork, Transport
 ReadOptions = Callable[[Callable[[], bool]], Options]
 
 
-def launch(job: Any, read_options: ReadOptions) -> int:
-    """Play this process's part in the job; its exit code. Every rank calls it.
+def launch(job: Job | None, read_options: ReadOptions) -> int:
+    """Run this process's role in the job. Returns the exit code. Every rank calls it.
 
-    job           the MPI job; None: this process is alone
-    read_options  of rank 0: the command line, made into Options
+    job           None: there is no MPI, and this is the only process
+    read_options  called on rank 0: parses the command line
     """
     if job is not None and job.rank > 0:
         return _worker(job, _shared(job, None))
@@ -45,19 +46,20 @@ def launch(job: Any, read_options: ReadOptions) -> int:
     directories = tuple(map(Path, prepared["directories"]))
     rank0 = partial(Rank0, options, options.config, files, directories, tokenizers)
     if job is None or job.size == 1:
-        return _alone(rank0, options.config, prepared)
-    return rank0(connect(job, options.config), beside=lambda: False, ready=job.serve).run()
+        return _single_process(rank0, options.config, prepared)
+    transport = connect(job, options.config)
+    return rank0(transport, run_local_worker=lambda: False, on_ready=job.serve).run()
 
 
-def _shared(job: Any, prepared: dict[str, Any] | None) -> dict[str, Any]:
-    """What rank 0 has prepared, on all ranks. UsageError where they do not fit together."""
+def _shared(job: Job, prepared: dict[str, Any] | None) -> dict[str, Any]:
+    """Return rank 0's `prepared` on all ranks. Raises UsageError if ranks do not fit together."""
     _check_installation(job)
     shared: dict[str, Any] = job.share(prepared)
-    _check_seats(job, Config.from_dict(shared["config"]))
+    _check_gpus(job, Config.from_dict(shared["config"]))
     return shared
 
 
-def _check_installation(job: Any) -> None:
+def _check_installation(job: Job) -> None:
     from mellmpi.transport.mpi import MixedInstallation
 
     try:
@@ -67,20 +69,22 @@ def _check_installation(job: Any) -> None:
 
 
 def _prepare(options: Options) -> dict[str, Any]:
-    """All that can be found out before the workers start; plain data for every rank."""
+    """Resolve the models before the workers start. Returns plain data for every rank."""
     cache_dir = _cache_dir(options.cache_dir)
-    said: list[str] = []
-    directories: list[str] = []
+    messages: list[str] = []
+
+    def show(text: str) -> None:
+        messages.append(text)
+        _show_progress(text)
+
     try:
-        for model in options.config.models:
-            tell = lambda text: (said.append(text), _say(text))[1]  # noqa: E731
-            directories.append(str(_resolved(model, cache_dir, tell).absolute()))
+        paths = [_resolved(model, cache_dir, show) for model in options.config.models]
     finally:
-        if said:
+        if messages:
             sys.stderr.write("\n")
     return {
         "config": options.config.to_dict(),
-        "directories": directories,
+        "directories": [str(path.absolute()) for path in paths],
         "cache_dir": str(cache_dir.absolute()),
     }
 
@@ -92,15 +96,15 @@ def _cache_dir(given: str | None) -> Path:
         raise UsageError(f"{error}: give a directory with --cache-dir DIR") from error
 
 
-def _resolved(model: ModelConfig, cache_dir: Path, tell: Callable[[str], None]) -> Path:
+def _resolved(model: ModelConfig, cache_dir: Path, show: Callable[[str], None]) -> Path:
     try:
-        return resolve(model.model, cache_dir, tell)
+        return resolve(model.model, cache_dir, show)
     except ValueError as error:
         raise UsageError(f"--model {visible(model.model)}: {error}") from error
 
 
 def _tokenizers(options: Options, prepared: dict[str, Any]) -> tuple[Tokenizer, ...]:
-    """One a model. They are needed late, but their faults are found before a worker starts."""
+    """Return one tokenizer per model. Loaded early, to report errors before a worker starts."""
     template = options.config.model.chat_template
     try:
         return tuple(
@@ -111,72 +115,75 @@ def _tokenizers(options: Options, prepared: dict[str, Any]) -> tuple[Tokenizer, 
         raise UsageError(str(error)) from error
 
 
-def _say(text: str) -> None:
-    sys.stderr.write(f"\rmellmpi: {text} …".ljust(100))  # one line, again and again
+def _show_progress(text: str) -> None:
+    sys.stderr.write(f"\rmellmpi: {text} …".ljust(100))  # overwrites the previous text
     sys.stderr.flush()
 
 
 # --- roles ---------------------------------------------------------------------------------------
 
 
-def _worker(job: Any, prepared: dict[str, Any]) -> int:
+def _worker(job: Job, prepared: dict[str, Any]) -> int:
     config = Config.from_dict(prepared["config"])
     transport = connect(job, config)
-    seat = GpuAssignment.of(job.rank, job.neighbours, count_gpus())
-    worker = make_worker(transport, config, prepared, seat)
+    assignment = GpuAssignment.of(job.rank, job.local_ranks, count_gpus())
+    worker = make_worker(transport, config, prepared, assignment)
     worker.start()
     job.serve()
     while not worker.stopped:
-        if not worker.turn():
+        if not worker.run_once():
             worker.wait()
     return 0
 
 
-def _alone(rank0: Callable[..., Rank0], config: Config, prepared: dict[str, Any]) -> int:
-    """Scheduler and worker take turns in one process."""
+def _single_process(rank0: Callable[..., Rank0], config: Config, prepared: dict[str, Any]) -> int:
+    """Run scheduler and worker alternately in one process."""
     network = LocalNetwork(1)
-    seat = GpuAssignment(index=0, neighbours=1, num_gpus=count_gpus())
-    worker = make_worker(network.transports[1], config, prepared, seat)
+    assignment = GpuAssignment(index=0, neighbours=1, num_gpus=count_gpus())
+    worker = make_worker(network.transports[1], config, prepared, assignment)
     worker.start()
-    return rank0(network.transports[0], beside=worker.turn, ready=lambda: None).run()
+    return rank0(
+        network.transports[0], run_local_worker=worker.run_once, on_ready=lambda: None
+    ).run()
 
 
 def make_worker(
-    transport: Transport, config: Config, prepared: dict[str, Any], seat: GpuAssignment
+    transport: Transport, config: Config, prepared: dict[str, Any], assignment: GpuAssignment
 ) -> Worker:
-    """A worker whose engine is built when it starts, and again whenever it wakes."""
+    """Return a worker that builds its engine when it starts, and again when it wakes up."""
     from mellmpi.engine import build_engine
 
     directories = [Path(name) for name in prepared["directories"]]
     for i, model in enumerate(config.models):
-        if not directories[i].is_dir():  # another host, another disk
-            directories[i] = _resolved(model, Path(prepared["cache_dir"]), _say)
-    use_gpu = seat.num_gpus and config.device != "cpu"
-    share = config.cache.gpu_memory_utilization / seat.sharers
+        if not directories[i].is_dir():  # another host without rank 0's files
+            directories[i] = _resolved(model, Path(prepared["cache_dir"]), _show_progress)
+    use_gpu = assignment.num_gpus and config.device != "cpu"
+    share = config.cache.gpu_memory_utilization / assignment.sharers
     cache = replace(config.cache, gpu_memory_utilization=share)
 
     def build() -> Engine:
         try:
-            return build_engine(
+            engine = build_engine(
                 directories,
                 config.models,
                 cache,
                 hosted=config.hosted(transport.worker),
-                device=seat.device if use_gpu else config.device,
+                device=assignment.device if use_gpu else config.device,
                 num_threads=config.threads
-                or max(1, len(os.sched_getaffinity(0)) // seat.neighbours),
+                or max(1, len(os.sched_getaffinity(0)) // assignment.neighbours),
             )
+            return cast(Engine, engine)  # its arena's device is a torch.device, not a str
         except ValueError as error:
             raise UsageError(str(error)) from error
         except (MemoryError, OSError) as error:
             if isinstance(error, OSError) and error.errno != errno.ENOMEM:
                 raise
             raise UsageError(
-                "there is too little memory for the KV cache: give less with "
+                "there is too little memory for the KV cache: make it smaller with "
                 "--kv-cache-memory-bytes SIZE, such as 512M"
             ) from error
 
-    gc.freeze()  # modules stay: a worker that parks need not look through them for what it can free
+    gc.freeze()  # modules are never freed: garbage collection when parking need not visit them
     most_positions = Architecture.from_directory(directories[0]).max_position
     measure = partial(measured_steps, most_positions=most_positions, clock=time.perf_counter)
     return Worker(transport, build, config.batch, config.cache, measure=measure)
@@ -186,24 +193,24 @@ def make_worker(
 
 
 def _hosting_problem(config: Config, num_workers: int) -> str:
-    """A model that no worker hosts, in words for the user."""
+    """Return a message about a model that no worker hosts, or ""."""
     hosted = {name for w in range(1, num_workers + 1) for name in config.hosted(w)}
     missing = [model.name for model in config.models if model.name not in hosted]
     if not missing:
         return ""
     return (
-        f"none of the {num_workers} worker(s) hosts {missing[0]}: start more ranks, or name it "
-        "in another --worker-models"
+        f"none of the {num_workers} worker(s) hosts {missing[0]}: start more ranks, or add it to "
+        "one of the --worker-models"
     )
 
 
-def _check_seats(job: Any, config: Config) -> None:
-    """Raise UsageError, on all ranks alike, if a host has more workers than GPUs."""
+def _check_gpus(job: Job, config: Config) -> None:
+    """Raise UsageError, on all ranks, if a host has more workers than GPUs."""
     packed = job.gather(struct.pack("q", count_gpus() if config.device != "cpu" else 0))
-    gpus = [struct.unpack("q", one)[0] for one in packed]
+    gpus = [struct.unpack("q", data)[0] for data in packed]
     for host in dict.fromkeys(job.hosts):
         workers = [rank for rank in range(1, job.size) if job.hosts[rank] == host]
         if workers:
-            seat = GpuAssignment(0, len(workers), gpus[workers[0]])
-            if problem := seat.problem(host, config.oversubscribe_gpus):
+            assignment = GpuAssignment(0, len(workers), gpus[workers[0]])
+            if problem := assignment.problem(host, config.oversubscribe_gpus):
                 raise UsageError(problem)

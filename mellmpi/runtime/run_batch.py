@@ -1,4 +1,4 @@
-"""Rank 0's part of a batch: open it, drive it to its end, say what it was like."""
+"""Rank 0's part of a batch: opens the batch, runs it to its end, writes report and summary."""
 
 import json
 import time
@@ -7,10 +7,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mellmpi.config import Config, ModelConfig, Options, UsageError
-from mellmpi.frontend import BatchJob, Counts, ReplayJob, Served, ServedModel, Tokenizer, Unwritable
+from mellmpi.frontend import (
+    BatchJob,
+    Counts,
+    Destination,
+    ReplayJob,
+    ServedModel,
+    ServedModels,
+    Tokenizer,
+    Unwritable,
+)
 from mellmpi.models import Architecture
 from mellmpi.runtime.batch_files import STDOUT, BatchFiles
-from mellmpi.runtime.batch_front import BatchFront, poisson
+from mellmpi.runtime.batch_front import BatchFront, RequestSource, poisson
 from mellmpi.runtime.demo import demo_load
 from mellmpi.runtime.ending import JobFailed
 from mellmpi.runtime.scheduler import SchedulerLoop
@@ -20,8 +29,8 @@ from mellmpi.scheduler.policies import policy_for
 from mellmpi.telemetry import Metrics
 from mellmpi.transport import Transport
 
-NEXT = """
-That was the demo. Requests of your own, one JSON object a line in OpenAI's batch form:
+AFTER_DEMO = """
+That was the demo. For your own requests, one JSON object per line in OpenAI's batch format, type:
   mpirun -np 3 python -m mellmpi run-batch -i requests.jsonl -o answers.jsonl --model DIR
   cat requests.jsonl | mpirun -np 3 python -m mellmpi > answers.jsonl
   python -m mellmpi --help
@@ -35,14 +44,14 @@ class Rank0:
     options: Options
     config: Config
     files: BatchFiles
-    directories: tuple[Path, ...]  # of the models
-    tokenizers: tuple[Tokenizer, ...]  # of the models; none for a replay
+    directories: tuple[Path, ...]  # one per model
+    tokenizers: tuple[Tokenizer, ...]  # one per model; none for a replay
     transport: Transport
-    beside: Callable[[], bool]  # one turn of a worker in this process; False: nothing to do
-    ready: Callable[[], None]  # called once all workers have started
+    run_local_worker: Callable[[], bool]  # one iteration of a worker in this process, if any
+    on_ready: Callable[[], None]  # called when all workers have started
 
     def run(self) -> int:
-        """The whole command; the exit code."""
+        """Run the command. Returns the exit code."""
         num_workers = self.transport.num_workers
         cluster, metrics = self.config.cluster, Metrics()
         scheduler = ClusterScheduler(
@@ -54,19 +63,19 @@ class Rank0:
         names = ", ".join(model.name for model in self.config.models)
         with terminal.working(f"starting {num_workers} worker(s), {names}"):
             self._drive(loop, None, lambda: not loop.starting())
-        self.ready()
+        self.on_ready()
         if warning := mixed_arithmetic(scheduler.registry.arithmetic):
             terminal.say(f"mellmpi: {warning}")
         if not scheduler.registry.models:
             raise JobFailed("no worker could start")
         rate = self._demo_rate(scheduler) if self._is_demo else self.options.request_rate
-        job = self._open(self._served(scheduler), terminal)
-        problems = self._answer(loop, job, terminal, rate)
+        source = self._open(self._served(scheduler), terminal)
+        problems = self._answer(loop, source, terminal, rate)
         ended_s = time.perf_counter()
         loop.stop()
-        problems += shortcomings(self.files, job.counts)
-        problems += self._conclude(terminal, job, metrics, ended_s)
-        if not problems and not job.counts.lines:
+        problems += shortcomings(self.files, source.counts)
+        problems += self._conclude(terminal, source, metrics, ended_s)
+        if not problems and not source.counts.lines:
             terminal.say("mellmpi: there were no requests in the input")
         for problem in problems:
             terminal.say(f"mellmpi: {problem}")
@@ -77,7 +86,7 @@ class Rank0:
         return self.options.command == "demo"
 
     def _demo_rate(self, scheduler: ClusterScheduler) -> float:
-        """Take as many of the prompts as suit this machine; requests a second."""
+        """Limit the demo to a load that suits this machine. Returns the requests per second."""
         registry, requests = scheduler.registry, self.files.requests
         assert requests is not None and requests.count is not None
         steps = [
@@ -86,44 +95,44 @@ class Rank0:
         load = demo_load(steps, requests.count)
         if self.options.request_rate is not None:
             return self.options.request_rate
-        requests.lines.most = load.count
+        requests.lines.max_lines = load.count
         self.files.requests = replace(requests, count=load.count)
         return load.rate
 
     def _answer(
-        self, loop: SchedulerLoop, job: BatchJob | ReplayJob, terminal: Terminal, rate: float | None
+        self, loop: SchedulerLoop, source: RequestSource, terminal: Terminal, rate: float | None
     ) -> list[str]:
-        """Do the job to its end, or until answers cannot be written; what went wrong."""
+        """Run the batch to its end, or until answers cannot be written. Returns the problems."""
         try:
-            with terminal.progress(self.files.num_requests, job.counts) as advance:
-                front = self._front(job, advance, rate)
+            with terminal.progress(self.files.num_requests, source.counts) as advance:
+                front = self._front(source, advance, rate)
                 self._drive(loop, front, lambda: front.done)
             if self.files.output:
                 self.files.output.flush()
         except Unwritable as error:
-            return [f"{error}; {job.counts.completed} lines were answered"]
+            return [f"{error}; {source.counts.completed} lines were answered"]
         return []
 
     def _drive(
         self, loop: SchedulerLoop, front: BatchFront | None, done: Callable[[], bool]
     ) -> None:
         while not done():
-            busy = loop.turn(front)
-            if not (self.beside() or busy) and not done():
+            busy = loop.run_once(front)
+            if not (self.run_local_worker() or busy) and not done():
                 loop.wait(front)
 
     def _front(
-        self, job: BatchJob | ReplayJob, advance: Callable[[int], None], rate: float | None
+        self, source: RequestSource, advance: Callable[[int], None], rate: float | None
     ) -> BatchFront:
-        if isinstance(job, ReplayJob):  # holding arrivals back would make it another load
-            return BatchFront(job, job.arrivals(), advance, max_open=float("inf"))
+        if isinstance(source, ReplayJob):  # unlimited: delaying arrivals would change the load
+            return BatchFront(source, source.arrivals(), advance, max_open=float("inf"))
         arrivals = None if rate is None else poisson(rate, self.config.cluster.seed)
-        return BatchFront(job, arrivals, advance)
+        return BatchFront(source, arrivals, advance)
 
-    # --- the job --------------------------------------------------------------------------------
+    # --- the source of requests -----------------------------------------------------------------
 
     def _served(self, scheduler: ClusterScheduler) -> tuple[ServedModel, ...]:
-        """What clients may ask for: the models' limits, and what fits into a worker's arena."""
+        """Return the models with their limits: the smaller of model limit and worker's KV cache."""
         return tuple(
             self._served_model(scheduler.registry, model, directory)
             for model, directory in zip(self.config.models, self.directories, strict=True)
@@ -145,63 +154,63 @@ class Rank0:
             eos_ids=arch.eos_ids,
         )
 
-    def _open(self, models: tuple[ServedModel, ...], terminal: Terminal) -> BatchJob | ReplayJob:
+    def _open(self, models: tuple[ServedModel, ...], terminal: Terminal) -> RequestSource:
         write = self.files.begin()
         if (workload := self.files.workload) is not None:
             try:
                 return ReplayJob(workload, models, self.config.model.seed, write, terminal.answered)
             except ValueError as error:
                 raise UsageError(str(error)) from error
-        served = Served.of(*zip(models, self.tokenizers, strict=True))
+        served = ServedModels.of(*zip(models, self.tokenizers, strict=True))
         assert self.files.requests is not None
         lines, finished = self.files.requests.lines, self.files.finished
-        grew = terminal.grew if terminal.shows else None
+        on_text = terminal.show_text if terminal.shows else None
         write = write or (lambda _: None)
-        return BatchJob(lines, write, served, finished, terminal.answered, grew)
+        return BatchJob(lines, write, served, finished, terminal.answered, on_text)
 
     # --- the end --------------------------------------------------------------------------------
 
     def _conclude(
-        self, terminal: Terminal, job: BatchJob | ReplayJob, metrics: Metrics, ended_s: float
+        self, terminal: Terminal, source: RequestSource, metrics: Metrics, ended_s: float
     ) -> list[str]:
-        """Write figures and picture, and show the summary; which could not be written."""
+        """Write report and picture, and show the summary. Returns the problems."""
         report = {
             **metrics.report(ended_s),
             "lines": {
-                "completed": job.counts.completed,
-                "failed": job.counts.failed,
-                "skipped": job.counts.skipped,
+                "completed": source.counts.completed,
+                "failed": source.counts.failed,
+                "skipped": source.counts.skipped,
             },
-            "failures": dict(job.counts.reasons),
+            "failures": dict(source.counts.reasons),
             "config": self.config.to_dict(),
         }
         files, problems = self.files, []
-        figures = [  # what, where, how it is made
+        outputs: list[tuple[str, Destination | None, Callable[[], bytes]]] = [
             ("figures", files.report, lambda: (json.dumps(report, indent=2) + "\n").encode()),
-            ("picture", files.timeline, lambda: self._picture(metrics, ended_s)),
+            ("picture", files.timeline, lambda: self._draw_timeline(metrics, ended_s)),
         ]
         written = [("answers", files.output)] if files.output else []
-        for what, file, make in figures:
+        for kind, file, make in outputs:
             try:
                 if file is not None:
                     file.replace(make())
-                    written.append((what, file))
+                    written.append((kind, file))
             except Unwritable as error:
                 problems.append(str(error))
-        named = [(what, file.name) for what, file in written if file.descriptor != STDOUT]
+        named = [(kind, file.name) for kind, file in written if file.descriptor != STDOUT]
         terminal.summary(report, named)
         if self._is_demo:
-            terminal.say(NEXT)
+            terminal.say(AFTER_DEMO)
         return problems
 
-    def _picture(self, metrics: Metrics, ended_s: float) -> bytes:
+    def _draw_timeline(self, metrics: Metrics, ended_s: float) -> bytes:
         from mellmpi.telemetry import draw
 
         return draw(metrics.series(ended_s), Path(self.options.timeline or "").suffix)
 
 
 def mixed_arithmetic(by_worker: dict[int, str]) -> str:
-    """What answers depend on where workers compute in different ways; "" where they do not."""
+    """Return a warning if workers compute in different ways, else ""."""
     kinds = dict.fromkeys(by_worker.values())
     if len(kinds) < 2:
         return ""
@@ -214,12 +223,12 @@ def mixed_arithmetic(by_worker: dict[int, str]) -> str:
 
 
 def shortcomings(files: BatchFiles, counts: Counts) -> Iterator[str]:
-    """Why a job that came to its end has not done what it was asked to."""
+    """Yield the reasons why a finished batch counts as failed."""
     if files.requests and files.requests.lines.problem:
-        yield f"{files.requests.lines.problem}; what came before that is answered"
+        yield f"{files.requests.lines.problem}; the requests before that point are answered"
     if 0 < counts.failed == counts.lines:
         reason, times = counts.reasons.most_common(1)[0]
         yield (
-            f"none of the {counts.failed} lines could be answered, most of them ({times}) for "
-            f"this reason: {reason}, such as: {counts.examples[reason]}"
+            f"none of the {counts.failed} lines could be answered; the most frequent reason "
+            f"({times} lines) is {reason}, for example: {counts.examples[reason]}"
         )

@@ -1,9 +1,9 @@
-"""Standard input of rank 0, as it really is behind mpirun.
+"""Standard input of rank 0 under mpirun.
 
-Open MPI 5's mpirun reads its own standard input and passes it on to rank 0 through a pipe, which
-it never closes (fixed in PMIx by openpmix#4024): a reader would wait for the end for ever. On
-the same host what mpirun reads can be looked at: once that has ended, and nothing has come for a
-while, neither will anything come.
+Open MPI 5's mpirun passes its standard input on to rank 0 through a pipe that it never closes
+(fixed in PMIx by openpmix#4024), so that a reader never sees the end. Rank 0 therefore inspects the
+standard input of mpirun on the same host: when that has ended, and no bytes have arrived for
+QUIET_S, the input has ended.
 """
 
 import fcntl
@@ -18,24 +18,27 @@ import time
 from mellmpi.config import UsageError
 
 LAUNCHERS = ("prterun", "mpirun", "orterun", "mpiexec")
-FIRST_BYTES_S = 2.0  # so long an open pipe may take before it counts as empty
-QUIET_S = 0.5  # mpirun passes on within this what it has read
+FIRST_BYTES_S = 2.0  # an open pipe without bytes for this time counts as empty
+QUIET_S = 0.5  # mpirun passes on what it has read within this time
 PIECE_BYTES = 1 << 20
 
 
 class StandardInput:
-    """What was piped into the command, if anything was."""
+    """The standard input of the command."""
 
     def __init__(self) -> None:
-        self._behind = _launcher_input()
+        self._launcher_input = _launcher_input()
         self._last_s = time.monotonic()
 
     def is_piped(self) -> bool:
-        """Are there bytes? Waits a little for the first; a terminal or /dev/null has none."""
+        """Return whether bytes were piped in. Waits up to FIRST_BYTES_S for the first.
+
+        A terminal or /dev/null counts as not piped.
+        """
         if sys.stdin is None:  # closed
             return False
-        what = os.fstat(0 if self._behind is None else self._behind)
-        if stat.S_ISCHR(what.st_mode):
+        status = os.fstat(0 if self._launcher_input is None else self._launcher_input)
+        if stat.S_ISCHR(status.st_mode):
             return False
         until_s = time.monotonic() + FIRST_BYTES_S
         while time.monotonic() < until_s:
@@ -47,17 +50,17 @@ class StandardInput:
         return False
 
     def check(self) -> None:
-        """UsageError where nothing can be read, or the end would never be seen."""
+        """Raise UsageError if nothing can be read, or if the end could not be detected."""
         if sys.stdin is None:
             raise UsageError("standard input is closed; give a file of requests with -i")
         if _launcher() is not None and (what := _endless(f"{_launcher()}/fd/0")):
             raise UsageError(
-                f"standard input is {what}, whose end mpirun does not pass on; "
+                f"standard input is {what}, and mpirun does not pass on its end; "
                 "type  cat | mpirun … -i -"
             )
 
     def read(self) -> bytes | None:
-        """The next bytes; None: none yet; b"": none will come."""
+        """Return the next bytes; None: none available yet; b"": the end."""
         if self._readable():
             self._last_s = time.monotonic()
             return os.read(0, PIECE_BYTES)
@@ -67,20 +70,21 @@ class StandardInput:
         return bool(select.select([0], [], [], 0)[0])
 
     def _ended(self) -> bool:
-        if self._behind is None or time.monotonic() - self._last_s < QUIET_S:
+        if self._launcher_input is None or time.monotonic() - self._last_s < QUIET_S:
             return False
-        return _at_end(self._behind)
+        return _at_end(self._launcher_input)
 
 
 def descriptor_path(name: str) -> str:
-    """Where to open /dev/fd/N, the name that a shell gives to <(…) and >(…); `name` if it is none.
+    """Return the path to open for /dev/fd/N, the name that a shell gives to <(…) and >(…).
 
-    mpirun has inherited N, but does not pass it on. UsageError if mpirun has no such descriptor.
+    mpirun inherits descriptor N, but does not pass it on: the path names it in mpirun's process.
+    Other names are returned unchanged. Raises UsageError if mpirun has no such descriptor.
     """
     found = re.fullmatch(r"/(?:dev|proc/self)/fd/(\d+)", name)
     if found is None or int(found[1]) <= 2 or (launcher := _launcher()) is None:
         return name
-    try:  # what mpirun has opened itself it closes in its children
+    try:  # a descriptor that mpirun opened itself has O_CLOEXEC
         inherited = not int(_of_descriptor(launcher, found[1], "flags"), 8) & os.O_CLOEXEC
     except OSError:
         inherited = False
@@ -93,7 +97,7 @@ def descriptor_path(name: str) -> str:
 
 
 def _launcher() -> str | None:
-    """The /proc directory of mpirun, if that is the parent of this process."""
+    """Return the /proc directory of mpirun if mpirun is the parent of this process."""
     parent = f"/proc/{os.getppid()}"
     try:
         with open(f"{parent}/comm") as comm:
@@ -103,15 +107,15 @@ def _launcher() -> str | None:
 
 
 def _launcher_input() -> int | None:
-    """A descriptor of what mpirun reads, if it is mpirun that feeds this process."""
+    """Return a descriptor of mpirun's standard input if mpirun is the parent of this process."""
     try:
         return os.open(f"{_launcher()}/fd/0", os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError:
-        return None  # a rank that prted started: mpirun is on another host, or closed its input
+        return None  # started by prted: mpirun is on another host, or has closed its input
 
 
 def _endless(path: str) -> str:
-    """What it is, if `_at_end` cannot tell its end; "" otherwise."""
+    """Return the kind of an input whose end `_at_end` cannot detect; else ""."""
     try:
         status = os.stat(path)
     except OSError:
@@ -123,7 +127,7 @@ def _endless(path: str) -> str:
 
 
 def _at_end(descriptor: int) -> bool:
-    """Has everything been read from it, never to be written to again?"""
+    """Return whether all bytes have been read and no more can follow."""
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         offset = int(_of_descriptor(f"/proc/{os.getppid()}", "0", "pos"))
         return offset >= os.fstat(descriptor).st_size
@@ -134,13 +138,13 @@ def _at_end(descriptor: int) -> bool:
 
 
 def _of_descriptor(process: str, descriptor: str, key: str) -> str:
-    """A field of a process's /proc/…/fdinfo. OSError if it has no such descriptor."""
+    """Return a field of fdinfo (proc(5)). Raises OSError if there is no such descriptor."""
     with open(f"{process}/fdinfo/{descriptor}") as lines:
         return next(line.split()[1] for line in lines if line.startswith(f"{key}:"))
 
 
 def _bytes_waiting(descriptor: int) -> int:
-    """Bytes that can be read now; 0 where a readable descriptor only has its end to tell."""
-    if stat.S_ISREG((what := os.fstat(descriptor)).st_mode):
-        return what.st_size - os.lseek(descriptor, 0, os.SEEK_CUR)
+    """Return the number of bytes that can be read now; 0 at the end."""
+    if stat.S_ISREG((status := os.fstat(descriptor)).st_mode):
+        return status.st_size - os.lseek(descriptor, 0, os.SEEK_CUR)
     return int.from_bytes(fcntl.ioctl(descriptor, termios.FIONREAD, b"\0" * 4), "little")

@@ -1,4 +1,4 @@
-"""What a person sees of a run: progress, the first answers, a table of figures."""
+"""Prints progress, the first answers and a table of figures to standard error."""
 
 import os
 import select
@@ -6,25 +6,25 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from mellmpi.frontend import Answered, Counts, visible, visible_lines
 
 WIDTH = 100
 STDERR = 2
-PATIENCE_MS = 1000  # so long a full pipe is waited for, once
-PIPE_BYTES = 4096  # so many never block where a pipe can take any (PIPE_BUF, pipe(7))
+PATIENCE_MS = 1000  # longest wait for a full pipe; later writes do not wait until it has room
+PIPE_BYTES = 4096  # a pipe that has room takes so many without blocking (PIPE_BUF, pipe(7))
 
 
 class StandardError:
-    """Standard error as a text file that never raises, and never waits for its reader for long.
+    """Standard error as a text file that never raises errors and blocks for PATIENCE_MS at most.
 
-    Text is dropped where standard error is closed, or a full pipe that nobody reads.
+    Text is dropped if standard error is closed, or is a full pipe without a reader.
     """
 
     def __init__(self, descriptor: int = STDERR):
@@ -50,32 +50,36 @@ class StandardError:
         return not self._is_stuck
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Do nothing: there is no buffer."""
 
     def isatty(self) -> bool:
         return os.isatty(self._descriptor)
 
 
 @dataclass
-class Growing:
-    """An answer that is shown while it grows."""
+class ShownAnswer:
+    """An answer that is shown while it is generated."""
 
-    of: Answered
-    unseen: str = ""  # text that is not shown yet
+    answer: Answered  # custom_id and prompt
+    pending: str = ""  # text that is not printed yet
     is_begun: bool = False
     is_ended: bool = False
 
 
 class Terminal:
-    """Progress and figures go to standard error, so that answers may go to standard output."""
+    """Progress and figures on standard error, so that answers can go to standard output."""
 
     def __init__(self, quiet: bool, show: int):
-        self._stream: Any = StandardError()
-        # What users wrote is printed as Text alone: in a str, rich looks for markup and emoji.
+        """
+        quiet  answers go to the terminal: print no progress between them
+        show   number of answers to show while they are generated
+        """
+        self._stream = cast(IO[str], StandardError())  # rich and tqdm use only the methods it has
+        # Text of users is printed as rich's Text: in a str, rich would interpret markup and emoji.
         self._console = Console(file=self._stream, width=WIDTH)
-        self._quiet = quiet  # answers themselves go to standard output: add nothing to them
-        self._show = 0 if quiet else show  # answers
-        self._growing: dict[int, Growing] = {}  # by line: those that are shown, the first one now
+        self._quiet = quiet
+        self._show = 0 if quiet else show
+        self._shown: dict[int, ShownAnswer] = {}  # by line number; only the first one is printed
         self._bar: Any = None
         self._num_tokens = 0
 
@@ -86,7 +90,10 @@ class Terminal:
 
     @contextmanager
     def progress(self, num_lines: int | None, counts: Counts) -> Iterator[Callable[[int], None]]:
-        """A bar over the lines of the input; call what it yields with every new token count."""
+        """Show a progress bar. Yields a function to call with the number of new tokens.
+
+        num_lines  of the input; None: unknown
+        """
         self._counts = counts
         with tqdm(
             total=num_lines,
@@ -102,40 +109,40 @@ class Terminal:
 
     @property
     def shows(self) -> bool:
-        """Some answers are shown while they grow."""
+        """Whether answers are shown while they are generated."""
         return self._show > 0
 
-    def grew(self, answer: Answered) -> None:
-        """Show the first answers as they grow: one at a time, the others when it has ended."""
-        if answer.number not in self._growing:
+    def show_text(self, answer: Answered) -> None:
+        """Print new text of an answer: the first answers only, one after the other."""
+        if answer.number not in self._shown:
             if self._show == 0:
                 return
             self._show -= 1
-            self._growing[answer.number] = Growing(answer)
-        growing = self._growing[answer.number]
-        growing.unseen += answer.text
-        if next(iter(self._growing)) == answer.number:
-            self._write(growing)
+            self._shown[answer.number] = ShownAnswer(answer)
+        shown = self._shown[answer.number]
+        shown.pending += answer.text
+        if next(iter(self._shown)) == answer.number:
+            self._write(shown)
 
-    def _write(self, growing: "Growing") -> None:
-        if not growing.is_begun:
-            growing.is_begun = True
+    def _write(self, shown: ShownAnswer) -> None:
+        if not shown.is_begun:
+            shown.is_begun = True
             self._bar.clear()
-            title = Text(visible(_short(growing.of.custom_id or "", WIDTH)), style="dim")
-            question = Text(visible_lines(_short(growing.of.prompt, 200)), style="bold")
-            self._console.print(title, question, sep="\n")
-        self._stream.write(visible_lines(growing.unseen))
-        growing.unseen = ""
+            title = Text(visible(_short(shown.answer.custom_id or "", WIDTH)), style="dim")
+            prompt = Text(visible_lines(_short(shown.answer.prompt, 200)), style="bold")
+            self._console.print(title, prompt, sep="\n")
+        self._stream.write(visible_lines(shown.pending))
+        shown.pending = ""
 
-    def _end_growing(self, number: int) -> None:
-        """An answer has ended: it is followed by those that have grown meanwhile."""
-        if number in self._growing:
-            self._growing[number].is_ended = True
-        while self._growing and (first := next(iter(self._growing.values()))).is_ended:
+    def _end_shown(self, number: int) -> None:
+        """End an answer, and print the pending text of the next ones."""
+        if number in self._shown:
+            self._shown[number].is_ended = True
+        while self._shown and (first := next(iter(self._shown.values()))).is_ended:
             self._write(first)
             self._stream.write("\n\n")
-            del self._growing[first.of.number]
-        if self._growing:
+            del self._shown[first.answer.number]
+        if self._shown:
             self._write(first)
 
     def _advance(self, num_tokens: int) -> None:
@@ -145,20 +152,20 @@ class Terminal:
             self._show_counts()
 
     def _show_counts(self) -> None:
-        if self._growing:
-            return  # a bar would be drawn into the middle of a sentence
+        if self._shown:
+            return  # the bar would be drawn into an answer
         self._bar.update(self._counts.lines - self._bar.n)
 
     def answered(self, answer: Answered) -> None:
-        """One line of the input is done; failures are shown."""
+        """End an answer; print its error if it failed."""
         if self._quiet:
             return
-        self._end_growing(answer.number)
+        self._end_shown(answer.number)
         if answer.error is not None:
             self._print(Text(f"failed: {visible(_short(answer.error, 500))}", style="red"))
 
     def say(self, text: str) -> None:
-        """A line, or several, as they are but for what a terminal would act upon."""
+        """Print lines, with escapes for unsafe characters."""
         self._console.print(Text(visible_lines(text)), soft_wrap=True)
 
     def _print(self, what: Any) -> None:
@@ -166,7 +173,7 @@ class Terminal:
         self._console.print(what)
 
     def summary(self, report: dict[str, Any], written: list[tuple[str, str]]) -> None:
-        """The figures people look at first, and where the rest is: (what, name of the file)."""
+        """Print the main figures, and the names of the files: (kind, name)."""
         table = Table(title="mellmpi run", show_header=False, width=WIDTH)
         for name, value in summary_rows(report):
             table.add_row(name, value)
@@ -176,7 +183,7 @@ class Terminal:
 
 
 def summary_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
-    """(name, value) as they are printed."""
+    """Return the rows of the summary: (name, value)."""
     lines, moves = report["lines"], report["migrations"]
     active, total = report["gpu_seconds_active"], report["gpu_seconds_total"]
     saved = f" ({100 * (1 - active / total):.0f} % saved)" if total else ""
@@ -197,7 +204,7 @@ def summary_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         (
             "migrations",
             f"{moves['transfer']} by transfer, {moves['recompute']} by recompute, "
-            f"{moves['split']} by both, {moves['failed']} given up; "
+            f"{moves['split']} by both, {moves['failed']} aborted; "
             f"{report['migrated_bytes'] / 1e6:.1f} MB",
         ),
         ("preemptions", str(report["preemptions"])),

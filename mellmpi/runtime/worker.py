@@ -1,10 +1,10 @@
-"""A worker: the loop around batch scheduler, engine and transport."""
+"""The main loop of a worker: connects batch scheduler, engine and transport."""
 
 import logging
 import math
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 from mellmpi.config import BatchConfig, CacheConfig
 from mellmpi.costs import UNKNOWN, CostModel, StepBudget, StepSeconds, StepTimes
@@ -14,6 +14,7 @@ from mellmpi.protocol import (
     Address,
     BlocksArrived,
     BlocksSent,
+    DataPlaneCommand,
     DrainBlocks,
     HostedModel,
     KvPayload,
@@ -26,27 +27,30 @@ from mellmpi.protocol import (
     StepResult,
     Stop,
     Wake,
+    WorkerEvent,
     WorkerLost,
     WorkerReady,
 )
 from mellmpi.transport import Arena, Transfer, Transport
-from mellmpi.worker import BatchScheduler
+from mellmpi.worker import BatchScheduler, BlockResult, Outbox
 
 log = logging.getLogger(__name__)
 
-REPORT_EVERY_S = 0.02  # the scheduler hears of tokens at most so much later
-FEW_BLOCKS = 4  # to receive: nothing else may be missing of a sequence that has stopped elsewhere
-PATIENCE = 0.25  # of a step they are waited for: missing the next one would cost a whole step
-PATIENCE_S = 0.02  # at most, after a step that prefilled
-LEARN_EVERY_S = 0.1  # reports of steps are gathered for so long
-IDLE_S = 1.0  # longest sleep with nothing to do; whatever comes ends it
+REPORT_EVERY_S = 0.02  # interval of step reports to the scheduler
+# A migrated sequence whose source has stopped often lacks only its last, small transfer. The worker
+# waits for it a part of a step: a sequence that misses the next step loses a whole step.
+SMALL_RECEIVE_BLOCKS = 4
+PATIENCE = 0.25  # longest wait, as a share of the last step
+MAX_WAIT_S = 0.02  # longest wait after a long step
+UPDATE_EVERY_S = 0.1  # interval of fits of the step times
+IDLE_S = 1.0  # longest sleep; messages, transfers and `wake` end it
 
 
 class Engine(Protocol):
-    """What a worker asks of the engine (mellmpi.engine.executor.Executor)."""
+    """The interface of an engine (mellmpi.engine)."""
 
-    arena: Arena
-
+    @property
+    def arena(self) -> Arena: ...
     @property
     def models(self) -> tuple[HostedModel, ...]: ...
     @property
@@ -55,12 +59,16 @@ class Engine(Protocol):
     def release(self) -> None: ...
 
 
+# A transfer, and the event that reports its end to the batch scheduler; None: no event.
+PendingTransfer = tuple[Transfer, Callable[[Transfer], BlockResult] | None]
+
+
 class SchedulerLost(Exception):
-    """Rank 0 has died; a worker alone has nothing to do."""
+    """Rank 0 has died, so that the worker must end."""
 
 
 class Worker:
-    """One worker's loop body. Between two calls of `turn` it holds no unfinished business."""
+    """The loop body of one worker: call `run_once`, and `wait` when it returns False."""
 
     def __init__(
         self,
@@ -72,25 +80,30 @@ class Worker:
         patience: float = PATIENCE,
         measure: Callable[[Engine], StepSeconds] = lambda _: UNKNOWN,
     ):
-        """`measure`: what steps take, tried once; unknown steps are limited by tokens alone."""
+        """
+        build     makes the engine at the start, and again at each wake-up
+        clock     seconds
+        patience  see PATIENCE
+        measure   measures step times, called once; without them, tokens alone limit a step
+        """
         self._measure, self._measured = measure, UNKNOWN
         self._times = StepTimes(CostModel())
-        self._learned_s = 0.0
+        self._updated_s = 0.0
         self._transport, self._build = transport, build
         self._clock, self._patience = clock, patience
         self._limits, self._cache = batch, cache
-        self._transfers: list[tuple[Transfer, Callable[[Transfer], Any] | None]] = []
-        self._few: list[tuple[int, Transfer]] = []  # small ones, by epoch
-        self._stopped: set[int] = set()  # epochs whose last header has just come
+        self._transfers: list[PendingTransfer] = []
+        self._small_receives: list[tuple[int, Transfer]] = []  # (epoch, transfer)
+        self._final_headers: set[int] = set()  # epochs whose last header arrived in this iteration
         self._acked = 0
         self._steps, self._step_s, self._reported_s = 0, 0.0, 0.0
-        self._stepped_s = 0.0  # when the last turn ended, if it had a step
-        self._last_step_s = 0.0  # what the last step took
+        self._stepped_s = 0.0  # end of the previous iteration; 0 if it had no step
+        self._last_step_s = 0.0  # duration of the last iteration with a step
         self._engine: Engine | None = None  # None: parked
         self.stopped = False
 
     def start(self) -> None:
-        """Load weights, allocate the arena, and tell the scheduler. Also the way to wake."""
+        """Load the weights, allocate the arena and send WorkerReady. Also used to wake up."""
         began_s = self._clock()
         engine = self._engine = self._build()
         arena = engine.arena
@@ -98,7 +111,7 @@ class Worker:
         self._batch = BatchScheduler(
             engine.models, arena.num_blocks, self._acked, self._limits, self._cache
         )
-        self._begin_budget(engine)
+        self._measure_steps(engine)
         ready = WorkerReady(
             models=tuple(m.kv for m in engine.models),
             capacity_bytes=arena.num_blocks * arena.block_bytes,
@@ -112,30 +125,30 @@ class Worker:
         )
         self._transport.send(SCHEDULER, ready)
 
-    def _begin_budget(self, engine: Engine) -> None:
-        """What is known of steps stays known while a worker is parked."""
+    def _measure_steps(self, engine: Engine) -> None:
+        """Measure step times at the first start; they stay valid while the worker is parked."""
         if not any(self._measured):
             self._measured = self._measure(engine)
             budget = StepBudget(self._limits.max_num_batched_tokens, self._limits.target_step_s)
             self._times.begin(self._transport.worker, budget, self._measured)
-        self._learn()
+        self._update_step_seconds()
 
-    def _learn(self) -> None:
+    def _update_step_seconds(self) -> None:
         if any(self._measured):
             self._batch.step_seconds = self._times.seconds(self._transport.worker)
 
-    def turn(self) -> bool:
-        """Messages in, at most one step, reports out. False: there was nothing to do."""
+    def run_once(self) -> bool:
+        """Handle messages, execute at most one step, send reports. False: there was no work."""
         began_s = self._stepped_s or self._clock()
         messages = self._transport.poll()
         for source, message in messages:
-            self._message(source, message)
+            self._handle(source, message)
         moved = self._transport.progress()
-        self._await_stopped()
+        self._await_small_receives()
         moved |= self._finish_transfers()
         stepped = self._engine is not None and self._step(self._engine)
         now = self._clock()
-        # The whole turn: where workers share cores, much of the waiting is between the steps.
+        # Includes the time between steps, where workers that share cores wait for each other.
         self._last_step_s = now - began_s if stepped else self._last_step_s
         self._step_s += now - began_s if stepped else 0.0
         self._stepped_s = now if stepped else 0.0
@@ -144,12 +157,12 @@ class Worker:
         return bool(messages or moved or stepped)
 
     def wait(self) -> None:
-        """Sleep until something may have come."""
+        """Sleep until there may be work."""
         self._transport.wait(IDLE_S)
 
     # --- messages -------------------------------------------------------------------------------
 
-    def _message(self, source: Address, message: Any) -> None:
+    def _handle(self, source: Address, message: WorkerEvent | WorkerLost | Stop) -> None:
         match message:
             case Stop():
                 self.stopped = True
@@ -161,19 +174,19 @@ class Worker:
                     raise SchedulerLost
             case _:
                 if isinstance(message, KvPayload) and message.last:
-                    self._stopped.add(message.epoch)
+                    self._final_headers.add(message.epoch)
                 self._route(self._batch.handle(source, message))
 
-    def _route(self, commands: list[tuple[Address, Any]]) -> None:
-        for destination, command in commands:
-            if destination == DATA_PLANE:
-                self._move_blocks(command)
+    def _route(self, outbox: Outbox) -> None:
+        for destination, message in outbox:
+            if isinstance(message, DataPlaneCommand):
+                self._begin_transfer(message)
                 continue
-            if isinstance(command, Parked):
+            if isinstance(message, Parked):
                 self._park()
-            if isinstance(command, KvReceived) or (isinstance(command, KvPayload) and command.last):
-                self._reported_s = -math.inf  # rank 0 shall see the pause of a move as it is
-            self._transport.send(int(destination), command)
+            if isinstance(message, KvReceived) or (isinstance(message, KvPayload) and message.last):
+                self._reported_s = -math.inf  # report now: rank 0 measures the migration's downtime
+            self._transport.send(int(destination), message)
 
     def _park(self) -> None:
         assert self._engine is not None
@@ -184,7 +197,7 @@ class Worker:
 
     # --- blocks ---------------------------------------------------------------------------------
 
-    def _move_blocks(self, order: Any) -> None:
+    def _begin_transfer(self, order: DataPlaneCommand) -> None:
         transport = self._transport
         match order:
             case SendBlocks(request_id, epoch, dst, tag, block_ids):
@@ -192,37 +205,35 @@ class Worker:
                 self._transfers.append((transfer, lambda _: BlocksSent(request_id, epoch, tag)))
             case ReceiveBlocks(request_id, epoch, src, tag, block_ids):
                 transfer = transport.receive_blocks(src, tag, block_ids)
-                self._few += [(epoch, transfer)] if len(block_ids) <= FEW_BLOCKS else []
-                self._transfers.append(
-                    (
-                        transfer,
-                        lambda t: BlocksArrived(
-                            request_id, epoch, not t.failed, t.elapsed_s, tag, t.reason
-                        ),
-                    )
+                if len(block_ids) <= SMALL_RECEIVE_BLOCKS:
+                    self._small_receives.append((epoch, transfer))
+                result: Callable[[Transfer], BlockResult] = lambda t: BlocksArrived(  # noqa: E731
+                    request_id, epoch, not t.failed, t.elapsed_s, tag, t.reason
                 )
+                self._transfers.append((transfer, result))
             case DrainBlocks(src, tag, num_blocks):
                 self._transfers.append((transport.drain_blocks(src, tag, num_blocks), None))
 
-    def _await_stopped(self) -> None:
-        """Give what has stopped elsewhere a moment to come in before the next step begins."""
-        awaited = [transfer for epoch, transfer in self._few if epoch in self._stopped]
-        stop_s = self._clock() + min(self._patience * self._last_step_s, PATIENCE_S)
+    def _await_small_receives(self) -> None:
+        """Wait briefly for the last blocks of sequences that have stopped at their source."""
+        awaited = [t for epoch, t in self._small_receives if epoch in self._final_headers]
+        stop_s = self._clock() + min(self._patience * self._last_step_s, MAX_WAIT_S)
         while any(not t.done for t in awaited) and (left := stop_s - self._clock()) > 0:
             self._transport.wait(left)
             self._transport.progress()
-        self._few = [entry for entry in self._few if not entry[1].done]
-        self._stopped.clear()
+        self._small_receives = [entry for entry in self._small_receives if not entry[1].done]
+        self._final_headers.clear()
 
     def _finish_transfers(self) -> bool:
-        # Looked at once: a transfer may end at any moment, and must be in one of the two.
-        under_way, done = [], []
+        # Reads `done` once per transfer: another thread may set it between two reads.
+        in_progress: list[PendingTransfer] = []
+        done: list[PendingTransfer] = []
         for entry in self._transfers:
-            (done if entry[0].done else under_way).append(entry)
-        self._transfers = under_way
-        for transfer, event in done:
-            if event is not None:
-                self._route(self._batch.handle(DATA_PLANE, event(transfer)))
+            (done if entry[0].done else in_progress).append(entry)
+        self._transfers = in_progress
+        for transfer, result in done:
+            if result is not None:
+                self._route(self._batch.handle(DATA_PLANE, result(transfer)))
         return bool(done)
 
     # --- steps ----------------------------------------------------------------------------------
@@ -243,11 +254,11 @@ class Worker:
         if report is not None:
             self._transport.send(SCHEDULER, report)
             if any(self._measured):
-                self._learn_from(report, now)
+                self._add_step_times(report, now)
 
-    def _learn_from(self, report: StepReport, now: float) -> None:
+    def _add_step_times(self, report: StepReport, now: float) -> None:
         self._times.add(self._transport.worker, report)
-        if now - self._learned_s >= LEARN_EVERY_S and self._times.fold():
-            self._learned_s = now
-            self._learn()
+        if now - self._updated_s >= UPDATE_EVERY_S and self._times.fold():
+            self._updated_s = now
+            self._update_step_seconds()
             self._steps, self._step_s, self._reported_s = 0, 0.0, now

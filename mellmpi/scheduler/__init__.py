@@ -1,7 +1,7 @@
-"""Rank 0's state machine: events in, commands out.
+"""The state machine of rank 0: events in, commands out.
 
-Pure: knows no clock, no MPI, no torch and no file. Decides which worker holds which request, when
-requests move, and which workers park.
+Decides which worker holds which request, when requests move, and which workers park. Pure: knows no
+clock, no MPI, no torch and no file.
 """
 
 from mellmpi.scheduler.cluster import ClusterScheduler

@@ -1,10 +1,8 @@
-"""Rank 0's mind: which request is where, and what must be done next. Pure.
+"""The state machine of rank 0: events in, commands out. Pure; time is an argument.
 
-Events come in, commands go out; time is an argument. The transition table is that of
-docs/design.md; every change of a request's state is one call of `Record.move`.
+The transition table is that of docs/design.md; every change of a request's state is one call of
+`Record.move`.
 """
-
-from typing import Any
 
 import numpy as np
 
@@ -20,11 +18,13 @@ from mellmpi.protocol import (
     KvRefused,
     KvReserved,
     LinksMeasured,
+    OfferAnswer,
     Parked,
     Preempted,
     Rejected,
     Release,
     Request,
+    SchedulerEvent,
     StepReport,
     Submit,
     TokenLogprob,
@@ -49,24 +49,27 @@ from mellmpi.scheduler.workers import Commands, WorkerRegistry
 
 
 class ClusterScheduler:
-    """All live requests, the one queue, and the policy's proposals checked and enacted."""
+    """Handles events of front and workers, and carries out the proposals of the policy."""
 
     def __init__(self, num_workers: int, config: ClusterConfig, policy: Policy):
-        self.config, self.policy = config, policy
+        self.config = config
         self.registry = WorkerRegistry(num_workers, config)
         self.handover = Handover(self.registry)
         self.placement = Placement(self.registry, self.handover, policy)
         self.records, self.queue = self.placement.records, self.placement.queue
-        self._lost: set[int] = set()
+        self._lost: set[int] = set()  # workers
         self._next_tick_s = 0.0
-        self._stirred_s = 0.0  # the last event, or command of a tick
-        self._ticked = False  # since somebody who waits was tried last
+        self._active_s = 0.0  # time of the last event, or of the last tick with commands
+        self._ticked = False  # a tick has run since the queue was last placed after a report
 
-    def handle(self, source: Address, event: Any, now: float) -> Commands:
-        """Apply one event; return what must be sent because of it."""
+    def handle(self, source: Address, event: SchedulerEvent, now: float) -> Commands:
+        """Apply one event; return the commands that follow. TypeError for any other message.
+
+        now  seconds, of the same clock as in `tick`
+        """
         if source in self._lost:
-            return []  # whatever it did has been given to others
-        self.registry.view.now = self._stirred_s = now
+            return []  # its requests have been assigned to other workers
+        self.registry.view.now = self._active_s = now
         match event:
             case StepReport():
                 return self._reported(int(source), event)
@@ -91,19 +94,20 @@ class ClusterScheduler:
         return self.registry.take()
 
     def _reported(self, worker: int, report: StepReport) -> Commands:
-        """By far the most frequent event: who waits is tried again where it has made room.
+        """Apply a report, the most frequent event.
 
-        And once after every tick, for what else may have changed.
+        The queue is placed only if the worker has gained room, and once after every tick.
         """
-        before = self.registry.space(worker) if self.queue and not self._ticked else None
+        admission = self.registry.admission
+        before = admission.space(worker) if self.queue and not self._ticked else None
         self._report(worker, report)
-        if self.placement.resume(worker) or before is None or self.registry.gained(worker, before):
+        if self.placement.resume(worker) or before is None or admission.gained(worker, before):
             self._ticked = False
             self.placement.place_waiting()
         return self.registry.take()
 
     def tick(self, now: float) -> Commands:
-        """Let the policy act, at most once in `rebalance_every_s`, as long as it may want to."""
+        """Run a rebalancing round, at most one in `rebalance_every_s` and none at rest."""
         if now < self._next_tick_s or self.at_rest(now):
             return []
         self._next_tick_s = now + self.config.rebalance_every_s
@@ -112,34 +116,37 @@ class ClusterScheduler:
         self.registry.tick(now)
         self._round()
         if self.registry.out:
-            self._stirred_s = now
+            self._active_s = now
         return self.registry.take()
 
     def at_rest(self, now: float) -> bool:
-        """There are no requests, and who was to be parked has been: only an event ends it."""
+        """True if there are no requests and idle workers have had time to park.
+
+        Rounds then change nothing until the next event.
+        """
         parked_s = self.config.park_after_s + 2 * self.config.rebalance_every_s
-        return not self.records and now - self._stirred_s > parked_s
+        return not self.records and now - self._active_s > parked_s
 
     def _round(self) -> None:
         view = self.registry.view
         view.waiting_bytes = self.queue.kv_bytes
-        self._enact(self.policy.rebalance(view))
+        self._enact(self.placement.policy.rebalance(view))
         for worker in self.registry.ledger.workers(WorkerState.DRAINING):
             self.registry.park(worker)
-        for worker in self.queue.homes():
+        for worker in self.queue.pinning_workers():
             if self.registry.ledger.state[worker] != ACTIVE:
-                self.placement.turn_away(worker)
-        if view.cost.wake_s:  # who was made to wait for room may have waited long enough
+                self.placement.unpin(worker)
+        if view.cost.wake_s:  # a request may have waited long enough by now
             for record in self.queue.heads():
                 self.placement.wake_for(record.request.model)
 
-    # --- a request comes and goes ---------------------------------------------------------------
+    # --- submission and cancellation ------------------------------------------------------------
 
     def _submit(self, request: Request, now: float) -> None:
         assert request.id not in self.records, f"request {request.id} submitted twice"
-        # The last token is never read again: it needs no KV.
+        # The KV of the last token is never computed.
         longest = len(request.prompt) + request.sampling.max_tokens - 1
-        if (why := self.registry.refusal(request, longest)) is not None:
+        if (why := self.registry.admission.refusal(request, longest)) is not None:
             self.registry.out.append((FRONT, Rejected(request.id, why)))
             return
         model = self.registry.ledger.models.index(request.model)
@@ -150,12 +157,12 @@ class ClusterScheduler:
         self.queue.append(record, self.placement.kv_bytes(record), now)
 
     def log_for(self, row: int) -> Log:
-        """Where the tokens of the request in this row of the view are kept."""
+        """Return a token log for the request in this row of the view."""
         return TokenLog()
 
     def _cancel(self, request_id: int) -> None:
         if (record := self.records.get(request_id)) is None:
-            return  # it finished meanwhile
+            return  # it has finished
         if record.worker is not None:
             worker, epoch = record.owner
             self.registry.send(worker, Release(request_id, epoch))
@@ -173,33 +180,34 @@ class ClusterScheduler:
             record = records.get(request_id)
             if record is not None and record.epoch == epoch:
                 rows.append(record.slot)
-                if record.landed is not None:
+                if record.completed_plan is not None:
                     self.handover.resumed(record)
-                record.told_s = now
+                record.last_token_s = now
                 added.append(self._tokens(record, first, tokens[start:end], logprobs.get(i, ())))
         if rows:
             self._count(rows, added)
-        # Only now: what it had produced by then is in the log.
+        # After the runs, so that all tokens before a preemption are in the log.
         for request_id, epoch in report.preempted:
             record = self.records.get(request_id)
             if record is not None and record.epoch == epoch:
                 self.registry.out.append((OBSERVER, Preempted(request_id, worker)))
-                self.placement.wait_again(record, "preempted", self.placement.home(record, worker))
+                pinned_to = self.placement.pin_target(record, worker)
+                self.placement.wait_again(record, "preempted", pinned_to)
 
     def _count(self, rows: list[int], added: list[int]) -> None:
-        """So many output tokens more in these rows of the view; no row comes twice."""
+        """Add output tokens to rows of the view; each row occurs once."""
         self.registry.view.requests.num_tokens[np.array(rows)] += np.array(added)
 
     def _tokens(
         self, record: Record, first: int, run: tuple[int, ...], logprobs: tuple[TokenLogprob, ...]
     ) -> int:
-        """Log and emit what is new of a run; so many tokens, which are yet to be counted."""
+        """Log and emit the new part of a run; return its length, which the caller counts."""
         new = record.log.merge(first, run)
         if not new:
             return 0
         if record.moved_from is not None:
             self.handover.recomputed(record, "moved")
-        self.registry.unqueue(record)
+        self.registry.end_prefill(record)
         request, outputs = record.request, record.log.tokens
         reason = finish_reason(request, outputs)
         if logprobs:
@@ -211,12 +219,12 @@ class ClusterScheduler:
             self.placement.forget(record, "finished")
         return len(new)
 
-    # --- what the policy wants ------------------------------------------------------------------
+    # --- proposals of the policy ----------------------------------------------------------------
 
     def _enact(self, proposals: list[Proposal]) -> None:
-        """Do what can still be done; all moves are decided together."""
+        """Carry out the proposals that are still possible; all moves are planned together."""
         for proposal in proposals:
-            self.registry.obey(proposal)
+            self.registry.apply(proposal)
         moves = [proposal for proposal in proposals if isinstance(proposal, MoveProposal)]
         limit_s = self.config.migration_limit_s
         for record, move, plan in planned(moves, self.records, self.registry, limit_s):
@@ -224,7 +232,7 @@ class ClusterScheduler:
 
     def _move(self, record: Record, move: MoveProposal, plan: Plan) -> None:
         num_bytes = self.placement.kv_bytes(record)
-        if not self.registry.has_room(move.dst, record.request.model, num_bytes):
+        if not self.registry.admission.has_room(move.dst, record.request.model, num_bytes):
             return
         self.handover.announce(record, move, plan)
         if plan.mode == RECOMPUTE:
@@ -235,17 +243,18 @@ class ClusterScheduler:
     def _recompute(self, record: Record, move: MoveProposal) -> None:
         src, epoch = record.owner
         self.registry.send(src, Release(record.request.id, epoch))
-        self.registry.leave(record)
+        self.registry.clear_owner(record)
         record.move(State.WAITING, f"recompute at {move.dst}: {move.reason}")
         record.moved_from = src
         self.placement.assign(record, move.dst)
 
-    # --- what workers tell ----------------------------------------------------------------------
+    # --- other events of workers ----------------------------------------------------------------
 
-    def _answer(self, source: int, event: Any) -> None:
-        record = self.records.get(event.request_id)
-        if record is not None and self.handover.answer(record, source, event):
-            added = self._tokens(record, event.first, event.tokens, event.logprobs)
+    def _answer(self, source: int, event: OfferAnswer) -> None:
+        if (record := self.records.get(event.request_id)) is None:
+            return
+        if (received := self.handover.answer(record, source, event)) is not None:
+            added = self._tokens(record, received.first, received.tokens, received.logprobs)
             self._count([record.slot], [added])
 
     def _worker_lost(self, worker: int) -> None:
@@ -253,8 +262,8 @@ class ClusterScheduler:
             return
         self._lost.add(worker)
         self.registry.lost(worker)
-        self.placement.turn_away(worker)
-        # Last first, each to the head of the queue: they wait in the order they came in.
+        self.placement.unpin(worker)
+        # Each goes to the head of the queue: in reverse order, so that the oldest is first.
         for record in reversed(list(self.records.values())):
             if record.worker == worker and (why := record.owner_died()) is not None:
                 self.placement.refuse(record, why)

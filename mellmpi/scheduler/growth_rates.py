@@ -1,15 +1,15 @@
-"""How fast requests decode, and how fast the KV of each worker grows, from what steps report."""
+"""Decode rate of requests and KV growth of workers, from step reports."""
 
 import numpy as np
 
 from mellmpi.scheduler.view import View
 
-LONGEST_PERIOD_S = 1.0  # between two rounds; more was a pause with nothing to do
+LONGEST_PERIOD_S = 1.0  # most time between two ticks; a longer one was an idle pause
 RATE_BLEND = 0.3  # weight of the newest interval in a rate
 
 
 class GrowthRates:
-    """Writes `growth_Bps` and `token_rate` of the view."""
+    """Exponential moving averages, written to `growth_Bps` and `token_rate` of the view."""
 
     def __init__(self, view: View):
         self._view = view
@@ -17,7 +17,7 @@ class GrowthRates:
         self._ticked_s = 0.0
 
     def tick(self, now: float) -> None:
-        """Blend in what was decoded since the last tick."""
+        """Blend in the tokens decoded since the last tick."""
         view = self._view
         elapsed, self._ticked_s = now - self._ticked_s, now
         rates = self.decoded / max(elapsed, 1e-9)
@@ -29,14 +29,14 @@ class GrowthRates:
         self.decoded[:] = 0
 
     def _token_bytes(self) -> np.ndarray:
-        """float64 [workers + 1]: KV of one position, the mean of the requests there.
+        """float64 [workers + 1]: bytes of KV of one position, the mean over a worker's requests.
 
-        All sequences of a worker decode one token a step: the mean is what a token adds.
+        All sequences of a worker decode one token a step, so the mean is the growth per token.
         """
         requests, num_workers = self._view.requests, len(self._view.growth_Bps)
         rows = np.flatnonzero(requests.live & (requests.worker > 0))
         workers = requests.worker[rows]
         total = np.bincount(workers, requests.token_bytes[rows], minlength=num_workers)
         number = np.bincount(workers, minlength=num_workers)
-        # Where all have ended since, the largest of its models.
+        # A worker whose requests have all finished: the largest of its models.
         return np.where(number > 0, total / np.maximum(number, 1), self._view.workers.token_bytes)

@@ -1,4 +1,4 @@
-"""Live requests and their queue: how a request gets onto a worker, off it again, and to its end."""
+"""Live requests and their queue: assignment to workers, return to the queue, removal."""
 
 from mellmpi.protocol import FRONT, Address, Assign, Rejected, kv_need
 from mellmpi.scheduler.ledger import ACTIVE
@@ -10,7 +10,7 @@ from mellmpi.scheduler.workers import WorkerRegistry
 
 
 class Placement:
-    """Which live request is on which worker; the policy says where one may go."""
+    """All live requests; the policy chooses the worker of each waiting one."""
 
     def __init__(self, registry: WorkerRegistry, handover: Handover, policy: Policy):
         self.registry, self.handover, self.policy = registry, handover, policy
@@ -18,23 +18,24 @@ class Placement:
         self.queue = WaitingQueue()
 
     def kv_bytes(self, record: Record) -> int:
+        """KV bytes of the request's tokens, in whole blocks."""
         return kv_need(self.registry.models[record.request.model], record.num_tokens)
 
     def place_waiting(self) -> None:
-        """Place the queue in its order; a model whose head fits nowhere is passed over."""
+        """Place the queue in its order; skip a model once its head does not fit."""
         full: set[str] = set()
         while (record := self.queue.head(full)) is not None:
             if not self._place(record):
                 full.add(record.request.model)
 
     def _place(self, record: Record) -> bool:
-        """Assign or refuse it, or get a worker back for it; False: it has to wait."""
+        """Assign or refuse the request, or make draining workers active; False: it has to wait."""
         model = record.request.model
         worker = self.policy.place(self.registry.view, record.slot, model)
         if worker is not None:
             self.queue.remove(record)
             self.assign(record, worker)
-        elif (why := self.registry.refusal(record.request, record.num_tokens)) is not None:
+        elif why := self.registry.admission.refusal(record.request, record.num_tokens):
             self.refuse(record, why)
         elif not self.registry.undrain(model):
             self.wake_for(model)
@@ -42,63 +43,67 @@ class Placement:
         return True
 
     def resume(self, worker: Address) -> bool:
-        """Who was preempted there goes back as soon as it fits; only its own word makes room.
+        """Resume pinned requests that fit on the worker; call it after the worker's own events.
 
-        True if somebody did: with nobody left who is to resume there, it takes new ones again.
+        Returns True if there was one: without pinned requests, a worker takes new ones again.
         """
         if not isinstance(worker, int):
             return False
-        returned = [self._returns(r, worker) for r in self.queue.returning(worker)]
-        return any(returned)
+        resumed = [self._resume(record, worker) for record in self.queue.pinned_to(worker)]
+        return any(resumed)
 
-    def _returns(self, record: Record, worker: int) -> bool:
-        if not self.registry.can_return(worker, self.kv_bytes(record)):
+    def _resume(self, record: Record, worker: int) -> bool:
+        if not self.registry.admission.can_resume(worker, self.kv_bytes(record)):
             return False
         self.queue.remove(record)
         self.assign(record, worker)
         return True
 
-    def home(self, record: Record, worker: int) -> int:
-        """The worker on which a preempted request has to resume; 0: on any."""
+    def pin_target(self, record: Record, worker: int) -> int:
+        """The worker to pin a request to that `worker` has preempted; 0: none."""
         ledger = self.registry.ledger
-        stays = self.policy.resumes_at_home and ledger.state[worker] == ACTIVE
-        return worker if stays and self.kv_bytes(record) <= ledger.capacity[worker] else 0
+        pins = self.policy.resumes_at_home and ledger.state[worker] == ACTIVE
+        return worker if pins and self.kv_bytes(record) <= ledger.capacity[worker] else 0
 
-    def turn_away(self, worker: int) -> None:
-        """It is nobody's home any more."""
-        for record in self.queue.turn_away(worker):
-            self.registry.keep_for(record, 0)
+    def unpin(self, worker: int) -> None:
+        """Let the requests pinned to this worker resume on any."""
+        for record in self.queue.unpin(worker):
+            self.registry.pin(record, 0)
 
     def wake_for(self, model: str) -> None:
-        waited_s = self.registry.view.now - self.queue.waits_since_s(model)
-        self.registry.wake_for(model, self.queue.lane_bytes(model), waited_s)
+        """Wake a worker for the queue of this model, if that is worthwhile."""
+        waited_s = self.registry.view.now - self.queue.waiting_since_s(model)
+        self.registry.wake_for(model, self.queue.model_bytes(model), waited_s)
 
     def assign(self, record: Record, worker: int) -> None:
+        """WAITING → RUNNING, under a new epoch."""
         epoch = self.registry.next_epoch()
         record.move(State.RUNNING, f"assigned to {worker} under {epoch}")
-        self.registry.keep_for(record, 0)
+        self.registry.pin(record, 0)
         self.registry.ledger.add(worker)
-        self.registry.own(record, worker, epoch)
+        self.registry.set_owner(record, worker, epoch)
         order = Assign(record.request, epoch, tuple(record.log.tokens))
         self.registry.send(worker, order, self.kv_bytes(record))
 
-    def wait_again(self, record: Record, why: str, home: int = 0) -> None:
-        """The owner has lost it, or given it back: first in the queue."""
+    def wait_again(self, record: Record, why: str, pinned_to: int = 0) -> None:
+        """Put a request that its owner has lost or preempted at the head of its queue."""
         self.handover.withdraw(record, why)
-        self.registry.leave(record)
+        self.registry.clear_owner(record)
         record.move(State.WAITING, why)
-        self.queue.prepend(record, self.kv_bytes(record), self.registry.view.now, home)
-        self.registry.keep_for(record, home)
+        now = self.registry.view.now
+        self.queue.prepend(record, self.kv_bytes(record), now, pinned_to)
+        self.registry.pin(record, pinned_to)
 
     def refuse(self, record: Record, why: str) -> None:
+        """Reject a request that is already live."""
         self.registry.out.append((FRONT, Rejected(record.request.id, why)))
         self.forget(record, "refused")
 
     def forget(self, record: Record, outcome: str) -> None:
-        """The request is over: nothing of it stays on rank 0, nor at a destination."""
+        """Remove all state of a finished request, here and at the destination of a migration."""
         self.handover.withdraw(record, outcome)
-        self.registry.leave(record)
+        self.registry.clear_owner(record)
         self.queue.remove(record)
-        self.registry.keep_for(record, 0)
+        self.registry.pin(record, 0)
         del self.records[record.request.id]
         self.registry.view.requests.drop(record.slot)

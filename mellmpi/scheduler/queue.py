@@ -1,4 +1,4 @@
-"""The one queue of requests that are on no worker, a lane for each model."""
+"""Requests that are on no worker, in the order in which they are placed."""
 
 from collections import Counter, OrderedDict
 from collections.abc import Container
@@ -14,98 +14,102 @@ class Waiting:
     """A request in the queue."""
 
     record: Record
-    kv_bytes: int  # what it needs to be placed
-    order: int  # the lower, the earlier its turn
-    since_s: float  # it, or somebody behind it, has waited since then
-    home: int  # the one worker it waits for; 0: any
+    kv_bytes: int  # that it needs to be placed
+    order: int  # place among all models: the lowest goes first
+    since_s: float  # when it, or a request behind it, began to wait
+    pinned_to: int  # the one worker it may resume on; 0: any
 
 
-Lane = OrderedDict[int, Waiting]  # by request id, first one first
+Queue = OrderedDict[int, Waiting]  # by request id, in order
 Key = TypeVar("Key", str, int)
 
 
 class WaitingQueue:
-    """First come, first placed; who was placed before and lost its place comes first again.
+    """One queue a model, first in, first out; preempted and recovered requests go to the head.
 
-    Nobody passes another of the same model, and models do not wait for each other. Those that
-    resume where they were stand beside the lanes: only their worker has anything to offer them.
+    Models do not wait for each other. Requests pinned to a worker wait in a queue of that worker:
+    only its reports can make room for them.
     """
 
     def __init__(self) -> None:
         self._waiting: dict[int, Waiting] = {}  # by request id
-        self._lanes: dict[str, Lane] = {}  # by model; none is empty
-        self._homes: dict[int, Lane] = {}  # by worker; none is empty
-        self._lane_bytes: Counter[str] = Counter()
+        self._by_model: dict[str, Queue] = {}  # none is empty
+        self._by_worker: dict[int, Queue] = {}  # pinned requests; none is empty
+        self._model_bytes: Counter[str] = Counter()
         self._first, self._last = count(-1, -1), count()
-        self.kv_bytes = 0  # what all of them need to be placed
+        self.kv_bytes = 0  # that all of them need to be placed
 
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def head(self, passed: Container[str] = ()) -> Record | None:
-        """Whose turn it is, of the models that have not been passed over; or None."""
-        if not self._lanes:
-            return None  # by far the most frequent answer
-        heads = [next(iter(ln.values())) for m, ln in self._lanes.items() if m not in passed]
+    def head(self, passed_over: Container[str] = ()) -> Record | None:
+        """The first unpinned request of all models that are not passed over, or None."""
+        if not self._by_model:
+            return None  # the most frequent case
+        heads = [next(iter(q.values())) for m, q in self._by_model.items() if m not in passed_over]
         return min(heads, key=lambda w: w.order).record if heads else None
 
     def heads(self) -> list[Record]:
-        """The first one of every model."""
-        return [next(iter(lane.values())).record for lane in self._lanes.values()]
+        """The first unpinned request of every model."""
+        return [next(iter(queue.values())).record for queue in self._by_model.values()]
 
-    def waits_since_s(self, model: str) -> float:
-        """When the one that has waited longest for this model came; those with a home aside."""
-        return next(iter(self._lanes[model].values())).since_s
+    def waiting_since_s(self, model: str) -> float:
+        """When the unpinned request of this model that has waited longest began to wait."""
+        return next(iter(self._by_model[model].values())).since_s
 
-    def lane_bytes(self, model: str) -> int:
-        """What the requests of one model need to be placed, but for those with a home."""
-        return self._lane_bytes[model]
+    def model_bytes(self, model: str) -> int:
+        """KV bytes that the unpinned requests of this model need to be placed."""
+        return self._model_bytes[model]
 
-    def homes(self) -> list[int]:
-        """The workers that somebody waits to resume on."""
-        return list(self._homes)
+    def pinning_workers(self) -> list[int]:
+        """The workers that requests are pinned to."""
+        return list(self._by_worker)
 
-    def returning(self, worker: int) -> list[Record]:
-        """Those that wait to resume there, the first one first."""
-        return [waiting.record for waiting in self._homes.get(worker, {}).values()]
+    def pinned_to(self, worker: int) -> list[Record]:
+        """The requests pinned to this worker, in order."""
+        return [waiting.record for waiting in self._by_worker.get(worker, {}).values()]
 
     def append(self, record: Record, kv_bytes: int, now: float) -> None:
-        self._enter(Waiting(record, kv_bytes, next(self._last), now, home=0))
+        """Add a request at the end of its model's queue."""
+        self._enter(Waiting(record, kv_bytes, next(self._last), now, pinned_to=0))
 
-    def prepend(self, record: Record, kv_bytes: int, now: float, home: int = 0) -> None:
-        """First in its lane, or first of those that wait for this worker."""
-        waiting = Waiting(record, kv_bytes, next(self._first), now, home)
-        lane = self._enter(waiting)
-        # Whom it passes must not lose the time that they have waited.
-        waiting.since_s = min(now, next(iter(lane.values())).since_s)
-        lane.move_to_end(record.request.id, last=False)
+    def prepend(self, record: Record, kv_bytes: int, now: float, pinned_to: int = 0) -> None:
+        """Add a request at the head of its model's queue, or of the queue of a worker."""
+        waiting = Waiting(record, kv_bytes, next(self._first), now, pinned_to)
+        queue = self._enter(waiting)
+        # It inherits the waiting time of the requests that it passes.
+        waiting.since_s = min(now, next(iter(queue.values())).since_s)
+        queue.move_to_end(record.request.id, last=False)
 
-    def _enter(self, waiting: Waiting) -> Lane:
+    def _enter(self, waiting: Waiting) -> Queue:
         request = waiting.record.request
-        if waiting.home:
-            lane = self._homes.setdefault(waiting.home, OrderedDict())
+        if waiting.pinned_to:
+            queue = self._by_worker.setdefault(waiting.pinned_to, OrderedDict())
         else:
-            lane = self._lanes.setdefault(request.model, OrderedDict())
-            self._lane_bytes[request.model] += waiting.kv_bytes
-        lane[request.id] = self._waiting[request.id] = waiting
+            queue = self._by_model.setdefault(request.model, OrderedDict())
+            self._model_bytes[request.model] += waiting.kv_bytes
+        queue[request.id] = self._waiting[request.id] = waiting
         self.kv_bytes += waiting.kv_bytes
-        return lane
+        return queue
 
     def remove(self, record: Record) -> None:
-        """Take it out, if it is here."""
+        """Take a request out, if it is in the queue."""
         request = record.request
         if (waiting := self._waiting.pop(request.id, None)) is None:
             return
         self.kv_bytes -= waiting.kv_bytes
-        if waiting.home:
-            _drop(self._homes, waiting.home, request.id)
+        if waiting.pinned_to:
+            _drop(self._by_worker, waiting.pinned_to, request.id)
         else:
-            self._lane_bytes[request.model] -= waiting.kv_bytes
-            _drop(self._lanes, request.model, request.id)
+            self._model_bytes[request.model] -= waiting.kv_bytes
+            _drop(self._by_model, request.model, request.id)
 
-    def turn_away(self, worker: int) -> list[Record]:
-        """Who waits for this worker waits for any from now on, first in its lane; who that is."""
-        records = self.returning(worker)
+    def unpin(self, worker: int) -> list[Record]:
+        """Move the requests pinned to this worker to the head of their models' queues.
+
+        Returns them.
+        """
+        records = self.pinned_to(worker)
         for record in reversed(records):
             waiting = self._waiting[record.request.id]
             self.remove(record)
@@ -113,7 +117,7 @@ class WaitingQueue:
         return records
 
 
-def _drop(lanes: dict[Key, Lane], key: Key, request_id: int) -> None:
-    del lanes[key][request_id]
-    if not lanes[key]:
-        del lanes[key]
+def _drop(queues: dict[Key, Queue], key: Key, request_id: int) -> None:
+    del queues[key][request_id]
+    if not queues[key]:
+        del queues[key]

@@ -1,4 +1,4 @@
-"""One request as rank 0 sees it: its state, who owns it, and the log of its tokens."""
+"""A request on rank 0: its state, its owner, and the log of its output tokens."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -13,11 +13,11 @@ from mellmpi.scheduler.planner import Plan
 class State(Enum):
     WAITING = "waiting"  # in the queue, on no worker
     RUNNING = "running"  # owned by one worker
-    RESERVING = "reserving"  # running; a destination was asked for blocks
-    SENDING = "sending"  # the source was told to send; the destination answers when it is in place
+    RESERVING = "reserving"  # owned; a destination has been asked to reserve blocks
+    SENDING = "sending"  # owned; the owner sends KV, the destination will answer
 
 
-DEATHS = 3  # of workers in a row, without a token between them: then the request is the cause
+MAX_OWNER_DEATHS = 3  # in a row without a new token: the request is taken to be the cause
 
 ALLOWED = {
     State.WAITING: {State.RUNNING},
@@ -29,34 +29,34 @@ ALLOWED = {
 
 @dataclass(slots=True)
 class KvOffer:
-    """A move under way: where to, and the epoch that begins if it succeeds."""
+    """An offer of a request to a destination, while KV is reserved for it and sent."""
 
     dst: int
-    epoch: int
+    epoch: int  # of the destination's assignment if the migration succeeds
     start: int  # positions before it are recomputed by the destination
 
 
 class Log(Protocol):
-    """The output tokens of one request, in order. KV is only a cache of this."""
+    """The output tokens of one request, in order. KV is a cache that can be computed from it."""
 
     @property
     def tokens(self) -> Sequence[int]: ...
 
     def merge(self, first: int, tokens: tuple[int, ...]) -> tuple[int, ...]:
-        """Append the part of a run that is new, and return it. Idempotent; a gap is a bug."""
+        """Append the new part of a run and return it. Idempotent; AssertionError on a gap."""
         ...
 
 
 @dataclass(slots=True)
 class TokenLog:
-    """All output tokens rank 0 has heard of, in order."""
+    """A log in a list."""
 
     tokens: list[int] = field(default_factory=list)
 
     def merge(self, first: int, tokens: tuple[int, ...]) -> tuple[int, ...]:
         known = len(self.tokens) - first
         assert known >= 0, f"gap: have {len(self.tokens)}, run starts at {first}"
-        new = tokens[known:] if known else tokens  # by far the most frequent: none is known yet
+        new = tokens[known:] if known else tokens  # mostly the whole run is new
         self.tokens.extend(new)
         return new
 
@@ -73,54 +73,55 @@ class Record:
     epoch: int | None = None  # of the owner's assignment
     offer: KvOffer | None = None  # while RESERVING or SENDING
     log: Log = field(default_factory=TokenLog)
-    queued: int = 0  # tokens that its owner had yet to compute when it took it; 0: it has decoded
-    num_placed: int = 0  # output tokens in the log when the owner took it
-    moved_from: int | None = None  # recompute migration: until the first token from the new owner
-    plan: Plan | None = None  # of the move under way, of whatever mode
+    queued_tokens: int = 0  # that the owner had to prefill when assigned; 0 once it decodes
+    num_placed: int = 0  # output tokens in the log when the owner was assigned
+    moved_from: int | None = None  # source of a recompute migration, until the first token after it
+    plan: Plan | None = None  # of the current migration
     planned_s: float = 0.0  # when it was decided
-    landed: Plan | None = None  # of the move by which its KV came: until the first token from here
-    told_s: float | None = None  # when its owner last reported a token of it
-    transfer_failed: bool = False  # under this owner: next time it is recomputed
-    num_deaths: int = 0  # of owners in a row that died before a new token came
-    story: deque[str] = field(default_factory=lambda: deque(maxlen=40))  # for people
+    completed_plan: Plan | None = None  # of the last transfer, until the first token after it
+    last_token_s: float | None = None  # time of the last report with a token of this request
+    transfer_failed: bool = False  # a transfer from this owner: the next migration recomputes
+    num_deaths: int = 0  # owners in a row that were lost before they reported a new token
+    transitions: deque[str] = field(default_factory=lambda: deque(maxlen=40))  # for error messages
 
     @property
     def num_tokens(self) -> int:
+        """Prompt + output."""
         return len(self.request.prompt) + len(self.log.tokens)
 
     @property
     def owner(self) -> tuple[int, int]:
-        """(worker, epoch) of the assignment; ask only while there is one."""
+        """(worker, epoch) of the assignment. AssertionError if there is none."""
         assert self.worker is not None and self.epoch is not None, f"{self.request.id} has no owner"
         return self.worker, self.epoch
 
     @property
-    def settled(self) -> bool:
-        """The log has grown since the owner took it."""
+    def has_progressed(self) -> bool:
+        """True if the log has grown since the owner was assigned."""
         return len(self.log.tokens) > self.num_placed
 
     def owner_died(self) -> str | None:
-        """Why the request shall not be tried on another worker, or None."""
-        self.num_deaths = 0 if self.settled else self.num_deaths + 1
-        if self.num_deaths < DEATHS:
+        """Count the loss of its owner; return why the request must not be placed again, or None."""
+        self.num_deaths = 0 if self.has_progressed else self.num_deaths + 1
+        if self.num_deaths < MAX_OWNER_DEATHS:
             return None
-        return f"{DEATHS} workers in a row died before its next token"
+        return f"{MAX_OWNER_DEATHS} workers in a row died before its next token"
 
     def move(self, to: State, why: str) -> None:
-        """Change state; a transition the table does not have raises with the whole story."""
-        self.story.append(f"{self.state.value} -> {to.value}: {why}")
+        """Change state. RuntimeError if `ALLOWED` does not have the transition."""
+        self.transitions.append(f"{self.state.value} -> {to.value}: {why}")
         if to not in ALLOWED[self.state]:
             raise self.bug(f"{self.state.value} -> {to.value} is not allowed")
         self.state = to
 
     def bug(self, what: str) -> RuntimeError:
-        """An error about this request that tells all that happened to it."""
+        """Return an error about this request, with its last transitions."""
         return RuntimeError(
             f"request {self.request.id}, {self.state.value}, epoch {self.epoch}, "
-            f"offer {self.offer}: {what}\n  " + "\n  ".join(self.story)
+            f"offer {self.offer}: {what}\n  " + "\n  ".join(self.transitions)
         )
 
 
-def aligned(tokens: tuple[TokenLogprob, ...], run: int, new: int) -> tuple[TokenLogprob, ...]:
-    """The logprobs that belong to the last `new` of a run of `run` tokens; empty stays empty."""
-    return tokens[run - new :] if tokens else ()
+def aligned(logprobs: tuple[TokenLogprob, ...], run: int, new: int) -> tuple[TokenLogprob, ...]:
+    """The logprobs of the last `new` of `run` tokens; empty if there are no logprobs."""
+    return logprobs[run - new :] if logprobs else ()

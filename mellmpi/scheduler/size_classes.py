@@ -1,7 +1,7 @@
-"""How many requests of which size each worker has: kept up with every placement and departure.
+"""Number of requests of each size class on each worker, updated with every change of owner.
 
-For policies that place by class of size, and cannot look at every request for every placement.
-Sizes are as of the last `recount`; a policy does that once a round.
+For policies that place by size class without a scan of all requests. Sizes are as of the last
+`recount`, which a policy calls once a round.
 """
 
 from bisect import bisect_left
@@ -12,16 +12,19 @@ from mellmpi.scheduler.ledger import Ledger
 
 
 class SizeClassCounts:
-    """Class k holds sizes in (bounds[k - 1], bounds[k]] of the worker's capacity; 0 is nobody."""
+    """Class k ≥ 1 holds KV sizes in (bounds[k - 2], bounds[k - 1]], as shares of the capacity.
+
+    The first class has no lower bound, the last one no upper bound; class 0 stays empty.
+    """
 
     def __init__(self, bounds: tuple[float, ...], num_workers: int):
         self.bounds = bounds
-        self.kind = np.zeros(64, np.int64)  # [request rows]; 0: on no worker
-        self.operations = 0  # arrivals and departures since the last recount
+        self.kind = np.zeros(64, np.int64)  # [request rows]: class; 0: on no worker
+        self.operations = 0  # requests that got or lost an owner since the last recount
         self.num = np.zeros((len(bounds) + 2, num_workers + 1), np.int64)  # [classes, workers]
 
     def recount(self, rows: np.ndarray, kinds: np.ndarray, workers: np.ndarray) -> None:
-        """These rows, of these classes, are on these workers, and no others on any."""
+        """Count anew: rows[i] has class kinds[i] and is on workers[i]; others are on no worker."""
         self._grow(int(rows.max(initial=0)))
         self.kind[:] = 0
         self.kind[rows] = kinds
@@ -31,7 +34,7 @@ class SizeClassCounts:
         self.num[:] = counted.reshape(self.num.shape)
 
     def enter(self, row: int, num_bytes: int, before: int, after: int, workers: Ledger) -> None:
-        """The request has come from the one worker (0: from none) to the other (0: to none)."""
+        """Update the counts for a request that changes its owner; worker 0 means no owner."""
         self._grow(row)
         self.operations += not before or not after
         if before and self.kind[row]:

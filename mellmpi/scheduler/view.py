@@ -1,4 +1,4 @@
-"""What a policy sees, and what it may propose. Numbers only; it can change nothing."""
+"""The input of a policy (numbers that it may not change) and its output, proposals."""
 
 from dataclasses import dataclass, field
 
@@ -12,32 +12,32 @@ from mellmpi.scheduler.size_classes import SizeClassCounts
 
 @dataclass(frozen=True, slots=True)
 class MoveProposal:
-    """Propose: move this request there."""
+    """Propose to migrate this request to `dst`."""
 
     request_id: int
     dst: int
     reason: str
-    mode: str | None = None  # "transfer", "recompute", "split"; None: whatever takes least
-    bundle: int | None = None  # those of one round with one number go as one; None: alone
+    mode: str | None = None  # "transfer", "recompute" or "split"; None: the cheapest
+    bundle: int | None = None  # moves of a round with equal numbers count as one; None: alone
 
 
 @dataclass(frozen=True, slots=True)
 class Drain:
-    """Propose: give this worker nothing new, and park it when it is empty."""
+    """Propose to place nothing new on this worker, and to park it when it is empty."""
 
     worker: int
 
 
 @dataclass(frozen=True, slots=True)
 class ParkWorker:
-    """Propose: this worker holds nothing and is not needed."""
+    """Propose to park this worker, which holds no request."""
 
     worker: int
 
 
 @dataclass(frozen=True, slots=True)
 class WakeWorker:
-    """Propose: this worker, parked or being emptied, will be needed."""
+    """Propose to make this worker, parked or draining, active again."""
 
     worker: int
 
@@ -46,20 +46,20 @@ Proposal = MoveProposal | Drain | ParkWorker | WakeWorker
 
 
 class RequestColumns:
-    """One row a live request, in columns; rows are reused."""
+    """One row for each live request, in columns; rows are reused."""
 
     def __init__(self, capacity: int = 64):
         self.request_id = np.zeros(capacity, np.int64)
         self.live = np.zeros(capacity, bool)
         self.model = np.zeros(capacity, np.int64)  # index in Ledger.models
         self.worker = np.zeros(capacity, np.int64)  # 0: none
-        self.movable = np.zeros(capacity, bool)  # owned, and not on the move: RUNNING
+        self.movable = np.zeros(capacity, bool)  # in state RUNNING: owned, not migrating
         self.num_tokens = np.zeros(capacity, np.int64)  # prompt + output
         self.num_prompt = np.zeros(capacity, np.int64)
-        self.max_tokens = np.zeros(capacity, np.int64)  # the client's bound on the output
+        self.max_tokens = np.zeros(capacity, np.int64)  # most output tokens
         self.arrival_s = np.zeros(capacity, np.float64)
-        self.placed_s = np.zeros(capacity, np.float64)  # when it came to its worker
-        self.home = np.zeros(capacity, np.int64)  # waits to resume on this worker; 0: on any
+        self.placed_s = np.zeros(capacity, np.float64)  # when its worker became the owner
+        self.pinned_to = np.zeros(capacity, np.int64)  # may resume on this worker only; 0: on any
         self.token_bytes = np.zeros(capacity, np.float64)  # KV of one position
         self.block_size = np.ones(capacity, np.int64)
         self.block_bytes = np.zeros(capacity, np.int64)
@@ -69,7 +69,7 @@ class RequestColumns:
         return [name for name, value in vars(self).items() if isinstance(value, np.ndarray)]
 
     def take(self) -> int:
-        """A free row; all columns double when there is none."""
+        """Return a free row; all columns double when there is none."""
         if not self._free:
             n = len(self.live)
             for name in self._columns():
@@ -80,9 +80,9 @@ class RequestColumns:
         return self._free.pop()
 
     def add(self, request: Request, now: float, kv: ModelKv, model: int = 0) -> int:
-        """A row for a new request of the `model`-th model of the ledger; its index."""
+        """Fill a row for a new request of the `model`-th model of the ledger; return the row."""
         row = self.take()
-        self.model[row], self.home[row] = model, 0
+        self.model[row], self.pinned_to[row] = model, 0
         self.token_bytes[row] = kv.block_bytes / kv.block_size
         self.request_id[row], self.live[row] = request.id, True
         self.num_tokens[row] = self.num_prompt[row] = len(request.prompt)
@@ -92,6 +92,7 @@ class RequestColumns:
         return row
 
     def drop(self, row: int) -> None:
+        """Free the row."""
         self.live[row] = self.movable[row] = False
         self.worker[row] = 0
         self._free.append(row)
@@ -102,33 +103,31 @@ class RequestColumns:
         return blocks * int(self.block_bytes[row])
 
     def kv_bytes(self, rows: np.ndarray) -> np.ndarray:
-        """int64 [rows] -> int64 [rows]: `need` of each."""
+        """`need` of each row. int64 [n] -> int64 [n]."""
         blocks = -(-self.num_tokens[rows] // self.block_size[rows])
         return np.asarray(blocks * self.block_bytes[rows])
 
 
 @dataclass(slots=True)
 class View:
-    """The cluster at one moment. Columns are live: read them, never write them."""
+    """The cluster at one moment. Policies may only read it; columns change with every event."""
 
     now: float
     workers: Ledger
     requests: RequestColumns
-    waiting_bytes: int  # what the queue needs to be placed
-    growth_Bps: np.ndarray  # float64 [workers + 1]: KV bytes a second each worker grows by
-    token_rate: float  # output tokens a second of one request, lately
-    answer_tokens: float  # length of an output, as those that ended lately had it
-    horizon_s: float  # room is kept for so many seconds of growth
-    park_after_s: float  # a worker empty for so long may be parked
+    waiting_bytes: int  # KV bytes that the queue needs to be placed
+    growth_Bps: np.ndarray  # float64 [workers + 1]: growth of KV on each worker, bytes a second
+    token_rate: float  # output tokens a second of one request, moving average
+    answer_tokens: float  # length of an output, moving average over finished requests
+    horizon_s: float  # seconds of growth to keep room for
+    park_after_s: float  # seconds after which an empty worker may be parked
     seed: int  # of --migrate stress
-    period_s: float  # from one rebalancing round to the next, lately
+    period_s: float  # seconds since the last rebalancing round, bounded
     tick: int  # counts rebalancing rounds: with the seed, a policy's only source of randomness
     thrift: float = 0.5  # 0: move as few bytes as possible; 1: use as few workers as possible
-    lengths: AnswerLengths = field(default_factory=AnswerLengths)  # of those that ended lately
-    cost: CostModel = field(default_factory=CostModel)  # of transfers, recomputing and waking
-    size_classes: SizeClassCounts | None = (
-        None  # who is on each worker by size; made by a policy that needs it
-    )
+    lengths: AnswerLengths = field(default_factory=AnswerLengths)  # of finished requests
+    cost: CostModel = field(default_factory=CostModel)  # of steps, transfers and waking
+    size_classes: SizeClassCounts | None = None  # created by a policy that needs it
 
     def active(self) -> np.ndarray:
         """bool [workers + 1]: may take requests."""

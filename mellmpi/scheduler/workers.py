@@ -1,9 +1,8 @@
-"""The workers' side of rank 0: their states, their budgets, what is on its way to them."""
+"""The workers as rank 0 manages them: states, ownership of requests, commands, measured rates."""
 
 from collections import Counter
 from dataclasses import replace
 from itertools import count
-from typing import Any
 
 import numpy as np
 
@@ -14,13 +13,14 @@ from mellmpi.protocol import (
     Address,
     ModelKv,
     Park,
-    Request,
+    SchedulerCommand,
     StepReport,
     Wake,
     WorkerChanged,
+    WorkerCommand,
     WorkerReady,
-    kv_need,
 )
+from mellmpi.scheduler.admission import Admission
 from mellmpi.scheduler.growth_rates import GrowthRates
 from mellmpi.scheduler.ledger import ACTIVE, LOST, WITHOUT_ARENA, Ledger, WorkerState
 from mellmpi.scheduler.planner import InFlight
@@ -34,28 +34,28 @@ from mellmpi.scheduler.view import (
     WakeWorker,
 )
 
-Commands = list[tuple[Address, Any]]
-ANSWER_TOKENS = 128.0  # length of an output, until some have ended
-LENGTH_BLEND = 0.05  # weight of the newest one
-FIT_EVERY_S = 0.5  # reports of steps are gathered for so long: many cost hardly more than one
+Commands = list[tuple[Address, SchedulerCommand]]
+ANSWER_TOKENS = 128.0  # assumed output length before any request has finished
+LENGTH_BLEND = 0.05  # weight of the newest output length
+FIT_EVERY_S = 0.5  # step reports are fitted in batches: a batch costs little more than one report
 
 
 class WorkerRegistry:
-    """All workers. Commands gather in `out` until the cluster scheduler hands them on."""
+    """All workers. Commands collect in `out` until the cluster scheduler returns them."""
 
     def __init__(self, num_workers: int, config: ClusterConfig):
         self.ledger = Ledger(num_workers)
         self.models: dict[str, ModelKv] = {}
+        self.admission = Admission(self.ledger, self.models)
         self.arithmetic: dict[int, str] = {}  # of workers that have been ready
         self.out: Commands = []
         self.in_flight = InFlight()
-        self._queued: Counter[int] = Counter()  # by worker: tokens of requests yet to be computed
-        self._computed: Counter[int] = Counter()  # of these, those that it has reported
+        self._queued: Counter[int] = Counter()  # by worker: prompt tokens of its requests
+        self._computed: Counter[int] = Counter()  # by worker: those of `_queued` it has computed
         self._estimates: Estimates | None = None
-        self._fit_s = 0.0  # when reports of steps are next looked into
+        self._fit_s = 0.0  # time of the next fit of step reports
         self._epochs = count(1)
-        self._largest: dict[str, int | None] = {}  # arena, by model; forgotten with every change
-        self._has_woken = False  # anybody, ever
+        self._has_woken = False  # a worker has been woken in this job
         self.view = View(
             now=0.0,
             workers=self.ledger,
@@ -75,82 +75,78 @@ class WorkerRegistry:
 
     @property
     def estimates(self) -> Estimates:
-        """What has been measured so far; before that, what the view's costs say."""
+        """Estimates from measurements; their prior is the cost model of the view."""
         if self._estimates is None:
             self._estimates = Estimates(self.view.cost)
         return self._estimates
 
     def take(self) -> Commands:
-        """The commands gathered since the last call."""
+        """Return the commands collected since the last call."""
         commands, self.out = self.out, []
         return commands
 
-    def send(self, worker: int, command: Any, num_bytes: int = 0) -> None:
-        """Order something of a worker; it will take `num_bytes` of its arena."""
+    def send(self, worker: int, command: WorkerCommand, num_bytes: int = 0) -> None:
+        """Send a command that will take `num_bytes` of the worker's arena; none to a lost one."""
         if self.ledger.state[worker] != LOST:
             self.ledger.order(worker, num_bytes)
             self.out.append((worker, command))
 
     def next_epoch(self) -> int:
-        """A number that no assignment and no offer has had before."""
+        """Return an epoch that no assignment and no offer has used."""
         return next(self._epochs)
 
-    # --- who owns what --------------------------------------------------------------------------
+    # --- ownership ------------------------------------------------------------------------------
 
-    def own(self, record: Record, worker: int, epoch: int) -> None:
-        """The worker, in whose `num_requests` it is already counted, is the owner from here on."""
+    def set_owner(self, record: Record, worker: int, epoch: int) -> None:
+        """Make the worker, whose `num_requests` already counts the request, its owner."""
         record.worker, record.epoch = worker, epoch
         record.num_placed, record.transfer_failed = len(record.log.tokens), False
         requests = self.view.requests
-        self._count(record.slot, worker)
+        self._count_size_class(record.slot, worker)
         requests.worker[record.slot], requests.placed_s[record.slot] = worker, self.view.now
         requests.movable[record.slot] = True
-        if record.plan is None:  # what a move has to compute is counted with it
-            record.queued = record.num_tokens
-            self._queued[worker] += record.queued
+        if record.plan is None:  # prefills of migrations are counted in `in_flight`
+            record.queued_tokens = record.num_tokens
+            self._queued[worker] += record.queued_tokens
 
-    def unqueue(self, record: Record) -> None:
-        """The owner decodes it, or owns it no more."""
-        if record.queued and record.worker is not None:
-            self._queued[record.worker] -= record.queued
-            computed = self._computed[record.worker] - record.queued
+    def end_prefill(self, record: Record) -> None:
+        """Remove the request from its owner's queued tokens: it decodes, or leaves the owner."""
+        if record.queued_tokens and record.worker is not None:
+            self._queued[record.worker] -= record.queued_tokens
+            computed = self._computed[record.worker] - record.queued_tokens
             self._computed[record.worker] = max(0, computed)
-            record.queued = 0
+            record.queued_tokens = 0
 
     def queued_tokens(self, worker: int) -> int:
-        """Tokens of prompts that a worker has yet to compute, as far as rank 0 has heard."""
+        """Prompt tokens that a worker has not reported as computed yet."""
         return max(0, self._queued[worker] - self._computed[worker])
 
-    def leave(self, record: Record) -> None:
-        """It has no owner from here on."""
-        self.unqueue(record)
+    def clear_owner(self, record: Record) -> None:
+        """Take the request from its owner, if it has one."""
+        self.end_prefill(record)
         if record.worker is not None:
             self.ledger.remove(record.worker, self.view.now)
         record.worker = record.epoch = None
         requests = self.view.requests
-        self._count(record.slot, 0)
+        self._count_size_class(record.slot, 0)
         requests.worker[record.slot], requests.movable[record.slot] = 0, False
 
-    def _count(self, row: int, worker: int) -> None:
-        """The size_classes, if there is one, hears that the request changes to this worker."""
+    def _count_size_class(self, row: int, worker: int) -> None:
+        """Update the size class counts, if the policy uses them, for a change to this worker."""
         if (size_classes := self.view.size_classes) is not None:
             requests = self.view.requests
             size_classes.enter(
                 row, requests.need(row), int(requests.worker[row]), worker, self.ledger
             )
 
-    def keep_for(self, record: Record, worker: int) -> None:
-        """It waits to resume on this worker, which takes no others meanwhile; 0: on any."""
-        home = self.view.requests.home
-        if home[record.slot]:
-            self.ledger.expect(int(home[record.slot]), -1)
-        home[record.slot] = worker
+    def pin(self, record: Record, worker: int) -> None:
+        """Let the request resume only on this worker, which takes no others before; 0: on any."""
+        pinned_to = self.view.requests.pinned_to
+        if pinned_to[record.slot]:
+            self.ledger.add_returning(int(pinned_to[record.slot]), -1)
+        pinned_to[record.slot] = worker
         if worker:
-            self.ledger.expect(worker, 1)
-
-    def can_return(self, worker: int, num_bytes: int) -> bool:
-        """Has its former worker room for it again?"""
-        return bool(self.ledger.state[worker] == ACTIVE) and self._holds(worker, num_bytes)
+            self.ledger.add_returning(worker, 1)
 
     # --- states ---------------------------------------------------------------------------------
 
@@ -167,7 +163,7 @@ class WorkerRegistry:
         self._changed(worker)
 
     def _learn_wake(self, wake_s: float, woken: bool) -> None:
-        """Starts, which compile and convert, too, count until somebody has been woken."""
+        """Update `wake_s`. Starts, which also compile and convert, count until the first wake."""
         cost = self.view.cost
         if woken and not self._has_woken:
             self._has_woken, self.view.cost = True, replace(cost, wake_s=wake_s)
@@ -179,12 +175,12 @@ class WorkerRegistry:
         self._changed(worker)
 
     def _changed(self, worker: int) -> None:
-        self._largest.clear()
+        self.admission.worker_changed()
         name = WorkerState(int(self.ledger.state[worker])).name.lower()
         self.out.append((OBSERVER, WorkerChanged(worker, name)))
 
-    def obey(self, proposal: Proposal) -> None:
-        """Drain, park or wake a worker; any other proposal is about a request."""
+    def apply(self, proposal: Proposal) -> None:
+        """Drain, park or wake a worker; a proposal about a request changes nothing."""
         match proposal:
             case Drain(worker):
                 self.drain(worker)
@@ -194,23 +190,22 @@ class WorkerRegistry:
                 self.wake(worker)
 
     def drain(self, worker: int) -> None:
-        """Nothing new goes there any more; it parks when it is empty.
+        """Stop placing requests on an active worker; it parks once it is empty.
 
-        Not the last one of a model in use: what it holds could go nowhere, and the next arrival
-        would call it back.
+        The last active worker of a model in use stays active: its requests could not move away.
         """
         if self.ledger.state[worker] == ACTIVE and not self._is_last(worker):
             self.change(worker, WorkerState.DRAINING)
 
     def park(self, worker: int) -> None:
-        """Tell an empty worker to give its arena back; nothing if it is not empty or not active."""
+        """Make an active or draining worker release its arena, if it holds no request."""
         idle = not self.ledger.num_requests[worker] and not self._is_last(worker)
         if idle and self.ledger.state[worker] in (WorkerState.ACTIVE, WorkerState.DRAINING):
             self.send(worker, Park())
             self.change(worker, WorkerState.PARKING)
 
     def _is_last(self, worker: int) -> bool:
-        """Is it the last active worker of a model that some live request asks for?"""
+        """True if it is the last active worker of a model that a live request uses."""
         ledger, requests = self.ledger, self.view.requests
         used = np.bincount(requests.model[requests.live], minlength=len(ledger.models)) > 0
         active = ledger.state == WorkerState.ACTIVE
@@ -219,11 +214,11 @@ class WorkerRegistry:
         return bool((used & ledger.runs[:, worker] & ~served).any())
 
     def parked(self, worker: int) -> None:
-        self.ledger.gone(worker, WorkerState.PARKED)
+        self.ledger.drop_arena(worker, WorkerState.PARKED)
         self._changed(worker)
 
     def wake(self, worker: int) -> None:
-        """Make a parked worker load again, or a draining one stay; else nothing."""
+        """Make a parked worker load again, or a draining worker active."""
         if self.ledger.state[worker] == WorkerState.PARKED:
             self.send(worker, Wake())
             self.change(worker, WorkerState.WAKING)
@@ -231,11 +226,11 @@ class WorkerRegistry:
             self.change(worker, WorkerState.ACTIVE)
 
     def lost(self, worker: int) -> None:
-        self.ledger.gone(worker, WorkerState.LOST)
+        self.ledger.drop_arena(worker, WorkerState.LOST)
         self._changed(worker)
 
     def undrain(self, model: str) -> bool:
-        """Let draining workers take requests of this model again; True if there was one."""
+        """Make draining workers of this model active again; return True if there was one."""
         able = self.ledger.able(model)
         draining = [w for w in self.ledger.workers(WorkerState.DRAINING) if able[w]]
         for worker in draining:
@@ -243,10 +238,10 @@ class WorkerRegistry:
         return bool(draining)
 
     def wake_for(self, model: str, waiting_bytes: int, waited_s: float) -> None:
-        """Wake one worker more, unless there will be room for the queue before it is awake.
+        """Wake a parked worker, unless the queue is expected to find room before it is awake.
 
-        That is: those that are waking already have room, or as much is going to be free. Who has
-        waited as long as waking takes waits for no more ends: the guess was wrong.
+        Expected room: the arenas of workers that are waking, and the bytes that finishing requests
+        free. The latter, a guess, only count while the queue has waited for less than `wake_s`.
         """
         ledger, able, wake_s = self.ledger, self.ledger.able(model), self.view.cost.wake_s
         parked = np.flatnonzero(able & (ledger.state == WorkerState.PARKED))
@@ -257,7 +252,11 @@ class WorkerRegistry:
             self.wake(int(parked[0]))
 
     def _freed_in(self, seconds: float, able: np.ndarray) -> float:
-        """Bytes that requests of these active workers free by ending, less what the others grow."""
+        """Bytes that requests on active workers in `able` free by finishing, less growth of others.
+
+        held · f - growth · seconds · (1 - f), where f = seconds · token_rate / answer_tokens, at
+        most 1, is the share of requests that finish.
+        """
         view, ledger = self.view, self.ledger
         active = able & (ledger.state == WorkerState.ACTIVE)
         ending = min(1.0, seconds * view.token_rate / max(view.answer_tokens, 1.0))
@@ -265,67 +264,26 @@ class WorkerRegistry:
         grown = seconds * view.growth_Bps[active].sum()
         return float(ending * held - (1 - ending) * grown)
 
-    def has_room(self, worker: int, model: str, num_bytes: int) -> bool:
-        """May a request of this model and size be moved there?"""
-        return bool(self.view.hosting(model)[worker]) and self._holds(worker, num_bytes)
-
-    def space(self, worker: int) -> tuple[int, int]:
-        """What is left there: (bytes, seats)."""
-        ledger = self.ledger
-        seats = int(ledger.max_requests[worker] - ledger.num_requests[worker])
-        return ledger.room(worker), seats
-
-    def gained(self, worker: int, before: tuple[int, int]) -> bool:
-        """Has it more bytes or seats than then?"""
-        room, seats = self.space(worker)
-        return room > before[0] or seats > before[1]
-
-    def _holds(self, worker: int, num_bytes: int) -> bool:
-        """Has it a seat, and so many bytes?"""
-        ledger = self.ledger
-        seat = ledger.num_requests[worker] < ledger.max_requests[worker]
-        return bool(seat) and ledger.room(worker) >= num_bytes
-
-    def refusal(self, request: Request, num_tokens: int) -> str | None:
-        """Why no worker that is left can ever hold so many tokens of it, or None."""
-        if (kv := self.models.get(request.model)) is None:
-            return f"no worker serves the model {request.model}"
-        need, room = kv_need(kv, num_tokens), self._largest_arena(request.model)
-        if room == 0:
-            return f"no worker is left that serves the model {request.model}"
-        if room is None or need <= room:
-            return None
-        return f"it needs {need} bytes of KV cache; a worker has {room}"
-
-    def _largest_arena(self, model: str) -> int | None:
-        """Bytes; 0 if all that had one are lost, None as long as somebody may still get one."""
-        if model not in self._largest:
-            ledger = self.ledger
-            left = ledger.able(model) & (ledger.state != WorkerState.LOST)
-            largest = int(ledger.capacity[left].max(initial=0))
-            self._largest[model] = None if ledger.workers(WorkerState.STARTING) else largest
-        return self._largest[model]
-
     # --- rates ----------------------------------------------------------------------------------
 
     def finished(self, num_prompt: int, num_outputs: int) -> None:
-        """A request has ended after so many tokens: what is to come may be like it."""
+        """Learn output lengths from a finished request (both in tokens)."""
         self.view.lengths.add(num_prompt, num_outputs)
         self.view.answer_tokens += LENGTH_BLEND * (num_outputs - self.view.answer_tokens)
 
     def report(self, worker: int, event: StepReport) -> None:
         if int(self.ledger.state[worker]) in WITHOUT_ARENA:
-            return  # of what it did before it parked: there is no arena any more
+            return  # sent before it parked: its arena is released
         self.ledger.report(worker, event.acked, event.free_bytes)
         self.estimates.steps.add(worker, event)
-        if event.prefill_tokens:  # those of a move are counted with the move
+        if event.prefill_tokens:  # may include those of a migration, hence the minimum
             done = self._computed[worker] + event.prefill_tokens
             self._computed[worker] = min(done, self._queued[worker])
         self.rates.decoded[worker] += event.decode_tokens
 
     def tick(self, now: float) -> None:
-        """Turn what was done since the last tick into rates and costs."""
-        self.estimates.look_again(now)
+        """Update rates and costs from the reports since the last tick."""
+        self.estimates.forget_stale(now)
         if now >= self._fit_s and self.estimates.steps.fold():
             self._fit_s = now + FIT_EVERY_S
             self.view.cost = self.view.cost.with_steps(self.estimates.steps.coefficients())

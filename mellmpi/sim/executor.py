@@ -1,6 +1,6 @@
-"""An engine without a model: each token is a hash of all the KV it should have seen.
+"""Executors without a model: each token is a hash of all the KV of its context.
 
-The arena is real: a block freed too early, copied wrongly or never sent changes tokens.
+The arena is real: a block that is freed too early, copied wrongly or never sent changes tokens.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ _A, _B = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9)
 
 
 def _kv(model: str, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """What a position leaves in the cache of a model. uint64 [n], uint64 [n] -> uint64 [n]."""
+    """KV of tokens at these positions. uint64 [n], uint64 [n] -> uint64 [n]."""
     x = (tokens + np.uint64(1)) * _A + (positions + np.uint64(1)) * _B + _salt(model)
     return x ^ (x >> np.uint64(29))
 
@@ -25,14 +25,14 @@ def _salt(model: str) -> np.uint64:
 
 
 def _next_token(kv: np.ndarray, seed: int) -> int:
-    """uint64 [context] and the request's seed -> the token that follows."""
+    """uint64 [context] and the request's seed -> the next token."""
     weights = np.arange(1, 2 * len(kv), 2, dtype=np.uint64)
     mixed = int((kv * weights).sum()) ^ (seed * int(_B) & (1 << 64) - 1)
     return (mixed ^ (mixed >> 31)) % VOCABULARY
 
 
 def expected_outputs(request: Request) -> list[int]:
-    """The answer that any correct run gives."""
+    """Output tokens of the request in any correct run."""
     tokens, sampling = list(request.prompt), request.sampling
     for _ in range(sampling.max_tokens):
         known = np.array(tokens, np.uint64)
@@ -44,15 +44,16 @@ def expected_outputs(request: Request) -> list[int]:
 
 
 def logprob(token: int, position: int) -> TokenLogprob:
-    """What the engine says of this token at this position of the sequence."""
+    """Logprobs that the executor reports for this token at this position of the sequence."""
     value = -(position + token / VOCABULARY)
     return value, (token,), (value,)
 
 
 class HashExecutor:
-    """Runs step plans on an arena of uint64 [num_blocks, width]; width is positions.
+    """Executes step plans on an arena of uint64 [num_blocks, width].
 
-    None: those of the largest block. Workers that exchange blocks need the same.
+    width  positions per block; None: those of the largest block. Workers that transfer blocks to
+           each other need the same width.
     """
 
     def __init__(self, num_blocks: int, models: Sequence[ModelKv], width: int | None = None):
@@ -60,7 +61,7 @@ class HashExecutor:
         self.arena = np.zeros((num_blocks, width or max(self._sizes.values())), np.uint64)
 
     def execute(self, plan: StepPlan) -> StepResult:
-        """One token a sampled chunk, in plan order."""
+        """Return one token per sampled chunk, in plan order."""
         assert not plan.copies
         tokens = [self._chunk(plan.model, chunk) for chunk in plan.chunks]
         sampled = [(t, c) for t, c in zip(tokens, plan.chunks, strict=True) if c.sampling]
@@ -85,7 +86,7 @@ class HashExecutor:
 
 
 class SilentExecutor(HashExecutor):
-    """Tokens without meaning, at no cost: for runs in which only sizes and times matter."""
+    """Token 0 always, at no cost: for runs in which only sizes and times matter."""
 
     def execute(self, plan: StepPlan) -> StepResult:
         num_sampled = sum(chunk.sampling is not None for chunk in plan.chunks)

@@ -1,38 +1,40 @@
-"""When the steps of simulated workers begin and end, and their blocks arrive."""
+"""The timing of simulated workers: begin and end of steps, and of block transfers."""
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any
 
 from mellmpi.protocol import (
     DATA_PLANE,
     Address,
     BlocksArrived,
     BlocksSent,
+    DataPlaneCommand,
     DrainBlocks,
     ReceiveBlocks,
     SendBlocks,
+    WorkerEvent,
 )
 from mellmpi.sim.fast import FastWorker
+from mellmpi.worker import BatchCommand, BlockResult, Outbox
 
-EDGE = 1e-9  # seconds: a step that ends now has ended
+EDGE = 1e-9  # seconds: a step that ends within this time has ended
 
 
 @dataclass
 class Clock:
-    """What is to happen, in the order of time; of what happens at once, in the order of asking."""
+    """Actions in order of time; those of the same time in the order of scheduling."""
 
-    now: float = 0.0
+    now: float = 0.0  # seconds
     _heap: list[tuple[float, int, Callable[[], None]]] = field(default_factory=list)
-    _order: Any = field(default_factory=count)
+    _order: Iterator[int] = field(default_factory=count)
 
     def at(self, time_s: float, action: Callable[[], None]) -> None:
         heapq.heappush(self._heap, (time_s, next(self._order), action))
 
     def next(self) -> bool:
-        """Let the next thing happen; False: there is none."""
+        """Run the next action. False if there is none."""
         if not self._heap:
             return False
         self.now, _, action = heapq.heappop(self._heap)
@@ -42,26 +44,26 @@ class Clock:
 
 @dataclass(eq=False)
 class Pace:
-    """A worker in time: messages wait for the end of the step under way."""
+    """Runs a worker on the clock: messages wait until the current step ends."""
 
     worker: FastWorker
     clock: Clock
-    carry: Callable[["Pace", Address, Any], None]  # what the worker sends, and to whom
-    report: Callable[["Pace"], None]  # all messages are read, or a step is over
-    _begun_s: float = 0.0  # of the first step that has not been taken in
+    send: Callable[["Pace", Address, BatchCommand], None]  # a message of the worker
+    report: Callable[["Pace"], None]  # called when the inbox is empty and after steps
+    _begun_s: float = 0.0  # begin of the first step that is not applied
     _version: int = 0  # of the end on the clock
 
-    def write(self, source: Address, message: Any) -> None:
-        """A message has come; the worker reads it when no step is under way."""
+    def write(self, source: Address, message: WorkerEvent) -> None:
+        """Deliver a message; the worker handles it when no step is in progress."""
         self.worker.inbox.append((source, message))
         if self.worker.plan is None:
-            return self._turn()
-        self.settle()
+            return self._between_steps()
+        self.catch_up()
         self.worker.steps_left = 1
-        self._await_end()
+        self._schedule_end()
 
-    def settle(self) -> None:
-        """Take in the steps that are over, but the last like them: that is an event."""
+    def catch_up(self) -> None:
+        """Apply the steps that are over, except the last of the identical ones: it is an event."""
         worker, passed_s = self.worker, self.clock.now - self._begun_s + EDGE
         if worker.plan is None or worker.steps_left == 1 or passed_s < worker.one_step_s:
             return
@@ -69,7 +71,7 @@ class Pace:
         self._begun_s += steps * worker.one_step_s
         worker.skip(steps)
 
-    def _await_end(self) -> None:
+    def _schedule_end(self) -> None:
         self._version += 1
         version, worker = self._version, self.worker
         end_s = self._begun_s + worker.steps_left * worker.one_step_s
@@ -77,40 +79,40 @@ class Pace:
 
     def _end(self, version: int) -> None:
         if version == self._version and self.worker.plan is not None:
-            self._carry(self.worker.finish())
-            self._turn()
+            self._send_all(self.worker.finish())
+            self._between_steps()
 
-    def _carry(self, commands: list[tuple[Address, Any]]) -> None:
-        for destination, command in commands:
-            self.carry(self, destination, command)
+    def _send_all(self, outbox: Outbox) -> None:
+        for destination, command in outbox:
+            self.send(self, destination, command)
 
-    def _turn(self) -> None:
+    def _between_steps(self) -> None:
         worker = self.worker
         while worker.inbox:
-            self._carry(worker.handle(*worker.inbox.pop(0)))
+            self._send_all(worker.handle(*worker.inbox.pop(0)))
         self.report(self)
         if worker.begin():
             self._begun_s = self.clock.now
-            self._await_end()
+            self._schedule_end()
         else:
-            self.report(self)  # who was preempted though nobody was left to step
+            self.report(self)  # preemptions of the planning that left nothing to compute
 
 
 class Transfers:
-    """Blocks between workers: what is sent and what is awaited meet, and take their time."""
+    """Block transfers between workers: they begin when send and receive are posted."""
 
     def __init__(
         self,
         clock: Clock,
-        took_s: Callable[[int], float],
-        write: Callable[[int, Address, Any], None],
+        duration_s: Callable[[int], float],  # of so many blocks
+        write: Callable[[int, Address, BlockResult], None],
     ):
-        self._clock, self._took_s, self._write = clock, took_s, write  # blocks -> seconds
+        self._clock, self._duration_s, self._write = clock, duration_s, write
         self._sends: dict[tuple[int, int, int], SendBlocks] = {}  # (source, destination, tag)
         self._receives: dict[tuple[int, int, int], ReceiveBlocks | DrainBlocks] = {}
 
-    def handle(self, worker: int, order: Any) -> None:
-        """One order of a worker's batch scheduler."""
+    def handle(self, worker: int, order: DataPlaneCommand) -> None:
+        """Post a send or a receive of this worker."""
         match order:
             case SendBlocks(dst=dst, tag=tag):
                 key = (worker, dst, tag)
@@ -126,22 +128,14 @@ class Transfers:
     def _begin(
         self, src: int, dst: int, send: SendBlocks, receive: ReceiveBlocks | DrainBlocks
     ) -> None:
-        took_s = self._took_s(len(send.block_ids))
+        took_s = self._duration_s(len(send.block_ids))
 
-        def over() -> None:
+        def end() -> None:
             self._write(src, DATA_PLANE, BlocksSent(send.request_id, send.epoch, send.tag))
             if isinstance(receive, ReceiveBlocks):
-                self._write(
-                    dst,
-                    DATA_PLANE,
-                    BlocksArrived(
-                        receive.request_id,
-                        receive.epoch,
-                        True,
-                        took_s,
-                        receive.tag,
-                        "",
-                    ),
+                arrived = BlocksArrived(
+                    receive.request_id, receive.epoch, True, took_s, receive.tag, ""
                 )
+                self._write(dst, DATA_PLANE, arrived)
 
-        self._clock.at(self._clock.now + took_s, over)
+        self._clock.at(self._clock.now + took_s, end)

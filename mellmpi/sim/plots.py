@@ -1,4 +1,4 @@
-"""One picture of a simulation: GPUs against the bound, utilisation, moves, the frontier."""
+"""The plot of a simulation: GPUs and their lower bound, utilisation, migrations, frontier."""
 
 from io import BytesIO
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 
 from mellmpi.frontend import visible
 from mellmpi.sim.bound import Load
@@ -19,7 +20,7 @@ MOVED, OVER = "migrated_bytes_per_kv_byte", "gpus_over_bound"
 
 
 def draw(suffix: str, load: Load, report: dict[str, Any], tallies: dict[str, Tally]) -> bytes:
-    """The picture, in the format that `suffix` names, such as .png."""
+    """Return the picture, in the format that `suffix` names, such as .png."""
     figure, ((gpus, use), (moves, frontier)) = plt.subplots(2, 2, figsize=(14, 9))
     colors = {name: f"C{i}" for i, name in enumerate(tallies)}
     for name, tally in tallies.items():
@@ -48,7 +49,7 @@ def draw(suffix: str, load: Load, report: dict[str, Any], tallies: dict[str, Tal
 
 
 def _over_time(
-    gpus: Any, use: Any, moves: Any, load: Load, name: str, tally: Tally, color: str
+    gpus: Axes, use: Axes, moves: Axes, load: Load, name: str, tally: Tally, color: str
 ) -> None:
     times_s, held = sample_times(load), np.array(tally.gpus)
     gpus.plot(times_s, held, color=color, lw=0.9, label=name)
@@ -56,13 +57,13 @@ def _over_time(
     use.plot(times_s, 100 * share, color=color, lw=1.2)
     if tally.moves:
         at = np.array([t for t, _ in tally.moves]) - load.arrivals[0] / load.rate
-        # Whole minutes: what is left of the last one would look like a drop.
+        # Whole minutes only: a partial last one would look like a drop.
         edges = np.arange(0, max(times_s[-1] // BIN_S, 1) * BIN_S + 1, BIN_S)
         counts, _ = np.histogram(at, edges)
         moves.stairs(counts / BIN_S, edges, color=color, lw=1.2)
 
 
-def _frontier(axes: Any, report: dict[str, Any], colors: dict[str, str]) -> None:
+def _frontier(axes: Axes, report: dict[str, Any], colors: dict[str, str]) -> None:
     swept = report.get("frontier", [])
     if swept:
         color = colors.get("frugal", "gray")
@@ -109,7 +110,7 @@ def _title(report: dict[str, Any]) -> str:
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """The mean of a minute around each sample."""
+    """Return the mean of the minute around each sample."""
     width = min(len(values), 120)
     weights = np.convolve(np.ones(len(values)), np.ones(width), "same")
     return np.asarray(np.convolve(values, np.ones(width), "same") / weights)

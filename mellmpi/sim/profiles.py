@@ -1,7 +1,7 @@
-"""What things take on known GPUs: a cost model from data sheets, for a model and a load.
+"""Cost models of known GPUs, from data sheets, for a model and a load.
 
-Estimates by roofline, not measurements: prefill is bound by FLOPs, decode by memory bandwidth.
-A cost model that was measured comes from the report of a run (`cost_from`).
+Roofline estimates, not measurements: prefill is bound by FLOPs, decode by memory bandwidth.
+`cost_from` reads a measured cost model from the report of a run.
 """
 
 import json
@@ -13,22 +13,22 @@ from mellmpi.config import BatchConfig
 from mellmpi.costs import CostModel
 
 FP16 = 2  # bytes
-PREFILL_SHARE = 0.5  # of peak FLOPs in a large prefill: what tuned kernels reach (gpt-fast, vLLM)
+PREFILL_SHARE = 0.5  # of peak FLOPs, reached by tuned kernels in a large prefill (gpt-fast, vLLM)
 DECODE_SHARE = 0.8  # of peak bandwidth in a decode step: likewise
-LAUNCH_S = 2e-3  # of a step: scheduling, sampling, and what is not overlapped (vLLM v1, one GPU)
-LINK_LATENCY_S = 1e-3  # of a transfer: command, header, answer, each awaiting a step's end apart
-START_S = 1.0  # of a wake, beside the weights: allocation, graphs
-BLOCK_SIZE = 16  # tokens a KV block, vLLM's default
+LAUNCH_S = 2e-3  # per step: scheduling, sampling, and other work without overlap (vLLM v1, one GPU)
+LINK_LATENCY_S = 1e-3  # of a transfer: command, header, answer; without waits for a step's end
+START_S = 1.0  # of a wake, in addition to loading weights: allocation, CUDA graphs
+BLOCK_SIZE = 16  # tokens per KV block, vLLM's default
 LIMITS = BatchConfig(max_num_seqs=256, max_num_batched_tokens=2048)  # vLLM's defaults
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A device and what it hangs on."""
+    """A GPU, its link and its storage."""
 
-    flops: float  # dense, 16 bit with 32 bit sums, per second
+    flops: float  # per second: dense, 16 bit with 32 bit accumulation
     memory_Bps: float
-    link_Bps: float  # between two hosts, one way
+    link_Bps: float  # between two hosts, per direction
     load_Bps: float  # weights, from local storage
 
 
@@ -36,11 +36,11 @@ PROFILES = {
     "A100-40G": Gpu(
         312e12,  # NVIDIA A100 data sheet: BF16 tensor core, without sparsity
         1.555e12,  # likewise, of the 40 GB variants
-        25e9,  # one HDR InfiniBand port, 200 Gb/s, a GPU (DGX A100 has one each)
+        25e9,  # one HDR InfiniBand port, 200 Gb/s, per GPU, as in DGX A100
         5e9,  # NVMe, PCIe 4.0: 7 GB/s by data sheets, less the copy to the device
     ),
     "RTX-4090": Gpu(
-        165.2e12,  # NVIDIA Ada white paper: BF16 tensor core, 32 bit sums, without sparsity
+        165.2e12,  # NVIDIA Ada white paper: BF16 tensor core, 32 bit accumulation, no sparsity
         1.008e12,  # likewise
         12.5e9,  # 100 Gb/s Ethernet: the card has no NVLink; its PCIe 4.0 x16 is faster
         5e9,  # as above
@@ -48,7 +48,7 @@ PROFILES = {
     "H100": Gpu(
         989.4e12,  # NVIDIA H100 data sheet, SXM: BF16 tensor core, without sparsity
         3.35e12,  # likewise
-        50e9,  # one NDR InfiniBand port, 400 Gb/s, a GPU (DGX H100 has one each)
+        50e9,  # one NDR InfiniBand port, 400 Gb/s, per GPU, as in DGX H100
         10e9,  # NVMe, PCIe 5.0: 14 GB/s by data sheets, less the copy to the device
     ),
 }
@@ -56,17 +56,17 @@ PROFILES = {
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What of a model decides sizes and times; from its config.json and model card."""
+    """Properties of a model that determine sizes and times; from its config.json and model card."""
 
     layers: int
     kv_heads: int
     head_size: int
     parameters: float
-    active: float | None = None  # parameters that one token uses; None: all
+    active: float | None = None  # parameters used per token (mixture of experts); None: all
 
     @property
     def token_bytes(self) -> int:
-        """KV of one position, 16 bit."""
+        """KV bytes of one position, 16 bit."""
         return 2 * self.layers * self.kv_heads * self.head_size * FP16  # keys and values
 
 
@@ -86,7 +86,7 @@ MODELS = {
 
 
 def cost_of(gpu: Gpu, model: ModelShape, context_bytes: float) -> CostModel:
-    """Of one GPU that runs this model; a decoding request reads `context_bytes` of KV a step."""
+    """Cost model of one GPU with this model; a decode reads `context_bytes` of KV per step."""
     weights = model.parameters * FP16
     token_flops = 2 * (model.active or model.parameters)
     return CostModel(
@@ -100,7 +100,7 @@ def cost_of(gpu: Gpu, model: ModelShape, context_bytes: float) -> CostModel:
 
 
 def cost_from(path: str | Path) -> CostModel:
-    """Fitted to the report of a run (`run-batch --report`). ValueError names the file."""
+    """Cost model fitted to the report of a run (`run-batch --report`), or ValueError."""
     try:
         report: Any = json.loads(Path(path).read_text(encoding="utf-8"))
         return CostModel.fitted(report["costs"])

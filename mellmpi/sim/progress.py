@@ -1,7 +1,7 @@
-"""The cluster scheduler of a simulation: tokens are counted, and all workers report at once.
+"""The cluster scheduler of a simulation: it counts tokens, and all workers report at once.
 
-Whoever ends or is preempted is reported as ever; what the others have decoded meanwhile is a few
-columns. The decisions are those of ClusterScheduler, from the same view.
+Ends and preemptions are reported as usual; the decode progress of all other requests is a few
+columns. Decisions are those of ClusterScheduler, on the same view.
 """
 
 from dataclasses import dataclass, field
@@ -16,13 +16,13 @@ STOP = 1  # the token that ends an answer; all others are 0
 
 @lru_cache(maxsize=4096)
 def zeros(n: int) -> tuple[int, ...]:
-    """Shared, so that a thousand prompts of one length cost one."""
+    """Return `n` zeros. The tuple is shared by all prompts of one length."""
     return (0,) * n
 
 
 @dataclass(slots=True)
 class CountedLog:
-    """As many tokens as its row of the view says: nobody reads them."""
+    """A token log that stores only a length: that of its row of the view."""
 
     columns: RequestColumns
     row: int
@@ -37,7 +37,7 @@ class CountedLog:
         return (*zeros(self._length - 1), STOP) if self.ended else zeros(self._length)
 
     def merge(self, first: int, tokens: tuple[int, ...]) -> tuple[int, ...]:
-        """The part of a run that is new; the row is told at once."""
+        """Add a run of tokens to the row. Returns the new part of the run."""
         assert first <= self._length, f"gap: have {self._length}, run starts at {first}"
         new = tokens[self._length - first :]
         self.ended = self.ended or STOP in new[-1:]
@@ -47,27 +47,27 @@ class CountedLog:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What several workers have decoded since they last said so. Nothing else has happened."""
+    """Decode progress of several workers since their last report, with no other events."""
 
-    workers: np.ndarray  # int64 [workers], ids; only of those that have an arena
+    workers: np.ndarray  # int64 [workers], ids of those that have an arena
     free_bytes: np.ndarray  # int64 [workers]
-    acked: list[int]  # commands handled, by worker in the order of `workers`
+    acked: list[int]  # commands handled, in the order of `workers`
     decoded: np.ndarray  # int64 [workers + 1], tokens, by worker id
     rows: np.ndarray  # int64 [requests]: rows of the view
-    outputs: np.ndarray  # int64 [requests]: tokens that each has by now
+    outputs: np.ndarray  # int64 [requests]: output tokens so far
 
 
 class CountingScheduler(ClusterScheduler):
-    """Rank 0 on simulated workers."""
+    """The cluster scheduler of simulated workers."""
 
     def log_for(self, row: int) -> Log:
         return CountedLog(self.registry.view.requests, row)
 
     def _count(self, rows: list[int], added: list[int]) -> None:
-        """The log has done that."""
+        """Does nothing: `CountedLog` updates the row."""
 
     def advance(self, progress: Progress, now: float) -> Commands:
-        """As `handle` of one report a worker. Nobody resumes by it: room has only shrunk."""
+        """Like `handle` of one report per worker. No request resumes: free room has only shrunk."""
         view, ledger = self.registry.view, self.registry.ledger
         view.now = now
         ledger.report_all(progress.workers, progress.acked, progress.free_bytes)

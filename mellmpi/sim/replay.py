@@ -1,9 +1,9 @@
-"""A trace through one policy, on idealised workers: the real scheduler, and what it achieved."""
+"""Replays a load with one policy: the real cluster scheduler on simulated workers."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 
@@ -11,77 +11,84 @@ from mellmpi.config import ClusterConfig
 from mellmpi.costs import CostModel
 from mellmpi.protocol import (
     FRONT,
-    OBSERVER,
+    Address,
     Emit,
+    FrontEvent,
     MigrationEnded,
     ModelKv,
+    Observation,
     Preempted,
     Rejected,
     Request,
     Sampling,
+    SchedulerEvent,
     Submit,
     WorkerChanged,
+    WorkerCommand,
 )
+from mellmpi.scheduler import Commands
 from mellmpi.scheduler.policies import Policy, policy_for
 from mellmpi.sim.bound import SAMPLE_S, Load
 from mellmpi.sim.ideal import IdealWorkers
 from mellmpi.sim.progress import STOP, CountingScheduler, zeros
 
+P = ParamSpec("P")
+R = TypeVar("R")
 NO_COST = CostModel(0.0, 0.0, 0.0, float("inf"), 0.0, 0.0)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a load is replayed."""
+    """Settings of a replay."""
 
     thrift: float
-    tick_s: float  # the policy looks at the whole cluster
+    tick_s: float  # between two calls of `rebalance`
     seed: int
-    clock: Callable[[], float]  # for the time that the policy itself takes
-    may_lack: bool = True  # requests may wait for want of workers
-    park_after_s: float = 1.0  # a worker empty for so long may be parked
+    clock: Callable[[], float]  # to measure the time spent in the policy
+    may_lack: bool = True  # requests may wait because there are too few workers
+    park_after_s: float = 1.0  # a worker that is empty for this time may be parked
 
 
 class Unserved(Exception):
-    """Every worker is in use: with more, the policy might have used more."""
+    """All workers hold requests: with more workers the policy might use more."""
 
 
 @dataclass
 class Tally:
-    """What one run did."""
+    """The results of one run."""
 
     gpus: list[int] = field(default_factory=list)  # at each sample
-    used_bytes: list[int] = field(default_factory=list)  # likewise, on the workers
+    used_bytes: list[int] = field(default_factory=list)  # at each sample, on all workers
     moves: list[tuple[float, int]] = field(default_factory=list)  # (time, bytes)
-    finished: dict[int, float] = field(default_factory=dict)  # request -> step, or second
+    finished: dict[int, float] = field(default_factory=dict)  # request -> step (ideal) or second
     stall_s: dict[int, float] = field(default_factory=dict)  # request -> see `figures`
     ttft_s: dict[int, float] = field(default_factory=dict)  # request -> arrival to first token
-    tpot_s: dict[int, float] = field(default_factory=dict)  # request -> a token after the first
+    tpot_s: dict[int, float] = field(default_factory=dict)  # request -> mean after the first token
     rejected: int = 0
     preemptions: int = 0
     wakes: int = 0
-    decisions: int = 0
-    policy_s: float = 0.0
+    decisions: int = 0  # calls of the policy
+    policy_s: float = 0.0  # time in them
 
 
 def timed(policy: Policy, tally: Tally, clock: Callable[[], float]) -> Policy:
-    """The same policy; its calls are counted, and the time in them."""
+    """Return the policy with its calls counted and timed in the tally."""
 
-    def watch(decide: Callable[..., Any]) -> Callable[..., Any]:
-        def watched(*arguments: Any) -> Any:
+    def measured(decide: Callable[P, R]) -> Callable[P, R]:
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
             began = clock()
-            answer = decide(*arguments)
+            decision = decide(*args, **kwargs)
             tally.policy_s += clock() - began
             tally.decisions += 1
-            return answer
+            return decision
 
-        return watched
+        return call
 
-    return replace(policy, place=watch(policy.place), rebalance=watch(policy.rebalance))
+    return replace(policy, place=measured(policy.place), rebalance=measured(policy.rebalance))
 
 
 class Replay:
-    """One policy on one load; how time passes on the workers is for a subclass to say."""
+    """Base class: one policy on one load. Subclasses simulate the workers and the time."""
 
     def __init__(
         self,
@@ -105,18 +112,18 @@ class Replay:
         self._kv = {kv.model: kv for kvs in hosts for kv in kvs}
 
     def run(self, progress: Callable[[int], None]) -> Tally:
-        """All of it, until the last request has ended; `progress` hears how many have arrived."""
+        """Replay until the last request has ended. Calls `progress` with the number of arrivals."""
         raise NotImplementedError
 
     def _request(self, i: int) -> Request:
         kv, prompt = self._kv[self.load.models[i]], int(self.load.prompts[i])
-        # What a client would allow, not how long the answer is: nobody knows that yet.
+        # The limit that a client would set; the length of the answer is not known in advance.
         most = self.load.capacity // kv.block_bytes * kv.block_size - prompt
         sampling = Sampling(most, 0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, (STOP,), None)
         return Request(i, kv.model, zeros(prompt), sampling, None)
 
-    def _sleep(self) -> list[tuple[Any, Any]]:
-        """Park all workers but the first; the policy wakes what it wants."""
+    def _park_all(self) -> Commands:
+        """Park all workers but the first. Returns the commands; the policy wakes workers."""
         registry = self.scheduler.registry
         for w in range(2, len(registry.ledger.state)):
             registry.park(w)
@@ -126,7 +133,7 @@ class Replay:
         if not self.settings.may_lack and self.scheduler.registry.ledger.num_requests[1:].all():
             raise Unserved
 
-    def _observe(self, event: Any, now: float) -> None:
+    def _observe(self, event: FrontEvent | Observation, now: float) -> None:
         tally = self.tally
         match event:
             case MigrationEnded(outcome="moved"):
@@ -141,14 +148,14 @@ class Replay:
     def _sample(self, used_bytes: int) -> None:
         registry = self.scheduler.registry
         requests, held = registry.view.requests, registry.ledger.num_requests > 0
-        homes = requests.home[requests.live & (requests.worker == 0)]
-        held[homes[homes > 0]] = True
+        pinned_to = requests.pinned_to[requests.live & (requests.worker == 0)]
+        held[pinned_to[pinned_to > 0]] = True
         self.tally.gpus.append(int(held.sum()))
         self.tally.used_bytes.append(used_bytes)
 
 
 class IdealReplay(Replay):
-    """Times are whole decode steps; prefill, waking and moves take none."""
+    """Replay on the idealised cluster: prefill, waking and migrations take no time."""
 
     def __init__(self, load: Load, name: str, hosts: list[tuple[ModelKv, ...]], settings: Settings):
         super().__init__(load, name, hosts, NO_COST, replace(settings, park_after_s=0.0))
@@ -156,12 +163,12 @@ class IdealReplay(Replay):
         self.every = max(1, round(settings.tick_s * load.rate))
         self.workers = IdealWorkers(hosts, load.capacity, self.rate, load.outputs.tolist())
         for w, worker in self.workers.workers.items():
-            self._tell(w, self.workers.ready(worker))
-        self._route(self._sleep())
+            self._to_scheduler(w, self.workers.ready(worker))
+        self._route(self._park_all())
         self.tally.wakes = 0
 
     def run(self, progress: Callable[[int], None]) -> Tally:
-        """All of it, until the last request has ended."""
+        """Replay until the last request has ended."""
         load = self.load
         samples, arrivals = deque(load.samples.tolist()), load.arrivals.tolist()
         first, i = arrivals[0], 0
@@ -179,7 +186,7 @@ class IdealReplay(Replay):
             if i < len(arrivals) and arrivals[i] == step:
                 self._progress()
                 while i < len(arrivals) and arrivals[i] == step:
-                    self._tell(FRONT, Submit(self._request(i)))
+                    self._to_scheduler(FRONT, Submit(self._request(i)))
                     i += 1
                 progress(i)
             if tick == step:
@@ -213,38 +220,38 @@ class IdealReplay(Replay):
         commands = self.scheduler.tick(self.now)
         self._route(commands)
         if commands and self.scheduler.queue:
-            self._report(self.workers.busy)  # who waits may fit by what has been done
+            self._report(self.workers.busy)  # a waiting request may fit now
         self._check_enough()
 
-    def _report(self, workers: Any) -> None:
+    def _report(self, workers: Iterable[int]) -> None:
         for w in sorted(workers):
             if (report := self.workers.report(w)) is not None:
-                self._tell(w, report)
+                self._to_scheduler(w, report)
 
-    def _tell(self, source: Any, event: Any) -> None:
+    def _to_scheduler(self, source: Address, event: SchedulerEvent) -> None:
         self._route(self.scheduler.handle(source, event, self.now))
 
-    def _route(self, commands: list[tuple[Any, Any]]) -> None:
+    def _route(self, commands: Commands) -> None:
         for destination, command in commands:
-            if destination in (FRONT, OBSERVER):
+            if isinstance(command, WorkerCommand):
+                for source, answer in self.workers.handle(int(destination), command):
+                    self._to_scheduler(source, answer)
+            else:
                 if isinstance(command, Emit) and command.finish_reason is not None:
                     self._finished(command.request_id)
                 self._observe(command, self.now)
-            else:
-                for source, answer in self.workers.handle(int(destination), command):
-                    self._tell(source, answer)
 
 
-def figures(load: Load, tally: Tally, wall_s: float) -> dict[str, Any]:
-    """The figures of one policy, as the report has them.
+def figures(load: Load, tally: Tally, wall_s: float) -> dict[str, float]:
+    """Return the figures of one policy, as in the report.
 
-    gpus_*        that hold a request, running or preempted; sampled from the first to the last
-                  arrival every `SAMPLE_S`, as `gpus_over_bound` (mean over mean bound) is
+    gpus_*        GPUs that hold a request, running or preempted, sampled every `SAMPLE_S` from the
+                  first to the last arrival; `gpus_over_bound` is their mean over the mean bound
     utilization   KV bytes in use on all workers over the capacity of those GPUs
-    migrations    that came to their end; bytes are those on the link, none for recompute
-    stall         of each request, the time on no worker (queued, or preempted and until its KV is
-                  computed again) and frozen while it is sent; mean and 99th percentile
-    decisions     calls of the policy, per second of time spent in it
+    migrations    completed ones; bytes are those sent over links, none for recompute
+    stall         time of a request on no worker (queued, or preempted until its KV is recomputed)
+                  and frozen during its migration; mean and 99th percentile over requests
+    decisions     calls of the policy; `decisions_per_s` is per second spent in the policy
     """
     gpus, used = np.array(tally.gpus), np.array(tally.used_bytes)
     num, moved = len(load.arrivals), sum(size for _, size in tally.moves)
@@ -271,7 +278,7 @@ def figures(load: Load, tally: Tally, wall_s: float) -> dict[str, Any]:
 
 
 def _latencies(tally: Tally) -> dict[str, float]:
-    """Where things take time: arrival to first token, and a token after the first."""
+    """Return TTFT and TPOT, if the replay measures them."""
     if not tally.ttft_s:
         return {}
     ttft_s, tpot_s = (list(values.values()) for values in (tally.ttft_s, tally.tpot_s))
@@ -284,5 +291,5 @@ def _latencies(tally: Tally) -> dict[str, float]:
 
 
 def sample_times(load: Load) -> np.ndarray:
-    """Seconds since the first arrival. float64 [samples]."""
+    """Sample times in seconds since the first arrival. float64 [samples]."""
     return np.arange(len(load.samples)) * SAMPLE_S

@@ -1,27 +1,32 @@
-"""The cluster on simulated time: the same two machines, a heap for a clock, links with delays."""
+"""A cluster on simulated time: real scheduler and batch schedulers, links with random delays."""
 
 import heapq
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
-from typing import Any
 
 from mellmpi.config import ClusterConfig
 from mellmpi.costs import CostModel
 from mellmpi.protocol import (
     DATA_PLANE,
     FRONT,
-    OBSERVER,
     SCHEDULER,
     Address,
     Cancel,
+    DataPlaneCommand,
     Emit,
+    FrontEvent,
+    Observation,
     Rejected,
     Request,
+    SchedulerCommand,
+    SchedulerEvent,
     Submit,
     TokenLogprob,
     Wake,
+    WorkerEvent,
     WorkerLost,
 )
 from mellmpi.scheduler import ClusterScheduler
@@ -29,21 +34,22 @@ from mellmpi.scheduler.policies import policy_for
 from mellmpi.sim.data_plane import DataPlane
 from mellmpi.sim.network import Network
 from mellmpi.sim.worker import SimWorker, WorkerSpec
+from mellmpi.worker import BatchCommand, BlockResult
 
 
 @dataclass
 class Outcome:
-    """What the clients saw, and what the observer was told."""
+    """What the clients and the observer received."""
 
     outputs: dict[int, list[int]] = field(default_factory=dict)
     logprobs: dict[int, list[TokenLogprob]] = field(default_factory=dict)
-    finished: dict[int, str] = field(default_factory=dict)
-    rejected: dict[int, str] = field(default_factory=dict)
-    observed: list[tuple[float, Any]] = field(default_factory=list)
+    finished: dict[int, str] = field(default_factory=dict)  # request -> reason
+    rejected: dict[int, str] = field(default_factory=dict)  # request -> reason
+    observed: list[tuple[float, Observation]] = field(default_factory=list)  # with its time
 
 
 class Simulation:
-    """Build it, `submit`, `cancel` and `crash` at chosen times, then `run`."""
+    """Build it, call `submit`, `cancel` and `crash` with times in seconds, then `run`."""
 
     def __init__(
         self,
@@ -58,24 +64,24 @@ class Simulation:
             len(specs), config, policy_for(config.policy, config.migrate)
         )
         self.workers = {w: SimWorker(w, spec) for w, spec in enumerate(specs, start=1)}
-        self.data_plane = DataPlane(self.workers, self._block_s, self.later, self._tell)
+        self.data_plane = DataPlane(self.workers, self._block_s, self.later, self._block_result)
         self.outcome = Outcome()
-        self.max_events = 200_000  # of one `run`: more is a livelock
-        self.report_share = 0.5  # of the steps are followed by a report; it covers several then
+        self.max_events = 200_000  # per `run`: more is a livelock
+        self.report_share = 0.5  # of the steps are followed by a report, which covers several
         self.now = 0.0
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._order = count()
         for worker in self.workers.values():
-            self.later(0.0, lambda w=worker: self._to_scheduler(w.id, w.wake()))
-        self._live = 0  # submitted requests that are not over
+            self.later(0.0, partial(self._start, worker))
+        self._live = 0  # submitted requests that have not ended
 
-    # --- what happens to the cluster ------------------------------------------------------------
+    # --- events from outside --------------------------------------------------------------------
 
     def later(self, delay_s: float, action: Callable[[], None]) -> None:
         self.at(self.now + delay_s, action)
 
     def at(self, time_s: float, action: Callable[[], None]) -> None:
-        # Absolute: now + (time - now) may round to before what was sent earlier on the same link.
+        # Absolute: now + (time - now) may round to before an earlier message of the same link.
         heapq.heappush(self._heap, (time_s, next(self._order), action))
 
     def submit(self, at_s: float, request: Request) -> None:
@@ -83,7 +89,7 @@ class Simulation:
         self.at(at_s, lambda: self._to_scheduler(FRONT, Submit(request)))
 
     def cancel(self, at_s: float, request_id: int) -> None:
-        """The client goes away; a request that has ended by then is not touched."""
+        """The client disconnects; no effect if the request has ended by then."""
 
         def cancel() -> None:
             over = self.outcome.finished.keys() | self.outcome.rejected.keys()
@@ -95,18 +101,21 @@ class Simulation:
         self.at(at_s, cancel)
 
     def crash(self, at_s: float, worker: int) -> None:
-        """The worker dies; the scheduler hears of it a little later, and nothing else after."""
+        """The worker dies; `WorkerLost` is the last message of its link to the scheduler."""
         self.at(at_s, lambda: self._crash(self.workers[worker]))
 
     def _crash(self, worker: SimWorker) -> None:
         worker.alive = False
-        self.data_plane.lost(worker.id)
+        self.data_plane.worker_lost(worker.id)
         at = self.network.arrival(worker.id, SCHEDULER, self.now)
         lost = WorkerLost(worker.id)
         self.at(at, lambda: self._to_scheduler(worker.id, lost))
 
     def run(self) -> Outcome:
-        """Until every request is over and every link is empty."""
+        """Run until all requests have ended and all links are empty.
+
+        RuntimeError after `max_events` events.
+        """
         self.later(0.0, self._tick)
         for _ in range(self.max_events):
             if not self._heap:
@@ -117,43 +126,47 @@ class Simulation:
         raise RuntimeError(f"{self.max_events} events and no end: {stuck}")
 
     def run_until(self, end_s: float) -> Outcome:
-        """Only up to this time, whatever is still under way."""
+        """Run up to this time, even if requests are still in progress."""
         self.later(0.0, self._tick)
         while self._heap and self._heap[0][0] <= end_s:
             self.now, _, action = heapq.heappop(self._heap)
             action()
         return self.outcome
 
-    # --- the loops ------------------------------------------------------------------------------
+    # --- messages -------------------------------------------------------------------------------
 
     def _tick(self) -> None:
         self._route(SCHEDULER, self.scheduler.tick(self.now))
         if self._live > 0:
             self.later(self.config.rebalance_every_s, self._tick)
 
-    def _to_scheduler(self, source: Address, event: Any) -> None:
+    def _to_scheduler(self, source: Address, event: SchedulerEvent) -> None:
         self._route(SCHEDULER, self.scheduler.handle(source, event, self.now))
 
-    def _route(self, source: Address, commands: list[tuple[Address, Any]]) -> None:
+    def _route(
+        self, source: Address, commands: Sequence[tuple[Address, SchedulerCommand | BatchCommand]]
+    ) -> None:
         for destination, command in commands:
-            if destination == FRONT:
+            if isinstance(command, FrontEvent):
                 self._front(command)
-            elif destination == OBSERVER:
+            elif isinstance(command, Observation):
                 self.outcome.observed.append((self.now, command))
-            elif destination == DATA_PLANE:
+            elif isinstance(command, DataPlaneCommand):
                 self.data_plane.handle(self.workers[int(source)], command, self.now)
             else:
                 self._post(source, int(destination), command)
 
-    def _post(self, source: Address, destination: int, message: Any) -> None:
+    def _post(
+        self, source: Address, destination: int, message: SchedulerEvent | WorkerEvent
+    ) -> None:
         at = self.network.arrival(source, destination, self.now)
-        if destination == SCHEDULER:
-            self.at(at, lambda: self._to_scheduler(source, message))
+        if isinstance(message, SchedulerEvent):
+            self.at(at, partial(self._to_scheduler, source, message))
         else:
-            self.at(at, lambda: self._to_worker(self.workers[destination], source, message))
+            self.at(at, partial(self._to_worker, self.workers[destination], source, message))
 
-    def _front(self, command: Any) -> None:
-        match command:
+    def _front(self, event: FrontEvent) -> None:
+        match event:
             case Emit(request_id, first, tokens, logprobs, reason):
                 outputs = self.outcome.outputs.setdefault(request_id, [])
                 assert first == len(outputs), f"request {request_id}: token lost or repeated"
@@ -166,17 +179,22 @@ class Simulation:
                 self.outcome.rejected[request_id] = reason
                 self._live -= 1
 
-    def _tell(self, worker: SimWorker, event: Any) -> None:
+    # --- workers --------------------------------------------------------------------------------
+
+    def _start(self, worker: SimWorker) -> None:
+        self._to_scheduler(worker.id, worker.wake())
+
+    def _block_result(self, worker: SimWorker, event: BlockResult) -> None:
         self.later(self._block_s(), lambda: self._to_worker(worker, DATA_PLANE, event))
 
-    def _to_worker(self, worker: SimWorker, source: Address, message: Any) -> None:
+    def _to_worker(self, worker: SimWorker, source: Address, message: WorkerEvent) -> None:
         if worker.alive:
             worker.inbox.append((source, message))
             if worker.plan is None:
-                self._turn(worker)
+                self._between_steps(worker)
 
-    def _turn(self, worker: SimWorker) -> None:
-        """Between two steps: messages in, commands out, the next step begun."""
+    def _between_steps(self, worker: SimWorker) -> None:
+        """Handle the worker's inbox, send its messages, and begin its next step."""
         while worker.inbox:
             source, message = worker.inbox.pop(0)
             self._route(worker.id, worker.handle(source, message))
@@ -194,7 +212,7 @@ class Simulation:
     def _step_done(self, worker: SimWorker, step_s: float) -> None:
         if worker.alive:
             self._route(worker.id, worker.finish_step(step_s))
-            self._turn(worker)
+            self._between_steps(worker)
 
     def _report(self, worker: SimWorker) -> None:
         if (report := worker.report()) is not None:

@@ -1,19 +1,28 @@
-"""One simulated worker: the loop of the real one, on simulated time."""
+"""A simulated worker: the loop of the real one, on simulated time."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from mellmpi.config import BatchConfig, CacheConfig
 from mellmpi.costs import UNKNOWN, StepSeconds
-from mellmpi.protocol import Address, HostedModel, ModelKv, StepPlan, Stop, Wake, WorkerReady
+from mellmpi.protocol import (
+    Address,
+    HostedModel,
+    ModelKv,
+    StepPlan,
+    StepReport,
+    Stop,
+    Wake,
+    WorkerEvent,
+    WorkerReady,
+)
 from mellmpi.sim.executor import HashExecutor
-from mellmpi.worker import BatchScheduler
+from mellmpi.worker import BatchScheduler, Outbox
 
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """What a simulated worker is like."""
+    """Properties of a simulated worker."""
 
     models: tuple[ModelKv, ...]  # blocks of equal bytes
     num_blocks: int
@@ -21,19 +30,19 @@ class WorkerSpec:
     cache: CacheConfig
     wake_s: float
     executor: Callable[[int, Sequence[ModelKv]], HashExecutor] = HashExecutor  # of (blocks, models)
-    step_s: StepSeconds = UNKNOWN  # what it believes of its steps; unknown: only tokens limit them
+    step_s: StepSeconds = UNKNOWN  # step times it plans with; unknown: only tokens limit steps
 
 
 @dataclass
 class SimWorker:
-    """A batch scheduler, an arena, and the messages that came during a step."""
+    """A batch scheduler, an executor, and the messages that arrived during a step."""
 
     id: int
     spec: WorkerSpec
     acked: int = 0
     alive: bool = True
-    plan: StepPlan | None = None  # the step under way
-    inbox: list[tuple[Address, Any]] = field(default_factory=list)
+    plan: StepPlan | None = None  # the current step
+    inbox: list[tuple[Address, WorkerEvent | Stop]] = field(default_factory=list)
     unreported_steps: int = 0
     unreported_s: float = 0.0
 
@@ -41,7 +50,7 @@ class SimWorker:
         self.wake()
 
     def wake(self) -> WorkerReady:
-        """Arena and batch scheduler anew; the announcement of it."""
+        """Create executor and batch scheduler. Returns the announcement to the scheduler."""
         spec = self.spec
         hosted = tuple(HostedModel(kv, f"simulated {kv.model}") for kv in spec.models)
         self.batch = BatchScheduler(hosted, spec.num_blocks, self.acked, spec.batch, spec.cache)
@@ -60,26 +69,26 @@ class SimWorker:
             "",
         )
 
-    def handle(self, source: Address, message: Any) -> list[tuple[Address, Any]]:
-        """One message; what it makes the worker send."""
+    def handle(self, source: Address, message: WorkerEvent | Stop) -> Outbox:
+        """Handle one message. Returns the messages to send."""
         if isinstance(message, Stop | Wake):
             self.acked = self.batch.acked = self.batch.acked + 1
             return []
-        commands = self.batch.handle(source, message)
+        outbox = self.batch.handle(source, message)
         self.acked = self.batch.acked
-        return commands
+        return outbox
 
-    def finish_step(self, step_s: float) -> list[tuple[Address, Any]]:
-        """The pass of `plan` is over: take its tokens in; what it makes the worker send."""
+    def finish_step(self, step_s: float) -> Outbox:
+        """Execute and commit `plan`, a step of `step_s`. Returns the messages to send."""
         assert self.plan is not None
-        commands = self.batch.commit(self.plan, self.executor.execute(self.plan))
+        outbox = self.batch.commit(self.plan, self.executor.execute(self.plan))
         self.plan = None
         self.unreported_steps += 1
         self.unreported_s += step_s
-        return commands
+        return outbox
 
-    def report(self) -> Any:
-        """The report of the steps since the last one, or None."""
+    def report(self) -> StepReport | None:
+        """Return the report of the steps since the last one, or None if there is no news."""
         report = self.batch.report(self.unreported_steps, self.unreported_s)
         if report is not None:
             self.unreported_steps, self.unreported_s = 0, 0.0

@@ -1,6 +1,6 @@
-"""Figures, series and pictures of what happened.
+"""Figures, time series and pictures of a run, computed from (time, event) pairs.
 
-Knows only events: it is told, and never asked.
+Knows only the protocol's events: no clock, no scheduler, no worker. Decides nothing.
 """
 
 from mellmpi.telemetry.metrics import Metrics

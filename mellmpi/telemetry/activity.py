@@ -1,28 +1,28 @@
-"""Which workers hold their device, and how much KV is on them, over time."""
+"""State and KV in use of every worker over time."""
 
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
 from mellmpi.protocol import ModelKv, WorkerReady
-from mellmpi.telemetry.series import INACTIVE, Track, WorkerSeries
+from mellmpi.telemetry.series import INACTIVE, StepFunction, WorkerSeries
 
 
 @dataclass(slots=True)
 class _Worker:
     capacity_bytes: int = 0
     state: str = ""
-    ready_at: float | None = None  # the first time
-    kv: Track = field(default_factory=Track)
-    states: Track = field(default_factory=Track)
+    ready_at: float | None = None  # time of the first WorkerReady
+    kv: StepFunction[int] = field(default_factory=StepFunction)
+    states: StepFunction[str] = field(default_factory=StepFunction)
 
 
 class Activity:
-    """Told of every report and every change of state, with a `now` that never falls."""
+    """Call it for every report and every change of state, with a `now` that never decreases."""
 
     def __init__(self) -> None:
-        self.entered: Counter[str] = Counter()  # changes to each state
-        self.peak = 0  # active workers at once
+        self.entered: Counter[str] = Counter()  # state -> number of changes to it
+        self.peak = 0  # most active workers at one time
         self._workers: dict[int, _Worker] = {}
         self._models: dict[str, ModelKv] = {}
         self._active = 0
@@ -32,15 +32,15 @@ class Activity:
         return len(self._workers)
 
     def begin(self, now: float) -> None:
-        """Device time and its peak count from here on."""
+        """Start to count device time and its peak."""
         self._active_s, self._since, self.peak = 0.0, now, self._active
 
     def state(self, worker: int) -> str:
-        """Empty until something was said of it."""
+        """The worker's state; empty before its first event."""
         return self._worker(worker).state
 
     def ready(self, now: float, worker: int, ready: WorkerReady) -> None:
-        """It holds nothing and takes requests."""
+        """The worker is active and its KV cache is empty."""
         w = self._worker(worker)
         w.capacity_bytes = ready.capacity_bytes
         w.ready_at = now if w.ready_at is None else w.ready_at
@@ -49,12 +49,12 @@ class Activity:
         self.used(now, worker, ready.capacity_bytes)
 
     def used(self, now: float, worker: int, free_bytes: int) -> None:
-        """So much of its KV is free."""
+        """Record that `free_bytes` of the worker's KV cache are free."""
         w = self._worker(worker)
         w.kv.add(now, max(0, w.capacity_bytes - free_bytes))
 
     def enter(self, now: float, worker: int, state: str) -> None:
-        """It is in this state from here on; who is lost stays so."""
+        """Record a change of state; a lost worker stays lost."""
         w = self._worker(worker)
         if state == w.state or w.state == "lost":
             return
@@ -77,16 +77,16 @@ class Activity:
         self.peak = max(self.peak, self._active)
 
     def active_s(self, now: float) -> float:
-        """Device seconds since `begin`, of all workers together."""
+        """Device seconds of all workers together since `begin`."""
         return self._active_s + self._active * (now - self._since)
 
     def ready_s(self, start_s: float) -> list[float]:
-        """When each worker was ready for the first time, in seconds after `start_s` or before."""
+        """First WorkerReady of each worker, in seconds after `start_s`; negative if before."""
         by_worker = sorted(self._workers.items())
         return [w.ready_at - start_s for _, w in by_worker if w.ready_at is not None]
 
     def kv(self) -> dict[str, Any]:
-        """Bytes of the largest arena, and what the blocks of each model are like."""
+        """Bytes of the largest arena, and block sizes of each model."""
         capacity = max((w.capacity_bytes for w in self._workers.values()), default=0)
         models = {
             name: {"block_size": kv.block_size, "block_bytes": kv.block_bytes}
@@ -95,7 +95,7 @@ class Activity:
         return {"capacity_bytes": capacity, "models": models}
 
     def series(self, start_s: float) -> dict[int, WorkerSeries]:
-        """By worker; times in seconds after `start_s`."""
+        """{worker: series}; times in seconds after `start_s`."""
         return {w: _series(self._workers[w], start_s) for w in sorted(self._workers)}
 
 

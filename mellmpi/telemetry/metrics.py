@@ -1,17 +1,18 @@
-"""What a run did, from (time, event) pairs: runtime, simulator and benches share these definitions.
+"""Figures of a run from (time, event) pairs; runtime, simulator and benchmarks share them.
 
 TTFT      Submit → the first Emit that carries tokens.
 TPOT      (last − first token time) / (n − 1) of a completed request with n ≥ 2 tokens.
-ITL       gap between two Emits of one request; tokens that arrive together count as one.
+ITL       gap between two Emits of one request; tokens of one Emit count as one.
 E2E       Submit → the last token of a completed request.
-downtime  last token that the source of a migration reported itself → first token that the
-          destination computed, both when rank 0 sees them. Tokens that the source made and
-          `KvReceived` brought do not end it, so it never flatters: it includes one decode step.
-          Workers report at once what a move has stopped, and the first token of what has come.
-          Moves before the first token have none.
+downtime  last token in a report of a migration's source → first token that the destination
+          computed, both at the time when rank 0 receives them. Source tokens in `KvReceived` do
+          not end it, so it includes one decode step. Workers report these tokens at once.
+          Migrations before the first token have no downtime.
 active    a worker that is neither parked nor lost: it holds its device, also while it starts,
           drains, parks or wakes.
 wall      first Submit → the `now` of the report. Device time before it is not counted.
+
+TTFT, TPOT, ITL and E2E are the terms of vLLM's serving benchmark.
 """
 
 from collections import Counter
@@ -21,7 +22,7 @@ from typing import Any
 from mellmpi import protocol as p
 from mellmpi.telemetry.activity import Activity
 from mellmpi.telemetry.predictions import Predictions
-from mellmpi.telemetry.series import Distribution, MoveRecord, Sample, Series, Sums
+from mellmpi.telemetry.series import Distribution, MoveRecord, NormalEquations, Sample, Series
 
 
 @dataclass(slots=True)
@@ -33,26 +34,27 @@ class _Live:
     num_tokens: int = 0
     first_s: float = 0.0
     last_s: float = 0.0
-    reported_s: float | None = None  # last token in a StepReport
-    src: int | None = None  # it is moving away from here
-    move: p.MigrationStarted | None = None  # the newest one
-    landed_at: int | None = None  # it has moved here, and has had no token from here yet
+    reported_s: float | None = None  # time of the last token in a StepReport
+    src: int | None = None  # source of the migration under way
+    migration: p.MigrationStarted | None = None  # the newest one
+    moved_to: int | None = None  # destination of a migration, until its first token
 
 
 class Metrics:
-    """Hears everything rank 0 receives and sends; knows no clock.
+    """Observes every event that rank 0 receives and every command that it sends.
 
-    Call `observe` with an event, then `command` with each of its consequences, in this order and
-    with a `now` that never falls: a token is credited to the worker whose report is being handled.
-    Work is per run of tokens and per report, never per token.
+    Call `observe` with an event, then `command` with each command that follows from it, with a
+    `now` that never decreases: tokens are credited to the worker whose report is being handled.
+    The cost is per Emit and per report, not per token.
     """
 
     def __init__(self) -> None:
         self._start_s: float | None = None
         self._live: dict[int, _Live] = {}
         self._activity = Activity()
-        self._moving: dict[int, tuple[float, p.MigrationStarted]] = {}
-        self._moves, self._preempted = Sample(), Sample()
+        self._migrating: dict[int, tuple[float, p.MigrationStarted]] = {}
+        self._moves = Sample[MoveRecord]()
+        self._preempted = Sample[tuple[float, int]]()  # (time, worker)
         self._predictions = Predictions()
         self._reporter: int | None = None  # worker whose StepReport is being handled
         self._counts: Counter[str] = Counter()
@@ -60,11 +62,13 @@ class Metrics:
         self._moved: Counter[str] = Counter()
         self._ttft, self._tpot, self._itl = Distribution(), Distribution(), Distribution()
         self._e2e, self._downtime = Distribution(), Distribution()
-        self._steps = Sums("steps", "prefill_tokens", "decode_tokens")  # -> seconds
-        self._transfers, self._wakes = Sums("transfers", "bytes"), Sums("wakes")  # -> seconds
+        # Fits of seconds by these counts:
+        self._steps = NormalEquations("steps", "prefill_tokens", "decode_tokens")
+        self._transfers = NormalEquations("transfers", "bytes")
+        self._wakes = NormalEquations("wakes")
         self._output_tokens = 0
 
-    # --- in ---
+    # --- input ---
 
     def observe(self, now: float, source: p.Address, event: Any) -> None:
         """Rank 0 has received `event` from `source`, and is about to handle it."""
@@ -82,25 +86,25 @@ class Metrics:
                 self._counts["cancelled"] += self._forget(event.request_id) is not None
             case p.WorkerReady() if isinstance(source, int):
                 if self._activity.state(source) == "waking":
-                    # A start may convert weights, too, and all start at once.
+                    # A first start is no sample: it may convert weights, beside other starts.
                     self._wakes.add((1,), event.wake_s)
                 self._activity.ready(now, source, event)
             case p.Parked() if isinstance(source, int):
                 self._activity.enter(now, source, "parked")
             case p.WorkerLost():
                 self._activity.enter(now, event.worker, "lost")
-                self._recovers_from(event.worker)
+                self._lose_destination(event.worker)
 
     def commands(self, now: float, commands: list[tuple[p.Address, Any]]) -> None:
-        """As `command` of each."""
+        """Call `command` with each of them."""
         for destination, command in commands:
-            if isinstance(command, p.Emit):  # by far the most frequent
+            if isinstance(command, p.Emit):  # the most frequent by far
                 self._emitted(now, command)
             else:
                 self.command(now, destination, command)
 
     def command(self, now: float, destination: p.Address, command: Any) -> None:
-        """Rank 0 sends `command` to `destination` because of the event observed last."""
+        """Rank 0 sends `command` to `destination` in response to the event observed last."""
         match command:
             case p.Emit():
                 self._emitted(now, command)
@@ -113,15 +117,15 @@ class Metrics:
             case p.WorkerChanged():
                 self._activity.enter(now, command.worker, command.state)
             case p.MigrationStarted():
-                self._departed(now, command)
+                self._migration_started(now, command)
             case p.MigrationEnded():
-                self._ended(now, command)
+                self._migration_ended(now, command)
             case p.Preempted():
                 self._counts["preemptions"] += 1
                 self._preempted.add((now, command.worker))
-                self._waits(command.request_id)
+                self._queued(command.request_id)
 
-    # --- what things take ---
+    # --- steps ---
 
     def _stepped(self, report: p.StepReport) -> None:
         if report.steps:
@@ -139,12 +143,12 @@ class Metrics:
         self._counts["prompt_tokens"] += len(request.prompt)
 
     def _forget(self, request_id: int) -> _Live | None:
-        self._moving.pop(request_id, None)
+        self._migrating.pop(request_id, None)
         return self._live.pop(request_id, None)
 
     def _rejected(self, request_id: int) -> None:
         live = self._forget(request_id)
-        if live is None:  # refused by the front itself, before any Submit
+        if live is None:  # refused by the frontend before a Submit
             self._counts["requests"] += 1
         else:
             self._counts["prompt_tokens"] -= live.num_prompt
@@ -161,7 +165,7 @@ class Metrics:
                 live.first_s = now
                 self._ttft.add(now - live.submit_s)
             if self._reporter is not None:
-                if live.src is not None or live.landed_at is not None:
+                if live.src is not None or live.moved_to is not None:
                     self._computed(now, live, self._reporter)
                 live.reported_s = now
             live.last_s = now
@@ -171,15 +175,16 @@ class Metrics:
             self._finished(emit.request_id, live)
 
     def _computed(self, now: float, live: _Live, worker: int) -> None:
-        """By this worker: it has moved, unless that is where it is to leave."""
-        if live.landed_at is None and worker == live.src:
+        """Tokens of a migrating request from `worker`: end its downtime, unless from its source."""
+        if live.moved_to is None and worker == live.src:
             return
         if live.reported_s is not None:
-            self._downtime.add(now - live.reported_s)
-            if (move := live.move) is not None:
-                predicted_s, pause_s = move.predicted_downtime_s, now - live.reported_s
-                self._predictions.add(move.mode, "downtime_s", predicted_s, pause_s)
-        live.landed_at, live.src = None, None
+            downtime_s = now - live.reported_s
+            self._downtime.add(downtime_s)
+            if (started := live.migration) is not None:
+                predicted_s = started.predicted_downtime_s
+                self._predictions.add(started.mode, "downtime_s", predicted_s, downtime_s)
+        live.moved_to, live.src = None, None
 
     def _finished(self, request_id: int, live: _Live) -> None:
         self._counts["completed"] += 1
@@ -190,14 +195,14 @@ class Metrics:
 
     # --- migrations ---
 
-    def _departed(self, now: float, started: p.MigrationStarted) -> None:
-        self._moving[started.request_id] = (now, started)
+    def _migration_started(self, now: float, started: p.MigrationStarted) -> None:
+        self._migrating[started.request_id] = (now, started)
         if live := self._live.get(started.request_id):
-            live.src, live.move = started.src, started
+            live.src, live.migration = started.src, started
 
-    def _ended(self, now: float, e: p.MigrationEnded) -> None:
+    def _migration_ended(self, now: float, e: p.MigrationEnded) -> None:
         self._outcomes[e.outcome] += 1
-        start_s, started = self._moving.pop(e.request_id, (now, None))
+        start_s, started = self._migrating.pop(e.request_id, (now, None))
         self._moves.add(
             MoveRecord(e.request_id, e.mode, e.src, e.dst, start_s, now, e.num_bytes, e.outcome)
         )
@@ -213,19 +218,20 @@ class Metrics:
         self._counts["migrated_bytes"] += e.num_bytes
         if e.num_bytes:
             self._transfers.add((1, e.num_bytes), e.transfer_s)
-        if live is not None and live.src is not None:  # None: its first token is here already
-            live.landed_at = e.dst
+        if live is not None and live.src is not None:  # None: the first token came before
+            live.moved_to = e.dst
 
-    def _waits(self, request_id: int) -> None:
+    def _queued(self, request_id: int) -> None:
+        """Preempted: the wait in the queue is no downtime."""
         if live := self._live.get(request_id):
-            live.src, live.landed_at = None, None
+            live.src, live.moved_to = None, None
 
-    def _recovers_from(self, worker: int) -> None:
+    def _lose_destination(self, worker: int) -> None:
         for live in self._live.values():
-            if live.landed_at == worker:  # what follows is a recovery, not a migration
-                live.src, live.landed_at = None, None
+            if live.moved_to == worker:  # the next token ends a recovery, not a migration
+                live.src, live.moved_to = None, None
 
-    # --- out ---
+    # --- output ---
 
     def report(self, now: float) -> dict[str, Any]:
         """The run so far, as plain data for JSON. Percentiles are None without samples."""
@@ -250,7 +256,7 @@ class Metrics:
             "migration_outcomes": dict(self._outcomes),
             "migrated_bytes": count["migrated_bytes"],
             "migration_prediction_error": self._predictions.error("seconds"),
-            "migration_predictions": self._predictions.to_dict(),  # medians, beside the actual ones
+            "migration_predictions": self._predictions.to_dict(),
             "downtime_ms": self._downtime.percentiles_ms(),
             "ttft_ms": self._ttft.percentiles_ms(),
             "tpot_ms": self._tpot.percentiles_ms(),
@@ -266,18 +272,18 @@ class Metrics:
         }
 
     def _costs(self) -> dict[str, Any]:
-        """Sums for `CostModel.fitted`."""
-        sums = {"steps": self._steps, "transfers": self._transfers, "wakes": self._wakes}
-        return {name: found.to_dict() for name, found in sums.items()}
+        """Input of `CostModel.fitted`."""
+        fits = {"steps": self._steps, "transfers": self._transfers, "wakes": self._wakes}
+        return {name: fit.to_dict() for name, fit in fits.items()}
 
     def _migrations(self) -> dict[str, int]:
         failed = sum(self._outcomes.values()) - self._outcomes["moved"]
         return {mode: self._moved[mode] for mode in ("transfer", "recompute", "split")} | {
-            "failed": failed  # every outcome but "moved"; `migration_outcomes` tells them apart
+            "failed": failed  # every outcome but "moved"; see `migration_outcomes`
         }
 
     def series(self, now: float) -> Series:
-        """The time series up to `now`, for the timeline."""
+        """The time series up to `now`."""
         start_s = self._start_s or 0.0
         return Series(
             end_s=now - start_s,

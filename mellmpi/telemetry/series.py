@@ -1,23 +1,25 @@
-"""What a run leaves behind, as plain data in bounded memory."""
+"""Statistics and time series of a run, in bounded memory."""
 
 import math
 from array import array
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 INACTIVE = frozenset({"parked", "lost"})  # worker states that hold no device
-EXACT_SAMPLES = 16_384  # of one distribution, before it falls back on bins
-TRACK_SAMPLES = 2_048  # of one worker's series
+EXACT_SAMPLES = 16_384  # kept by a distribution before it counts them in bins
+STEPS = 2_048  # of one worker's series
 LIST_SAMPLES = 20_000  # migrations, preemptions
-SUMMED_AT_ONCE = 256
+FOLD_EVERY = 256  # samples
 
-_SMALLEST_S, _BIN, _NUM_BINS = 1e-6, math.log(1.01), 2_560  # 1 µs … 32 h in steps of 1 %
+_SMALLEST_S, _BIN, _NUM_BINS = 1e-6, math.log(1.01), 2_560  # 1 µs … 32 h, bins 1 % apart
+
+T = TypeVar("T")
 
 
 class Distribution:
-    """Samples in seconds. Percentiles are exact up to 16,384 samples, then within 1 %."""
+    """Samples in seconds; percentiles are exact up to EXACT_SAMPLES samples, then within 1 %."""
 
     def __init__(self) -> None:
         self._exact: list[float] = []
@@ -46,14 +48,14 @@ class Distribution:
         return round(_SMALLEST_S * math.exp((index + 0.5) * _BIN) * 1e3, 3)
 
 
-class Track:
-    """A step function of time in bounded memory: over the limit, neighbours in time are merged."""
+class StepFunction(Generic[T]):
+    """A step function of time; above `limit` steps, those that follow closely are merged."""
 
-    def __init__(self, limit: int = TRACK_SAMPLES) -> None:
-        self.times, self.values = array("d"), list[Any]()
+    def __init__(self, limit: int = STEPS) -> None:
+        self.times, self.values = array("d"), list[T]()
         self._limit, self._gap_s = limit, 0.0
 
-    def add(self, now: float, value: Any) -> None:
+    def add(self, now: float, value: T) -> None:
         if self.times and now - self.times[-1] <= self._gap_s:
             self.values[-1] = value
             return
@@ -70,14 +72,14 @@ class Track:
             self.add(now, value)
 
 
-class Sample:
-    """Every item, or over the limit every second, fourth … one."""
+class Sample(Generic[T]):
+    """All items, or above `limit` every second, fourth … item."""
 
     def __init__(self, limit: int = LIST_SAMPLES) -> None:
-        self.items: list[Any] = []
+        self.items: list[T] = []
         self._seen, self._stride, self._limit = 0, 1, limit
 
-    def add(self, item: Any) -> None:
+    def add(self, item: T) -> None:
         if self._seen % self._stride == 0:
             self.items.append(item)
         self._seen += 1
@@ -86,19 +88,19 @@ class Sample:
             self._stride *= 2
 
 
-class Sums:
-    """What a least-squares fit of y by x needs to know of the samples, however many."""
+class NormalEquations:
+    """The normal equations of a weighted least-squares fit of y by x, in constant memory."""
 
     def __init__(self, *names: str) -> None:
         self.names, self.count = names, 0
         self._xx, self._xy = np.zeros((len(names), len(names))), np.zeros(len(names))
-        self._new: list[tuple[float, ...]] = []  # (*x, y, weight): many cost little more than one
+        self._new: list[tuple[float, ...]] = []  # (*x, y, weight), not yet in the sums
 
     def add(self, x: tuple[float, ...], y: float, weight: float = 1.0) -> None:
-        """`weight`: one over the variance of y, in any unit."""
+        """Add a sample; `weight` is proportional to 1 / variance of y."""
         self._new.append((*x, y, weight))
         self.count += 1
-        if len(self._new) >= SUMMED_AT_ONCE:
+        if len(self._new) >= FOLD_EVERY:
             self._fold()
 
     def _fold(self) -> None:
@@ -109,7 +111,7 @@ class Sums:
         self._new.clear()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: `xx` is the matrix of the normal equations, `xy` their right side."""
+        """Plain data: `xx` is their matrix, `xy` their right side, `of` the names of x."""
         if self._new:
             self._fold()
         return {
@@ -122,7 +124,7 @@ class Sums:
 
 @dataclass(frozen=True, slots=True)
 class MoveRecord:
-    """One migration as rank 0 saw it; `outcome` as in MigrationEnded."""
+    """One migration as rank 0 observed it; `outcome` as in MigrationEnded."""
 
     request_id: int
     mode: str
@@ -147,7 +149,7 @@ class WorkerSeries:
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """What a timeline shows. All times in seconds after the first Submit; some may be negative."""
+    """Data of a timeline. Times in seconds after the first Submit; they may be negative."""
 
     end_s: float
     workers: dict[int, WorkerSeries]

@@ -1,23 +1,25 @@
-"""Messages and KV blocks between workers, and the news that one is lost.
+"""Messages and KV blocks between workers, and the detection of lost workers.
 
-Knows neither requests nor policies. `mpi` is the room of MPI; `local` is a transport within one
-process.
+Knows neither requests nor policies. The folder `mpi` holds everything that calls MPI; `local` is a
+transport within one process.
 """
 
 from mellmpi.transport.base import Arena, Transfer, Transport
-from mellmpi.transport.endpoint import Endpoint, Wakes
+from mellmpi.transport.control_plane import FAULT, USAGE, ControlPlane, PeerFailed
+from mellmpi.transport.endpoint import Endpoint, WaitPolicy
+from mellmpi.transport.launcher import end_launcher
 from mellmpi.transport.local import LocalNetwork
-from mellmpi.transport.post import FAULT, USAGE, PeerFailed, Post
 
 __all__ = [
     "FAULT",
     "USAGE",
     "Arena",
+    "ControlPlane",
     "Endpoint",
     "LocalNetwork",
     "PeerFailed",
-    "Post",
     "Transfer",
     "Transport",
-    "Wakes",
+    "WaitPolicy",
+    "end_launcher",
 ]

@@ -1,4 +1,4 @@
-"""What every transport promises. Addresses are workers: 0 is the scheduler, then 1, 2, 3 …"""
+"""The interface of all transports. Addresses are workers: 0 is the scheduler, then 1, 2, 3 …"""
 
 import time
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 
 class Arena(Protocol):
-    """Where KV blocks live: block i is the `block_bytes` from `address + i * block_bytes` on."""
+    """Memory of KV blocks: block i is the `block_bytes` bytes at `address + i * block_bytes`."""
 
     @property
     def address(self) -> int: ...
@@ -16,16 +16,16 @@ class Arena(Protocol):
     def num_blocks(self) -> int: ...
     @property
     def device(self) -> str:
-        """ "cpu", or a device in torch's words: "cuda", "cuda:1"."""
+        """ "cpu", or a torch device: "cuda", "cuda:1"."""
         ...
 
 
 class Transfer:
-    """Blocks on their way. Once `done`, the blocks are the caller's again.
+    """Handle of a transfer of blocks. Once it is `done`, the caller may use the blocks again.
 
-    At the sender, too, it ends when the receiver (or its drain) has taken in all that was sent.
-    A transfer always ends. Where it failed, `reason` says why ("peer lost", "size": of a block,
-    "truncated", "checksum"), and blocks to receive hold anything.
+    A transfer always ends, at the sender when the receiver has received or drained all blocks.
+    `reason` says why it failed ("peer lost", "size", "truncated", "checksum"; empty: it has not).
+    The contents of blocks that a failed transfer should have received are undefined.
     """
 
     def __init__(self) -> None:
@@ -40,84 +40,87 @@ class Transfer:
         return bool(self.reason)
 
     def fail(self, reason: str) -> None:
-        """For transports: it will end as failed. The first reason stays."""
+        """For transports: the transfer will end as failed. The first reason stays."""
         self.reason = self.reason or reason
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds to its end, or to now: from the call that began it, or, where it was awaited
-        and the transport can tell, from when the first of it came."""
+        """Seconds from the start to the end, or to now if it has not ended.
+
+        The start is the call that began the transfer; for a receive, the arrival of its first
+        message if the transport can tell.
+        """
         return (self._ended_s if self.done else time.perf_counter()) - self.started_s
 
     def begin(self) -> None:
-        """For transports: only now does anything come."""
+        """For transports: the first message has arrived; restart the clock."""
         self.started_s = time.perf_counter()
 
     def end(self) -> None:
-        """For transports: nothing more will happen to the blocks."""
+        """For transports: the blocks will not be accessed any more."""
         self._ended_s = time.perf_counter()
-        self.done = True  # last: another thread may look
+        self.done = True  # last: another thread may read it
 
 
 class Transport(Protocol):
     """Messages and KV blocks between the scheduler and the workers of one job.
 
-    Used from one thread; only `wake` may be called from any. Nothing but `wait` and `close` waits.
-    Between two addresses messages stay in order, and so do the blocks of one tag; different links,
-    different tags, and messages against blocks are not ordered.
+    Used from one thread, except `wake`, which any thread may call. Only `wait` and `close` block.
+    Messages from one address to another stay in order, and so do the blocks of one tag. There is no
+    order between different links, between different tags, or between messages and blocks.
     """
 
     worker: int  # own address
     num_workers: int  # their addresses are 1 … num_workers
 
     def send(self, dst: int, message: Any) -> None:
-        """Send a `mellmpi.protocol` message; to a lost worker it is dropped."""
+        """Send a `mellmpi.protocol` message; a message to a lost worker is dropped."""
         ...
 
     def poll(self) -> list[tuple[int, Any]]:
-        """All messages that have come, as (source, message), in the order of each link.
+        """Return all received messages as (source, message), in the order of each link.
 
-        A lost worker shows up once, as (that worker, WorkerLost(that worker)), after the messages
-        it still got out; nothing comes from it afterwards.
+        The loss of a worker is reported once, as (worker, WorkerLost(worker)), after the last
+        messages of that worker.
         """
         ...
 
     def unread(self, messages: list[tuple[int, Any]]) -> None:
-        """The next `poll` returns these first: they came to somebody who does not want them."""
+        """Put messages back: the next `poll` returns them first."""
         ...
 
     def attach(self, arena: Arena | None) -> None:
-        """Send blocks from and receive them into this arena from now on (None: no arena).
+        """Set the arena for all following transfers (None: no arena).
 
-        No transfer but drains may be under way.
+        No transfers except drains may be in progress.
         """
         ...
 
     def send_blocks(self, dst: int, tag: int, block_ids: Sequence[int]) -> Transfer:
-        """Send these blocks, in this order; they must not change until the transfer is done."""
+        """Send these blocks in this order. They must not change until the transfer is done."""
         ...
 
     def receive_blocks(self, src: int, tag: int, block_ids: Sequence[int]) -> Transfer:
-        """Receive as many blocks as `src` sends under `tag`, the i-th into `block_ids[i]`."""
+        """Receive the blocks that `src` sends under `tag`, the i-th into `block_ids[i]`."""
         ...
 
     def drain_blocks(self, src: int, tag: int, num_blocks: int) -> Transfer:
-        """Receive that many blocks of any size and throw them away; needs no arena."""
+        """Receive and discard one transfer with blocks of any size; needs no arena."""
         ...
 
     def progress(self) -> bool:
-        """Carry transfers a bounded piece further; True if anything moved."""
+        """Advance all transfers for a bounded time. Returns whether anything moved."""
         ...
 
     def wait(self, timeout_s: float) -> None:
-        """Carry transfers on and sleep until something may have come, a transfer has ended, `wake`
-        was called, or the time is over. May return early for no reason."""
+        """Advance transfers and sleep until a message may have arrived, a transfer has ended,
+        `wake` was called, or `timeout_s` has passed. Spurious returns are allowed."""
         ...
 
     def wake(self) -> None:
-        """From any thread: end the `wait` that is under way, or the next one."""
+        """End the current `wait`, or the next one. Callable from any thread."""
         ...
 
     def close(self) -> None:
-        """Send out what was promised to live workers (for a bounded time), end all transfers."""
+        """Flush outgoing messages (for a bounded time) and end all transfers."""
         ...

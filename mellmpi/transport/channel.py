@@ -1,6 +1,9 @@
-"""Non-blocking messages between workers, as an MPI communicator has them."""
+"""The interface of non-blocking messages between workers, modelled on an MPI communicator."""
 
 from typing import Any, Protocol
+
+Request = Any  # handle of a non-blocking operation; only the channel looks into it
+MatchedMessage = Any  # handle of a message that `match` has found; likewise
 
 
 class LinkError(Exception):
@@ -8,46 +11,56 @@ class LinkError(Exception):
 
 
 class Channel(Protocol):
-    """Non-blocking messages of bytes in memory. Peers are workers. Raises LinkError.
+    """Non-blocking messages between memory buffers. Peers are workers. Raises LinkError.
 
-    Post no receive whose message may be longer, see `framing`: Open MPI 5 writes what is too long
-    for a posted buffer behind it, and only then reports it.
+    Never post a receive for a message that may be longer than its buffer (see `framing`): Open
+    MPI 5 writes past the end of the buffer before it reports the error.
     """
 
-    num_tags: int  # tags are told apart modulo this
+    num_tags: int  # tags are compared modulo this number
 
-    def send(self, address: int, num_bytes: int, dst: int, tag: int) -> Any: ...
-    def receive(self, address: int, num_bytes: int, src: int, tag: int) -> Any: ...
-    def match(self, src: int, tag: int) -> tuple[Any, int] | None:
-        """The next message and its bytes, to be received; None if none has come."""
+    def send(self, address: int, num_bytes: int, dst: int, tag: int) -> Request: ...
+    def receive(self, address: int, num_bytes: int, src: int, tag: int) -> Request: ...
+    def match(self, src: int, tag: int) -> tuple[MatchedMessage, int] | None:
+        """Return the next message and its size in bytes, or None if none has arrived.
+
+        The caller must receive it with `receive_matched`.
+        """
         ...
 
-    def receive_matched(self, message: Any, src: int, address: int, num_bytes: int) -> Any: ...
-    def finished(self, request: Any) -> int | None:
-        """Once it is done, the bytes that were received; then the request is used up."""
+    def receive_matched(
+        self, message: MatchedMessage, src: int, address: int, num_bytes: int
+    ) -> Request: ...
+    def finished(self, request: Request) -> int | None:
+        """Return the number of bytes received once the request is complete, else None.
+
+        A complete request must not be used again.
+        """
         ...
 
-    def cancel(self, request: Any) -> None:
-        """Give a receive up, if nothing has come for it; `finished` tells as before."""
+    def cancel(self, request: Request) -> None:
+        """Cancel a receive that has not been matched. It still has to be completed (`finished`)."""
         ...
 
 
 class ByteChannel(Protocol):
     """Non-blocking messages of any size. Peers are workers. Raises LinkError."""
 
-    def send_bytes(self, data: bytes, dst: int) -> Any: ...
-    def take(self) -> tuple[int, bytearray, Any] | None:
-        """Begin to receive the next message from anyone: (source, its bytes to be, request)."""
+    def send_bytes(self, data: bytes, dst: int) -> Request: ...
+    def take(self) -> tuple[int, bytearray, Request] | None:
+        """Start to receive the next message of any source: (source, buffer, request), or None."""
         ...
 
-    def test(self, request: Any) -> bool: ...
+    def test(self, request: Request) -> bool:
+        """Return whether the request is complete; then it must not be used again."""
+        ...
 
 
 class PeerChannel(Channel, ByteChannel, Protocol):
-    """Both kinds of messages, and news of the peers."""
+    """Both kinds of messages, and the detection of failed peers."""
 
     error: Exception | None  # the first one
 
     def newly_failed(self) -> list[int]:
-        """Peers found dead since the last call."""
+        """Return the peers that were found dead since the last call."""
         ...

@@ -1,6 +1,6 @@
-"""Wakes a sleeping worker of the same host: a datagram to its socket after each message to it.
+"""Wakes a sleeping worker of the same host: a datagram to its Unix socket after each message.
 
-MPI itself can only spin or be polled. A bell carries nothing: whoever is woken looks at MPI.
+MPI can only be polled. The datagram carries no data: a woken worker polls MPI.
 """
 
 import select
@@ -8,49 +8,51 @@ import socket
 from collections.abc import Iterable
 
 
-def _name(token: str, worker: int) -> bytes:
-    return f"\0mellmpi-{token}-{worker}".encode()  # abstract: nothing to clean up after a crash
+def _socket_name(token: str, worker: int) -> bytes:
+    """In the abstract namespace (unix(7)): nothing to clean up after a crash."""
+    return f"\0mellmpi-{token}-{worker}".encode()
 
 
 class Doorbell:
-    """One worker's bell. `token` is the job's own, so that two jobs of a host never meet."""
+    """The doorbell of one worker. `token` is unique to the job, so that jobs do not interfere."""
 
     def __init__(self, token: str, worker: int):
         self._token = token
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.setblocking(False)
-        self._socket.bind(_name(token, worker))
-        self._own = _name(token, worker)
-        self._names: dict[int, bytes] = {}  # of the workers that hear us
+        self._own_name = _socket_name(token, worker)
+        self._socket.bind(self._own_name)
+        self._names: dict[int, bytes] = {}  # of reachable workers
 
     def find(self, workers: Iterable[int]) -> set[int]:
-        """Of these workers, those whose bell can be rung from here; only they will be."""
+        """Return those workers that can be woken from here; `ring` ignores all others."""
         for worker in workers:
-            name = _name(self._token, worker)
-            if self._ring(name):
+            name = _socket_name(self._token, worker)
+            if self._notify(name):
                 self._names[worker] = name
         return set(self._names)
 
     def ring(self, worker: int) -> None:
-        """Wake that worker, if it can be; never blocks, never fails."""
+        """Wake that worker if it is reachable; never blocks, never fails."""
         if (name := self._names.get(worker)) is not None:
-            self._ring(name)
+            self._notify(name)
 
     def wake(self) -> None:
         """Wake the owner, from any of its threads."""
-        self._ring(self._own)
+        self._notify(self._own_name)
 
-    def _ring(self, name: bytes) -> bool:
+    def _notify(self, name: bytes) -> bool:
+        """Send a datagram to this socket; False if it does not exist."""
         try:
             self._socket.sendto(b"!", name)
         except BlockingIOError:
-            return True  # its queue is full of bells: it will wake
+            return True  # its queue is full: it will wake up anyway
         except OSError:
-            return False  # gone, or in another network namespace
+            return False  # closed, or in another network namespace
         return True
 
     def sleep(self, timeout_s: float) -> bool:
-        """Until the bell rings or the time is over; True if it rang. Many rings are one."""
+        """Sleep until the doorbell rings (True) or `timeout_s` has passed. Clears all rings."""
         if not select.select([self._socket], [], [], max(0.0, timeout_s))[0]:
             return False
         while True:

@@ -1,4 +1,4 @@
-"""The Transport of one process among many: a channel for messages, one for blocks, and a bell."""
+"""The Transport of one process of a job: two channels, for messages and blocks, and a doorbell."""
 
 import os
 import time
@@ -7,88 +7,92 @@ from dataclasses import dataclass
 from typing import Any
 
 from mellmpi.transport.base import Arena, Transfer
-from mellmpi.transport.blocks import BlockMover, ProgressThread, lane_for
+from mellmpi.transport.blocks import BlockMover, ProgressThread, staging_buffer_for
 from mellmpi.transport.channel import PeerChannel
+from mellmpi.transport.control_plane import ControlPlane
 from mellmpi.transport.doorbell import Doorbell
-from mellmpi.transport.post import Post
 
-FIRST_SLEEP_S = 100e-6  # where nobody rings: sleeps double from here on
-MOVING_SPIN_S = 200e-6  # without a block done, then sleep all the same
-BUSY_POLL_S = 0.001  # longest sleep while something is under way that may need our progress
+FIRST_SLEEP_S = 100e-6  # sleeps double from here on unless every peer rings the doorbell
+MOVING_SPIN_S = 200e-6  # busy polling after the last block that moved, before the first sleep
+BUSY_POLL_S = 0.001  # longest sleep while transfers or messages may need our progress
 
 
 @dataclass(frozen=True)
-class Wakes:
-    """How a process waits."""
+class WaitPolicy:
+    """How a process waits for messages."""
 
-    all_ring: bool  # every peer can ring our bell, and does
-    longest_s: float  # sleep between looks
-    spin_s: float  # look for so long before sleeping, while something is going on
+    all_ring: bool  # every peer can ring our doorbell, and does
+    longest_s: float  # longest sleep between two polls
+    spin_s: float  # busy polling before the first sleep, while there is activity
 
 
 class Endpoint:
-    """See `base.Transport`. Messages and blocks have a channel each, and never match each other."""
+    """See `base.Transport`. Messages and blocks have separate channels and never match."""
 
     def __init__(
         self,
-        post: Post,
+        control: ControlPlane,
         blocks: PeerChannel,
         bell: Doorbell,
-        wakes: Wakes,
+        wait_policy: WaitPolicy,
         device_buffers: bool,
-        checked: frozenset[int] = frozenset(),  # peers to whom blocks go with checksums
-        carried: bool = False,  # blocks move in a thread of their own
+        checked: frozenset[int] = frozenset(),  # peers whose blocks have checksums
+        progress_thread: bool = False,  # a separate thread moves the blocks
         read_by: frozenset[int] = frozenset(),  # peers that read blocks out of our memory
     ):
-        self.worker, self.num_workers = post.rank, post.size - 1
-        self.lost = post.lost
+        self.worker, self.num_workers = control.rank, control.size - 1
+        self.lost = control.lost
         self.read_by = read_by
-        self._post, self._blocks = post, blocks
+        self._control, self._blocks = control, blocks
         is_checked = checked.__contains__
         self._mover = (
             ProgressThread(blocks, is_checked, bell.wake, read_by.__contains__)
-            if carried
+            if progress_thread
             else BlockMover(blocks, is_checked, read_by.__contains__)
         )
-        self._bell, self._wakes, self._device_buffers = bell, wakes, device_buffers
-        self._forgotten: set[int] = set()  # lost workers whose transfers have been ended
+        self._bell, self._wait_policy = bell, wait_policy
+        self._device_buffers = device_buffers
+        self._dropped: set[int] = set()  # lost workers whose transfers have been ended
         self._active = True  # something happened since the last sleep
 
     @property
-    def rings(self) -> bool:
-        """Every peer can wake this one."""
-        return self._wakes.all_ring
+    def all_ring(self) -> bool:
+        """Every peer can wake this process."""
+        return self._wait_policy.all_ring
 
     # --- messages -------------------------------------------------------------------------------
 
     def send(self, dst: int, message: Any) -> None:
-        self._post.send(dst, message)
+        self._control.send(dst, message)
         self._active = True
         self._bell.ring(dst)
 
     def poll(self) -> list[tuple[int, Any]]:
-        self._mover.attend(True)  # a look at MPI carries TCP on, and takes its time then
-        self._look()
-        self._mover.attend(False)
-        return self._post.poll()
+        # Polling MPI also moves blocks over TCP, and may take as long as a call of `progress`.
+        self._mover.set_polling(True)
+        self._receive()
+        self._mover.set_polling(False)
+        return self._control.poll()
 
     def unread(self, messages: list[tuple[int, Any]]) -> None:
-        self._post.unread(messages)
+        self._control.unread(messages)
 
-    def _look(self) -> bool:
-        """Take in what has come; True if there is anything for poll()."""
-        came = self._post.look()
-        self._active |= came
-        for worker in self.lost - self._forgotten:
-            self._forgotten.add(worker)
-            self._mover.forget(worker)
-        self._post.check(self._blocks.error)
-        return came
+    def _receive(self) -> bool:
+        """Receive all messages that have arrived; True if there is anything for `poll`."""
+        received = self._control.receive()
+        self._active |= received
+        for worker in self.lost - self._dropped:
+            self._dropped.add(worker)
+            self._mover.drop_peer(worker)
+        self._control.check(self._blocks.error)
+        return received
 
     # --- blocks ---------------------------------------------------------------------------------
 
     def attach(self, arena: Arena | None) -> None:
-        self._mover.attach(None if arena is None else lane_for(arena, self._device_buffers))
+        self._mover.attach(
+            None if arena is None else staging_buffer_for(arena, self._device_buffers)
+        )
 
     def send_blocks(self, dst: int, tag: int, block_ids: Sequence[int]) -> Transfer:
         transfer = self._mover.send(dst, tag, block_ids)
@@ -104,23 +108,23 @@ class Endpoint:
     def progress(self) -> bool:
         peers = self._mover.progress()
         for peer in peers:
-            self._bell.ring(peer)  # it may wait for these blocks to be gone, or for our progress
+            self._bell.ring(peer)  # it may wait for the end of the transfer, or for our progress
         self._active |= bool(peers)
         return bool(peers)
 
     # --- waiting --------------------------------------------------------------------------------
 
     def wait(self, timeout_s: float) -> None:
-        self._mover.attend(True)
+        self._mover.set_polling(True)
         self._wait(timeout_s)
-        self._mover.attend(False)
+        self._mover.set_polling(False)
 
     def _wait(self, timeout_s: float) -> None:
         now = time.perf_counter()
         deadline_s = now + timeout_s
         spin_until_s, sleep_s = now + self._spin_s(), FIRST_SLEEP_S
         num_ended = self._mover.num_ended
-        while not self._look():
+        while not self._receive():
             moved = self.progress()
             if (now := time.perf_counter()) >= deadline_s or self._mover.num_ended != num_ended:
                 return
@@ -136,20 +140,19 @@ class Endpoint:
             sleep_s *= 2
 
     def _spin_s(self) -> float:
-        """How long to look before sleeping: not at all, unless something is going on."""
+        """How long to poll busily before the first sleep; 0 without activity."""
         if not self._active:
             return 0.0
-        # Blocks that move are worth it on any machine: they are soon there, and a sleeper under
-        # load comes back late. It yields to whoever wants the core.
-        return MOVING_SPIN_S if self._mover.busy else self._wakes.spin_s
+        # Spin for moving blocks even where ranks share cores: the rest arrives soon, and on a
+        # loaded machine a sleeping process wakes up late. The loop yields the core to others.
+        return MOVING_SPIN_S if self._mover.busy else self._wait_policy.spin_s
 
     def _limit_s(self, sleep_s: float) -> float:
-        """How much of a growing sleep is allowed now."""
-        if self._mover.busy or self._post.busy:
+        """Returns how long the next sleep may be, where doubling would make it `sleep_s`."""
+        if self._mover.busy or self._control.busy:
             return min(sleep_s, BUSY_POLL_S)
-        return (
-            self._wakes.longest_s if self._wakes.all_ring else min(sleep_s, self._wakes.longest_s)
-        )
+        longest_s = self._wait_policy.longest_s
+        return longest_s if self._wait_policy.all_ring else min(sleep_s, longest_s)
 
     def wake(self) -> None:
         self._bell.wake()
@@ -157,6 +160,6 @@ class Endpoint:
     # --- the end --------------------------------------------------------------------------------
 
     def close(self) -> None:
-        self._post.flush()
+        self._control.flush()
         self._mover.close()
         self._bell.close()

@@ -14,18 +14,18 @@ PIECE_BYTES = 32 << 20  # copied by one progress() call, or one block if that is
 
 
 @dataclass
-class _Offer:
-    """Blocks a worker wants to send; read in place when the receiver asks for them."""
+class _PendingSend:
+    """Blocks to send; the receiver copies them out of the sender's arena."""
 
     transfer: Transfer
     arena: Arena
     block_ids: deque[int]
-    checksums: deque[int]  # of what they held when the sending began; empty: nothing is checked
+    checksums: deque[int]  # of the blocks when the transfer began; empty: no checksums
 
 
 @dataclass
-class _Want:
-    """Blocks a worker wants to receive; no arena: to be thrown away."""
+class _PendingReceive:
+    """Blocks to receive; without an arena they are discarded."""
 
     transfer: Transfer
     src: int
@@ -36,8 +36,8 @@ class _Want:
 
 @dataclass
 class _Inbox:
-    messages: deque[tuple[int, Any]] = field(default_factory=deque)
-    offers: dict[tuple[int, int], deque[_Offer]] = field(default_factory=dict)  # by (src, tag)
+    messages: deque[tuple[int, bytes]] = field(default_factory=deque)
+    sends: dict[tuple[int, int], deque[_PendingSend]] = field(default_factory=dict)  # (src, tag)
     bell: threading.Event = field(default_factory=threading.Event)
 
 
@@ -50,13 +50,13 @@ class LocalNetwork:
 
     def __init__(self, num_workers: int, checksums: bool = False):
         self.checksums = checksums
-        self.lock = threading.RLock()  # transports may run in threads of their own
+        self.lock = threading.RLock()  # each transport may be used by a thread of its own
         self.inboxes = [_Inbox() for _ in range(num_workers + 1)]
         self.lost: set[int] = set()
         self.transports = [LocalTransport(self, w) for w in range(num_workers + 1)]
 
     def lose(self, worker: int) -> None:
-        """As if the worker's process had been killed: for tests of whatever runs on top."""
+        """For tests: behave as if the process of this worker had been killed."""
         with self.lock:
             self.lost.add(worker)
             for address, inbox in enumerate(self.inboxes):
@@ -64,11 +64,11 @@ class LocalNetwork:
                     inbox.messages.append((worker, encode(WorkerLost(worker))))
                     inbox.bell.set()
             for transport in self.transports:
-                transport.forget(worker)
+                transport.drop_peer(worker)
 
 
 class LocalTransport:
-    """One end of a LocalNetwork. Same contract as MPI, wire form included."""
+    """One end of a LocalNetwork. Same contract as MPI, wire form of messages included."""
 
     def __init__(self, network: LocalNetwork, worker: int):
         self.worker = worker
@@ -76,7 +76,7 @@ class LocalTransport:
         self._network = network
         self._inbox = network.inboxes[worker]
         self._arena: Arena | None = None
-        self._wants: list[_Want] = []
+        self._receives: list[_PendingReceive] = []
         self._sending: list[tuple[int, Transfer]] = []  # (destination, transfer)
 
     def send(self, dst: int, message: Any) -> None:
@@ -98,14 +98,14 @@ class LocalTransport:
         self._inbox.bell.set()
 
     def attach(self, arena: Arena | None) -> None:
-        busy = [want for want in self._wants if want.arena is not None]
-        self._sending = self._under_way()
-        assert not busy and not self._sending, "blocks are under way; the arena cannot go"
+        receiving = [receive for receive in self._receives if receive.arena is not None]
+        self._sending = self._unfinished_sends()
+        assert not receiving and not self._sending, "transfers in progress use the arena"
         self._arena = arena
 
     def send_blocks(self, dst: int, tag: int, block_ids: Sequence[int]) -> Transfer:
         assert self._arena is not None, "no arena attached"
-        assert str(self._arena.device) == "cpu", "workers on devices are processes of their own"
+        assert str(self._arena.device) == "cpu", "a LocalNetwork moves blocks in host memory only"
         transfer = Transfer()
         with self._network.lock:
             if dst in self._network.lost or not block_ids:
@@ -115,13 +115,13 @@ class LocalTransport:
                 return transfer
             inbox = self._network.inboxes[dst]
             checksums = self._checksums(self._arena, block_ids)
-            offer = _Offer(transfer, self._arena, deque(block_ids), checksums)
-            inbox.offers.setdefault((self.worker, tag), deque()).append(offer)
-            self._sending = [*self._under_way(), (dst, transfer)]
+            send = _PendingSend(transfer, self._arena, deque(block_ids), checksums)
+            inbox.sends.setdefault((self.worker, tag), deque()).append(send)
+            self._sending = [*self._unfinished_sends(), (dst, transfer)]
             inbox.bell.set()
         return transfer
 
-    def _under_way(self) -> list[tuple[int, Transfer]]:
+    def _unfinished_sends(self) -> list[tuple[int, Transfer]]:
         return [(dst, t) for dst, t in self._sending if not t.done]
 
     def _checksums(self, arena: Arena, block_ids: Sequence[int]) -> deque[int]:
@@ -131,68 +131,70 @@ class LocalTransport:
 
     def receive_blocks(self, src: int, tag: int, block_ids: Sequence[int]) -> Transfer:
         assert self._arena is not None, "no arena attached"
-        return self._want(src, tag, self._arena, block_ids)
+        return self._begin_receive(src, tag, self._arena, block_ids)
 
     def drain_blocks(self, src: int, tag: int, num_blocks: int) -> Transfer:
-        return self._want(src, tag, None, range(num_blocks))
+        return self._begin_receive(src, tag, None, range(num_blocks))
 
-    def _want(self, src: int, tag: int, arena: Arena | None, block_ids: Sequence[int]) -> Transfer:
-        want = _Want(Transfer(), src, tag, arena, deque(block_ids))
+    def _begin_receive(
+        self, src: int, tag: int, arena: Arena | None, block_ids: Sequence[int]
+    ) -> Transfer:
+        receive = _PendingReceive(Transfer(), src, tag, arena, deque(block_ids))
         with self._network.lock:
-            self._wants.append(want)
-            if src in self._network.lost and not self._inbox.offers.get((src, tag)):
-                want.transfer.fail("peer lost")
-                self._end(want)
+            self._receives.append(receive)
+            if src in self._network.lost and not self._inbox.sends.get((src, tag)):
+                receive.transfer.fail("peer lost")
+                self._end(receive)
             elif not block_ids:
-                self._end(want)
-        return want.transfer
+                self._end(receive)
+        return receive.transfer
 
-    def _end(self, want: _Want) -> None:
-        self._wants.remove(want)
-        want.transfer.end()
+    def _end(self, receive: _PendingReceive) -> None:
+        self._receives.remove(receive)
+        receive.transfer.end()
 
     def progress(self) -> bool:
         moved = 0
         with self._network.lock:
-            for want in list(self._wants):
-                while moved < PIECE_BYTES and (size := self._take_one(want)):
+            for receive in list(self._receives):
+                while moved < PIECE_BYTES and (size := self._receive_block(receive)):
                     moved += size
         return moved > 0
 
-    def _take_one(self, want: _Want) -> int:
-        """Take in the next block of this transfer; its bytes, or 0 if none has come."""
-        offers = self._inbox.offers.get((want.src, want.tag))
-        if not offers or want.transfer.done:
+    def _receive_block(self, receive: _PendingReceive) -> int:
+        """Receive the next block of this transfer. Returns its bytes, 0 if nothing is sent."""
+        sends = self._inbox.sends.get((receive.src, receive.tag))
+        if not sends or receive.transfer.done:
             return 0
-        offer, size = offers[0], offers[0].arena.block_bytes
-        self._copy(offer, want)
-        want.transfer.num_bytes += size
-        offer.transfer.num_bytes += size
-        if not offer.block_ids:  # one transfer there is one here, whatever was announced
-            offers.popleft()
-            if not offers:
-                del self._inbox.offers[want.src, want.tag]
-            offer.transfer.end()
-            self._network.inboxes[want.src].bell.set()
-            if want.block_ids and want.arena is not None:
-                want.transfer.fail("truncated")
-            self._end(want)
+        send, size = sends[0], sends[0].arena.block_bytes
+        self._copy(send, receive)
+        receive.transfer.num_bytes += size
+        send.transfer.num_bytes += size
+        if not send.block_ids:  # both transfers end, even if the receiver expected more blocks
+            sends.popleft()
+            if not sends:
+                del self._inbox.sends[receive.src, receive.tag]
+            send.transfer.end()
+            self._network.inboxes[receive.src].bell.set()
+            if receive.block_ids and receive.arena is not None:
+                receive.transfer.fail("truncated")
+            self._end(receive)
         return size
 
-    def _copy(self, offer: _Offer, want: _Want) -> None:
-        """The next block of an offer to where it is wanted, if it is."""
-        block_id = offer.block_ids.popleft()
-        expected = offer.checksums.popleft() if offer.checksums else None
-        into = want.block_ids.popleft() if want.block_ids else None
-        if want.arena is None:
+    def _copy(self, send: _PendingSend, receive: _PendingReceive) -> None:
+        """Copy the next block to its destination, or discard it."""
+        block_id = send.block_ids.popleft()
+        expected = send.checksums.popleft() if send.checksums else None
+        into = receive.block_ids.popleft() if receive.block_ids else None
+        if receive.arena is None:
             return
-        if into is None or want.arena.block_bytes != offer.arena.block_bytes:
-            want.transfer.fail("size")
+        if into is None or receive.arena.block_bytes != send.arena.block_bytes:
+            receive.transfer.fail("size")
             return
-        block = _block(want.arena, into)
-        block[:] = _block(offer.arena, block_id)
+        block = _block(receive.arena, into)
+        block[:] = _block(send.arena, block_id)
         if expected is not None and checksum(block) != expected:
-            want.transfer.fail("checksum")
+            receive.transfer.fail("checksum")
 
     def wait(self, timeout_s: float) -> None:
         if not self._inbox.messages and not self.progress():
@@ -202,15 +204,15 @@ class LocalTransport:
     def wake(self) -> None:
         self._inbox.bell.set()
 
-    def forget(self, worker: int) -> None:
-        """End what can no longer come from, or go to, a lost worker. Under the network's lock."""
-        for tag in [key for key in self._inbox.offers if key[0] == worker]:
-            for offer in self._inbox.offers.pop(tag):
-                offer.transfer.fail("peer lost")
-                offer.transfer.end()
-        for want in [w for w in self._wants if w.src == worker]:
-            want.transfer.fail("peer lost")
-            self._end(want)
+    def drop_peer(self, worker: int) -> None:
+        """End all transfers from and to a lost worker. The caller holds the network's lock."""
+        for tag in [key for key in self._inbox.sends if key[0] == worker]:
+            for send in self._inbox.sends.pop(tag):
+                send.transfer.fail("peer lost")
+                send.transfer.end()
+        for receive in [r for r in self._receives if r.src == worker]:
+            receive.transfer.fail("peer lost")
+            self._end(receive)
         for dst, transfer in self._sending:
             if dst == worker and not transfer.done:
                 transfer.fail("peer lost")
@@ -218,6 +220,6 @@ class LocalTransport:
 
     def close(self) -> None:
         with self._network.lock:
-            for want in list(self._wants):
-                want.transfer.fail("peer lost")
-                self._end(want)
+            for receive in list(self._receives):
+                receive.transfer.fail("peer lost")
+                self._end(receive)

@@ -4,59 +4,59 @@ from collections import defaultdict, deque
 from typing import Any
 
 from mellmpi.protocol import decode, encode
-from mellmpi.transport.channel import ByteChannel, LinkError
+from mellmpi.transport.channel import ByteChannel, LinkError, Request
 
 
-class Dismissed(Exception):
-    """A rank ends the job, with this exit code; or confirms that it has been told."""
+class Terminated(Exception):
+    """A rank terminates the job with this exit code, or confirms that it has been terminated."""
 
     def __init__(self, source: int, exit_code: int):
-        super().__init__(f"dismissed by rank {source} with exit code {exit_code}")
+        super().__init__(f"terminated by rank {source} with exit code {exit_code}")
         self.source, self.exit_code = source, exit_code
 
 
 class Mailbox:
-    """Messages on their way in and out, in order on each link."""
+    """Outgoing and incoming messages of one rank, in order on each link."""
 
     def __init__(self, channel: ByteChannel):
         self._channel = channel
         self._lost: set[int] = set()
-        self._arriving: dict[int, deque[tuple[bytearray, Any]]] = defaultdict(deque)
-        self._leaving: dict[int, deque[tuple[bytes, Any]]] = defaultdict(deque)
+        self._incoming: dict[int, deque[tuple[bytearray, Request]]] = defaultdict(deque)
+        self._outgoing: dict[int, deque[tuple[bytes, Request]]] = defaultdict(deque)
 
     @property
     def busy(self) -> bool:
-        """Something is under way that may need our progress."""
-        return bool(self._leaving or self._arriving)
+        """Messages are in flight that may need our progress."""
+        return bool(self._outgoing or self._incoming)
 
     @property
-    def leaving(self) -> bool:
-        return bool(self._leaving)
+    def sending(self) -> bool:
+        return bool(self._outgoing)
 
     def send(self, dst: int, message: Any) -> None:
         if dst in self._lost:
             return
         self._send(dst, encode(message))
 
-    def dismiss(self, dst: int, exit_code: int) -> None:
-        """Raise Dismissed there: one byte, which no message is."""
+    def terminate(self, dst: int, exit_code: int) -> None:
+        """Make `receive` raise Terminated there: one byte, shorter than any encoded message."""
         if dst not in self._lost:
             self._send(dst, bytes([exit_code]))
 
     def _send(self, dst: int, data: bytes) -> None:
-        try:  # the bytes are kept until they have left
-            self._leaving[dst].append((data, self._channel.send_bytes(data, dst)))
+        try:  # keep a reference to the bytes until they have been sent
+            self._outgoing[dst].append((data, self._channel.send_bytes(data, dst)))
         except LinkError:
             return
 
-    def look(self) -> list[tuple[int, Any]]:
-        """All that has come, as (source, message); lets go of what has left."""
-        self._take_all()
-        if self._leaving:
-            self._reap()
-        return self._deliver() if self._arriving else []
+    def receive(self) -> list[tuple[int, Any]]:
+        """Return all messages that have arrived as (source, message); release sent buffers."""
+        self._start_receives()
+        if self._outgoing:
+            self._release_sent()
+        return self._completed() if self._incoming else []
 
-    def _take_all(self) -> None:
+    def _start_receives(self) -> None:
         # Open MPI seems to make progress only in a probe that matches nothing: hence two misses.
         misses = 0
         while misses < 2:
@@ -68,38 +68,38 @@ class Mailbox:
                 misses += 1
                 continue
             src, data, request = taken
-            self._arriving[src].append((data, request))
+            self._incoming[src].append((data, request))
             misses = 0
 
-    def _deliver(self) -> list[tuple[int, Any]]:
-        came = []
-        for src in list(self._arriving):
-            queue = self._arriving[src]
+    def _completed(self) -> list[tuple[int, Any]]:
+        received = []
+        for src in list(self._incoming):
+            queue = self._incoming[src]
             try:
                 while queue and self._channel.test(queue[0][1]):
                     data, _ = queue.popleft()
                     if len(data) == 1:
-                        raise Dismissed(src, data[0])
-                    came.append((src, decode(bytes(data))))
+                        raise Terminated(src, data[0])
+                    received.append((src, decode(bytes(data))))
             except LinkError:
-                queue.clear()  # cut off in the middle of a message: nothing more will come
+                queue.clear()  # the source died within a message: no more will arrive
             if not queue:
-                del self._arriving[src]
-        return came if not self._lost else [(s, m) for s, m in came if s not in self._lost]
+                del self._incoming[src]
+        return [(s, m) for s, m in received if s not in self._lost] if self._lost else received
 
-    def _reap(self) -> None:
-        for dst in list(self._leaving):
-            queue = self._leaving[dst]
+    def _release_sent(self) -> None:
+        for dst in list(self._outgoing):
+            queue = self._outgoing[dst]
             try:
                 while queue and self._channel.test(queue[0][1]):
                     queue.popleft()
             except LinkError:
                 queue.popleft()
             if not queue:
-                del self._leaving[dst]
+                del self._outgoing[dst]
 
-    def forget(self, worker: int) -> list[tuple[int, Any]]:
-        """The worker is lost: what it still got out. Nothing from it is delivered afterwards."""
-        came = self.look()
+    def drop_peer(self, worker: int) -> list[tuple[int, Any]]:
+        """The worker is lost: return what has arrived, then ignore all its later messages."""
+        received = self.receive()
         self._lost.add(worker)
-        return came
+        return received

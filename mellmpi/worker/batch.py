@@ -1,10 +1,8 @@
-"""What one worker computes next, and where the KV of its sequences lies. Pure.
+"""The batch scheduler of one worker: which tokens each step computes, and where KV is kept. Pure.
 
-The driver hands in messages (`handle`), asks for a step (`plan`), runs it, and hands the result
-back (`commit`); `report` is what the scheduler has to hear since the last one.
+The driver passes messages in (`handle`), asks for a step (`plan`), executes it, and passes the
+result back (`commit`); `report` returns the news for the cluster scheduler.
 """
-
-from typing import Any
 
 from mellmpi.config import BatchConfig, CacheConfig
 from mellmpi.costs import UNKNOWN, StepBudget, StepSeconds, chunk_s
@@ -34,17 +32,16 @@ from mellmpi.protocol import (
 from mellmpi.worker.kv_receiver import KvReceiver
 from mellmpi.worker.kv_sender import KvSender
 from mellmpi.worker.kvcache import BlockTables
+from mellmpi.worker.messages import BatchEvent, Outbox
 from mellmpi.worker.report_buffer import ReportBuffer
 from mellmpi.worker.sequence_table import SequenceTable
 from mellmpi.worker.sequences import Phase, Sequence
 
-Commands = list[tuple[Address, Any]]
-
 
 class BatchScheduler:
-    """The sequences of one worker and their blocks. Everything is keyed by epoch.
+    """The sequences of one worker, keyed by epoch, and their blocks.
 
-    Between `plan` and its `commit` nothing is handled: the pass still writes the blocks.
+    Between `plan` and its `commit` no message is handled: the step still writes the blocks.
     """
 
     def __init__(
@@ -55,16 +52,16 @@ class BatchScheduler:
         batch: BatchConfig,
         cache: CacheConfig,
     ):
-        self._turns = [m.kv.model for m in models]  # who computed last comes last
+        self._models = [m.kv.model for m in models]  # least recently computed first
         self.tables = BlockTables((m.kv for m in models), num_blocks, cache.enable_prefix_caching)
         self.pool = self.tables.pool
         self.table = SequenceTable(self.tables, {m.kv.model: m.fingerprint for m in models})
         self.sequences, self.lingering = self.table.sequences, self.table.lingering
         self._sender, self._receiver = KvSender(self.table), KvReceiver(self.table)
-        self.acked = acked
+        self.acked = acked  # messages of the cluster scheduler handled so far
         self._limits = batch
         self._budget = StepBudget(batch.max_num_batched_tokens, batch.target_step_s)
-        self.step_seconds: StepSeconds = UNKNOWN  # what steps take here, as the driver measures it
+        self.step_seconds: StepSeconds = UNKNOWN  # as the driver measures it
         self._planned: list[Sequence] = []
         self._reports = ReportBuffer()
         self._parking = False
@@ -77,20 +74,20 @@ class BatchScheduler:
     def free_bytes(self) -> int:
         return self.pool.num_free * self.block_bytes
 
-    # --- events ---------------------------------------------------------------------------------
+    # --- messages -------------------------------------------------------------------------------
 
-    def handle(self, source: Address, event: Any) -> Commands:
-        """Apply one message; return what must be sent because of it."""
+    def handle(self, source: Address, event: BatchEvent) -> Outbox:
+        """Apply one message. Returns the messages to send."""
         assert not self._planned, f"{event} between plan and commit"
         if source == SCHEDULER:
             self.acked += 1
-        commands = self._handle(source, event) + self._sender.settle()
+        outbox = self._handle(source, event) + self._sender.send_aborted()
         if self._parking and not self.sequences and not self.lingering:
             self._parking = False
-            commands.append((SCHEDULER, Parked(self.acked)))
-        return commands
+            outbox.append((SCHEDULER, Parked(self.acked)))
+        return outbox
 
-    def _handle(self, source: Address, event: Any) -> Commands:
+    def _handle(self, source: Address, event: BatchEvent) -> Outbox:
         match event:
             case Assign():
                 self._assign(event)
@@ -98,32 +95,32 @@ class BatchScheduler:
                 if sequence := self.sequences.get(epoch):
                     self.table.end(sequence)
             case ReceiveKv(request):
-                self._must_host(request)
+                self._check_hosted(request)
                 return self._receiver.reserve(event)
             case SendKv():
                 return self._sender.begin(event)
             case Unfreeze(_, epoch):
                 if sequence := self.sequences.get(epoch):
-                    self._sender.stop(sequence)
+                    self._sender.abort(sequence)
             case PartComputed(_, epoch):
                 return self._sender.part_computed(epoch)
             case KvPayload():
-                return self._receiver.announced(source, event)
+                return self._receiver.header(source, event)
             case BlocksArrived():
-                return self._receiver.arrived(event)
+                return self._receiver.blocks_arrived(event)
             case BlocksSent():
-                return self._sender.sent(event)
+                return self._sender.blocks_sent(event)
             case Park():
                 self._parking = True
             case _:
                 raise TypeError(event)
         return []
 
-    def _must_host(self, request: Request) -> None:
-        assert request.model in self._turns, f"{request.model} is not here"
+    def _check_hosted(self, request: Request) -> None:
+        assert request.model in self._models, f"{request.model} is not here"
 
     def _assign(self, order: Assign) -> None:
-        self._must_host(order.request)
+        self._check_hosted(order.request)
         sequence = Sequence(order.request, order.epoch, list(order.outputs), [])
         sequence.num_reported = len(order.outputs)
         self.sequences[order.epoch] = sequence
@@ -138,19 +135,22 @@ class BatchScheduler:
         self._reports.preempted(sequence)
 
     def _make_room(self, sequence: Sequence) -> bool:
-        """A block for its next position, if need be by preempting the youngest; False: none."""
+        """Allocate a block for the next position, preempting the youngest if necessary.
+
+        False if no block can be freed, or if the sequence itself was preempted.
+        """
         while not self.tables.grow(sequence, sequence.num_tokens):
-            youngest = self._victim(sequence)
-            if youngest is not None:
-                self._preempt(youngest)
-            if youngest is None or youngest is sequence:
+            victim = self._victim(sequence)
+            if victim is not None:
+                self._preempt(victim)
+            if victim is None or victim is sequence:
                 return False
         return True
 
     def _victim(self, sequence: Sequence) -> Sequence | None:
-        """The youngest whose blocks are free at once, at the most itself.
+        """Return the youngest sequence whose blocks can be freed now, at the oldest `sequence`.
 
-        None if it is being sent itself: then it waits, and leaves with what it has.
+        None if the blocks of `sequence` are in transfer, too: it waits, and migrates as it is.
         """
         for other in reversed(self.sequences.values()):
             if other.phase is Phase.RUNNING and not other.in_flight:
@@ -162,51 +162,51 @@ class BatchScheduler:
     # --- steps ----------------------------------------------------------------------------------
 
     def plan(self) -> StepPlan | None:
-        """The next forward pass, or None with nothing to compute.
+        """Return the next forward pass, or None if there is nothing to compute.
 
-        A pass is of one model; models that have something to compute take turns.
+        A pass computes one model; models with work alternate.
         """
         assert not self._planned, "planned twice without a commit"
-        for model in self._turns:
+        for model in self._models:
             if chunks := self._chunks(model):
-                self._turns.remove(model)
-                self._turns.append(model)
+                self._models.remove(model)
+                self._models.append(model)
                 return StepPlan(model, tuple(chunks), ())
         return None
 
     def _chunks(self, model: str) -> list[Chunk]:
-        """Of this model's sequences, within the limits of a step. Decodes first, then prefill."""
+        """Return chunks of this model's sequences within the step's limits, decodes first."""
         running = [s for s in self.sequences.values() if s.request.model == model and s.computable]
-        # Stable: oldest first. What is only to be decoded elsewhere or later comes last.
-        running.sort(key=lambda s: (s.arrival is not None, s.end - s.num_computed > 1))
+        # Stable sort: oldest first within each class. Sequences being received come last.
+        running.sort(key=lambda s: (s.incoming is not None, s.compute_end - s.num_computed > 1))
         budget, left_s = self._budget.max_tokens, self._prompt_s(running)
-        chunks: list[Chunk] = []  # of those that run here, only the last may not catch up
+        chunks: list[Chunk] = []  # of running sequences, only the last may stay behind its tokens
         for sequence in running:
             if budget <= 0 or len(chunks) == self._limits.max_num_seqs:
                 break
             if sequence.epoch not in self.sequences or not self._make_room(sequence):
-                continue  # preempted: for an older one, or because it is the youngest
-            start, count = sequence.num_computed, sequence.end - sequence.num_computed
+                continue  # preempted for an older sequence, or as the youngest
+            start, count = sequence.num_computed, sequence.compute_end - sequence.num_computed
             if count > 1 and left_s <= 0:
                 break
             if count > 1:
                 fits = min(budget, self._budget.num_tokens(self.step_seconds, start, left_s))
                 if fits < count:
-                    count = budget = fits  # nothing is left for others
+                    count = budget = fits  # uses up the budget
                 left_s -= chunk_s(self.step_seconds, start, count)
             budget -= count
-            # Who has its chunk keeps it: only decodes grow, and they push out what comes later.
+            # A planned sequence keeps its chunk: only decodes grow, and they preempt later ones.
             self._planned.append(sequence)
             chunks.append(self._chunk(sequence, start + count))
         return chunks
 
     def _prompt_s(self, running: list[Sequence]) -> float:
-        """Time for prompts in the next step."""
-        num_decoding = sum(s.end - s.num_computed == 1 for s in running)
+        """Return the time for prompts in the next step, in seconds."""
+        num_decoding = sum(s.compute_end - s.num_computed == 1 for s in running)
         num_prompts = len(running) - num_decoding
-        closing = self._sender.leaving or self._receiver.closing
+        handover = self._sender.freezes_after_step or self._receiver.awaits_final_blocks
         num_decoding = min(num_decoding, self._limits.max_num_seqs)
-        return self._budget.prompt_s(self.step_seconds, num_decoding, num_prompts, closing)
+        return self._budget.prompt_s(self.step_seconds, num_decoding, num_prompts, handover)
 
     def _chunk(self, sequence: Sequence, end: int) -> Chunk:
         caught_up = end == sequence.num_tokens
@@ -219,19 +219,19 @@ class BatchScheduler:
             history=(sequence.request.prompt, sequence.outputs),
         )
 
-    def commit(self, plan: StepPlan, result: StepResult) -> Commands:
-        """Take in what the pass of `plan`, the last one made, produced; what must be sent."""
-        commands: Commands = []
+    def commit(self, plan: StepPlan, result: StepResult) -> Outbox:
+        """Apply the result of `plan`, the last plan made. Returns the messages to send."""
+        outbox: Outbox = []
         sampled = zip(result.tokens, result.logprobs, strict=True)
         for sequence, chunk in zip(self._planned, plan.chunks, strict=True):
             sequence.num_computed += len(chunk.tokens)
-            self.tables.know(sequence)
+            self.tables.register(sequence)
             self._reports.computed(chunk.start, len(chunk.tokens), chunk.sampling is not None)
             if chunk.sampling is not None:
                 self._append(sequence, *next(sampled))
-            commands += self._receiver.complete(sequence)
+            outbox += self._receiver.activate_if_complete(sequence)
         self._planned = []
-        return self._sender.stepped() + commands
+        return self._sender.after_step() + outbox
 
     def _append(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> None:
         if logprob is not None:
@@ -244,5 +244,8 @@ class BatchScheduler:
     # --- reports --------------------------------------------------------------------------------
 
     def report(self, steps: int, step_s: float) -> StepReport | None:
-        """What happened since the last report, in `steps` passes of `step_s`; None if nothing."""
+        """Return the news since the last report, which covers `steps` steps of `step_s` in all.
+
+        None if nothing has happened.
+        """
         return self._reports.report(steps, step_s, self.free_bytes, self.acked)

@@ -1,10 +1,8 @@
-"""Sequences that come: their blocks are received in rounds, or computed here, or were here. Pure.
+"""KV of incoming sequences: received in rounds, recomputed, or found in the prefix cache. Pure.
 
-Each round is announced by a header; what nobody wants any more is still taken off the wire. The
-sequence decodes on as soon as the last round is in place and its own part is computed.
+A header announces each round; rounds of ended sequences are still received, and discarded. The
+sequence decodes on once the last round is in place and this worker's own part is computed.
 """
-
-from typing import Any
 
 from mellmpi.protocol import (
     DATA_PLANE,
@@ -21,113 +19,114 @@ from mellmpi.protocol import (
     ReceiveBlocks,
     ReceiveKv,
 )
+from mellmpi.worker.messages import Outbox
 from mellmpi.worker.sequence_table import SequenceTable
-from mellmpi.worker.sequences import Arrival, Phase, Sequence
+from mellmpi.worker.sequences import IncomingKv, Phase, Sequence
 
-FEW = 2  # blocks of a round after which the source stops soon: a full and a half-full one
-
-Commands = list[tuple[Address, Any]]
+FINAL_BLOCKS = 2  # a round of at most a full and a half-full block: the source freezes soon
 
 
 class KvReceiver:
-    """Receives what the scheduler has announced."""
+    """The destination's part of a migration."""
 
     def __init__(self, table: SequenceTable):
-        self._holdings = table
+        self._table = table
 
-    def reserve(self, order: ReceiveKv) -> Commands:
-        """Set blocks aside, or refuse; say from where on it has to be sent."""
-        table, tables = self._holdings, self._holdings.tables
+    def reserve(self, order: ReceiveKv) -> Outbox:
+        """Reserve blocks. Returns the first position that must be sent, or a refusal."""
+        table, tables = self._table, self._table.tables
         outputs = list(order.outputs)
-        sequence = Sequence(order.request, order.epoch, outputs, [], Phase.ARRIVING)
+        sequence = Sequence(order.request, order.epoch, outputs, [], Phase.RECEIVING)
         sequence.num_reported = order.num_logged
         tables.reuse_prefix(sequence)
         if not tables.grow(sequence, order.num_tokens):
-            tables.pool.give(sequence.block_table)
+            tables.pool.free(sequence.block_table)
             return [(SCHEDULER, KvRefused(order.request.id, order.epoch))]
         start = max(order.start, sequence.num_computed)
         size = tables.block_size(sequence)
-        # The last block always comes: what is computed here is never sampled from.
+        # The last block is always sent: the part computed here is never sampled from.
         assert start % size == 0 and start < order.num_tokens, f"a split at {start}: {order}"
-        sequence.arrival = Arrival(order.src, start, start // size)
+        sequence.incoming = IncomingKv(order.src, start, start // size)
         table.sequences[order.epoch] = sequence
         return [(SCHEDULER, KvReserved(order.request.id, order.epoch, start))]
 
-    def announced(self, source: Address, header: KvPayload) -> Commands:
-        """A round follows."""
+    def header(self, source: Address, header: KvPayload) -> Outbox:
+        """Post the receive of the round that this header announces."""
         assert isinstance(source, int)
-        sequence = self._holdings.sequences.get(header.epoch)
-        if sequence is None or sequence.arrival is None:
-            # Released before it came: take it off the wire, nothing more.
+        sequence = self._table.sequences.get(header.epoch)
+        if sequence is None or sequence.incoming is None:  # released meanwhile
             return self._drain(source, header)
-        if (why := self._mismatch(sequence, sequence.arrival, header)) is not None:
-            self._holdings.end(sequence)
+        if (why := self._mismatch(sequence, sequence.incoming, header)) is not None:
+            self._table.end(sequence)
             failed = KvFailed(header.request_id, header.epoch, why)
             return [*self._drain(source, header), (SCHEDULER, failed)]
-        arrival = sequence.arrival
-        arrival.announced = True
-        arrival.closing = header.last or header.num_blocks <= FEW
-        first, arrival.next_block = arrival.next_block, arrival.next_block + header.num_blocks
+        incoming = sequence.incoming
+        incoming.announced = True
+        incoming.src_stops_soon = header.last or header.num_blocks <= FINAL_BLOCKS
+        first, incoming.next_block = incoming.next_block, incoming.next_block + header.num_blocks
         if header.last:
             sequence.outputs, sequence.logprobs = list(header.outputs), dict(header.logprobs)
-            arrival.num_computed = header.num_computed
+            incoming.num_computed = header.num_computed
         if not header.num_blocks:
-            return self.complete(sequence)
+            return self.activate_if_complete(sequence)
         sequence.receiving.add(header.tag)
-        ids = tuple(sequence.block_table[first : arrival.next_block])
+        ids = tuple(sequence.block_table[first : incoming.next_block])
         receive = ReceiveBlocks(header.request_id, header.epoch, source, header.tag, ids)
-        return [(DATA_PLANE, receive), *self.complete(sequence)]
+        return [(DATA_PLANE, receive), *self.activate_if_complete(sequence)]
 
-    def _mismatch(self, sequence: Sequence, arrival: Arrival, header: KvPayload) -> str | None:
-        ours = self._holdings.fingerprint(sequence)
+    def _mismatch(self, sequence: Sequence, incoming: IncomingKv, header: KvPayload) -> str | None:
+        """Return why the round cannot be received, or None."""
+        ours = self._table.fingerprint(sequence)
         if header.fingerprint != ours:
             return f"KV layout {header.fingerprint} is not ours ({ours})"
-        if header.first_block != arrival.next_block:
-            return f"blocks from {header.first_block} on, not from {arrival.next_block}"
-        # It may have grown since the reservation was made.
-        tables = self._holdings.tables
-        known = (arrival.next_block + header.num_blocks) * tables.block_size(sequence)
+        if header.first_block != incoming.next_block:
+            return f"blocks from {header.first_block} on, not from {incoming.next_block}"
+        # The sequence may have grown since the reservation.
+        tables = self._table.tables
+        known = (incoming.next_block + header.num_blocks) * tables.block_size(sequence)
         if header.last:
             known = len(sequence.request.prompt) + len(header.outputs)
         return None if tables.grow(sequence, known) else "no room for what it has grown by"
 
-    def _drain(self, source: int, header: KvPayload) -> Commands:
+    def _drain(self, source: int, header: KvPayload) -> Outbox:
         drain = DrainBlocks(source, header.tag, header.num_blocks)
         return [(DATA_PLANE, drain)] if header.num_blocks else []
 
     @property
-    def closing(self) -> bool:
-        """A sequence needs only blocks that are on their way, and its source stops soon."""
-        arrivals = ((s, s.arrival) for s in self._holdings.sequences.values())
-        return any(a is not None and a.closing and s.num_computed >= a.start for s, a in arrivals)
+    def awaits_final_blocks(self) -> bool:
+        """Whether some sequence needs only blocks in transfer, and its source freezes it soon."""
+        receiving = ((s, s.incoming) for s in self._table.sequences.values())
+        return any(
+            i is not None and i.src_stops_soon and s.num_computed >= i.start for s, i in receiving
+        )
 
-    def arrived(self, event: BlocksArrived) -> Commands:
-        """A round is in place, or never will be."""
-        if (sequence := self._holdings.landed(event.epoch, event.round)) is None:
+    def blocks_arrived(self, event: BlocksArrived) -> Outbox:
+        """Record that a round is in place, or has failed."""
+        if (sequence := self._table.transfer_ended(event.epoch, event.round)) is None:
             return []
-        assert sequence.arrival is not None, f"{event} for what is complete"
+        assert sequence.incoming is not None, f"{event} for a complete sequence"
         if not event.ok:
-            self._holdings.end(sequence)
+            self._table.end(sequence)
             return [(SCHEDULER, KvFailed(event.request_id, event.epoch, event.reason))]
-        sequence.arrival.transfer_s += event.transfer_s
-        return self.complete(sequence)
+        sequence.incoming.transfer_s += event.transfer_s
+        return self.activate_if_complete(sequence)
 
-    def complete(self, sequence: Sequence) -> Commands:
-        """If nothing is missing any more, it is ours and decodes on; what has to be said of it."""
-        arrival = sequence.arrival
-        if arrival is None or sequence.num_computed < arrival.start or not arrival.announced:
+    def activate_if_complete(self, sequence: Sequence) -> Outbox:
+        """Activate the sequence once all its KV is present. Returns messages to send."""
+        incoming = sequence.incoming
+        if incoming is None or sequence.num_computed < incoming.start or not incoming.announced:
             return []
-        if arrival.num_computed is None:
-            return self._part_computed(sequence, arrival)
+        if incoming.num_computed is None:
+            return self._part_computed(sequence, incoming)
         if sequence.receiving:
             return []
-        sequence.arrival, sequence.phase = None, Phase.RUNNING
-        tables = self._holdings.tables
-        sequence.num_computed = max(sequence.num_computed, arrival.num_computed)
-        tables.know(sequence)
+        sequence.incoming, sequence.phase = None, Phase.RUNNING
+        tables = self._table.tables
+        sequence.num_computed = max(sequence.num_computed, incoming.num_computed)
+        tables.register(sequence)
         first = sequence.num_reported
         sequence.num_reported = len(sequence.outputs)
-        num_blocks = arrival.next_block - arrival.start // tables.block_size(sequence)
+        num_blocks = incoming.next_block - incoming.start // tables.block_size(sequence)
         received = KvReceived(
             sequence.request.id,
             sequence.epoch,
@@ -135,13 +134,13 @@ class KvReceiver:
             tuple(sequence.outputs[first:]),
             sequence.logprobs_from(first),
             num_blocks * tables.block_bytes,
-            arrival.transfer_s,
+            incoming.transfer_s,
         )
         return [(SCHEDULER, received)]
 
-    def _part_computed(self, sequence: Sequence, arrival: Arrival) -> Commands:
-        """The source goes on until it hears that nothing is missing but what it sends."""
-        if arrival.told or not arrival.start:
+    def _part_computed(self, sequence: Sequence, incoming: IncomingKv) -> Outbox:
+        """Tell the source, once, that only the KV that it sends is missing: it may freeze."""
+        if incoming.src_notified or not incoming.start:
             return []
-        arrival.told = True
-        return [(arrival.src, PartComputed(sequence.request.id, sequence.epoch))]
+        incoming.src_notified = True
+        return [(incoming.src, PartComputed(sequence.request.id, sequence.epoch))]

@@ -1,4 +1,4 @@
-"""What a worker has done and the scheduler has not yet heard of."""
+"""Tokens, preemptions and work of a worker since its last report to the scheduler."""
 
 from itertools import chain
 
@@ -7,22 +7,23 @@ from mellmpi.worker.sequences import Sequence
 
 
 class ReportBuffer:
-    """Gathers tokens, preemptions and work until the driver asks for a report."""
+    """Collects tokens, preemptions and work until the driver asks for a report."""
 
     def __init__(self) -> None:
-        self._forget()
-        self._said = (0, 0)  # acked, free bytes in the last report
+        self._clear()
+        self._last_state = (0, 0)  # acked, free bytes in the last report
 
-    def _forget(self) -> None:
-        self._runs: dict[int, Sequence] = {}  # by epoch; perhaps already ended
+    def _clear(self) -> None:
+        self._runs: dict[int, Sequence] = {}  # with new tokens, by epoch; some have ended
         self._preempted: list[tuple[int, int]] = []
         self._prefill_tokens = self._decode_tokens = self._attended = 0
 
     def token(self, sequence: Sequence) -> None:
+        """Record that the sequence has new output tokens."""
         self._runs[sequence.epoch] = sequence
 
     def decoded(self, sequence: Sequence, num_tokens: int) -> None:
-        """In as many steps of one position each."""
+        """Record output tokens and as many decoded positions."""
         self._runs[sequence.epoch] = sequence
         self._decode_tokens += num_tokens
 
@@ -30,18 +31,18 @@ class ReportBuffer:
         self._preempted.append((sequence.request.id, sequence.epoch))
 
     def computed(self, start: int, num_positions: int, sampled: bool) -> None:
-        """Positions from `start` on; if sampled, the last of them was a decode."""
+        """Record a chunk: positions from `start` on; if sampled, the last one was a decode."""
         prefilled = num_positions - sampled
         self._prefill_tokens += prefilled
         self._decode_tokens += sampled
         self._attended += prefilled * start + prefilled * (prefilled - 1) // 2
 
     def report(self, steps: int, step_s: float, free_bytes: int, acked: int) -> StepReport | None:
-        """All of it as one message, and forgotten; None if nothing happened."""
-        if not (self._runs or self._preempted) and self._said == (acked, free_bytes):
+        """Return everything collected as one message and clear the buffer; None if no change."""
+        if not (self._runs or self._preempted) and self._last_state == (acked, free_bytes):
             return None
         runs = list(self._runs.values())
-        news = [s.outputs[s.num_reported :] for s in runs]
+        new_tokens = [s.outputs[s.num_reported :] for s in runs]
         report = StepReport(
             steps=steps,
             step_s=step_s,
@@ -52,19 +53,19 @@ class ReportBuffer:
             request_ids=tuple(s.request.id for s in runs),
             epochs=tuple(s.epoch for s in runs),
             firsts=tuple(s.num_reported for s in runs),
-            counts=tuple(map(len, news)),
-            tokens=tuple(chain.from_iterable(news)),
+            counts=tuple(map(len, new_tokens)),
+            tokens=tuple(chain.from_iterable(new_tokens)),
             logprobs=_logprobs(runs),
             preempted=tuple(self._preempted),
             attended=self._attended,
         )
         for sequence in runs:
             sequence.num_reported = len(sequence.outputs)
-        self._forget()
-        self._said = (acked, free_bytes)
+        self._clear()
+        self._last_state = (acked, free_bytes)
         return report
 
 
 def _logprobs(runs: list[Sequence]) -> tuple[tuple[int, tuple[TokenLogprob, ...]], ...]:
-    """(run index, its logprobs) of the sequences that have any."""
+    """(run index, logprobs of its tokens), for sequences that have logprobs."""
     return tuple((i, s.logprobs_from(s.num_reported)) for i, s in enumerate(runs) if s.logprobs)

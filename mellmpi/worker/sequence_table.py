@@ -1,39 +1,38 @@
-"""What one worker holds: its sequences, those that linger, and their blocks. Pure."""
+"""The sequences of one worker and their blocks. Pure."""
 
 from mellmpi.worker.kvcache import BlockTables
 from mellmpi.worker.sequences import Sequence
 
 
 class SequenceTable:
-    """Keyed by epoch. Blocks in flight are nobody else's: their sequence lingers meanwhile."""
+    """Sequences by epoch. An ended sequence lingers until no transfer uses its blocks."""
 
     def __init__(self, tables: BlockTables, fingerprints: dict[str, str]):
-        self.tables, self.fingerprints = tables, fingerprints
+        self.tables, self.fingerprints = tables, fingerprints  # fingerprints by model
         self.sequences: dict[int, Sequence] = {}  # oldest assignment first
-        self.lingering: dict[int, Sequence] = {}  # ended, but a transfer touches their blocks
+        self.lingering: dict[int, Sequence] = {}  # ended, but a transfer still uses the blocks
 
     def fingerprint(self, sequence: Sequence) -> str:
-        """Of the layout of its KV."""
+        """Fingerprint of the sequence's KV layout."""
         return self.fingerprints[sequence.request.model]
 
     def end(self, sequence: Sequence) -> None:
-        """It is over here; its blocks are given back, now or when no transfer touches them."""
+        """Remove the sequence; its blocks are freed once no transfer uses them."""
         self.lingering[sequence.epoch] = self.sequences.pop(sequence.epoch)
-        self.free(sequence)
+        self._free_if_unused(sequence)
 
-    def free(self, sequence: Sequence) -> None:
-        """Give the blocks of what has ended back, once no transfer touches them any more."""
-        if not sequence.in_flight:
-            self.tables.pool.give(sequence.block_table)
-            del self.lingering[sequence.epoch]
+    def _free_if_unused(self, ended: Sequence) -> None:
+        if not ended.in_flight:
+            self.tables.pool.free(ended.block_table)
+            del self.lingering[ended.epoch]
 
-    def landed(self, epoch: int, tag: int) -> Sequence | None:
-        """A round no longer touches its blocks; the sequence, or None if that is over already."""
+    def transfer_ended(self, epoch: int, tag: int) -> Sequence | None:
+        """Record that transfer `tag` is over. Returns the sequence, or None if it has ended."""
         ended = self.lingering.get(epoch)
         sequence = ended or self.sequences[epoch]
-        for rounds in (sequence.sending, sequence.closing, sequence.receiving):
-            rounds.discard(tag)
+        for tags in (sequence.sending, sequence.sending_partial, sequence.receiving):
+            tags.discard(tag)
         if ended is not None:
-            self.free(ended)
+            self._free_if_unused(ended)
             return None
         return sequence

@@ -1,4 +1,4 @@
-"""A request's live state on one worker."""
+"""The state of a request on one worker."""
 
 from dataclasses import dataclass, field
 from enum import Enum
@@ -9,46 +9,46 @@ from mellmpi.worker.kvcache import BlockKey
 
 class Phase(Enum):
     RUNNING = "running"  # gets a chunk in every step
-    ARRIVING = "arriving"  # blocks reserved; KV on its way, or being computed
-    FROZEN = "frozen"  # the last round is sent or being sent; kept until the scheduler has heard
+    RECEIVING = "receiving"  # blocks reserved; KV in transfer, or being recomputed here
+    FROZEN = "frozen"  # last round announced; blocks kept until the scheduler releases them
 
 
 @dataclass(slots=True)
-class Stream:
-    """A sequence on its way out, in rounds."""
+class OutgoingKv:
+    """Transfer state of a sequence that this worker sends, in rounds."""
 
     dst: int
     dst_epoch: int
-    next_block: int  # all before it are sent, being sent, or not needed there
+    next_block: int  # blocks before it are sent, in transfer, or not needed by the destination
     round: int = 0
-    num_before: float = float("inf")  # blocks of the round before
-    awaits_part: bool = False  # the destination still computes its own part: do not stop yet
+    prior_blocks: float = float("inf")  # blocks of the previous round
+    awaits_part: bool = False  # the destination still computes its own part: do not freeze yet
 
     @property
     def tag(self) -> int:
-        """Of the blocks of this round."""
+        """Tag of this round's block transfer."""
         return ROUNDS * self.dst_epoch + self.round
 
 
 @dataclass(slots=True)
-class Arrival:
-    """A sequence on its way in."""
+class IncomingKv:
+    """Transfer state of a sequence that this worker receives."""
 
     src: int
-    start: int  # positions before it are computed here, or were here
-    next_block: int  # all before it are announced, or not sent
-    num_computed: int | None = None  # at the source, when it stopped; None: it goes on
-    announced: bool = False  # its first round, and that is being received
-    told: bool = False  # the source, that all before `start` is here
-    closing: bool = False  # its source is about to stop, or has stopped
-    transfer_s: float = 0.0  # of the rounds that are in place
+    start: int  # positions before it are computed here, or were in the prefix cache
+    next_block: int  # blocks before it are announced, or not sent
+    num_computed: int | None = None  # at the source when it froze the sequence; None: not frozen
+    announced: bool = False  # the first header has come
+    src_notified: bool = False  # `PartComputed` has been sent
+    src_stops_soon: bool = False  # the source is about to freeze the sequence, or has done so
+    transfer_s: float = 0.0  # sum over completed rounds
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """Known tokens, how many of them are computed, and the blocks that hold their KV.
+    """Known tokens, the number of them that are computed, and the blocks that hold their KV.
 
-    Prefill, decode, resumption and arrival are one rule: computed catches up with known.
+    Prefill, decode, resumption and migration follow one rule: computed catches up with known.
     """
 
     request: Request
@@ -57,15 +57,15 @@ class Sequence:
     block_table: list[int]
     phase: Phase = Phase.RUNNING
     num_computed: int = 0  # positions whose KV is in place
-    num_reported: int = 0  # outputs the scheduler has been told of
+    num_reported: int = 0  # outputs that the scheduler knows
     logprobs: dict[int, TokenLogprob] = field(default_factory=dict)  # by output index, if asked for
-    keys: list[BlockKey] = field(default_factory=list)  # of the full blocks known so far
-    num_known: int = 0  # leading blocks whose content the pool knows
-    sending: set[int] = field(default_factory=set)  # tags of rounds that still read the blocks
-    closing: set[int] = field(default_factory=set)  # of these, those that read a half-full one
-    receiving: set[int] = field(default_factory=set)  # tags of rounds that still write them
-    stream: Stream | None = None  # while it leaves
-    arrival: Arrival | None = None  # while ARRIVING
+    keys: list[BlockKey] = field(default_factory=list)  # of the leading full blocks
+    num_registered: int = 0  # leading blocks whose content the pool knows
+    sending: set[int] = field(default_factory=set)  # tags of transfers that still read the blocks
+    sending_partial: set[int] = field(default_factory=set)  # of these: read a half-full block
+    receiving: set[int] = field(default_factory=set)  # tags of transfers that still write them
+    outgoing: OutgoingKv | None = None  # during a migration from this worker
+    incoming: IncomingKv | None = None  # while RECEIVING
 
     @property
     def num_tokens(self) -> int:
@@ -73,32 +73,32 @@ class Sequence:
 
     @property
     def in_flight(self) -> bool:
-        """A transfer still touches the blocks: they may not be given to anybody."""
+        """Whether a transfer still reads or writes the blocks: they may not be freed."""
         return bool(self.receiving or self.sending)
 
     @property
-    def end(self) -> int:
-        """Positions to compute here before anything else happens."""
-        return self.num_tokens if self.arrival is None else self.arrival.start
+    def compute_end(self) -> int:
+        """Position up to which this worker computes KV now."""
+        return self.num_tokens if self.incoming is None else self.incoming.start
 
     @property
     def computable(self) -> bool:
-        """May the next step write its blocks, and is there something to write?"""
-        if self.arrival is not None:
-            # Not before its blocks are let in: during a long step nobody would do that.
-            return self.arrival.announced and self.num_computed < self.arrival.start
-        # Full blocks are only read; a half-full one that is being sent must stay as it is, even
-        # if it will be thrown away.
-        return self.phase is Phase.RUNNING and not self.closing
+        """Whether the next step may compute positions of this sequence, and has any to compute."""
+        if self.incoming is not None:
+            # After the first header only: during a long step no receive could be posted.
+            return self.incoming.announced and self.num_computed < self.incoming.start
+        # Full blocks are only read. A half-full block in transfer must not be written, even if the
+        # receiver will discard it.
+        return self.phase is Phase.RUNNING and not self.sending_partial
 
     def logprobs_from(self, first: int) -> tuple[TokenLogprob, ...]:
-        """Of the outputs from index `first` on, one each; empty if none were asked for."""
+        """Logprobs of the outputs from index `first` on; empty if none were asked for."""
         if not self.logprobs:
             return ()
         return tuple(self.logprobs[i] for i in range(first, len(self.outputs)))
 
     def token_range(self, start: int, end: int) -> tuple[int, ...]:
-        """Tokens of positions [start, end), prompt and outputs taken as one."""
+        """Tokens at positions [start, end) of prompt and outputs concatenated."""
         prompt = self.request.prompt
         n = len(prompt)
         if end <= n:

@@ -1,7 +1,7 @@
-"""Arrivals and lengths: public traces, recognised by their columns, and seeded generators.
+"""Workloads: arrival times and lengths from public trace formats, or from a seeded generator.
 
-Knows no prompt text and no policy: a workload is one row a request, times in seconds, lengths in
-tokens.
+Knows no prompt text and no policy: a workload has one row per request, with times in seconds and
+lengths in tokens.
 """
 
 from mellmpi.workload.requests import Workload, gamma

@@ -1,15 +1,15 @@
-"""What was recognised in a trace, in one line for people, and whether its times are plausible."""
+"""A description of a trace in one line, and a check whether its times are plausible."""
 
 from mellmpi.workload.formats import UNITS, Format
 from mellmpi.workload.requests import Workload
 from mellmpi.workload.rows import SEPARATORS, TraceFile
 
-FASTEST = 200.0  # requests/s of the fastest plausible trace, on average
-FASTEST_TOKENS = 5e6  # tokens/s, prompts and outputs together, likewise
+FASTEST = 200.0  # requests/s, mean of the fastest plausible trace
+FASTEST_TOKENS = 5e6  # tokens/s, prompts and outputs together, mean of the fastest one
 
 
 def describe(file: TraceFile, form: Format, workload: Workload) -> str:
-    """File, format, unit of times, number of requests and span; and a doubt about the unit."""
+    """Return file, format, unit of times, requests and span; a warning if the unit looks wrong."""
     times = f"times in {form.unit}" if form.unit else "times are dates"
     separated = f", separated by {SEPARATORS[file.separator]}" if file.separator != "," else ""
     span_s = float(workload.arrival_s[-1] - workload.arrival_s[0])
@@ -18,17 +18,16 @@ def describe(file: TraceFile, form: Format, workload: Workload) -> str:
     failed = f", {workload.dropped:,} failed left out" if workload.dropped else ""
     return (
         f"{file.path}: {form.name} format{separated}, {times}, {len(workload):,} requests"
-        f"{within}{failed}{_doubt(form, workload)}"
+        f"{within}{failed}{_warning(form, workload)}"
     )
 
 
 def plausible_unit(form: Format, workload: Workload) -> str | None:
-    """The unit in which the times of a trace are plausible: its format's, if that is.
+    """Return the unit in which the times of a trace are plausible, preferably its format's unit.
 
-    A load is plausible if, on average over the trace, it has between `form.slowest` (1/300;
-    Mooncake and Bailian 1/10, BurstGPT 0) and 200 requests/s, and at most 5 million tokens/s.
-    None where no unit makes it plausible (such as where all requests arrive at once), and where
-    times are dates.
+    A load is plausible if its mean is between `form.slowest` (1/300; Mooncake and Bailian 1/10,
+    BurstGPT 0) and 200 requests/s, and at most 5 million tokens/s. None if no unit is plausible
+    (for example because all requests arrive at once), and if times are dates.
     """
     if form.unit is None:
         return None
@@ -40,7 +39,7 @@ def plausible_unit(form: Format, workload: Workload) -> str | None:
     return None
 
 
-def _doubt(form: Format, workload: Workload) -> str:
+def _warning(form: Format, workload: Workload) -> str:
     unit = plausible_unit(form, workload)
     if unit is None or form.unit is None or unit == form.unit:
         return ""
@@ -49,7 +48,7 @@ def _doubt(form: Format, workload: Workload) -> str:
 
 
 def _rate(workload: Workload) -> float:
-    """Requests/s on average; 0 where all arrive at once."""
+    """Mean requests/s; 0 if all requests arrive at once."""
     span_s = float(workload.arrival_s[-1] - workload.arrival_s[0])
     return (len(workload) - 1) / span_s if span_s else 0.0
 

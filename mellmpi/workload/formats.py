@@ -1,4 +1,4 @@
-"""Formats of published traces: which column means what, and how its cells are read."""
+"""Formats of published traces: the meaning of their columns, and how cells are parsed."""
 
 import math
 import re
@@ -6,10 +6,11 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 from mellmpi.workload.requests import MAX_TOKENS
 
+T = TypeVar("T")
 EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
 DATE = re.compile(
     r"(\d{4}-\d\d-\d\d)[ T](\d\d:\d\d)(?:(:\d\d)(?:\.(\d{0,9}))?)?\s?(Z|[+-]\d\d(?::?\d\d)?)?",
@@ -20,13 +21,13 @@ UNITS = {"seconds": 1, "milliseconds": 1000, "microseconds": 10**6, "nanoseconds
 
 @lru_cache(maxsize=1000)
 def column_name(text: str) -> str:
-    """The key under which a column is stored: its name in lower case, without outer spaces."""
+    """Return the key of a column: its name in lower case, without surrounding spaces."""
     return text.strip().casefold()
 
 
 @dataclass(frozen=True)
 class Format:
-    """Columns of one publisher's files, as the publisher spells them; "" where there is none."""
+    """Column names of one publisher's files, as the publisher spells them; "": no such column."""
 
     name: str
     arrival: str
@@ -35,11 +36,11 @@ class Format:
     unit: str | None  # of arrivals, one of UNITS; None: arrivals are dates
     model: str = ""
     session: str = ""
-    also: str = ""  # a further column that every file has
+    also: str = ""  # another column that every file has
     without: str = ""  # a column that no file has
-    zero_is_failure: bool = False  # a request without tokens is a request that failed
-    from_first: bool = True  # times count from the first row
-    slowest: float = 1 / 300  # requests/s; on average, no trace in this format is slower
+    zero_is_failure: bool = False  # a request with 0 tokens has failed
+    from_first: bool = True  # times are relative to the first row
+    slowest: float = 1 / 300  # requests/s, mean of the slowest plausible trace in this format
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -51,21 +52,21 @@ class Format:
         return not (self.without and self.without in names) and not self.missing(names)
 
     def missing(self, names: Collection[str]) -> list[str]:
-        """Those of the columns that every file has which a file with these columns lacks."""
+        """Required columns that a file with these columns lacks."""
         return [name for name in self.needs if column_name(name) not in names]
 
     def arrival_s(self, columns: Mapping[str, Any]) -> float:
-        """Time of arrival in seconds: since 2000 for dates, else as the trace counts."""
+        """Arrival time in seconds: since 2000 for dates, else since the origin of the trace."""
         if self.unit is None:
             what = "a date and time such as 2024-05-10 00:00:00.009930+00:00"
-            return float(_read(columns, self.arrival, what, _date_s))
+            return _read(columns, self.arrival, what, _date_s)
         time = _read(columns, self.arrival, f"a time in {self.unit}", _number)
         if time < 0:
             raise _wrong(columns, self.arrival, "a time is 0 or more")
-        return float(time) / UNITS[self.unit]
+        return time / UNITS[self.unit]
 
     def tokens(self, columns: Mapping[str, Any], name: str) -> int:
-        """A number of tokens, at least 1, or 0 in a request that failed."""
+        """Number of tokens: at least 1, or 0 for a failed request. ValueError names the column."""
         tokens = _read(columns, name, "a whole number of tokens", _whole)
         if tokens < (0 if self.zero_is_failure else 1):
             raise _wrong(columns, name, "a request has at least one prompt and one output token")
@@ -73,13 +74,13 @@ class Format:
             raise _wrong(
                 columns, name, f"prompt and output have at most {MAX_TOKENS:,} tokens each"
             )
-        return int(tokens)
+        return tokens
 
     def label(self, columns: Mapping[str, Any], name: str) -> str:
-        """Name of a model or a session; "" where the row has none."""
+        """Name of a model or a session; "" if the row has none."""
         if not name or columns.get(column_name(name)) in (None, ""):
             return ""
-        return str(_read(columns, name, "a name", _text))
+        return _read(columns, name, "a name", _text)
 
 
 FORMATS = (
@@ -134,7 +135,7 @@ FORMATS = (
 
 
 def recognise(names: Collection[str]) -> Format:
-    """The format of a file with these columns. ValueError says which formats are known."""
+    """Return the format of a file with these columns. ValueError lists the known formats."""
     fits = [form for form in FORMATS if form.fits(names)]
     if len(fits) == 1:
         return fits[0]
@@ -148,13 +149,13 @@ def recognise(names: Collection[str]) -> Format:
     raise ValueError(f"unknown columns ({', '.join(names)[:200]!r}{lacks}). Known formats: {known}")
 
 
-def _read(columns: Mapping[str, Any], name: str, what: str, how: Callable[[Any], Any]) -> Any:
-    """What `how` makes of a cell. ValueError names the column and what is expected in it."""
+def _read(columns: Mapping[str, Any], name: str, what: str, parse: Callable[[Any], T]) -> T:
+    """Parse a cell. ValueError names the column and the expected content."""
     value = columns.get(column_name(name))
     if value is None or (isinstance(value, str) and not value.strip()):
         raise ValueError(f"{name} is missing; {what} is expected")
     try:
-        return how(value)
+        return parse(value)
     except (ValueError, TypeError, OverflowError) as error:
         raise _wrong(columns, name, f"{what} is expected") from error
 
@@ -167,7 +168,7 @@ def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise TypeError(value)
     if isinstance(value, str) and ("_" in value or not value.isascii()):
-        raise ValueError(value)  # Python takes 1_000 and digits of any script
+        raise ValueError(value)  # Python accepts 1_000 and digits of any script
     number = float(value)
     if not math.isfinite(number):
         raise ValueError(value)
@@ -182,7 +183,7 @@ def _whole(value: Any) -> int:
 
 
 def _date_s(value: Any) -> float:
-    """Seconds since 2000. A date without a zone is in UTC; fractions have up to nine digits."""
+    """Seconds since 2000. A date without a zone is UTC; fractions have up to nine digits."""
     if (found := DATE.fullmatch(value.strip() if isinstance(value, str) else "")) is None:
         raise ValueError(value)
     day, clock, seconds, decimals, zone = found.groups()
@@ -194,12 +195,12 @@ def _text(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise TypeError(value)
     text = str(value).strip()
-    text.encode()  # half a surrogate pair can be read from JSON, but not be written
+    text.encode()  # raises for a lone surrogate: JSON can contain it, UTF-8 cannot
     return text
 
 
 def _shown(value: Any) -> str:
-    """A cell as it stands in an error message: one line, not too long."""
+    """Return a cell for an error message: one line, at most 60 characters."""
     if isinstance(value, dict | list):
         return "an object" if isinstance(value, dict) else "a list"
     text = repr(value)

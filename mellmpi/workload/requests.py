@@ -1,4 +1,4 @@
-"""Requests of a workload: when they arrive and how long they are; seeded generators."""
+"""A workload, arrival times and lengths of its requests, and a seeded generator."""
 
 import math
 from dataclasses import dataclass, replace
@@ -11,21 +11,21 @@ LONGEST_S = 366 * 86_400.0  # from the start of a trace to its last arrival
 
 @dataclass(frozen=True)
 class Workload:
-    """One row a request, in the order of arrival; times in seconds."""
+    """One row per request, in the order of arrival."""
 
-    arrival_s: np.ndarray  # float64, ascending
-    prompt_tokens: np.ndarray  # int64, at least 1
-    output_tokens: np.ndarray  # int64, at least 1
-    model: tuple[str, ...]  # one a row, "" where the trace has none
-    session: tuple[str, ...]  # likewise
-    dropped: int = 0  # rows of requests that failed where the trace was taken
-    source: str = ""  # one line for people: file, format, unit of times, how many, how long
+    arrival_s: np.ndarray  # float64 [requests], ascending
+    prompt_tokens: np.ndarray  # int64 [requests], at least 1
+    output_tokens: np.ndarray  # int64 [requests], at least 1
+    model: tuple[str, ...]  # one per row, "" if the trace has none
+    session: tuple[str, ...]  # one per row, "" if the trace has none
+    dropped: int = 0  # rows of requests that failed in the traced system
+    source: str = ""  # one line: file, format, unit of times, number of requests, span
 
     def __len__(self) -> int:
         return len(self.arrival_s)
 
     def faster(self, factor: float) -> "Workload":
-        """The same requests, arriving `factor` times as fast."""
+        """Return the workload with `factor` times the arrival rate."""
         if not (factor > 0 and math.isfinite(factor)):
             raise ValueError(f"--rate-scale must be over 0, not {factor}")
         if float(self.arrival_s.max(initial=0)) / factor > LONGEST_S:
@@ -36,7 +36,7 @@ class Workload:
         return replace(self, arrival_s=self.arrival_s / factor)
 
     def longer(self, factor: float) -> "Workload":
-        """The same arrivals; prompts and outputs `factor` times as long, at least one token."""
+        """Return the workload with prompts and outputs `factor` times as long, at least 1 token."""
         if not (factor > 0 and math.isfinite(factor)):
             raise ValueError(f"--length-scale must be over 0, not {factor}")
         longest = max(tokens.max(initial=0) for tokens in (self.prompt_tokens, self.output_tokens))
@@ -54,7 +54,7 @@ class Workload:
         )
 
     def first(self, count: int) -> "Workload":
-        """Only so many requests."""
+        """Return the first `count` requests."""
         return replace(
             self,
             arrival_s=self.arrival_s[:count],
@@ -68,9 +68,13 @@ class Workload:
 def gamma(
     num_requests: int, rate: float, cv: float, prompt: float, output: float, seed: int
 ) -> Workload:
-    """Arrivals with this rate (1/s) and variation (1: Poisson); lognormal lengths of these means.
+    """Generate arrivals with gamma distributed gaps, and lognormal lengths.
 
-    Of the lengths, the standard deviation equals the mean.
+    rate            requests per second
+    cv              coefficient of variation of the gaps; 1: Poisson arrivals
+    prompt, output  mean lengths in tokens; the standard deviation equals the mean
+
+    Raises ValueError unless all of them are over 0.
     """
     if num_requests < 1 or min(rate, cv, prompt, output) <= 0:
         raise ValueError("requests, rate, cv, prompt and output must be over 0")
@@ -79,8 +83,8 @@ def gamma(
     sigma = math.sqrt(math.log(2))
 
     def lengths(mean: float) -> np.ndarray:
-        drawn = rng.lognormal(math.log(mean) - sigma**2 / 2, sigma, num_requests)
-        return np.maximum(1, drawn).astype(np.int64)
+        samples = rng.lognormal(math.log(mean) - sigma**2 / 2, sigma, num_requests)
+        return np.maximum(1, samples).astype(np.int64)
 
     nothing = ("",) * num_requests
     return Workload(np.cumsum(gaps), lengths(prompt), lengths(output), nothing, nothing)

@@ -1,4 +1,4 @@
-"""Rows of a trace file: CSV or JSON Lines, gzipped or not, read once from front to back."""
+"""Rows of a trace file: CSV or JSON Lines, gzipped or not, in one sequential read."""
 
 import csv
 import gzip
@@ -16,10 +16,10 @@ from typing import Any
 
 from mellmpi.workload.formats import column_name
 
-FILLED_S = 5.0  # so long a pipe may be empty at the start
+FILLED_S = 5.0  # a pipe must have its first bytes within this time
 LONGEST_LINE = 1 << 24  # characters; a prompt of a million tokens has some 500,000 in hash_ids
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
-PACKED = {  # first bytes of files that are no text -> what to do
+PACKED = {  # first bytes of files that are not text -> remedy
     b"\xff\xfe": "it is UTF-16; iconv -f UTF-16 -t UTF-8 converts it",
     b"\xfe\xff": "it is UTF-16; iconv -f UTF-16 -t UTF-8 converts it",
     b"version https://git-lfs": "it is a pointer of Git LFS; git lfs pull fetches the trace",
@@ -33,7 +33,7 @@ ONE_A_LINE = "one JSON object a line is expected, as jq -c writes them"
 
 
 class _ReadAhead(io.RawIOBase):
-    """Bytes that were read ahead, then the rest of their file: a pipe cannot go back."""
+    """Bytes that were read ahead, then the rest of the file: a pipe cannot seek."""
 
     def __init__(self, ahead: bytes, rest: io.BufferedReader):
         self._ahead, self._rest = ahead, rest
@@ -66,14 +66,14 @@ def open_filled(path: Path) -> io.BufferedReader:
 
 @dataclass
 class TraceFile:
-    """One file; `line` and `separator` are known as far as `rows` has read."""
+    """One file; `rows` updates `line` and `separator` as it reads."""
 
     path: Path
-    line: int = 0  # lines read
-    separator: str = ","  # between cells, where it is CSV
+    line: int = 0  # number of lines read
+    separator: str = ","  # between cells of CSV
 
     def rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Line number and cells of each row, by `column_name`. ValueError names file and line."""
+        """Yield line number and cells, by `column_name`, of each row. ValueError names the line."""
         try:
             with open_filled(self.path) as file:
                 yield from self._parsed(self._lines(self._text(file)))
@@ -120,7 +120,7 @@ class TraceFile:
             yield line, self._cells(names, cells, line)
 
     def _table(self, rows: Iterator[list[str]]) -> Iterator[tuple[int, list[str]]]:
-        start = self.line  # the header was read to see what the file is
+        start = self.line  # the header has been read to recognise the file type
         while True:
             try:
                 cells = next(rows, None)
@@ -169,7 +169,7 @@ class TraceFile:
 
 def _is_utf8(line: str) -> bool:
     try:
-        line.encode()  # bytes that could not be decoded are lone surrogates
+        line.encode()  # undecodable bytes were read as lone surrogates
     except UnicodeEncodeError:
         return False
     return True

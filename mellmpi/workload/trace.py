@@ -1,4 +1,4 @@
-"""A trace file as a workload."""
+"""Reads a trace file into a workload."""
 
 from array import array
 from collections.abc import Mapping
@@ -15,10 +15,10 @@ from mellmpi.workload.rows import TraceFile
 
 
 def load(path: str | Path) -> Workload:
-    """Read a trace, gzipped or not, once from front to back: it may be a pipe.
+    """Read a trace, gzipped or not, in one sequential pass: it may be a pipe.
 
-    ValueError names the file, the line, the column, and what is expected there. `source` of the
-    result says in one line what was recognised.
+    `source` of the result describes the recognised format in one line. ValueError names the file,
+    the line, the column, and the expected content.
     """
     file, requests = TraceFile(Path(path)), _Requests()
     for line, columns in file.rows():
@@ -35,7 +35,7 @@ def load(path: str | Path) -> Workload:
 class _Requests:
     """Rows read so far, column by column."""
 
-    form: Format | None = None  # of the rows so far
+    form: Format | None = None  # format of the rows so far
     names: frozenset[str] = frozenset()  # columns of the last row
     arrivals: "array[float]" = field(default_factory=lambda: array("d"))  # seconds
     prompts: "array[int]" = field(default_factory=lambda: array("q"))  # tokens
@@ -45,7 +45,7 @@ class _Requests:
     dropped: int = 0
 
     def add(self, columns: Mapping[str, Any]) -> None:
-        """Take one row. ValueError names the column."""
+        """Append one row. ValueError names the column."""
         form = self._recognised(columns)
         arrival_s = form.arrival_s(columns)
         prompt, output = form.tokens(columns, form.prompt), form.tokens(columns, form.output)
@@ -81,7 +81,7 @@ class _Requests:
             )
 
     def workload(self, file: TraceFile) -> Workload:
-        """All rows; there is at least one."""
+        """Return all rows, at least one, as a workload."""
         assert self.form is not None
         arrival_s = np.array(self.arrivals, np.float64)
         if self.form.from_first:

@@ -5,10 +5,14 @@ import sys
 import pytest
 
 from mellmpi.cli import main
-from mellmpi.cli.flags import byte_size
-from mellmpi.cli.parser import AT_ONCE_MS, is_first, read_options, world_problem
+from mellmpi.cli.arguments import make_parser
+from mellmpi.cli.flags import POLICIES
+from mellmpi.cli.launcher import is_first, world_problem
+from mellmpi.cli.parser import AT_ONCE_MS, read_options
+from mellmpi.cli.values import byte_size
 from mellmpi.config import UsageError
 from mellmpi.runtime import doctor
+from mellmpi.scheduler import policies
 from mellmpi.workload import rows
 
 
@@ -66,13 +70,13 @@ def test_one_model_is_the_default():
     assert [m.model for m in options().config.models] == ["smollm2"]
 
 
-def test_flags_stand_before_or_after_the_command():
+def test_flags_may_precede_or_follow_the_command():
     before = options("--dtype", "float32", "run-batch", "-i", "a", "-o", "b")
     after = options("run-batch", "-i", "a", "-o", "b", "--dtype", "float32")
     assert before == after and before.command == "run-batch"
 
 
-def test_without_a_command_it_is_the_demo_or_what_is_piped():
+def test_without_a_command_the_demo_or_the_piped_requests_run():
     assert options().command == "demo"
     assert options(piped=True).command == "pipe"
     assert options("-i", "a", "-o", "b").command == "run-batch"
@@ -116,18 +120,18 @@ def test_unknown_keys_of_a_file_and_bad_values_of_the_environment_are_named(tmp_
     ("text", "size"),
     [("1024", 1024), ("64M", 64 << 20), ("1.5GiB", 3 << 29), ("2kb", 2048), ("1T", 1 << 40)],
 )
-def test_byte_sizes_are_powers_of_1024(text, size):
+def test_suffixes_of_byte_sizes_are_powers_of_1024(text, size):
     assert byte_size(text) == size
 
 
-def test_a_launcher_that_mpi_did_not_hear_of_is_found():
+def test_a_launcher_unknown_to_mpi_is_reported():
     assert "srun --mpi=pmix" in world_problem({"SLURM_STEP_NUM_TASKS": "4"}, 1)
     assert "another MPI" in world_problem({"OMPI_COMM_WORLD_SIZE": "4"}, 1)
     assert not world_problem({"SLURM_STEP_NUM_TASKS": "4"}, 4)
     assert not world_problem({"SLURM_NTASKS": "4"}, 1)  # a batch script's own shell: no step
 
 
-def test_only_one_process_of_a_launch_speaks():
+def test_one_process_of_a_launch_prints_messages():
     assert is_first({}) and is_first({"SLURM_PROCID": "0"})
     assert not is_first({"OMPI_COMM_WORLD_RANK": "1"})
 
@@ -143,7 +147,7 @@ def test_only_one_process_of_a_launch_speaks():
         (b"- seed\n", "keys are the names of flags"),
     ],
 )
-def test_a_file_that_is_no_configuration_is_refused_in_one_sentence(tmp_path, content, said):
+def test_a_file_that_is_not_a_configuration_is_refused_in_one_line(tmp_path, content, said):
     file = tmp_path / "c.yaml"
     file.write_bytes(content)
     with pytest.raises(UsageError) as caught:
@@ -151,14 +155,14 @@ def test_a_file_that_is_no_configuration_is_refused_in_one_sentence(tmp_path, co
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_sizes_without_end_are_refused():
+def test_infinite_sizes_are_refused():
     with pytest.raises(UsageError, match="kv-cache-memory-bytes"):
         read_options(["--kv-cache-memory-bytes", "inf"], {}, lambda: False)
     with pytest.raises(UsageError, match="is no number of bytes"):
         read_options([], {"MELLMPI_KV_CACHE_MEMORY_BYTES": "1e999"}, lambda: False)
 
 
-def test_a_launchers_variable_that_is_no_number_says_nothing_about_the_world():
+def test_a_launcher_variable_that_is_not_a_number_is_ignored():
     assert world_problem({"SLURM_STEP_NUM_TASKS": "", "PMI_SIZE": "many"}, 1) == ""
 
 
@@ -199,20 +203,20 @@ def test_the_smallest_and_largest_numbers_are_read():
     assert options("--park-after-s", "0", "--show", "0").config.cluster.park_after_s == 0
 
 
-def test_keys_of_a_file_that_are_no_text_are_named(tmp_path):
+def test_keys_of_a_file_that_are_not_text_are_named(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("1: a\nfoo: b\n")
     with pytest.raises(UsageError, match="1, foo: keys are the names of flags"):
         options("--config", str(file))
 
 
-def test_a_key_without_a_value_is_as_if_it_were_not_there(tmp_path):
+def test_a_key_without_a_value_is_ignored(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("max-num-seqs: null\nmodel:\nblock-size: 8\n")
     assert options("--config", str(file)) == options("--block-size", "8")
 
 
-def test_a_pipe_without_a_writer_is_no_configuration(tmp_path, monkeypatch):
+def test_a_pipe_without_a_writer_is_refused_as_a_configuration(tmp_path, monkeypatch):
     monkeypatch.setattr(rows, "FILLED_S", 0.0)
     pipe = tmp_path / "c.yaml"
     os.mkfifo(pipe)
@@ -220,7 +224,7 @@ def test_a_pipe_without_a_writer_is_no_configuration(tmp_path, monkeypatch):
         options("--config", str(pipe))
 
 
-def test_the_doctor_is_found_behind_flags(monkeypatch):
+def test_the_command_doctor_may_follow_flags(monkeypatch):
     asked = []
     monkeypatch.setattr(doctor, "doctor", lambda config, job: asked.append(config) or 0)
     assert main(["--model", "tiny", "doctor"]) == 0
@@ -228,7 +232,7 @@ def test_the_doctor_is_found_behind_flags(monkeypatch):
 
 
 @pytest.mark.parametrize("before", [["--seed", "1"], ["--config", "x"], ["--model", "tiny"]])
-def test_simulate_stands_before_its_flags(before, capsys):
+def test_simulate_must_precede_its_flags(before, capsys):
     trace = ["--trace", "/no/such", "--kv-bytes-per-token", "1", "--gpu-kv-gib", "1", "--ideal"]
     assert main([*before, "simulate", *trace]) == 2
     assert "write the command first" in capsys.readouterr().err
@@ -236,7 +240,7 @@ def test_simulate_stands_before_its_flags(before, capsys):
         options("--tick-s", "5", "simulate", *trace)
 
 
-def test_a_cache_that_memory_cannot_hold_ends_with_code_2(tmp_path):
+def test_a_kv_cache_larger_than_memory_ends_with_code_2(tmp_path):
     requests = tmp_path / "in.jsonl"
     requests.write_text(
         '{"custom_id": "a", "method": "POST", "url": "/v1/completions", '
@@ -252,9 +256,38 @@ def test_a_cache_that_memory_cannot_hold_ends_with_code_2(tmp_path):
     assert "--kv-cache-memory-bytes" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_batch_that_is_there_at_once_limits_its_steps_by_tokens_alone():
+def test_a_batch_without_arrivals_limits_its_steps_by_tokens_only():
     files = ("-i", "a", "-o", "b")
     assert options("run-batch", *files).config.batch.target_step_ms == AT_ONCE_MS
     assert options("run-batch", *files, "--target-step-ms", "70").config.batch.target_step_ms == 70
     for interactive in (("run-batch", *files, "--request-rate", "4"), ("demo",)):
         assert options(*interactive).config.batch.target_step_ms is None
+
+
+def help_of(command, monkeypatch, capsys):
+    """The help of a command, without the usage lines, as {heading: text}."""
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        make_parser().parse_args([*command, "--help"])
+    sections = capsys.readouterr().out.split("\n\n")[1:]
+    return {text.partition(":\n")[0]: text for text in sections}
+
+
+@pytest.mark.parametrize("command", [[], ["run-batch"], ["demo"], ["doctor"]])
+def test_help_groups_the_flags(command, monkeypatch, capsys):
+    found = help_of(command, monkeypatch, capsys)
+    serving = {"model", "devices", "KV cache", "batching", "policy and migration", "transport"}
+    assert serving <= found.keys()
+    assert ("reports" in found) == (command != ["doctor"])
+    assert "--model " in found["model"] and "--thrift " in found["policy and migration"]
+
+
+@pytest.mark.parametrize(
+    ("command", "group"), [("run-batch", "policy and migration"), ("simulate", "policies")]
+)
+def test_help_explains_each_policy_on_a_line_of_its_own(command, group, monkeypatch, capsys):
+    assert POLICIES.keys() == policies.POLICIES.keys()
+    lines = [line.strip() for line in help_of([command], monkeypatch, capsys)[group].splitlines()]
+    assert all(f"{name}: {meaning}" in lines for name, meaning in POLICIES.items())
+    (thrift,) = (line for line in lines if line.startswith("--thrift X"))
+    assert thrift.split(maxsplit=2)[2].startswith("0 … 1: how hard to consolidate")

@@ -1,7 +1,7 @@
 from mellmpi.costs import MEMORY, AnswerLengths
 
 
-def test_the_last_answers_are_remembered_and_the_oldest_forgotten_first():
+def test_the_oldest_answer_is_overwritten_first():
     lengths = AnswerLengths()
     lengths.add(3, 7)
     assert (len(lengths), lengths.prompt[0], lengths.output[0]) == (1, 3, 7)
@@ -11,7 +11,7 @@ def test_the_last_answers_are_remembered_and_the_oldest_forgotten_first():
     assert sorted(lengths.output) == list(range(1, MEMORY + 1))
 
 
-def test_the_mean_is_that_of_the_answers_remembered():
+def test_the_mean_is_over_the_answers_in_memory():
     lengths = AnswerLengths()
     assert lengths.mean_output(128.0) == 128.0
     for i in range(MEMORY + 100):

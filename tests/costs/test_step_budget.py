@@ -1,4 +1,4 @@
-"""A step's time is the limit of its prompts, and prompts never starve."""
+"""A step's time limits its prompts, and prompts never starve."""
 
 import math
 
@@ -15,13 +15,18 @@ from mellmpi.costs.step_budget import (
     WITHOUT_DECODES,
 )
 
-SECONDS = (0.010, 0.002, 0.001, 1e-6)  # a step, a prefilled position, a decoded one, looked back on
+SECONDS = (
+    0.010,
+    0.002,
+    0.001,
+    1e-6,
+)  # a step, a prefilled position, a decoded one, an attended one
 costs = st.tuples(
     st.floats(1e-4, 1.0), st.floats(1e-6, 0.2), st.floats(1e-6, 0.1), st.floats(0.0, 1e-4)
 )
 
 
-def test_steps_of_which_nothing_is_known_are_limited_by_tokens_alone():
+def test_steps_of_unknown_duration_are_limited_by_tokens_alone():
     budget = StepBudget(512)
     assert budget.prompt_s(UNKNOWN, 8) == math.inf
     assert budget.num_tokens(UNKNOWN, 0, math.inf) == 512 == budget.chunk(UNKNOWN, 0, 0)
@@ -34,18 +39,18 @@ def test_a_step_with_decodes_takes_twice_as_long_as_without_prompts_and_at_least
     assert budget.prompt_s(SECONDS, 5) == pytest.approx(LEAST_TARGET_S - 0.015)
 
 
-def test_few_decodes_wait_longer_while_many_prompts_wait():
+def test_prompts_get_more_time_where_they_outnumber_the_decoding_sequences():
     budget = StepBudget(512)
     alone_s = budget.prompt_s(SECONDS, 5)
     assert budget.prompt_s(SECONDS, 5, num_prompts=5) == alone_s
     assert budget.prompt_s(SECONDS, 5, num_prompts=10) == pytest.approx(2 * alone_s)
 
 
-def test_a_target_of_the_users_is_kept():
+def test_the_users_target_is_kept():
     assert StepBudget(512, 0.030).prompt_s(SECONDS, 5) == pytest.approx(0.015)
 
 
-def test_where_decodes_alone_take_longer_prompts_get_their_least_share():
+def test_where_decodes_exceed_the_target_prompts_get_their_least_share():
     prompt_s = StepBudget(512, 0.001).prompt_s(SECONDS, 40)
     assert prompt_s / (prompt_s + 0.050) == pytest.approx(LEAST_SHARE)
 
@@ -60,12 +65,12 @@ def test_a_step_in_which_a_request_stops_or_resumes_is_kept_short():
     short_s = budget.prompt_s(SECONDS, 40, closing=True)
     assert short_s == pytest.approx(0.050 * CLOSING_SHARE / (1 - CLOSING_SHARE))
     assert 0 < short_s < budget.prompt_s(SECONDS, 40)
-    starved = StepBudget(512, 0.001)
-    assert starved.prompt_s(SECONDS, 40, closing=True) == starved.prompt_s(SECONDS, 40)
+    short = StepBudget(512, 0.001)
+    assert short.prompt_s(SECONDS, 40, closing=True) == short.prompt_s(SECONDS, 40)
 
 
 @given(costs, st.integers(0, 100_000), st.floats(1e-4, 10.0))
-def test_a_chunk_takes_the_time_that_is_left_and_not_more(seconds, start, left_s):
+def test_a_chunk_fills_the_time_left_and_no_more(seconds, start, left_s):
     count = StepBudget(10**9).num_tokens(seconds, start, left_s)
     assert count == 1 or chunk_s(seconds, start, count) <= left_s * (1 + 1e-6)
     assert chunk_s(seconds, start, count + 1) >= left_s * (1 - 1e-6)

@@ -1,4 +1,4 @@
-"""Planted coefficients come back out of the reports, noise or not."""
+"""Known coefficients are recovered from step reports, with and without noise."""
 
 import math
 import random
@@ -15,7 +15,7 @@ TRUTH = np.array([4e-3, 2e-4, 7e-4, 5e-8])
 
 
 def steps(rng: random.Random, truth=TRUTH, noise: float = 0.0, prefills: float = 0.3):
-    """A report such as a busy worker makes."""
+    """The report of a busy worker with random steps."""
     n, decoding = rng.randint(1, 4), rng.randint(0, 12)
     prefill = rng.choice([16, 64, 300, 512]) * n if rng.random() < prefills else 0
     attended = prefill * rng.choice([100, 1000, 4000])
@@ -31,7 +31,7 @@ def steps(rng: random.Random, truth=TRUTH, noise: float = 0.0, prefills: float =
     )
 
 
-def taught(num_reports: int, worker: int = 1, seed: int = 0, times=None, **kwargs) -> StepTimes:
+def trained(num_reports: int, worker: int = 1, seed: int = 0, times=None, **kwargs) -> StepTimes:
     times, rng = times or StepTimes(PRIOR), random.Random(seed)
     for i in range(num_reports):
         times.add(worker, steps(rng, **kwargs))
@@ -41,8 +41,8 @@ def taught(num_reports: int, worker: int = 1, seed: int = 0, times=None, **kwarg
     return times
 
 
-def test_planted_coefficients_are_found():
-    assert taught(300).coefficients(1) == pytest.approx(TRUTH, rel=0.02)
+def test_known_coefficients_are_found():
+    assert trained(300).coefficients(1) == pytest.approx(TRUTH, rel=0.02)
 
 
 def predicted_s(times: StepTimes) -> list[float]:
@@ -52,55 +52,55 @@ def predicted_s(times: StepTimes) -> list[float]:
 
 
 @pytest.mark.parametrize("factor", [1e-3, 0.1, 10.0, 100.0])
-def test_however_far_the_prior_is_off_predictions_are_right_in_the_end(factor):
-    found = predicted_s(taught(600, truth=TRUTH * factor))
-    assert found == pytest.approx([factor * s for s in predicted_s(taught(300))], rel=0.15)
+def test_predictions_become_right_however_wrong_the_prior_is(factor):
+    found = predicted_s(trained(600, truth=TRUTH * factor))
+    assert found == pytest.approx([factor * s for s in predicted_s(trained(300))], rel=0.15)
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_noise_leaves_predictions_of_long_prefills_within_a_quarter(seed):
-    times = taught(600, seed=seed, noise=0.3)
-    true_s = taught(300).prefill_s(1, 2000, num_decoding=4)
+def test_noise_keeps_predictions_of_long_prefills_within_a_quarter(seed):
+    times = trained(600, seed=seed, noise=0.3)
+    true_s = trained(300).prefill_s(1, 2000, num_decoding=4)
     assert times.prefill_s(1, 2000, num_decoding=4) == pytest.approx(true_s, rel=0.25)
 
 
-def test_a_process_that_slept_now_and_then_spoils_nothing():
+def test_rare_outliers_do_not_spoil_the_prediction():
     times, rng = StepTimes(PRIOR), random.Random(3)
     for i in range(600):
-        told = steps(rng)
-        times.add(1, replace(told, step_s=told.step_s * (50 if i % 20 == 19 else 1)))
+        usual = steps(rng)
+        times.add(1, replace(usual, step_s=usual.step_s * (50 if i % 20 == 19 else 1)))
         times.fold()
-    assert times.prefill_s(1, 2000) == pytest.approx(taught(300).prefill_s(1, 2000), rel=0.3)
+    assert times.prefill_s(1, 2000) == pytest.approx(trained(300).prefill_s(1, 2000), rel=0.3)
 
 
-def test_what_prefilling_takes_is_not_forgotten_while_only_decoding_goes_on():
-    times = taught(300)
+def test_the_prefill_time_is_not_forgotten_while_there_are_only_decodes():
+    times = trained(300)
     before = times.coefficients(1)[1]
-    taught(3000, times=times, prefills=0.0)
+    trained(3000, times=times, prefills=0.0)
     assert times.coefficients(1)[1] == pytest.approx(before, rel=0.1)
 
 
-def test_what_was_never_seen_goes_with_the_scale_of_the_rest():
+def test_an_unmeasured_coefficient_scales_with_the_others():
     fast = np.array([PRIOR.step_s, PRIOR.prefill_token_s, PRIOR.decode_token_s, 0.0]) / 50
-    times = taught(300, truth=fast, prefills=0.0)
+    times = trained(300, truth=fast, prefills=0.0)
     assert times.coefficients(1)[1] == pytest.approx(fast[1], rel=0.1)
 
 
-def test_a_change_of_the_machine_is_followed():
-    times = taught(300)
-    taught(800, times=times, truth=2 * TRUTH, seed=1)
-    assert predicted_s(times) == pytest.approx([2 * s for s in predicted_s(taught(300))], rel=0.1)
+def test_a_change_of_the_step_times_is_followed():
+    times = trained(300)
+    trained(800, times=times, truth=2 * TRUTH, seed=1)
+    assert predicted_s(times) == pytest.approx([2 * s for s in predicted_s(trained(300))], rel=0.1)
 
 
-def test_each_worker_has_its_own_times_and_a_silent_one_those_of_all():
-    times = taught(300, worker=1)
-    taught(300, worker=2, truth=3 * TRUTH, times=times, seed=1)
+def test_each_worker_has_its_own_times_and_one_without_reports_the_common_ones():
+    times = trained(300, worker=1)
+    trained(300, worker=2, truth=3 * TRUTH, times=times, seed=1)
     assert times.coefficients(1) == pytest.approx(TRUTH, rel=0.05)
     assert times.coefficients(2) == pytest.approx(3 * TRUTH, rel=0.05)
     assert (times.coefficients(3) == times.coefficients()).all()
 
 
-def test_reports_without_steps_say_nothing():
+def test_reports_without_steps_are_ignored():
     times = StepTimes(PRIOR)
     times.add(1, replace(report(), steps=0))
     times.add(1, replace(report(), step_s=0.0))
@@ -110,7 +110,7 @@ def test_reports_without_steps_say_nothing():
     )
 
 
-def test_a_long_prefill_is_steps_positions_and_what_they_look_back_on():
+def test_a_long_prefill_costs_its_steps_its_positions_and_the_positions_they_attend_to():
     times = StepTimes(CostModel(prefill_token_s=8.192, step_s=2.0, decode_token_s=0.5))
     chunks = 3  # of 100 less 4 decoding
     expected = chunks * (2.0 + 4 * 0.5) + 200 * 8.192 + 200 * 200 / 2 * 1e-3
@@ -119,7 +119,7 @@ def test_a_long_prefill_is_steps_positions_and_what_they_look_back_on():
     assert times.prefill_s(1, 0) == 0.0
 
 
-# --- what a step takes just now ------------------------------------------------------------------
+# --- current duration of a step ------------------------------------------------------------------
 
 
 def paced(*reports) -> StepTimes:
@@ -129,21 +129,21 @@ def paced(*reports) -> StepTimes:
     return times
 
 
-def test_of_an_unknown_worker_no_step_is_known_to_take_anything():
+def test_the_pace_of_a_worker_without_reports_is_zero():
     assert paced().pace_s(1) == 0.0 and paced((1, 0.02)).pace_s(2) == 0.0
 
 
-def test_one_long_prefill_does_not_change_what_a_step_takes_and_the_third_does():
+def test_one_long_prefill_does_not_change_the_pace_and_the_third_does():
     usual = [(4, 0.02)] * 5
     assert paced(*usual, (1, 0.8)).pace_s(1) == pytest.approx(0.02)
     assert paced(*usual, *[(1, 0.8)] * 3).pace_s(1) == pytest.approx(0.8)
 
 
-def test_a_report_without_steps_says_nothing_of_them():
+def test_a_report_without_steps_does_not_change_the_pace():
     assert paced((4, 0.02), (0, 0.0), (0, 1.0)).pace_s(1) == pytest.approx(0.02)
 
 
-def test_where_steps_are_free_by_the_prior_nothing_waits_for_them():
+def test_where_the_prior_says_that_steps_take_no_time_the_pace_stays_zero():
     times = StepTimes(replace(PRIOR, step_s=0.0))
     times.add(1, replace(report(), steps=2, step_s=0.08))
     assert times.pace_s(1) == 0.0

@@ -1,4 +1,4 @@
-"""Tiny models of every family beside their transformers twins, and a paged way to run them."""
+"""Tiny models of every family with their transformers twins, and a runner over paged KV."""
 
 from dataclasses import dataclass, field
 from functools import cache
@@ -65,7 +65,7 @@ def one_thread():
 
 @dataclass(frozen=True)
 class Twin:
-    """One tiny random model twice: as transformers has it, and what we build ours from."""
+    """One tiny random model: transformers' model, and the architecture and weights for ours."""
 
     arch: Architecture
     reference: transformers.PreTrainedModel
@@ -78,7 +78,7 @@ class Twin:
 
     @torch.inference_mode()
     def logits(self, tokens: list[int]) -> torch.Tensor:
-        """float32 [n, vocab]: of every position."""
+        """float32 [n, vocab]: the logits of every position."""
         return self.reference(torch.tensor([tokens])).logits[0].float()
 
 
@@ -97,12 +97,12 @@ MAKERS = {
     "torch": lambda arch, weights, dtype: TorchModel(arch, weights, dtype, "cpu"),
     "cpu": lambda arch, weights, dtype: CpuModel(arch, weights, dtype, num_threads=1),
 }
-BLOCK_SIZES = {"torch": 4, "cpu": 16}  # the smallest that suits each
+BLOCK_SIZES = {"torch": 4, "cpu": 16}  # the smallest that each supports
 
 
 @pytest.fixture(params=list(MAKERS))
 def model_class(request):
-    """Every model class there is, by name."""
+    """The name of each model class."""
     return request.param
 
 
@@ -141,7 +141,7 @@ class Sequence:
 
 
 class Paged:
-    """Runs chunks of sequences through a model, over blocks handed out in a shuffled order."""
+    """Runs chunks of sequences through a model, over blocks in a shuffled order."""
 
     def __init__(self, model, arch, dtype, sampling, block_size, num_blocks=200, seed=0):
         geometry = KvGeometry(
@@ -168,12 +168,12 @@ class Paged:
         )
 
     def step(self, *chunks: tuple[Sequence, int]) -> torch.Tensor:
-        """Compute the next n tokens of each sequence, all sampled: logits [chunks, vocab]."""
+        """Compute the next n tokens of each sequence; logits [chunks, vocab] of the last ones."""
         plan = StepPlan("m", tuple(self.chunk(seq, n, True) for seq, n in chunks), ())
         return self.model.forward(pack(plan, self.arena.block_size), self.arena)
 
     def fill(self, *chunks: tuple[Sequence, int]) -> None:
-        """As `step`, nothing sampled."""
+        """As `step`, without logits."""
         plan = StepPlan("m", tuple(self.chunk(seq, n, False) for seq, n in chunks), ())
         logits = self.model.forward(pack(plan, self.arena.block_size), self.arena)
         assert logits.shape[0] == 0

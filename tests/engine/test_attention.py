@@ -61,7 +61,7 @@ def attend(batch, q, cache, window, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("window", [None, 6])
-def test_the_yardstick_is_softmax_attention_over_what_a_position_may_see(window, cache, plan):
+def test_the_reference_is_softmax_attention_over_the_visible_positions(window, cache, plan):
     for chunk in plan.chunks:
         n, q = len(chunk.tokens), torch.randn(len(chunk.tokens), HEADS, HEAD_DIM)
         got = paged_attention(
@@ -71,7 +71,7 @@ def test_the_yardstick_is_softmax_attention_over_what_a_position_may_see(window,
 
 
 @pytest.mark.parametrize("window", [None, 6])
-def test_a_ragged_batch_equals_the_yardstick_of_each_sequence(window, cache, plan):
+def test_a_ragged_batch_equals_the_reference_of_each_sequence(window, cache, plan):
     batch = pack(plan, BLOCK_SIZE)
     q = torch.randn(batch.num_tokens, HEADS, HEAD_DIM)
     got = attend(batch, q, cache, window)
@@ -83,17 +83,17 @@ def test_a_ragged_batch_equals_the_yardstick_of_each_sequence(window, cache, pla
 
 def test_the_order_of_blocks_in_memory_does_not_matter(cache, plan):
     shuffle = torch.randperm(NUM_BLOCKS)
-    where = torch.argsort(shuffle)
+    inverse = torch.argsort(shuffle)
     chunk = plan.chunks[3]
     table, q = torch.tensor(chunk.block_table), torch.randn(1, HEADS, HEAD_DIM)
-    moved = cache[shuffle]
+    shuffled = cache[shuffle]
     torch.testing.assert_close(
         paged_attention(q, cache[:, 0], cache[:, 1], table, 91),
-        paged_attention(q, moved[:, 0], moved[:, 1], where[table], 91),
+        paged_attention(q, shuffled[:, 0], shuffled[:, 1], inverse[table], 91),
     )
 
 
-def test_what_lies_after_a_context_changes_nothing(cache, plan):
+def test_slots_after_a_context_change_nothing(cache, plan):
     batch = pack(plan, BLOCK_SIZE)
     q = torch.randn(batch.num_tokens, HEADS, HEAD_DIM)
     before = attend(batch, q, cache, None)
@@ -114,9 +114,7 @@ def test_every_row_is_in_one_group_and_padding_is_bounded(plan):
         assert tables.shape[1] * BLOCK_SIZE < 4 * ends.min() + BLOCK_SIZE * 4
 
 
-def test_long_chunks_over_long_contexts_stand_alone_and_are_computed_alike(
-    cache, plan, monkeypatch
-):
+def test_long_chunks_over_long_contexts_have_groups_of_their_own(cache, plan, monkeypatch):
     batch = pack(plan, BLOCK_SIZE)
     q = torch.randn(batch.num_tokens, HEADS, HEAD_DIM)
     together, num_groups = attend(batch, q, cache, None), len(group_chunks(batch, BLOCK_SIZE))
@@ -125,7 +123,7 @@ def test_long_chunks_over_long_contexts_stand_alone_and_are_computed_alike(
     torch.testing.assert_close(attend(batch, q, cache, None), together)
 
 
-def test_decoding_sequences_of_like_contexts_are_one_group(greedy):
+def test_decoding_sequences_of_similar_contexts_share_a_group(greedy):
     chunks = tuple(
         Chunk(0, start, (1,), list(range(20)), greedy, ((), [])) for start in (40, 33, 59, 47)
     )

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mellmpi.engine import KvArena, KvGeometry
-from mellmpi.engine.kv_arena import shared
+from mellmpi.engine.kv_arena import with_equal_blocks
 from mellmpi.protocol import ModelKv
 
 GEOMETRY = KvGeometry(
@@ -17,7 +17,7 @@ def arena():
     return KvArena(GEOMETRY, 7)
 
 
-def test_a_block_is_all_layers_keys_and_values_of_its_positions():
+def test_a_block_holds_keys_and_values_of_all_layers():
     assert GEOMETRY.block_bytes == 3 * 2 * 2 * 4 * 6 * 2
     assert GEOMETRY.model_kv == ModelKv("m", 4, 576)
 
@@ -40,9 +40,9 @@ def test_an_arena_begins_zeroed_and_on_a_page(arena):
     assert not arena.tensor.any() and arena.address % 4096 == 0
 
 
-def test_an_arena_is_zeroed_before_anybody_can_receive_into_it(monkeypatch):
+def test_an_arena_is_zeroed_before_other_streams_can_receive_into_it(monkeypatch):
     waited = []
-    monkeypatch.setattr("mellmpi.engine.kv_arena.finish", waited.append)
+    monkeypatch.setattr("mellmpi.engine.kv_arena.synchronize", waited.append)
     assert waited == [KvArena(GEOMETRY, 7).device]
 
 
@@ -81,26 +81,26 @@ LONG = replace(GEOMETRY, model="long", num_layers=7)
 
 
 def test_models_that_share_an_arena_have_blocks_of_equal_bytes():
-    small, large = shared([OTHER, LONG])
+    small, large = with_equal_blocks([OTHER, LONG])
     assert small.block_bytes == large.block_bytes == LONG.block_bytes
     assert large == LONG and small.block_size == 7 * OTHER.block_size and small.slack == 0
 
 
-def test_what_is_no_multiple_leaves_slack_of_less_than_half_a_block():
-    middle, large = shared([GEOMETRY, LONG])
+def test_the_remainder_is_slack_of_less_than_half_a_block():
+    middle, large = with_equal_blocks([GEOMETRY, LONG])
     assert middle.block_size == 2 * GEOMETRY.block_size
     assert middle.slack == LONG.block_bytes - 2 * GEOMETRY.block_bytes > 0
     assert middle.block_bytes == large.block_bytes
 
 
 def test_a_model_alone_has_no_slack():
-    assert shared([GEOMETRY]) == [GEOMETRY]
+    assert with_equal_blocks([GEOMETRY]) == [GEOMETRY]
 
 
-def test_all_see_the_same_memory_each_in_its_own_shape():
-    middle, large = shared([GEOMETRY, LONG])
+def test_views_share_memory_in_different_shapes():
+    middle, large = with_equal_blocks([GEOMETRY, LONG])
     arena = KvArena(large, 3)
-    other = arena.seen_as(middle)
+    other = arena.view_as(middle)
     assert (other.address, other.num_blocks) == (arena.address, 3)
     assert other.tensor.shape == (3, 3, 2, 2, 8, 6)
     other.tensor[1] = 1.0
@@ -110,9 +110,9 @@ def test_all_see_the_same_memory_each_in_its_own_shape():
 
 
 @pytest.mark.parametrize("change", [{"num_layers": 4}, {"dtype": torch.float16}])
-def test_an_arena_is_not_seen_with_blocks_of_other_bytes_or_numbers(change):
+def test_a_view_with_other_bytes_or_dtype_is_refused(change):
     with pytest.raises(ValueError, match="blocks of"):
-        KvArena(GEOMETRY, 3).seen_as(replace(GEOMETRY, **change))
+        KvArena(GEOMETRY, 3).view_as(replace(GEOMETRY, **change))
 
 
 def test_another_version_of_the_layout_has_another_fingerprint(monkeypatch):

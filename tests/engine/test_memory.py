@@ -1,4 +1,4 @@
-"""A worker runs millions of steps: none may leave memory behind."""
+"""A worker runs millions of steps: none may leak memory."""
 
 import gc
 import sys
@@ -17,7 +17,7 @@ STEPS = 150
 
 @pytest.fixture
 def step(paged, get_twin, greedy):
-    """One step of three sequences, a prefill and a drawn token among them."""
+    """One step of three sequences, among them a prefill and random sampling."""
     served = paged(get_twin("llama"))
     hot = replace(greedy, temperature=0.8, num_logprobs=2)
     parts = [(range(7), greedy), (range(3), hot), (range(20), None)]
@@ -48,17 +48,17 @@ def held(step):
     return tracemalloc.get_traced_memory()[0]
 
 
-def test_steps_leave_no_memory_behind(step):
+def test_steps_leak_no_memory(step):
     step()
-    tracemalloc.start()  # numpy tells it what arrays take
+    tracemalloc.start()  # numpy reports its arrays to it
     try:
         before = held(step)
-        assert held(step) - before < 500 * STEPS  # tracing takes some by itself; the leak took 3456
+        assert held(step) - before < 500 * STEPS  # tracing itself takes some
     finally:
         tracemalloc.stop()
 
 
-def test_steps_leave_nobody_holding_weights_or_scratch(step, model_class):
+def test_steps_leak_no_reference_to_weights_or_scratch(step, model_class):
     step()
     parts = [*step.model._weights, *step.model._scratch] if model_class == "cpu" else []
     before = [sys.getrefcount(part) for part in parts]

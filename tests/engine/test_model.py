@@ -1,4 +1,4 @@
-"""Every family against transformers: same logits however the positions are cut into steps."""
+"""Every family against transformers: equal logits for any division of positions into steps."""
 
 import pytest
 import torch
@@ -58,7 +58,7 @@ def test_only_sampled_chunks_have_logits_and_the_others_still_write_kv(
     )
 
 
-def test_a_step_writes_no_block_but_its_own(get_twin, paged, sequence):
+def test_a_step_writes_only_its_own_blocks(get_twin, paged, sequence):
     run, seq = paged(get_twin("qwen3")), sequence(30)
     run.arena.tensor.fill_(5.0)
     run.step((seq, 30))
@@ -67,7 +67,7 @@ def test_a_step_writes_no_block_but_its_own(get_twin, paged, sequence):
 
 
 @pytest.mark.parametrize("variant", ["llama", "llama3-rope", "mistral-window", "qwen2", "qwen3"])
-def test_bfloat16_stays_as_near_to_float32_as_transformers_does(variant, get_twin, paged, sequence):
+def test_bfloat16_is_as_exact_as_in_transformers(variant, get_twin, paged, sequence):
     exact, rounded = get_twin(variant), get_twin(variant, torch.bfloat16)
     run, seq = paged(rounded, torch.bfloat16), sequence(45)
     rounded_weights = {k: v.float() for k, v in rounded.weights().items()}

@@ -25,7 +25,7 @@ def plan(greedy):
     )
 
 
-def test_rows_are_the_chunks_one_after_the_other_in_plan_order(plan):
+def test_rows_are_the_chunks_in_plan_order(plan):
     batch = pack(plan, BLOCK_SIZE)
     assert batch.tokens.tolist() == [70, 40, 41, 10, 11, 12]
     assert batch.positions.tolist() == [9, 3, 4, 0, 1, 2]
@@ -33,15 +33,15 @@ def test_rows_are_the_chunks_one_after_the_other_in_plan_order(plan):
     assert batch.num_tokens == 6 and batch.num_chunks == 3
 
 
-def test_a_chunk_sees_all_positions_up_to_its_last(plan):
+def test_a_chunk_attends_to_all_positions_up_to_its_last(plan):
     assert pack(plan, BLOCK_SIZE).context_lens.tolist() == [10, 5, 3]
 
 
-def test_block_tables_hold_what_the_step_needs_padded_with_zero(plan):
+def test_block_tables_hold_the_blocks_of_the_step_padded_with_zero(plan):
     assert pack(plan, BLOCK_SIZE).block_tables.tolist() == [[5, 0, 7], [1, 3, 0], [2, 0, 0]]
 
 
-def test_logits_are_wanted_of_the_last_row_of_each_sampled_chunk(plan):
+def test_logits_are_of_the_last_row_of_each_sampled_chunk(plan):
     batch = pack(plan, BLOCK_SIZE)
     assert batch.num_sampled == 2 and batch.last_rows.tolist() == [0, 2]
 

@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from mellmpi.engine.random_sampling import (
-    MASS,
-    Draw,
-    draw_row,
-    draw_rows,
-    pick,
-    row_masses,
+    ONE,
+    RowSampling,
+    fixed_point_probabilities,
+    invert_cdf,
+    sample_row,
+    sample_rows,
     uniforms,
 )
 
@@ -32,29 +32,31 @@ def test_uniforms_are_uniform_and_do_not_repeat_along_a_request_or_across_seeds(
 
 
 def test_uniforms_are_the_splitmix64_finalizer():
-    def mix(x):
+    def finalize(x):
         mask = 2**64 - 1
         x = ((x ^ x >> 30) * 0xBF58476D1CE4E5B9) & mask
         x = ((x ^ x >> 27) * 0x94D049BB133111EB) & mask
         return x ^ x >> 31
 
     seed, position = 2**64 - 3, 77
-    expected = (mix((mix(seed) + position) % 2**64) >> 11) / 2**53
+    expected = (finalize((finalize(seed) + position) % 2**64) >> 11) / 2**53
     assert uniforms(np.array([seed], np.uint64), np.array([position], np.uint64))[0] == expected
 
 
 @pytest.mark.parametrize("vocab", [131, 4097, 49152])
-def test_the_masses_of_a_row_have_the_same_bits_wherever_the_row_lies(vocab):
+def test_fixed_point_probabilities_have_the_same_bits_at_any_offset(vocab):
     logits = random_logits(1, vocab, spread=5.0)[0].numpy()
-    expected, buffer = row_masses(logits, 0.7), np.empty(vocab + 40, np.float32)
+    expected, buffer = fixed_point_probabilities(logits, 0.7), np.empty(vocab + 40, np.float32)
     for offset in range(33):
         buffer[offset : offset + vocab] = logits
-        assert np.array_equal(row_masses(buffer[offset : offset + vocab], 0.7), expected)
+        assert np.array_equal(
+            fixed_point_probabilities(buffer[offset : offset + vocab], 0.7), expected
+        )
 
 
-def random_draw(rng):
+def random_sampling(rng):
     off = rng.random(3) < 0.4
-    return Draw(
+    return RowSampling(
         uniform=rng.random(),
         temperature=rng.choice([0.3, 0.9, 1.7]),
         min_p=0.0 if off[0] else rng.choice([1e-4, 0.05, 1.0]),
@@ -64,63 +66,77 @@ def random_draw(rng):
 
 
 @pytest.mark.parametrize("vocab", [1, 7, 300, 5000])
-def test_rows_drawn_together_are_drawn_as_one_by_one(vocab):
-    """The two ways differ only in how they compute an exp, far below what a draw can see."""
+def test_rows_sampled_together_are_sampled_as_one_by_one(vocab):
+    """The two functions differ only in their exp, by far less than sampling can resolve."""
     rng = np.random.default_rng(vocab)
-    logits, hows = random_logits(200, vocab, seed=vocab), [random_draw(rng) for _ in range(200)]
-    alone = [draw_row(row.numpy(), how) for row, how in zip(logits, hows, strict=True)]
-    assert draw_rows(logits, hows).tolist() == alone
+    logits, samplings = (
+        random_logits(200, vocab, seed=vocab),
+        [random_sampling(rng) for _ in range(200)],
+    )
+    alone = [
+        sample_row(row.numpy(), sampling) for row, sampling in zip(logits, samplings, strict=True)
+    ]
+    assert sample_rows(logits, samplings).tolist() == alone
 
 
 @pytest.mark.parametrize("vocab", [7, 300, 5000])
-def test_equal_logits_are_cut_together_either_way(vocab):
+def test_equal_logits_are_truncated_together_by_both_functions(vocab):
     rng = np.random.default_rng(vocab)
     logits = random_logits(200, vocab, seed=vocab).round()
-    hows = [random_draw(rng) for _ in range(200)]
-    alone = [draw_row(row.numpy(), how) for row, how in zip(logits, hows, strict=True)]
-    assert draw_rows(logits, hows).tolist() == alone
+    samplings = [random_sampling(rng) for _ in range(200)]
+    alone = [
+        sample_row(row.numpy(), sampling) for row, sampling in zip(logits, samplings, strict=True)
+    ]
+    assert sample_rows(logits, samplings).tolist() == alone
 
 
 @pytest.mark.parametrize("length", [1, 5, 256, 257, 1000])
-def test_a_pick_falls_on_each_token_as_often_as_its_mass(length):
-    masses = np.random.default_rng(length).integers(0, 3, length).astype(np.float64)
-    masses[256:258] = 0  # a run of sums that begins with nothing
-    masses[-1] = 1
-    total = int(masses.sum())
-    picks = [pick(masses, (4 * i + part) / (4 * total)) for i in range(total) for part in (1, 3)]
-    assert np.array_equal(np.bincount(picks, minlength=length), 2 * masses)
+def test_each_token_is_sampled_in_proportion_to_its_probability(length):
+    probabilities = np.random.default_rng(length).integers(0, 3, length).astype(np.float64)
+    probabilities[256:258] = 0  # a run that begins with zeros
+    probabilities[-1] = 1
+    total = int(probabilities.sum())
+    tokens = [
+        invert_cdf(probabilities, (4 * i + part) / (4 * total))
+        for i in range(total)
+        for part in (1, 3)
+    ]
+    assert np.array_equal(np.bincount(tokens, minlength=length), 2 * probabilities)
 
 
 @pytest.mark.parametrize("total", [1.0, 3.0, 2.0**34 + 1, 2.0**50 - 1, 2.0**52])
-def test_the_greatest_uniform_still_picks_a_token(total):
-    assert pick(np.array([0.0, total, 0.0]), 1 - 2.0**-53) == 1
+def test_the_greatest_uniform_still_gives_a_token(total):
+    assert invert_cdf(np.array([0.0, total, 0.0]), 1 - 2.0**-53) == 1
 
 
-def test_masses_are_whole_numbers():
-    masses = row_masses(random_logits(1, 5000)[0].numpy(), 0.7)
-    assert masses.max() == MASS and (masses == masses.round()).all()
+def test_fixed_point_probabilities_are_whole_numbers():
+    probabilities = fixed_point_probabilities(random_logits(1, 5000)[0].numpy(), 0.7)
+    assert probabilities.max() == ONE and (probabilities == probabilities.round()).all()
 
 
-def test_sums_of_masses_are_exact_whatever_the_vocabulary():
-    masses = row_masses(np.zeros(2**18, np.float32), 1.0)
-    assert masses.cumsum()[-1] == 2.0**52 == masses[::-1].sum()
+def test_sums_of_fixed_point_probabilities_are_exact():
+    probabilities = fixed_point_probabilities(np.zeros(2**18, np.float32), 1.0)
+    assert probabilities.cumsum()[-1] == 2.0**52 == probabilities[::-1].sum()
 
 
 @pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2.0**-53])
-def test_logits_that_are_not_numbers_still_give_a_token(uniform):
-    how = Draw(uniform, 1.0, 0.0, 0, 0.9)
+def test_logits_that_are_not_finite_still_give_a_token(uniform):
+    sampling = RowSampling(uniform, 1.0, 0.0, 0, 0.9)
     for value in (torch.nan, torch.inf, -torch.inf):
         logits = torch.full((1, 50), value)
-        assert 0 <= draw_row(logits[0].numpy(), how) < 50
-        assert 0 <= draw_rows(logits, [how]).item() < 50
+        assert 0 <= sample_row(logits[0].numpy(), sampling) < 50
+        assert 0 <= sample_rows(logits, [sampling]).item() < 50
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-40, 1e300, 1.7e308])
 @pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-53])
-def test_the_coldest_and_the_hottest_draw_give_a_token(temperature, uniform):
-    """MigrationOverhead what float32 holds, with a logit that can never come."""
+def test_extreme_temperatures_give_a_token(temperature, uniform):
+    """Temperatures beyond float32's range, with a logit of -inf that must not be sampled."""
     logits = np.array([1.0, -np.inf, 3.0, 2.0] * 100, np.float32)
-    for how in (Draw(uniform, temperature, 0.0, 0, 1.0), Draw(uniform, temperature, 0.1, 3, 0.9)):
-        token = draw_row(logits, how)
+    for sampling in (
+        RowSampling(uniform, temperature, 0.0, 0, 1.0),
+        RowSampling(uniform, temperature, 0.1, 3, 0.9),
+    ):
+        token = sample_row(logits, sampling)
         assert logits[token] > -np.inf
-        assert draw_rows(torch.from_numpy(logits)[None], [how]).item() == token
+        assert sample_rows(torch.from_numpy(logits)[None], [sampling]).item() == token

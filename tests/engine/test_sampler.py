@@ -29,8 +29,8 @@ def random_logits(rows, vocab=VOCAB, seed=0, spread=3.0):
     return torch.randn(rows, vocab, generator=generator) * spread
 
 
-def drawn(logits, chunk, n=4000, **settings):
-    """Tokens of `n` positions of one request, all with the same logits [vocab]."""
+def sampled(logits, chunk, n=4000, **settings):
+    """Tokens of `n` positions of one request, all with equal logits [vocab]."""
     chunks = [chunk(position=p, temperature=1.0, **settings) for p in range(1, n + 1)]
     return sample(logits.repeat(n, 1), chunks).tokens
 
@@ -68,8 +68,8 @@ def test_a_top_k_of_one_is_greedy(chunk):
     assert sample(logits, [chunk(temperature=1.5, top_k=1)]).tokens == (0,)
 
 
-def test_an_all_greedy_batch_draws_nothing(chunk, monkeypatch):
-    monkeypatch.delattr(sampler, "draw_row")
+def test_an_all_greedy_batch_samples_nothing_at_random(chunk, monkeypatch):
+    monkeypatch.delattr(sampler, "sample_row")
     monkeypatch.delattr(sampler, "token_logprob")
     assert len(sample(random_logits(4), [chunk()] * 4).tokens) == 4
 
@@ -78,7 +78,7 @@ def test_a_step_without_sampled_chunks_has_no_tokens():
     assert sample(torch.empty(0, VOCAB), []).tokens == ()
 
 
-# --- a row is sampled alike in any batch ---------------------------------------------------------
+# --- a row has the same token in any batch -------------------------------------------------------
 
 SETTINGS = [
     dict(),
@@ -109,7 +109,7 @@ def mixed_rows(chunk, n, vocab):
 
 
 @pytest.mark.parametrize("vocab", [131, 1000, 49152])
-def test_a_row_is_sampled_alike_alone_and_in_any_batch(vocab, chunk):
+def test_a_row_has_the_same_token_alone_and_in_any_batch(vocab, chunk):
     n = 24
     logits, chunks = mixed_rows(chunk, n, vocab)
     whole = sample(logits.clone(), chunks)
@@ -122,19 +122,19 @@ def test_a_row_is_sampled_alike_alone_and_in_any_batch(vocab, chunk):
     assert shuffled.logprobs == tuple(whole.logprobs[i] for i in order)
 
 
-# --- noise ---------------------------------------------------------------------------------------
+# --- random numbers ------------------------------------------------------------------------------
 
 
-def test_noise_depends_on_seed_and_position_alone(chunk):
+def test_random_tokens_depend_on_seed_and_position_only(chunk):
     logits = random_logits(1)[0]
-    first = drawn(logits, chunk, n=200, seed=5)
-    assert drawn(logits, chunk, n=200, seed=5) == first
-    assert drawn(logits, chunk, n=200, seed=6) != first
+    first = sampled(logits, chunk, n=200, seed=5)
+    assert sampled(logits, chunk, n=200, seed=5) == first
+    assert sampled(logits, chunk, n=200, seed=6) != first
     assert len(set(first)) > 10
 
 
-def test_noise_follows_the_position_not_the_step(chunk):
-    """A resumed request computes many positions in one chunk, and goes on with the same tokens."""
+def test_a_random_token_depends_on_its_position_not_on_the_step(chunk):
+    """A resumed request computes many positions in one chunk, with the same tokens."""
     logits = random_logits(1)
     stepwise = chunk(position=40, temperature=1.0, seed=3)
     resumed = replace(stepwise, start=0, tokens=(0,) * 40)
@@ -157,12 +157,12 @@ def test_top_k_keeps_the_k_likeliest_in_proportion(chunk):
     kept = torch.full_like(logits, -torch.inf)
     ids = logits.topk(7).indices
     kept[ids] = logits[ids]
-    assert_fits(drawn(logits, chunk, top_k=7), torch.softmax(kept.double(), 0).numpy())
+    assert_fits(sampled(logits, chunk, top_k=7), torch.softmax(kept.double(), 0).numpy())
 
 
 def test_a_top_k_beyond_the_vocabulary_keeps_all(chunk):
     logits = random_logits(1, vocab=60)[0]
-    assert drawn(logits, chunk, n=300, top_k=10**9) == drawn(logits, chunk, n=300)
+    assert sampled(logits, chunk, n=300, top_k=10**9) == sampled(logits, chunk, n=300)
 
 
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999])
@@ -173,7 +173,7 @@ def test_top_p_keeps_the_fewest_tokens_that_have_the_share_p(top_p, chunk):
     num_kept = int((ordered.cumsum(0) < top_p).sum()) + 1
     kept = torch.zeros_like(p)
     kept[ids[:num_kept]] = ordered[:num_kept] / ordered[:num_kept].sum()
-    assert_fits(drawn(logits, chunk, top_p=top_p), kept.numpy())
+    assert_fits(sampled(logits, chunk, top_p=top_p), kept.numpy())
 
 
 def test_min_p_drops_tokens_below_that_share_of_the_likeliest(chunk):
@@ -181,18 +181,18 @@ def test_min_p_drops_tokens_below_that_share_of_the_likeliest(chunk):
     p = torch.softmax(logits.double(), 0)
     kept = p * (p >= 0.2 * p.max())
     assert 1 < (kept > 0).sum() < 60
-    assert_fits(drawn(logits, chunk, min_p=0.2), (kept / kept.sum()).numpy())
+    assert_fits(sampled(logits, chunk, min_p=0.2), (kept / kept.sum()).numpy())
 
 
-def test_top_p_measures_shares_of_what_top_k_kept(chunk):
+def test_top_p_is_a_share_of_the_tokens_that_top_k_keeps(chunk):
     logits = torch.tensor([4.0, 3, 2, 1]).log()  # 0.4 0.3 0.2 0.1; of the first three 4/9 3/9 2/9
-    assert set(drawn(logits, chunk, n=500, top_p=0.75)) == {0, 1, 2}
-    assert set(drawn(logits, chunk, n=500, top_k=3, top_p=0.75)) == {0, 1}
+    assert set(sampled(logits, chunk, n=500, top_p=0.75)) == {0, 1, 2}
+    assert set(sampled(logits, chunk, n=500, top_k=3, top_p=0.75)) == {0, 1}
 
 
 def test_a_top_p_of_nearly_nothing_still_keeps_the_likeliest(chunk):
     logits = random_logits(1)[0]
-    assert set(drawn(logits, chunk, n=50, top_p=1e-9)) == {int(logits.argmax())}
+    assert set(sampled(logits, chunk, n=50, top_p=1e-9)) == {int(logits.argmax())}
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-12, 1e-3])
@@ -202,7 +202,7 @@ def test_a_vanishing_temperature_is_greedy(temperature, chunk):
     assert tokens == tuple(logits.argmax(-1).tolist())
 
 
-def test_the_extremes_of_noise_stay_inside_the_vocabulary(chunk, monkeypatch):
+def test_the_extremes_of_the_random_number_give_possible_tokens(chunk, monkeypatch):
     for u in (0.0, 1 - 2.0**-53):
         monkeypatch.setattr(sampler, "uniforms", lambda seeds, positions, u=u: np.full(1, u))
         logits = random_logits(1)
@@ -258,7 +258,7 @@ def test_logprobs_are_of_the_distribution_before_penalties_temperature_and_trunc
     assert values == pytest.approx(best.values.tolist(), abs=1e-7)
 
 
-def test_logprobs_come_only_to_those_who_asked(chunk):
+def test_only_requests_that_ask_for_logprobs_get_them(chunk):
     result = sample(random_logits(3), [chunk(), chunk(num_logprobs=0), chunk(num_logprobs=2)])
     assert result.logprobs[0] is None
     assert result.logprobs[1][1:] == ((), ())

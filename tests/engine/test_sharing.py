@@ -1,4 +1,4 @@
-"""Several models on one arena: each answers as it does alone."""
+"""Several models share one arena: each gives the same answers as alone."""
 
 import pytest
 import torch
@@ -39,12 +39,12 @@ def requests(model, first_id):
         yield Request(first_id + i, model, tuple(prompt), sampling, None)
 
 
-def answers(engine, asked):
+def answers(engine, submitted):
     """The outputs of these requests, computed together; by id."""
     limits = BatchConfig(max_num_seqs=8, max_num_batched_tokens=64)
     batch = BatchScheduler(engine.models, engine.arena.num_blocks, 0, limits, CACHE)
     sequences = {}
-    for request in asked:
+    for request in submitted:
         batch.handle(SCHEDULER, Assign(request, request.id, ()))
         sequences[request.id] = batch.sequences[request.id]
     while (plan := batch.plan()) is not None:
@@ -53,14 +53,14 @@ def answers(engine, asked):
     return {i: sequence.outputs for i, sequence in sequences.items()}
 
 
-def test_each_model_answers_as_it_does_alone_also_in_blocks_that_the_other_used(engine):
+def test_models_answer_as_alone_even_in_blocks_that_the_other_has_used(engine):
     alone = {}
     for i, name in enumerate(NAMES):
         alone |= answers(engine(name), list(requests(name, 10 * i + 1)))
     together = engine(*NAMES)
-    asked = [r for i, name in enumerate(NAMES) for r in requests(name, 10 * i + 1)]
-    assert answers(together, asked) == alone
-    assert answers(together, asked[::-1]) == alone
+    submitted = [r for i, name in enumerate(NAMES) for r in requests(name, 10 * i + 1)]
+    assert answers(together, submitted) == alone
+    assert answers(together, submitted[::-1]) == alone
 
 
 def test_blocks_have_the_same_bytes_and_layout_whatever_a_worker_hosts(engine):
@@ -73,7 +73,7 @@ def test_blocks_have_the_same_bytes_and_layout_whatever_a_worker_hosts(engine):
     assert small.block_bytes == large.block_bytes
 
 
-def test_released_it_holds_neither_weights_nor_arena(engine):
+def test_a_released_engine_holds_neither_weights_nor_arena(engine):
     released = engine(*NAMES)
     released.release()
     assert not released.models and not hasattr(released, "arena")

@@ -1,4 +1,4 @@
-"""Weights as they are stored, and complaints that name what is wrong with them."""
+"""Loaded weights equal the stored ones, and errors name wrong weights."""
 
 import json
 
@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from mellmpi.engine.weights import load
 from mellmpi.models import Architecture, parameter_shapes, resolve
 from mellmpi.models.random_model import NAMED
-from tests.engine import gguf_files as files
+from tests.models import gguf_files as files
 
 SOME = "model.layers.1.mlp.up_proj.weight"
 KNOWN = [0.01512570958584547, -0.007347399368882179, 0.017664005979895592]
@@ -36,7 +36,7 @@ def change(directory, edit):
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_weights_are_those_that_transformers_saved(saved, family, tied):
+def test_loaded_weights_equal_those_that_transformers_saved(saved, family, tied):
     directory, model = saved(family, tie_word_embeddings=tied)
     arch, weights = load(directory, torch.float32, "cpu")
     state = model.state_dict()
@@ -60,7 +60,7 @@ def test_shards_are_read_by_their_index(saved):
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_come_in_the_type_that_was_asked_for(saved, stored, dtype):
+def test_weights_have_the_requested_dtype(saved, stored, dtype):
     directory, model = saved(dtype=stored)
     _, weights = load(directory, dtype, "cpu")
     assert torch.equal(weights[SOME], model.state_dict()[SOME].to(dtype))
@@ -127,16 +127,16 @@ def test_random_weights_are_the_seeds_and_nothing_elses(tmp_path, name):
     assert {key: tuple(value.shape) for key, value in weights.items()} == parameter_shapes(arch)
 
 
-def test_random_weights_have_the_usual_sizes_and_known_values(tmp_path):
+def test_random_weights_have_known_values(tmp_path):
     directory = resolve("random:tiny-llama", tmp_path)
     weights = load(directory, torch.float32, "cpu", seed=0)[1]
     assert weights[SOME].std().item() == pytest.approx(0.02, rel=0.05)
     assert weights["model.norm.weight"].mean().item() == pytest.approx(1, abs=0.02)
-    # Fixed for ever: a resumed job must find the model it began with.
+    # These values must never change: a resumed job needs the same model.
     assert weights[SOME][0, :3].tolist() == pytest.approx(KNOWN, abs=1e-9)
 
 
-def test_a_random_config_json_keeps_its_numbers(tmp_path):
+def test_a_random_model_has_the_sizes_of_its_config_json(tmp_path):
     shape = tmp_path / "config.json"
     shape.write_text(json.dumps({**NAMED["tiny-llama"], "num_hidden_layers": 1}))
     arch, weights = load(resolve(f"random:{shape}", tmp_path / "c"), torch.bfloat16, "cpu")

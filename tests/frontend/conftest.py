@@ -1,4 +1,4 @@
-"""A tokenizer of one token a byte: text and tokens are easy to compare by eye."""
+"""A tokenizer with one token per byte: text and tokens are easy to compare by eye."""
 
 import pytest
 

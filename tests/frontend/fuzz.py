@@ -1,8 +1,7 @@
-"""Lines and token streams that nobody would think of, against the batch front.
+"""Fuzzes the batch frontend with random lines and token streams.
 
-`python -m tests.frontend.fuzz 100000` tries that many lines and token streams, and says how they end.
-Whatever a line holds and whatever a model says, that line gets an answer or an error, and the lines
-around it get the answers that they would have got alone.
+`python -m tests.frontend.fuzz 100000` tries that many lines and prints their status codes. Every
+line must get an answer or an error, and the valid lines between them must get the same answer.
 """
 
 import copy
@@ -20,7 +19,8 @@ import numpy as np
 import torch
 
 from mellmpi.engine.sampler import sample
-from mellmpi.frontend import BatchJob, Served, ServedModel, Tokenizer
+from mellmpi.frontend import BatchJob, ServedModel, ServedModels, Tokenizer
+from mellmpi.frontend.fields import CHAT_ONLY, COMPLETIONS_ONLY, SHARED
 from mellmpi.frontend.lines import LineReader
 from mellmpi.frontend.openai import CHAT, COMPLETIONS
 from mellmpi.protocol import Chunk, Emit, Rejected, Request, Submit, decode, encode
@@ -84,31 +84,7 @@ NUMBERS = (
     -math.inf,
     math.nan,
 )
-NAMES = (
-    "model",
-    "max_tokens",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "n",
-    "stop",
-    "seed",
-    "stop_token_ids",
-    "ignore_eos",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "logprobs",
-    "top_logprobs",
-    "stream",
-    "stream_options",
-    "return_token_ids",
-    "messages",
-    "prompt",
-    "max_completion_tokens",
-    "add_generation_prompt",
-    "chat_template_kwargs",
+OTHER_NAMES = (
     "tools",
     "echo",
     "user",
@@ -117,8 +93,8 @@ NAMES = (
     "best_of",
     "self",
     "request",
-    "",
 )
+NAMES = (*SHARED, *CHAT_ONLY, *COMPLETIONS_ONLY, *OTHER_NAMES, "")
 SENTINEL = "sentinel"
 
 
@@ -141,7 +117,9 @@ class Fuzzer:
         )
         self.source: deque[bytes] = deque()
         reader = LineReader(lambda: self.source.popleft() if self.source else b"")
-        self.job = BatchJob(reader, self.write, Served.of((model, tokenizer)), now=lambda: 0.0)
+        self.job = BatchJob(
+            reader, self.write, ServedModels.of((model, tokenizer)), now=lambda: 0.0
+        )
 
     def write(self, data: bytes) -> None:
         assert data.endswith(b"\n") and data.count(b"\n") == 1
@@ -190,7 +168,7 @@ class Fuzzer:
         }
 
     def line(self, number: int) -> bytes:
-        """A line that is wrong in none or several places."""
+        """A line with up to three random changes."""
         rng = self.rng
         chat = rng.random() < 0.5
         entry: Any = {
@@ -223,9 +201,9 @@ class Fuzzer:
     # --- answers --------------------------------------------------------------------------------
 
     def answer(self, request: Request) -> None:
-        """Sample some tokens, say others at random, end somewhere."""
+        """Answer with sampled and with random tokens, of random length."""
         rng = self.rng
-        assert decode(encode(Submit(request))) == Submit(request), "it could not travel"
+        assert decode(encode(Submit(request))) == Submit(request), "not encodable"
         if rng.random() < 0.02:
             self.deliver(Rejected(request.id, rng.choice(STRINGS)))
             return
@@ -256,7 +234,7 @@ class Fuzzer:
         result = sample(torch.from_numpy(logits), [chunk])
         token = result.tokens[0]
         assert 0 <= token < size
-        # Any token of the tokenizer, and ids beyond it.
+        # Sampled, or any id of the tokenizer and beyond.
         return (token if rng.random() < 0.3 else rng.randrange(size + 20)), result.logprobs[0]
 
     def run(self, num_lines: int) -> None:
@@ -293,7 +271,7 @@ class Fuzzer:
 
 
 def fuzz(num_lines: int, seed: int = 0) -> Counter[str]:
-    """Fuzz all kinds of tokenizers with so many lines in all; how many ended with which status."""
+    """Fuzz all kinds of tokenizers. Returns the number of lines by status code."""
     warnings.simplefilter("ignore", RuntimeWarning)
     ends: Counter[str] = Counter()
     batch, every = 100, kinds()

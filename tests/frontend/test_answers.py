@@ -1,11 +1,11 @@
-"""Finished answers have OpenAI's form."""
+"""Finished answers have OpenAI's format."""
 
 import itertools
 import json
 
 import pytest
 
-from mellmpi.frontend import Served
+from mellmpi.frontend import ServedModels
 from mellmpi.frontend.answers import answer_body
 from mellmpi.frontend.openai import CHAT, COMPLETIONS, parse
 from mellmpi.frontend.outputs import Output
@@ -17,7 +17,7 @@ def answer(tokenizer, model):
     """(url, body, [(text, logprob rows)]) -> the body of the answer."""
 
     def build(url, body, texts, reason="length"):
-        call = parse(url, body, Served.of((model, tokenizer)), "me")
+        call = parse(url, body, ServedModels.of((model, tokenizer)), "me")
         outputs = []
         for request, (text, rows) in zip(call.requests(itertools.count()), texts, strict=True):
             output = Output(tokenizer, request.sampling, call.stops)
@@ -81,7 +81,7 @@ def test_logprobs_of_a_completion(answer, tokenizer):
 
 
 def test_logprobs_of_a_chat(answer):
-    """é is two tokens here, half a character each."""
+    """é is two tokens of one byte each."""
     rows = [(-0.5, (2,), (-0.25,)), (-1.0, (), ())]
     body = {"messages": [{"role": "user", "content": "x"}], "logprobs": True, "top_logprobs": 1}
     content = answer(CHAT, body, [("é", rows)])["choices"][0]["logprobs"]["content"]
@@ -92,7 +92,7 @@ def test_logprobs_of_a_chat(answer):
     ]
 
 
-def test_token_ids_come_back_when_asked_for(answer, tokenizer):
+def test_token_ids_are_returned_on_request(answer, tokenizer):
     body = {"prompt": ["ab", "c"], "return_token_ids": True}
     choices = answer(COMPLETIONS, body, [("w", ()), ("xy", ())])["choices"]
     assert choices[1]["token_ids"] == tokenizer.encode("xy")

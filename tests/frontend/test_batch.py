@@ -1,64 +1,16 @@
-"""Batch files: every line is answered once, and a bad one harms no other."""
+"""Batch files: every line is answered once, and an invalid line affects no other."""
 
 import functools
 import json
-import os
 import pkgutil
-import random
 from dataclasses import replace
 
 import pytest
 
-from mellmpi.frontend import BatchJob, Destination, Served, descriptor_reader
+from mellmpi.frontend import BatchJob, ServedModels
 from mellmpi.frontend.lines import LineReader
 from mellmpi.protocol import Emit, Rejected
-
-
-def entry(custom_id="a", url="/v1/completions", method="POST", **body):
-    return {"custom_id": custom_id, "method": method, "url": url, "body": {"prompt": "hi", **body}}
-
-
-def text_of(entries) -> bytes:
-    return b"".join(e if isinstance(e, bytes) else json.dumps(e).encode() + b"\n" for e in entries)
-
-
-class Run:
-    """A job over lines in memory, answered by a model that repeats the prompt, reversed."""
-
-    def __init__(self, tokenizer, model, entries, **options):
-        pieces = [text_of(entries), b""]
-        self.written, self.shown = b"", []
-        reader = LineReader(lambda: pieces.pop(0))
-        self.job = BatchJob(
-            reader,
-            self.write,
-            Served.of((model, tokenizer)),
-            answered=self.shown.append,
-            now=lambda: 7.5,
-            **options,
-        )
-        self.tokenizer = tokenizer
-
-    def write(self, data: bytes) -> None:
-        assert data.endswith(b"\n") and data.count(b"\n") == 1  # a line at once
-        self.written += data
-
-    @property
-    def lines(self):
-        return [json.loads(line) for line in self.written.decode().splitlines()]
-
-    def answer(self, request, finish="length"):
-        tokens = request.prompt[::-1][: request.sampling.max_tokens]
-        for index, token in enumerate(tokens[:-1]):
-            if self.job.emit(Emit(request.id, index, (token,), (), None)):
-                return
-        self.job.emit(Emit(request.id, len(tokens) - 1, tokens[-1:], (), finish))
-
-    def run(self):
-        for request in self.job.requests():
-            self.answer(request)
-        assert self.job.done
-        return self.lines
+from tests.frontend.batch_run import Run, entry, errors, text_of, texts
 
 
 @pytest.fixture
@@ -66,19 +18,7 @@ def run(tokenizer, model):
     return lambda entries, **options: Run(tokenizer, model, entries, **options)
 
 
-def texts(lines):
-    return {
-        line["custom_id"]: [c["text"] for c in line["response"]["body"]["choices"]]
-        for line in lines
-        if line["error"] is None
-    }
-
-
-def errors(lines):
-    return [(line["custom_id"], line["error"]["message"]) for line in lines if line["error"]]
-
-
-def test_an_answer_has_the_form_of_openais_batches(run):
+def test_an_answer_has_the_format_of_openais_batches(run):
     (line,) = run([entry(prompt="abc")]).run()
     assert line.keys() == {"id", "custom_id", "response", "error"}
     assert line["custom_id"] == "a" and line["error"] is None
@@ -89,7 +29,7 @@ def test_an_answer_has_the_form_of_openais_batches(run):
     assert response["body"]["choices"][0]["text"] == "cba"
 
 
-def test_answers_are_written_as_they_complete_whatever_the_order(run):
+def test_answers_are_written_in_the_order_of_completion(run):
     job = run([entry("a", prompt="abc"), entry("b", prompt="xy")])
     first, second = job.job.requests()
     assert job.job.exhausted and not job.job.done
@@ -103,7 +43,7 @@ def test_requests_are_drawn_one_at_a_time(run):
     job = run([entry("a"), b"garbage\n", entry("b", n=2)]).job
     drawn = job.requests()
     assert next(drawn).id == 1 and job.counts.failed == 0
-    assert next(job.requests()).id == 2  # a new iterator goes on where the old one was
+    assert next(job.requests()).id == 2  # a new iterator continues where the old one stopped
     assert [r.id for r in job.requests()] == [3]
 
 
@@ -115,7 +55,7 @@ BAD = [
     (b"null\n", "not a JSON object"),
     (b"[" * 100000 + b"\n", "not valid JSON"),
     ({"method": "POST", "url": "/v1/completions", "body": {"prompt": "x"}}, "custom_id is missing"),
-    (entry(7), "custom_id is missing, or is not a text"),
+    (entry(7), "custom_id is missing, or is not a string"),
     (entry(""), "custom_id is missing"),
     (entry("x", url="/v1/embeddings"), "url must be /v1/completions or /v1/chat/completions"),
     (entry("x", method="GET"), "method must be POST, not 'GET'"),
@@ -136,7 +76,7 @@ BAD = [
             chat_template_kwargs={"self": 1},
             messages=[{"role": "user", "content": "hi"}],
         ),
-        "chat_template_kwargs may not have self",
+        "chat_template_kwargs may not set self",
     ),
 ]
 
@@ -151,7 +91,7 @@ def test_a_bad_line_gets_an_error_and_all_others_complete(run, bad, said):
 
 
 @pytest.mark.parametrize("odd", [{"messages": None}, {"top_k": 2**64}, {"top_k": 10**400}])
-def test_what_asks_for_nothing_changes_nothing(run, odd):
+def test_values_without_effect_are_accepted(run, odd):
     lines = run([entry("before"), entry("x", **odd), entry("after")]).run()
     assert texts(lines) == {"before": ["ih"], "x": ["ih"], "after": ["ih"]}
 
@@ -165,7 +105,7 @@ def test_what_asks_for_nothing_changes_nothing(run, odd):
         "mellmpi.frontend.outputs.Output.take",
     ],
 )
-def test_an_error_of_ours_costs_the_line_that_it_is_about(run, monkeypatch, caplog, broken):
+def test_an_internal_error_fails_only_the_line_that_it_affects(run, monkeypatch, caplog, broken):
     call, calls = pkgutil.resolve_name(broken), iter(range(99))
 
     @functools.wraps(call)
@@ -183,7 +123,7 @@ def test_an_error_of_ours_costs_the_line_that_it_is_about(run, monkeypatch, capl
     assert [line["response"]["status_code"] for line in lines if line["error"]] == [500]
 
 
-def test_an_answer_that_cannot_be_written_down_cancels_its_other_choices(run, monkeypatch):
+def test_an_internal_error_of_one_choice_cancels_the_other_choices(run, monkeypatch):
     job = run([entry("a", n=3)])
     first, second, third = job.job.requests()
 
@@ -195,7 +135,7 @@ def test_an_answer_that_cannot_be_written_down_cancels_its_other_choices(run, mo
     assert job.job.done and len(errors(job.lines)) == 1
 
 
-def test_an_answer_that_has_ended_needs_no_cancel_when_it_fails(run, monkeypatch):
+def test_an_internal_error_in_a_last_token_does_not_cancel_that_choice(run, monkeypatch):
     job = run([entry("a", n=2)])
     first, second = job.job.requests()
 
@@ -206,7 +146,7 @@ def test_an_answer_that_has_ended_needs_no_cancel_when_it_fails(run, monkeypatch
     assert job.job.emit(Emit(second.id, 0, (1,), (), "length")) == (first.id,)
 
 
-def test_an_error_is_openais_in_the_response_and_beside_it(run):
+def test_an_error_is_in_the_response_and_beside_it(run):
     (line,) = run([entry(model="other")]).run()
     error = {
         "message": "line 1: the model 'other' does not exist here; this server has 'tiny'",
@@ -216,10 +156,10 @@ def test_an_error_is_openais_in_the_response_and_beside_it(run):
     }
     assert line["error"] == error
     assert line["response"]["status_code"] == 404
-    assert line["response"]["body"] == {"error": error}  # wrapped once
+    assert line["response"]["body"] == {"error": error}
 
 
-def test_all_bad_lines_together_leave_the_good_ones_whole(run):
+def test_all_bad_lines_together_leave_the_good_ones_complete(run):
     entries = []
     for index, (bad, _) in enumerate(BAD):
         entries += [bad, entry(f"good-{index}")]
@@ -229,7 +169,7 @@ def test_all_bad_lines_together_leave_the_good_ones_whole(run):
     assert (job.job.counts.completed, job.job.counts.failed) == (len(BAD), len(BAD))
 
 
-def test_a_custom_id_used_again_is_an_error_of_the_later_line(run):
+def test_a_duplicate_custom_id_is_an_error_of_the_later_line(run):
     lines = run([entry("a"), entry("b"), entry("a", prompt="other")]).run()
     assert texts(lines) == {"a": ["ih"], "b": ["ih"]}
     assert errors(lines) == [("a", "line 3: custom_id 'a' was already used on line 1")]
@@ -241,7 +181,7 @@ def test_blank_lines_windows_ends_and_a_byte_order_mark_are_harmless(run):
     assert texts(job.run()) == {"a": ["ih"], "b": ["ih"]} and job.job.counts.failed == 0
 
 
-def test_ids_of_any_characters_come_back_as_they_were(run):
+def test_custom_ids_of_any_characters_are_returned_unchanged(run):
     ids = ["né 日本\n\u2028\u2029\x85", "\ud800", '"quoted"', "\x00"]
     assert list(texts(run([entry(i) for i in ids]).run())) == ids
 
@@ -264,7 +204,7 @@ def test_a_stop_string_ends_the_text_and_cancels_the_request(run, tokenizer):
     (choice,) = job.lines[0]["response"]["body"]["choices"]
     assert (choice["text"], choice["finish_reason"]) == ("one ", "stop")
     assert job.lines[0]["response"]["body"]["usage"]["completion_tokens"] == len("one END")
-    assert job.job.emit(Emit(request.id, 11, tokens, (), "length")) == ()  # was under way
+    assert job.job.emit(Emit(request.id, 11, tokens, (), "length")) == ()  # sent before the cancel
     assert len(job.lines) == 1
 
 
@@ -287,9 +227,9 @@ def test_a_rejected_request_fails_its_line_and_cancels_its_other_choices(run):
     assert job.job.done and len(job.lines) == 2
 
 
-def test_first_choices_are_shown_as_they_grow(run):
+def test_new_text_of_first_choices_is_reported(run):
     grown = []
-    job = run([entry("a", prompt="abc", n=2), entry("b", prompt="xy")], grew=grown.append)
+    job = run([entry("a", prompt="abc", n=2), entry("b", prompt="xy")], on_text=grown.append)
     job.run()
     texts = {"a": "", "b": ""}
     for answer in grown:
@@ -297,7 +237,7 @@ def test_first_choices_are_shown_as_they_grow(run):
     assert texts == {"a": "cba", "b": "yx"} and {answer.prompt for answer in grown} == {"abc", "xy"}
 
 
-def test_whoever_shows_progress_hears_of_every_line(run):
+def test_every_line_is_reported_to_the_progress_display(run):
     chat = entry("c", url="/v1/chat/completions")
     chat["body"] = {"messages": [{"role": "user", "content": "say x"}], "max_tokens": 1}
     job = run([entry("a", prompt="abc"), b"bad\n", chat, entry("t", prompt=[70, 71])])
@@ -307,83 +247,9 @@ def test_whoever_shows_progress_hears_of_every_line(run):
     assert seen[2][2] == "say x" and seen[3][2] == "(token ids)"
 
 
-# --- files ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def go(tmp_path, tokenizer, model):
-    """(entries, limit) -> lines of the output after answering at most `limit` requests."""
-    sink = tmp_path / "out.jsonl"
-
-    def run(entries, limit=None):
-        output = Destination("-o", str(sink), str(sink), os.O_RDWR)
-        finished = output.resume()
-        answers = Run(tokenizer, model, entries, finished=finished)
-        answers.job.write = output.append
-        for count, request in enumerate(answers.job.requests()):
-            if count == limit:
-                break
-            answers.answer(request)
-        os.close(output.descriptor)
-        return answers.job, [json.loads(line) for line in sink.read_text().splitlines()]
-
-    run.sink = sink
-    return run
-
-
-def test_a_restart_does_what_is_left_and_nothing_twice(go):
-    entries = [entry(str(n)) for n in range(6)]
-    _, lines = go(entries, limit=2)
-    assert list(texts(lines)) == ["0", "1"]
-    with go.sink.open("a") as stream:
-        stream.write('{"id": "batch_req_17", "custom_id": "2", "respo')  # killed while writing
-    job, lines = go(entries)
-    assert [line["custom_id"] for line in lines] == ["0", "1", "2", "3", "4", "5"]
-    assert (job.counts.skipped, job.counts.completed) == (2, 4)
-    job, lines = go(entries)
-    assert len(lines) == 6 and job.done and job.counts.skipped == 6
-
-
-def test_a_restart_tries_failures_again_and_answers_them_once(go):
-    entries = [entry("a", model="other"), b"garbage\n", entry("b"), entry("b")]
-    _, lines = go(entries)
-    assert len(lines) == 4 and len(errors(lines)) == 3
-    _, again = go([entry("a"), *entries[1:]])
-    assert texts(again) == {"a": ["ih"], "b": ["ih"]} and len(again) == 4
-    assert len(errors(again)) == 2
-
-
-def test_answers_do_not_depend_on_when_they_were_drawn(go, run):
-    entries = [entry(str(n), prompt=f"p{n}") for n in range(9)]
-    whole = [request.sampling.seed for request in run(entries).job.requests()]
-    mixed = random.Random(0).sample(entries, 9)
-    seeds = {
-        e["custom_id"]: r.sampling.seed
-        for e, r in zip(mixed, run(mixed).job.requests(), strict=True)
-    }
-    assert [seeds[e["custom_id"]] for e in entries] == whole
-
-
-def test_pipes_are_answered_while_their_writer_is_still_there(tokenizer, model):
-    source, writer = os.pipe()
-    reader, sink = os.pipe()
-    lines, served = LineReader(descriptor_reader(source)), Served.of((model, tokenizer))
-    job = BatchJob(lines, lambda data: os.write(sink, data), served)
-    assert list(job.requests()) == [] and not job.exhausted
-    os.write(writer, text_of([entry("a", prompt="abc")]))
-    (request,) = job.requests()
-    job.emit(Emit(request.id, 0, request.prompt, (), "length"))
-    assert json.loads(os.read(reader, 1 << 16))["custom_id"] == "a"
-    assert not job.done
-    os.close(writer)
-    assert list(job.requests()) == [] and job.done
-    for descriptor in (source, reader, sink):
-        os.close(descriptor)
-
-
-def test_a_line_is_for_the_model_that_it_names_or_else_for_the_first(tokenizer, model):
+def test_a_line_goes_to_the_model_that_it_names_or_else_to_the_first(tokenizer, model):
     other = replace(model, name="other", max_model_len=7)
-    served = Served.of((model, tokenizer), (other, tokenizer))
+    served = ServedModels.of((model, tokenizer), (other, tokenizer))
     pieces, written = (
         [
             text_of(

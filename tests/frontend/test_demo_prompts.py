@@ -1,4 +1,4 @@
-"""The prompts that ship with the package are good ones, for any model."""
+"""The prompts of the package are valid and varied, for any model."""
 
 import json
 from collections import Counter
@@ -6,7 +6,7 @@ from importlib.resources import files
 
 import pytest
 
-from mellmpi.frontend import BatchJob, Served, ServedModel, Tokenizer
+from mellmpi.frontend import BatchJob, ServedModel, ServedModels, Tokenizer
 from mellmpi.frontend.lines import LineReader
 
 DEMO = files("mellmpi.frontend").joinpath("demo_prompts.jsonl").read_bytes()
@@ -20,7 +20,7 @@ def requests(smollm2):
     job = BatchJob(
         LineReader(lambda: pieces.pop(0)),
         written.append,
-        Served.of((model, Tokenizer.load(smollm2))),
+        ServedModels.of((model, Tokenizer.load(smollm2))),
     )
     found = list(job.requests())
     assert not written, b"".join(written).decode()

@@ -1,4 +1,4 @@
-"""What will be written is proved writable first, and nothing is left behind by that."""
+"""Outputs are checked for write access first, and the check leaves nothing behind."""
 
 import os
 import stat
@@ -19,16 +19,16 @@ def destination(path, flag="-o"):
     return Destination(flag, str(path), str(path), os.O_RDWR if flag == "-o" else os.O_WRONLY)
 
 
-def prove(path):
-    with ExitStack() as made:
-        return destination(path).prove(made)
+def checked(path):
+    with ExitStack() as created:
+        return destination(path).check_writable(created)
 
 
-def test_a_proof_leaves_no_new_file_and_changes_no_old_one(tmp_path):
+def test_the_check_leaves_no_new_file_and_changes_no_old_one(tmp_path):
     (tmp_path / "old").write_text("text")
     (tmp_path / "link").symlink_to("target")
     for name in ("new", "link", "old"):
-        assert stat.S_ISREG(prove(tmp_path / name).st_mode)
+        assert stat.S_ISREG(checked(tmp_path / name).st_mode)
     assert sorted(os.listdir(tmp_path)) == ["link", "old"]
     assert (tmp_path / "old").read_text() == "text" and (tmp_path / "link").is_symlink()
 
@@ -43,29 +43,29 @@ def test_a_proof_leaves_no_new_file_and_changes_no_old_one(tmp_path):
         ("lost", "there is no directory"),
     ],
 )
-def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path, name, what):
+def test_an_unwritable_output_is_refused_and_nothing_is_left(tmp_path, name, what):
     (tmp_path / "file").touch()
     (tmp_path / "lost").symlink_to("no/such/file")
     with pytest.raises(UsageError, match=what):
-        prove(tmp_path / name)
+        checked(tmp_path / name)
     assert sorted(os.listdir(tmp_path)) == ["file", "lost"]
 
 
 def test_a_pipe_without_a_reader_is_refused_with_what_to_type(tmp_path, monkeypatch):
     monkeypatch.setattr("mellmpi.frontend.destination.READER_S", 0.0)
     os.mkfifo(tmp_path / "out put")
-    with pytest.raises(UsageError, match=r"type first  cat '.*/out put' > FILE &"):
-        prove(tmp_path / "out put")
+    with pytest.raises(UsageError, match=r"first type  cat '.*/out put' > FILE &"):
+        checked(tmp_path / "out put")
 
 
-def test_a_pipe_whose_reader_comes_a_moment_later_is_written(tmp_path):
+def test_a_pipe_whose_reader_comes_a_little_later_is_written(tmp_path):
     os.mkfifo(tmp_path / "out")
     read: list[bytes] = []
     reader = threading.Thread(target=lambda: read.append((tmp_path / "out").read_bytes()))
     reader.start()
     out = destination(tmp_path / "out")
-    with ExitStack() as made:
-        out.prove(made)
+    with ExitStack() as created:
+        out.check_writable(created)
     assert out.resume() == frozenset()
     out.append(b"a" * (1 << 18))
     os.close(out.descriptor)
@@ -73,7 +73,7 @@ def test_a_pipe_whose_reader_comes_a_moment_later_is_written(tmp_path):
     assert read == [b"a" * (1 << 18)]
 
 
-def test_a_pipe_whose_reader_ends_is_said_to_be_one():
+def test_a_pipe_whose_reader_has_ended_is_reported():
     source, sink = os.pipe()
     os.close(source)
     with pytest.raises(Unwritable, match="-o p is a pipe whose reader has ended"):
@@ -81,16 +81,16 @@ def test_a_pipe_whose_reader_ends_is_said_to_be_one():
     os.close(sink)
 
 
-def test_a_full_disk_is_said_to_be_one():
+def test_a_full_disk_is_reported():
     for write in (Destination.append, Destination.replace):
         out = destination("/dev/full", "--report")
-        with ExitStack() as made:
-            out.prove(made)
+        with ExitStack() as created:
+            out.check_writable(created)
         with pytest.raises(Unwritable, match="--report /dev/full cannot be written: No space left"):
             write(out, ANSWER)
 
 
-def test_a_descriptor_that_does_not_block_is_written_to_the_end():
+def test_all_bytes_are_written_to_a_non_blocking_descriptor():
     source, sink = os.pipe()
     os.set_blocking(sink, False)
     data, found = bytes(range(256)) * 4096, []
@@ -108,7 +108,7 @@ def test_a_descriptor_that_does_not_block_is_written_to_the_end():
     assert b"".join(found) == data
 
 
-def test_answers_are_appended_through_links_which_stay(tmp_path):
+def test_answers_are_appended_through_links_and_the_links_stay(tmp_path):
     (tmp_path / "real").write_bytes(ANSWER)
     (tmp_path / "real").chmod(0o640)
     (tmp_path / "soft").symlink_to("real")
@@ -127,7 +127,7 @@ def test_answers_are_appended_through_links_which_stay(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["hard", "real", "soft"]
 
 
-def test_a_rewrite_through_a_link_that_was_killed_is_done_again_by_any_name(tmp_path):
+def test_an_interrupted_rewrite_is_repeated_through_any_link(tmp_path):
     (tmp_path / "far").mkdir()
     (tmp_path / "far" / "soft").symlink_to("../real")
     (tmp_path / "real").write_bytes(b"x" * 2 * len(ANSWER))
@@ -138,7 +138,7 @@ def test_a_rewrite_through_a_link_that_was_killed_is_done_again_by_any_name(tmp_
     os.close(out.descriptor)
 
 
-def test_a_disk_that_finds_only_at_the_end_that_it_is_full_is_heard(tmp_path, monkeypatch):
+def test_an_error_of_fsync_is_reported(tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
@@ -159,16 +159,16 @@ def test_an_output_that_another_run_is_writing_is_refused(tmp_path):
     os.close(third.descriptor)
 
 
-def test_a_file_that_is_no_batch_output_is_refused_and_left_as_it_is(tmp_path):
+def test_a_file_that_is_not_a_batch_output_is_refused_and_not_changed(tmp_path):
     (tmp_path / "out").write_text("precious notes\n")
     out = destination(tmp_path / "out")
-    with pytest.raises(UsageError, match=r"-o .*/out exists and is no batch output"):
+    with pytest.raises(UsageError, match=r"-o .*/out exists and is not a batch output"):
         out.resume()
     os.close(out.descriptor)
     assert (tmp_path / "out").read_text() == "precious notes\n"
 
 
-def test_a_report_replaces_what_was_in_the_file_and_keeps_the_file(tmp_path):
+def test_a_report_replaces_the_contents_and_keeps_the_file(tmp_path):
     (tmp_path / "real").write_text("something longer than the new report")
     (tmp_path / "link").symlink_to("real")
     report = destination(tmp_path / "link", "--report")
@@ -177,7 +177,7 @@ def test_a_report_replaces_what_was_in_the_file_and_keeps_the_file(tmp_path):
     assert (tmp_path / "real").read_text() == "{}\n" and (tmp_path / "link").is_symlink()
 
 
-def test_a_directory_that_is_gone_at_the_end_costs_the_report_alone(tmp_path):
+def test_a_missing_directory_at_the_end_is_reported(tmp_path):
     with pytest.raises(Unwritable, match="there is no directory"):
         destination(tmp_path / "gone" / "report", "--report").replace(b"{}\n")
 
@@ -187,10 +187,12 @@ def test_two_names_of_one_file_are_refused_and_devices_may_be_shared(tmp_path):
     (tmp_path / "soft").symlink_to("real")
     (tmp_path / "lost").symlink_to("new")
     for one, other in (("real", "real"), ("soft", "real"), ("new", "new"), ("lost", "new")):
-        with ExitStack() as made, pytest.raises(UsageError, match="are the same file"):
+        with ExitStack() as created, pytest.raises(UsageError, match="are the same file"):
             paths = [tmp_path / one, tmp_path / other]
-            check_different([(str(path), destination(path).prove(made)) for path in paths])
-    with ExitStack() as made:
+            check_different(
+                [(str(path), destination(path).check_writable(created)) for path in paths]
+            )
+    with ExitStack() as created:
         paths = [tmp_path / "real", tmp_path / "new", "/dev/null", "/dev/null"]
-        check_different([(str(path), destination(path).prove(made)) for path in paths])
+        check_different([(str(path), destination(path).check_writable(created)) for path in paths])
     assert sorted(os.listdir(tmp_path)) == ["lost", "real", "soft"]

@@ -1,4 +1,4 @@
-"""Text of tokens, as transformers and sentencepiece have it, one token at a time."""
+"""Incremental decoding gives the same text as transformers and sentencepiece."""
 
 import random
 import re
@@ -19,7 +19,7 @@ def kind(request):
 
 
 def histories(kind, count=HISTORIES):
-    """Token ids at random, half of them of real text."""
+    """Yield random token ids, half of them from real text."""
     rng, size = random.Random(kind.name), kind.backend.get_vocab_size()
     real = [i for text in ("née 日本 👍🏽", "the x = \n ok") for i in kind.backend.encode(text).ids]
     for _ in range(count):
@@ -33,12 +33,12 @@ def streamed(kind, tokens, prompt=()):
 
 
 def marked(text):
-    """Broken characters of any number of bytes as one mark."""
+    """Replace runs of replacement marks by one mark."""
     return re.sub("\ufffd+", "\ufffd", text)
 
 
-def whole(kind, tokens):
-    """Transformers' decoder gives up on a run of bytes of which one is wrong: without those."""
+def has_no_byte_tokens(kind, tokens):
+    """Transformers replaces a whole run of byte tokens if one byte of it is invalid."""
     names = [kind.backend.id_to_token(token) or "" for token in tokens]
     return not any(name.startswith("<0x") for name in names)
 
@@ -47,9 +47,9 @@ def test_the_text_of_random_ids_is_that_of_transformers(kind):
     theirs = kind.theirs
     for _, tokens in histories(kind):
         expected = theirs.decode(tokens, skip_special_tokens=True)
-        if whole(kind, tokens):
+        if has_no_byte_tokens(kind, tokens):
             assert "".join(streamed(kind, tokens)) == expected
-    assert any(whole(kind, tokens) for _, tokens in histories(kind))
+    assert any(has_no_byte_tokens(kind, tokens) for _, tokens in histories(kind))
 
 
 def test_bytes_that_are_a_character_are_text_as_in_transformers():
@@ -79,7 +79,7 @@ def test_prompt_and_answer_together_are_the_text_of_all_ids(kind):
 
 
 def splits(kind, prompt):
-    """The prompt ends within a character: no two texts can be put together there."""
+    """Return whether the prompt ends within a character, so that texts cannot be joined there."""
     return "".join(streamed(kind, prompt)).endswith("\ufffd")
 
 
@@ -92,7 +92,7 @@ def test_an_answer_completes_a_character_that_its_prompt_began():
     assert "".join(streamed(kind, other, tokens[:-1])) == "ok"
 
 
-def test_a_stream_never_gives_half_a_character(kind):
+def test_a_stream_returns_complete_characters_only(kind):
     for _, tokens in histories(kind, 50):
         for delta in streamed(kind, tokens)[:-1]:
             assert delta == delta.encode().decode()
@@ -110,11 +110,11 @@ def test_the_first_word_keeps_its_space_after_a_prompt_and_only_then():
         assert "".join(streamed(kind, [word, word], [special, word])) == " x x"
 
 
-def test_ids_that_no_token_has_are_no_text(kind):
+def test_unknown_ids_have_no_text(kind):
     assert "".join(streamed(kind, [10**6, -1, 2**63])) == ""
 
 
-def test_special_tokens_are_no_text_but_have_a_label(kind):
+def test_special_tokens_have_no_text_but_a_label(kind):
     token = kind.backend.token_to_id("<|im_end|>")
     assert streamed(kind, [token]) == ["", ""]
     assert kind.ours.token_bytes.label(token) == "<|im_end|>"
@@ -125,7 +125,7 @@ VOCABULARY = ["a", "b</w>", "▁c", "##d", " ", "<0x41>", "▁", "e</w>"]
 
 
 def decoded(decoder, names):
-    """(our text, the library's) of tokens of these names."""
+    """Return (our text, the library's text) of tokens with these names."""
     backend = Tokenizer(models.WordLevel({name: i for i, name in enumerate(VOCABULARY)}, "a"))
     if decoder is not None:
         backend.decoder = decoder
@@ -154,12 +154,12 @@ def decoded(decoder, names):
         ),
     ],
 )
-def test_decoders_of_every_kind_are_followed(decoder, names):
+def test_decoders_of_every_kind_give_the_text_of_the_library(decoder, names):
     ours, theirs = decoded(decoder, names)
     assert ours == theirs
 
 
-def test_a_decoder_that_panics_in_the_library_gives_text_all_the_same():
+def test_a_decoder_that_panics_in_the_library_gives_text_here():
     steps = [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 1)]
     backend = Tokenizer(models.WordLevel({name: i for i, name in enumerate(VOCABULARY)}, "a"))
     backend.decoder = decoders.Sequence(steps)

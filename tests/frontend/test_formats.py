@@ -1,4 +1,4 @@
-"""Input is JSON Lines, plain or gzipped; anything else is refused once, with what to type."""
+"""Input is JSON Lines, plain or gzipped; other formats are refused with what to type."""
 
 import bz2
 import gzip
@@ -14,15 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mellmpi.frontend import Source
-from mellmpi.frontend.formats import PIECE_BYTES, Decoded, Gunzip, Unreadable
+from mellmpi.frontend.formats import PIECE_BYTES, GzipReader, TextReader, Unreadable
 
 LINE = b'{"custom_id": "a", "body": {"prompt": "caf\xc3\xa9"}}\n'
 
 
 def read_all(data, size=1 << 20, name="in.jsonl"):
-    """What `Decoded` makes of `data` when it comes in pieces of `size`."""
+    """Return the output of `TextReader` for `data` in pieces of `size`."""
     pieces = [data[i : i + size] for i in range(0, len(data), size)]
-    read = Decoded(lambda: pieces.pop(0) if pieces else b"", Source(name))
+    read = TextReader(lambda: pieces.pop(0) if pieces else b"", Source(name))
     found = b""
     while (piece := read()) != b"":
         found += piece or b""
@@ -48,35 +48,35 @@ def read_all(data, size=1 << 20, name="in.jsonl"):
         b'{"a": "\0"}\n',
     ],
 )
-def test_json_lines_come_out_as_they_are_also_where_some_are_bad(data, size):
+def test_json_lines_are_passed_on_unchanged_even_if_some_are_invalid(data, size):
     assert read_all(data, size) == data
     assert read_all(gzip.compress(data), size) == data
 
 
 @given(st.lists(st.binary(max_size=300), max_size=4), st.integers(1, 100))
-def test_gzip_members_are_read_one_after_the_other_however_they_are_cut(texts, size):
+def test_gzip_members_are_read_in_order_in_pieces_of_any_size(texts, size):
     texts = [b"{" + text for text in texts]
     data = b"".join(gzip.compress(text) + b"\0" * (len(text) % 3) for text in texts)
     pieces = [data[i : i + size] for i in range(0, len(data), size)]
-    read = Gunzip(lambda: pieces.pop(0) if pieces else b"", Source(None))
+    read = GzipReader(lambda: pieces.pop(0) if pieces else b"", Source(None))
     if texts:
         assert b"".join(iter(read, b"")) == b"".join(texts)
 
 
-def test_a_gzip_bomb_comes_in_pieces():
+def test_a_gzip_bomb_is_unpacked_in_pieces():
     packed = gzip.compress(b"{" + b" " * (5 * PIECE_BYTES + 7))
     pieces = [packed, b""]
-    read = Gunzip(lambda: pieces.pop(0) if pieces else b"", Source(None))
+    read = GzipReader(lambda: pieces.pop(0) if pieces else b"", Source(None))
     sizes = [len(piece) for piece in iter(read, b"")]
     assert sum(sizes) == 5 * PIECE_BYTES + 8 and max(sizes) <= PIECE_BYTES
 
 
-def test_a_first_line_that_is_an_object_is_given_at_once_however_it_comes():
+def test_a_first_line_that_is_an_object_is_returned_at_once():
     packed = zlib.compressobj(wbits=31)
     first = packed.compress(LINE) + packed.flush(zlib.Z_SYNC_FLUSH)
     for pieces in ([None, LINE[:9], None, LINE[9:]], [first[:1], None, first[1:9], first[9:]]):
         left = [*pieces]
-        read = Decoded(lambda left=left: left.pop(0) if left else None, Source(None))
+        read = TextReader(lambda left=left: left.pop(0) if left else None, Source(None))
         assert b"".join(read() or b"" for _ in range(9)) == LINE
 
 
@@ -157,30 +157,30 @@ def test_another_format_is_refused_with_what_to_type(what):
         b'{\n  "custom_id": "' + b"x" * 100_000,
     ],
 )
-def test_json_that_is_no_json_lines_is_recognised_however_it_is_broken_into_lines(data):
+def test_json_that_is_not_json_lines_is_recognised_with_any_line_breaks(data):
     with pytest.raises(Unreadable, match="jq -c"):
         read_all(data)
 
 
-def test_of_a_pipe_the_advice_names_no_file():
+def test_the_advice_for_a_pipe_names_no_file():
     with pytest.raises(Unreadable, match=r"standard input is .* type  … \| xz -dc \| … -i -"):
         read_all(lzma.compress(LINE), name=None)
 
 
-def test_a_name_in_the_advice_can_be_pasted_into_a_shell_and_does_nothing_to_a_terminal():
+def test_a_name_in_the_advice_is_quoted_for_the_shell_and_safe_for_a_terminal():
     with pytest.raises(Unreadable) as refused:
         read_all(lzma.compress(LINE), name="my file\x1b.xz")
     assert "'my file\\x1b.xz'" in str(refused.value)
 
 
-def test_an_input_that_fails_while_it_is_read_says_why():
+def test_a_read_error_is_reported_with_its_reason():
     def broken():
         raise OSError(5, "Input/output error")
 
-    with pytest.raises(Unreadable, match="-i in cannot be read on: Input/output error"):
-        Decoded(broken, Source("in"))()
+    with pytest.raises(Unreadable, match=r"-i in: reading failed \(Input/output error\)"):
+        TextReader(broken, Source("in"))()
 
 
-def test_raw_deflate_is_no_gzip():
+def test_raw_deflate_is_not_gzip():
     with pytest.raises(Unreadable, match=r"damaged|middle"):
         read_all(b"\x1f\x8b" + zlib.compress(LINE))

@@ -1,4 +1,4 @@
-"""Inputs are opened without waiting for anybody, and regular files are checked from end to end."""
+"""Inputs are opened without blocking, and regular files are checked from end to end."""
 
 import gzip
 import os
@@ -42,7 +42,7 @@ def test_a_regular_file_is_counted_and_then_read_from_its_beginning(tmp_path, pa
     assert not requests.lines.problem
 
 
-def test_an_open_file_is_read_from_where_it_stands(tmp_path):
+def test_an_open_file_is_read_from_its_current_position(tmp_path):
     (tmp_path / "in").write_bytes(LINES)
     descriptor = os.open(tmp_path / "in", os.O_RDONLY)
     os.read(descriptor, LINES.index(b"{", 1))
@@ -50,7 +50,7 @@ def test_an_open_file_is_read_from_where_it_stands(tmp_path):
     assert requests.count == 2 and read_all(requests) == [b'{"b": 2}', b'{"c": 3}']
 
 
-def test_a_named_pipe_is_opened_before_anybody_writes_and_ends_with_its_writer(tmp_path):
+def test_a_named_pipe_is_opened_without_a_writer_and_ends_with_its_writer(tmp_path):
     os.mkfifo(tmp_path / "in")
     requests = opened(tmp_path / "in")
     assert requests.count is None
@@ -80,7 +80,7 @@ def test_dev_null_is_an_empty_input():
         ("in/in", "Not a directory"),
     ],
 )
-def test_what_cannot_be_read_is_refused_with_what_to_type(tmp_path, name, what):
+def test_an_unreadable_input_is_refused_with_what_to_type(tmp_path, name, what):
     (tmp_path / "in").write_bytes(LINES)
     (tmp_path / "loop").symlink_to("loop")
     with socket.socket(socket.AF_UNIX) as bound:
@@ -90,13 +90,13 @@ def test_what_cannot_be_read_is_refused_with_what_to_type(tmp_path, name, what):
     assert "cat FILE | … -i -" in str(refused.value)
 
 
-def test_a_damaged_regular_file_is_refused_before_anything_of_it_is_answered(tmp_path):
+def test_a_damaged_regular_file_is_refused_before_any_answer(tmp_path):
     (tmp_path / "in").write_bytes(gzip.compress(LINES)[:-4])
     with pytest.raises(UsageError, match="ends in the middle of its gzip data"):
         opened(tmp_path / "in")
 
 
-def test_a_file_that_becomes_shorter_while_it_is_read_is_noticed(tmp_path):
+def test_a_file_that_becomes_shorter_while_it_is_read_is_detected(tmp_path):
     (tmp_path / "in").write_bytes(LINES)
     requests = opened(tmp_path / "in")
     os.truncate(tmp_path / "in", LINES.index(b"{", 1) + 3)
@@ -113,7 +113,7 @@ def test_a_file_that_grows_or_is_removed_while_it_is_read_is_read_to_its_end(tmp
     assert len(read_all(requests)) == 4 and not requests.lines.problem
 
 
-def test_other_names_of_an_open_pipe_are_known():
+def test_other_names_of_an_open_pipe_are_recognised():
     source, sink = os.pipe()
     assert is_descriptor(f"/dev/fd/{source}", source) and is_descriptor(
         f"/proc/self/fd/{sink}", sink
@@ -124,7 +124,7 @@ def test_other_names_of_an_open_pipe_are_known():
     os.close(sink)
 
 
-def test_standard_input_may_be_a_socket_and_no_directory(tmp_path):
+def test_standard_input_may_be_a_socket_but_not_a_directory(tmp_path):
     one, other = socket.socketpair()
     check_input(one.fileno(), Source(None))
     one.close()
@@ -135,7 +135,7 @@ def test_standard_input_may_be_a_socket_and_no_directory(tmp_path):
     os.close(directory)
 
 
-def test_a_regular_file_is_not_taken_for_a_descriptor_of_it(tmp_path):
+def test_a_regular_file_is_not_another_name_of_its_descriptor(tmp_path):
     (tmp_path / "in").write_bytes(LINES)
     with (tmp_path / "in").open() as stream:
         assert not is_descriptor(str(tmp_path / "in"), stream.fileno())

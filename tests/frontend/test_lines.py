@@ -1,4 +1,4 @@
-"""Lines come out as they went in, however they were cut on the way."""
+"""Lines do not depend on the pieces in which they are read."""
 
 import os
 
@@ -10,7 +10,7 @@ from mellmpi.frontend.lines import LineReader
 
 
 def reader(pieces, **limits):
-    """Gives `pieces` one after the other; None among them means: nothing for now."""
+    """Return a LineReader of `pieces`. A piece None means: no data yet."""
     left = [*pieces, b"", b""]
     return LineReader(lambda: left.pop(0), **limits)
 
@@ -31,20 +31,19 @@ def test_cuts_and_pauses_do_not_change_the_lines(data, gaps):
     pieces = []
     for piece, gap in zip(data, gaps, strict=False):
         pieces += [None, piece] if gap else [piece]
-    whole = b"".join(data)
-    expected = whole.split(b"\n")
+    expected = b"".join(data).split(b"\n")
     if expected[-1] == b"":
         expected.pop()
     assert read_all(reader(pieces)) == list(enumerate(expected, start=1))
 
 
-def test_a_line_over_the_limit_is_dropped_and_the_next_is_whole():
+def test_a_line_over_the_limit_is_dropped_and_the_next_is_complete():
     pieces = [b"12345\n123", b"456", b"789\nok\n1234", b"56"]
     found = read_all(reader(pieces, max_line_bytes=5))
     assert found == [(1, b"12345"), (2, None), (3, b"ok"), (4, None)]
 
 
-def test_a_pipe_without_data_does_not_make_us_wait():
+def test_a_pipe_without_data_does_not_block():
     source, sink = os.pipe()
     lines = LineReader(descriptor_reader(source))
     assert lines.next() is None and not lines.exhausted
@@ -58,9 +57,9 @@ def test_a_pipe_without_data_does_not_make_us_wait():
     os.close(source)
 
 
-def test_only_so_many_lines_are_given_as_are_wanted():
+def test_at_most_max_lines_are_read():
     pieces = [b"a\nb\n", b"c\n", b""]
     reader = LineReader(lambda: pieces.pop(0))
-    reader.most = 2
+    reader.max_lines = 2
     assert [reader.next().data, reader.next().data, reader.next()] == [b"a", b"b", None]
     assert reader.exhausted and pieces == [b"c\n", b""]

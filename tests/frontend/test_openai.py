@@ -1,11 +1,11 @@
-"""Bodies of OpenAI's two endpoints: what they mean, and what is wrong with them."""
+"""Bodies of OpenAI's two endpoints: parsed fields and error messages."""
 
 import itertools
 from dataclasses import replace
 
 import pytest
 
-from mellmpi.frontend import Served
+from mellmpi.frontend import ServedModels
 from mellmpi.frontend.fields import UNSUPPORTED, BadRequest
 from mellmpi.frontend.openai import CHAT, COMPLETIONS, parse
 from mellmpi.protocol import decode, encode
@@ -17,7 +17,7 @@ USER = [{"role": "user", "content": "hi"}]
 def completion(tokenizer, model):
     def call(prompt="abc", identity="me", **body):
         return parse(
-            COMPLETIONS, {"prompt": prompt, **body}, Served.of((model, tokenizer)), identity
+            COMPLETIONS, {"prompt": prompt, **body}, ServedModels.of((model, tokenizer)), identity
         )
 
     return call
@@ -26,7 +26,9 @@ def completion(tokenizer, model):
 @pytest.fixture
 def chat(tokenizer, model):
     def call(messages=USER, identity="me", **body):
-        return parse(CHAT, {"messages": messages, **body}, Served.of((model, tokenizer)), identity)
+        return parse(
+            CHAT, {"messages": messages, **body}, ServedModels.of((model, tokenizer)), identity
+        )
 
     return call
 
@@ -55,45 +57,29 @@ def test_a_prompt_is_text_or_tokens_or_a_list_of_either(completion, tokenizer, p
     assert [list(p) for p in completion(prompt).prompts] == expected
 
 
-@pytest.mark.parametrize(
-    "prompt",
-    [
-        None,
-        7,
-        {},
-        [],
-        "",
-        [[]],
-        [1.5],
-        [True],
-        [70, "x"],
-        [512],
-        [-1],
-        ["a", None],
-        ["a", ""],
-        "\ud800",
-        [["a"]],
-        10**400,
-    ],
-)
+NO_TEXT = [None, 7, {}, [], "", "\ud800", 10**400, ["a", None], ["a", ""]]
+NO_TOKENS = [[[]], [1.5], [True], [70, "x"], [512], [-1], [["a"]]]
+
+
+@pytest.mark.parametrize("prompt", NO_TEXT + NO_TOKENS)
 def test_any_other_prompt_is_refused(completion, prompt):
     assert refused(completion, prompt).param == "prompt"
 
 
-def test_ids_beyond_the_models_vocabulary_are_refused_in_every_route(tokenizer, model):
+def test_ids_beyond_the_models_vocabulary_are_refused_by_both_endpoints(tokenizer, model):
     """The tokenizer has more tokens than the model has embeddings."""
-    served = Served.of((replace(model, vocab_size=50), tokenizer))
+    served = ServedModels.of((replace(model, vocab_size=50), tokenizer))
     for url, body in ((COMPLETIONS, {"prompt": "abc"}), (CHAT, {"messages": USER})):
         with pytest.raises(BadRequest, match="is not in the vocabulary of 50"):
             parse(url, body, served, "me")
 
 
 @pytest.mark.parametrize(("prompts", "n"), [(2049, 1), (17, 128)])
-def test_one_line_may_not_ask_for_answers_without_end(completion, prompts, n):
+def test_the_number_of_answers_of_one_line_is_limited(completion, prompts, n):
     assert "use several lines" in refused(completion, ["a"] * prompts, n=n).message
 
 
-def test_a_text_at_which_the_tokenizer_panics_is_refused(completion, tokenizer, monkeypatch):
+def test_a_text_that_makes_the_tokenizer_panic_is_refused(completion, tokenizer, monkeypatch):
     panic = type("PanicException", (BaseException,), {})
 
     class Backend:
@@ -107,7 +93,7 @@ def test_a_text_at_which_the_tokenizer_panics_is_refused(completion, tokenizer, 
         tokenizer.encode_chat(USER)
 
 
-def test_a_stop_string_with_a_special_token_in_it_is_refused_or_taken_for_the_token(completion):
+def test_a_stop_string_that_contains_a_special_token_becomes_its_id_or_is_refused(completion):
     assert completion(stop="<|im_start|>\n").samplings[0].stop_token_ids == (2, 1)
     assert "give that token alone" in refused(completion, stop="x<|im_start|>").message
 
@@ -125,29 +111,21 @@ def test_a_chat_is_rendered_with_the_models_template(chat, tokenizer):
     assert list(cut) == tokenizer.encode_chat(USER, {"add_generation_prompt": False})
 
 
-@pytest.mark.parametrize(
-    "messages",
-    [
-        None,
-        [],
-        "hi",
-        {},
-        ["hi"],
-        [{"content": "x"}],
-        [{"role": "user"}],
-        [{"role": 1, "content": ""}],
-        [{"role": "user", "content": 5}],
-        [{"role": "user", "content": [{"type": "image_url"}]}],
-        [{"role": "user", "content": [{"type": "text"}]}],
-        [{"role": "user", "content": "\udfff"}],
-        [{"role": "assistant", "content": "x", "tool_calls": [{}]}],
-    ],
-)
+NO_MESSAGES = [None, [], "hi", {}, ["hi"], [{"content": "x"}], [{"role": "user"}]]
+BAD_CONTENTS = [5, [{"type": "image_url"}], [{"type": "text"}], "\udfff"]
+BAD_MESSAGES = [
+    *([{"role": "user", "content": content}] for content in BAD_CONTENTS),
+    [{"role": 1, "content": ""}],
+    [{"role": "assistant", "content": "x", "tool_calls": [{}]}],
+]
+
+
+@pytest.mark.parametrize("messages", NO_MESSAGES + BAD_MESSAGES)
 def test_any_other_messages_are_refused(chat, messages):
     assert refused(chat, messages).param.startswith("messages")
 
 
-def test_a_template_may_have_switches_but_not_other_messages(chat):
+def test_template_variables_may_not_replace_messages(chat):
     assert chat(chat_template_kwargs={"enable_thinking": False}).prompts == chat().prompts
     for name in ("messages", "tools", "documents", "self"):
         assert refused(chat, chat_template_kwargs={name: []}).param == "chat_template_kwargs"
@@ -157,7 +135,7 @@ def test_a_template_may_have_switches_but_not_other_messages(chat):
 # --- lengths -------------------------------------------------------------------------------------
 
 
-def test_a_completion_has_16_tokens_unless_asked_or_out_of_room(completion):
+def test_a_completion_has_16_tokens_by_default_or_fewer_if_the_context_is_full(completion):
     assert completion().samplings[0].max_tokens == 16
     assert completion(max_tokens=None).samplings[0].max_tokens == 16
     assert completion(max_tokens=97).samplings[0].max_tokens == 97
@@ -179,7 +157,7 @@ def test_max_tokens_is_an_integer_of_at_least_one(completion, chat, value):
     assert refused(chat, max_completion_tokens=value).param == "max_completion_tokens"
 
 
-def test_what_does_not_fit_the_context_is_refused_with_the_numbers(completion, chat):
+def test_a_request_longer_than_the_context_is_refused_with_the_numbers(completion, chat):
     assert completion("x" * 99).samplings[0].max_tokens == 1
     long = refused(completion, "x" * 100)
     assert long.code == "context_length_exceeded" and "the prompt alone has 100" in str(long)
@@ -269,18 +247,18 @@ def test_logprobs_of_a_chat_are_a_switch_and_a_number(chat):
     assert refused(chat, logprobs=3).param == "logprobs"
 
 
-def test_a_seed_is_made_of_the_identity_where_none_is_given(completion):
+def test_the_default_seed_is_derived_from_the_identity(completion):
     seed = completion(identity="a").samplings[0].seed
     assert seed == completion(identity="a").samplings[0].seed
     assert seed != completion(identity="b").samplings[0].seed
-    assert seed == 14608863320967583690  # for ever, so that a rerun answers alike
+    assert seed == 14608863320967583690  # must never change: reruns give the same answers
     assert completion(seed=-1).samplings[0].seed == 2**64 - 1
 
 
 # --- choices -------------------------------------------------------------------------------------
 
 
-def test_choices_are_samples_of_prompts_with_seeds_of_their_own(completion):
+def test_choices_are_samples_of_the_prompts_with_different_seeds(completion):
     call = completion(["ab", "c"], n=2, seed=2**64 - 1, max_tokens=5)
     requests = call.requests(itertools.count(10))
     assert [r.id for r in requests] == [10, 11, 12, 13]
@@ -306,19 +284,19 @@ def test_another_model_is_not_found(completion, chat):
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
-def test_what_is_not_supported_is_refused_unless_it_asks_for_nothing(completion, name):
+def test_unsupported_fields_are_refused_unless_they_have_no_effect(completion, name):
     completion(**{name: None})
-    for nothing in UNSUPPORTED[name]:
-        completion(**{name: nothing})
+    for value in UNSUPPORTED[name]:
+        completion(**{name: value})
     error = refused(completion, **{name: {"something": 1}})
     assert error.param == name and error.code == "unsupported" and name in str(error)
 
 
-def test_an_unknown_field_is_refused_with_the_likely_one(completion, chat):
+def test_an_unknown_field_is_refused_with_the_closest_name(completion, chat):
     assert "did you mean 'max_tokens'?" in str(refused(completion, max_token=5))
     assert refused(completion, messages=USER).param == "messages"
     assert refused(chat, prompt="x").param == "prompt"
 
 
-def test_bookkeeping_fields_are_let_through(completion):
+def test_bookkeeping_fields_are_ignored(completion):
     assert completion(user="me", metadata={"a": "b"}, store=False) == completion()

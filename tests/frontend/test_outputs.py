@@ -1,4 +1,4 @@
-"""The answer to one request grows from its emits and ends where it should."""
+"""An Output collects the emits of one request until the answer ends."""
 
 from dataclasses import replace
 
@@ -38,7 +38,7 @@ def test_text_grows_with_the_tokens(output, tokenizer):
     assert (out.text, out.finish_reason, len(out.tokens)) == ("abc", "length", 3)
 
 
-def test_the_token_that_ends_an_answer_counts_but_is_no_text(output, tokenizer):
+def test_the_token_that_ends_an_answer_counts_but_has_no_text(output, tokenizer):
     visible = tokenizer.encode("!")[0]
     for end in (2, visible):
         sampling = replace(SAMPLING, stop_token_ids=(2, visible))
@@ -58,20 +58,20 @@ def test_tokens_after_a_stop_string_are_dropped_with_their_logprobs(output, toke
     assert (out.text, out.finish_reason) == ("one ", "stop")
 
 
-def test_a_stop_string_may_come_over_several_emits(output, tokenizer):
+def test_a_stop_string_may_span_several_emits(output, tokenizer):
     out = output("\n\n")
     assert out.take(emit(tokenizer, 0, "a\n")) == "a"
     assert out.take(emit(tokenizer, 2, "\nb")) == ""
     assert (out.text, out.finish_reason) == ("a", "stop")
 
 
-def test_what_only_began_a_stop_string_belongs_to_the_text(output, tokenizer):
+def test_an_incomplete_stop_string_belongs_to_the_text(output, tokenizer):
     out = output("\n\nQ")
     out.take(emit(tokenizer, 0, "a\n\n", "length"))
     assert (out.text, out.finish_reason) == ("a\n\n", "length")
 
 
-def test_half_a_character_at_the_end_is_marked(output, tokenizer):
+def test_an_incomplete_character_at_the_end_becomes_a_replacement_mark(output, tokenizer):
     out = output("never")
     tokens = tuple(tokenizer.encode("ok é"))
     out.take(Emit(1, 0, tokens[:-1], (), "length"))

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mellmpi.frontend import ReplayJob, ServedModel
-from mellmpi.frontend.replay import SHOWN_REFUSALS
+from mellmpi.frontend.replay import SHOWN_REJECTIONS
 from mellmpi.protocol import Emit, Rejected
 from mellmpi.workload import Workload
 
@@ -27,13 +27,13 @@ def job(*rows, seed=0, **given):
     return ReplayJob(workload(*rows), (MODEL,), seed, **given)
 
 
-def test_lengths_are_those_of_the_trace_and_nothing_ends_an_answer_early():
+def test_lengths_are_those_of_the_trace_and_no_answer_ends_early():
     drawn = list(job((0.0, 7, 3), (1.0, 90, 10)).requests())
     assert [(len(r.prompt), r.sampling.max_tokens) for r in drawn] == [(7, 3), (90, 10)]
     assert all(r.sampling.stop_token_ids == () and max(r.prompt) < 512 for r in drawn)
 
 
-def test_a_prompt_depends_on_seed_and_row_alone():
+def test_a_prompt_depends_only_on_seed_and_row():
     rows = (0.0, 7, 3), (1.0, 9, 10)
     first, second = job(*rows).requests()
     assert [first, second] == list(job(*rows).requests())
@@ -43,28 +43,30 @@ def test_a_prompt_depends_on_seed_and_row_alone():
     assert after_failure == second
 
 
-def test_arrivals_count_from_the_first_and_skip_what_cannot_be_served():
+def test_arrivals_count_from_the_first_and_skip_requests_that_are_too_long():
     arrivals = job((3.0, 7, 3), (4.0, 99, 2), (5.5, 1, 1)).arrivals()
     assert [next(arrivals), next(arrivals)] == [0.0, 2.5]
-    next(arrivals)  # asked once more than there are requests
+    next(arrivals)  # callers ask once more than there are requests
 
 
-def test_what_is_too_long_fails_and_is_said_once():
-    told, lines = [], []
-    replay = job((0.0, 99, 2), (0.0, 1, 1), (0.0, 400, 1), write=lines.append, answered=told.append)
+def test_requests_that_are_too_long_fail_with_one_message():
+    shown, lines = [], []
+    replay = job(
+        (0.0, 99, 2), (0.0, 1, 1), (0.0, 400, 1), write=lines.append, on_answer=shown.append
+    )
     assert len(list(replay.requests())) == 1 and replay.counts.failed == 2
     assert replay.counts.reasons == {"too_long": 2}
-    assert len(told) == 1 and "2 of 3" in told[0].error and "--length-scale" in told[0].error
+    assert len(shown) == 1 and "2 of 3" in shown[0].error and "--length-scale" in shown[0].error
     assert [json.loads(line)["custom_id"] for line in lines] == ["row-1", "row-3"]
 
 
-def test_a_trace_of_nothing_but_failures_ends():
+def test_a_trace_of_failures_only_ends():
     replay = job((0.0, 99, 2))
     assert not replay.done
     assert not list(replay.requests()) and replay.done
 
 
-def test_answers_are_lines_of_openai_form_with_token_ids():
+def test_answers_are_lines_of_openais_format_with_token_ids():
     lines = []
     replay = job((0.0, 4, 3), write=lines.append)
     (request,) = replay.requests()
@@ -76,17 +78,17 @@ def test_answers_are_lines_of_openai_form_with_token_ids():
     assert body["usage"] == {"prompt_tokens": 4, "completion_tokens": 3, "total_tokens": 7}
 
 
-def test_what_the_scheduler_refuses_fails_and_only_a_few_are_shown():
-    told = []
-    replay = job(*[(0.0, 4, 3)] * 9, answered=told.append)
+def test_rejected_requests_fail_and_only_a_few_are_shown():
+    shown = []
+    replay = job(*[(0.0, 4, 3)] * 9, on_answer=shown.append)
     for request in list(replay.requests()):
         replay.rejected(Rejected(request.id, "no room for it"))
     assert replay.done and replay.counts.reasons == {"rejected": 9}
-    assert [answer.error for answer in told] == ["no room for it"] * SHOWN_REFUSALS
+    assert [answer.error for answer in shown] == ["no room for it"] * SHOWN_REJECTIONS
 
 
 @pytest.mark.parametrize("factor", [0.5, 0.001, 2.0])
-def test_lengths_are_scaled_but_never_to_nothing(factor):
+def test_lengths_are_scaled_to_at_least_one(factor):
     scaled = workload((0.0, 100, 7), (2.0, 1, 1)).longer(factor)
     assert scaled.prompt_tokens.tolist() == [max(1, round(100 * factor)), max(1, round(factor))]
     assert scaled.output_tokens.min() >= 1 and scaled.arrival_s.tolist() == [0.0, 2.0]
@@ -104,18 +106,18 @@ def named(*names):
     return replace(workload(*[(i, 12, 9) for i in range(len(names))]), model=names)
 
 
-def test_of_several_models_the_one_that_the_trace_names_answers():
+def test_with_several_models_the_trace_names_the_model():
     job = ReplayJob(named("other", "tiny", ""), (MODEL, OTHER), 0)
     asked = {request.id: request for request in job.requests()}
     assert {i: r.model for i, r in asked.items()} == {2: "tiny", 3: "tiny"}
     assert job.counts.reasons == {"too_long": 1}  # 21 tokens; `other` takes 20
 
 
-def test_one_model_answers_whatever_the_trace_names():
+def test_a_single_model_answers_whatever_the_trace_names():
     job = ReplayJob(named("gpt-4", ""), (MODEL,), 0)
     assert [r.model for r in job.requests()] == ["tiny", "tiny"]
 
 
-def test_of_several_models_a_name_that_none_has_is_a_mistake():
+def test_with_several_models_an_unknown_name_is_an_error():
     with pytest.raises(ValueError, match="--served-model-name gpt-4"):
         ReplayJob(named("gpt-4"), (MODEL, OTHER), 0)

@@ -1,4 +1,4 @@
-"""A restart does only what the output file does not answer yet."""
+"""A restart runs only the requests that the output file does not answer yet."""
 
 import json
 import os
@@ -28,30 +28,30 @@ def finished(output):
 @pytest.fixture
 def output(tmp_path):
     yield tmp_path / "out.jsonl"
-    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]  # nothing is left beside it
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]  # no other file is left
 
 
-def test_successes_are_finished_and_the_file_is_left_alone(output):
+def test_successes_are_finished_and_the_file_is_not_changed(output):
     output.write_text(line("a") + line("b"))
     before = output.stat().st_ino
     assert finished(output) == {"a", "b"}
     assert output.read_text() == line("a") + line("b") and output.stat().st_ino == before
 
 
-def test_a_torn_last_line_is_cut_off(output):
+def test_an_incomplete_last_line_is_removed(output):
     for torn in (line("b")[:20], line("b")[:-2], '{"custom_id"', "\x00" * 30):
         output.write_text(line("a") + torn)
         assert finished(output) == {"a"}
         assert output.read_text() == line("a")
 
 
-def test_a_whole_last_line_without_its_end_counts(output):
+def test_a_complete_last_line_without_its_line_end_counts(output):
     output.write_text(line("a") + line("b", end=""))
     assert finished(output) == {"a", "b"}
     assert output.read_text() == line("a") + line("b")
 
 
-def test_failures_are_taken_out_so_that_they_run_again_without_a_second_line(output):
+def test_failures_are_removed_so_that_they_run_again(output):
     output.write_text(line("a") + line("b", 400) + line(None, 400) + line("c"))
     assert finished(output) == {"a", "c"}
     assert output.read_text() == line("a") + line("c")
@@ -60,22 +60,22 @@ def test_failures_are_taken_out_so_that_they_run_again_without_a_second_line(out
 @pytest.mark.parametrize(
     "text", ["precious notes\nand more\n", '{"custom_id": "a", "body": {}}\n', "[]\n", "7\n"]
 )
-def test_a_file_that_is_no_batch_output_is_left_as_it_is(output, text):
+def test_a_file_that_is_not_a_batch_output_is_not_changed(output, text):
     output.write_text(text)
-    with pytest.raises(ValueError, match=r"is no batch output \(line 1 is not a result\)"):
+    with pytest.raises(ValueError, match=r"is not a batch output \(line 1 is not a result\)"):
         finished(output)
     assert output.read_text() == text
 
 
 @pytest.mark.parametrize("text", ["one line without an end", '{"custom_id": "a"', "[", "\0"])
-def test_one_line_without_its_end_that_is_no_answer_is_left_as_it_is(output, text):
+def test_one_line_without_line_end_that_is_not_an_answer_is_not_changed(output, text):
     output.write_text(text)
-    with pytest.raises(ValueError, match="is no batch output"):
+    with pytest.raises(ValueError, match="is not a batch output"):
         finished(output)
     assert output.read_text() == text
 
 
-def test_a_torn_first_line_is_cut_off_however_short_it_is(output):
+def test_an_incomplete_first_line_of_any_length_is_removed(output):
     whole = line("a").replace('"x"', '"batch_req_x"')
     for length in range(len(whole) - 2):
         output.write_text(whole[:length])
@@ -83,7 +83,7 @@ def test_a_torn_first_line_is_cut_off_however_short_it_is(output):
         assert output.read_text() == ""
 
 
-def test_the_file_stays_the_same_file_when_failures_are_taken_out(output):
+def test_inode_and_mode_stay_when_failures_are_removed(output):
     output.write_text(line("a", 400) + line("b"))
     output.chmod(0o640)
     before = output.stat()
@@ -92,7 +92,7 @@ def test_the_file_stays_the_same_file_when_failures_are_taken_out(output):
     assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode)
 
 
-def test_what_is_appended_after_a_rewrite_goes_to_the_end(output):
+def test_answers_after_a_rewrite_are_appended_at_the_end(output):
     output.write_text(line("a", 400) + line("b"))
     descriptor = os.open(output, os.O_RDWR | os.O_APPEND)
     finished_ids(descriptor, str(output))
@@ -102,7 +102,7 @@ def test_what_is_appended_after_a_rewrite_goes_to_the_end(output):
     assert output.read_text() == line("b") + line("c")
 
 
-def test_a_rewrite_that_was_killed_at_any_moment_is_done_again_and_loses_no_answer(output):
+def test_a_rewrite_killed_at_any_moment_is_repeated_and_loses_no_answer(output):
     old = line("failed", 400) + line("a") + line("b", 500) + line("c")
     kept = line("a") + line("c")
     for written in range(len(kept) + 1):
@@ -113,21 +113,21 @@ def test_a_rewrite_that_was_killed_at_any_moment_is_done_again_and_loses_no_answ
         assert output.read_text() == kept
 
 
-def test_a_rewrite_that_was_killed_before_it_began_is_forgotten(output):
+def test_a_rewrite_killed_before_it_began_is_ignored(output):
     output.write_text(line("a", 400) + line("b"))
     with output.open() as stream:
         kept_path(stream.fileno(), str(output)).with_suffix(".part").write_text(line("b")[:9])
     assert finished(output) == {"b"} and output.read_text() == line("b")
 
 
-def test_what_was_kept_of_another_file_is_not_put_into_a_new_one(output):
+def test_kept_lines_of_another_file_are_not_written_into_a_new_one(output):
     output.write_text(line("a"))
     with output.open() as stream:
         kept_path(stream.fileno(), str(output)).write_text(line("old") * 9)
     assert finished(output) == {"a"} and output.read_text() == line("a")
 
 
-def test_where_nothing_can_be_written_beside_it_no_answer_is_lost(output):
+def test_an_unwritable_directory_loses_no_answer(output):
     text = line("a", 400) + line("b")
     output.write_text(text)
     descriptor = os.open(output, os.O_RDWR | os.O_APPEND)
@@ -137,7 +137,7 @@ def test_where_nothing_can_be_written_beside_it_no_answer_is_lost(output):
     assert output.read_text() == text
 
 
-def test_a_full_disk_loses_no_answer_and_leaves_nothing_beside_the_file(output):
+def test_a_full_disk_loses_no_answer_and_leaves_no_other_file(output):
     text = line("a", 400) + line("b") * 99
     output.write_text(text)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -150,7 +150,7 @@ def test_a_full_disk_loses_no_answer_and_leaves_nothing_beside_the_file(output):
     assert output.read_text() == text
 
 
-def test_binary_garbage_is_left_as_it_is(output):
+def test_binary_garbage_is_not_changed(output):
     output.write_bytes(b"\xff\xfe\n\x00")
-    with pytest.raises(ValueError, match="is no batch output"):
+    with pytest.raises(ValueError, match="is not a batch output"):
         finished(output)

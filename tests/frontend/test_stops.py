@@ -1,4 +1,4 @@
-"""Stop strings end the text exactly where they begin, however it arrives."""
+"""Stop strings end the text exactly where they begin, in whatever pieces it arrives."""
 
 from itertools import pairwise
 
@@ -13,16 +13,16 @@ stop_lists = st.lists(st.text("abn\n", min_size=1, max_size=4), max_size=4)
 
 def feed(stops, pieces):
     stream = StopStrings(tuple(stops))
-    given_out = ""
+    passed = ""
     for piece in pieces:
-        given_out += stream.push(piece)
+        passed += stream.push(piece)
         if stream.found:
-            return given_out, True
-    return given_out + stream.finish(), False
+            return passed, True
+    return passed + stream.finish(), False
 
 
 @given(text=texts, stops=stop_lists, cuts=st.lists(st.integers(0, 30), max_size=6))
-def test_text_ends_before_the_first_stop_string_to_be_complete(text, stops, cuts):
+def test_text_ends_before_the_first_complete_stop_string(text, stops, cuts):
     edges = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
     pieces = [text[a:b] for a, b in pairwise(edges)]
     out, found = feed(stops, pieces)
@@ -35,7 +35,7 @@ def test_text_ends_before_the_first_stop_string_to_be_complete(text, stops, cuts
 
 
 @given(text=texts, stops=stop_lists)
-def test_one_character_at_a_time_ends_where_a_search_would(text, stops):
+def test_text_in_single_characters_ends_where_a_search_finds_a_stop_string(text, stops):
     first = min(
         (end for end in range(len(text) + 1) if any(text[:end].endswith(stop) for stop in stops)),
         default=None,
@@ -48,7 +48,7 @@ def test_one_character_at_a_time_ends_where_a_search_would(text, stops):
         assert (out, found) == (text[:begins], True)
 
 
-def test_only_what_could_begin_a_stop_string_is_held_back():
+def test_only_text_that_may_begin_a_stop_string_is_held_back():
     stream = StopStrings(("\n\nQ:",))
     assert stream.push("yes\n") == "yes"
     assert stream.push("and\n\n") == "\nand"

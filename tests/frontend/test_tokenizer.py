@@ -1,4 +1,4 @@
-"""Text to tokens and back as transformers does it, without torch."""
+"""Encoding and decoding give the results of transformers, without torch."""
 
 import json
 import os
@@ -77,7 +77,7 @@ def test_the_demo_model_gets_its_own_system_prompt(smol):
 # --- templates -----------------------------------------------------------------------------------
 
 
-def test_templates_have_what_transformers_gives_them(with_template):
+def test_templates_have_the_environment_of_transformers(with_template):
     from transformers.utils.chat_template_utils import render_jinja_template
 
     template = """
@@ -119,13 +119,13 @@ def test_a_template_may_be_one_of_several(with_template):
     assert render(with_template(several), CHATS[0]) == "yes"
 
 
-def test_a_template_file_beside_the_tokenizer_counts_more_than_its_config(with_template, tmp_path):
+def test_a_template_file_overrides_the_tokenizer_config(with_template, tmp_path):
     with_template("old")
     (tmp_path / "chat_template.jinja").write_text("new {{ messages[0].content }}")
     assert render(Tokenizer.load(tmp_path), CHATS[0]) == "new hi"
 
 
-def test_a_template_given_by_the_user_counts_most(byte_directory, tmp_path):
+def test_the_template_of_the_user_overrides_all(byte_directory, tmp_path):
     mine = tmp_path / "mine.jinja"
     mine.write_text("[{{ messages[0].content }}]")
     assert render(Tokenizer.load(byte_directory, mine), CHATS[0]) == "[hi]"
@@ -158,7 +158,7 @@ def test_a_damaged_tokenizer_is_refused_in_one_line(byte_directory, tmp_path, na
 
 
 @pytest.mark.parametrize("template", [7, {"a": 1}, [3], [{"template": "x"}]])
-def test_a_template_that_is_no_text_is_refused_or_left_out(with_template, template):
+def test_a_template_that_is_not_text_is_refused_or_ignored(with_template, template):
     if isinstance(template, list):
         assert not with_template(template).has_chat_template
         return
@@ -166,7 +166,7 @@ def test_a_template_that_is_no_text_is_refused_or_left_out(with_template, templa
         with_template(template)
 
 
-def test_a_template_file_that_is_no_text_is_refused_by_name(with_template, tmp_path):
+def test_a_template_file_that_is_not_text_is_refused_by_name(with_template, tmp_path):
     with_template(None)
     (tmp_path / "chat_template.jinja").write_bytes("é".encode("latin-1"))
     with pytest.raises(ValueError, match=r"chat_template\.jinja cannot be read .*UTF-8"):
@@ -192,7 +192,7 @@ def test_variables_that_transformers_always_passes_are_defined(with_template):
 
 
 @pytest.mark.parametrize("error", ["raise_exception('no')", "messages[0].content.split(1)"])
-def test_whatever_a_template_raises_is_an_error_of_the_messages(with_template, error):
+def test_any_error_of_a_template_is_an_error_of_the_messages(with_template, error):
     with pytest.raises(ValueError, match="the chat template refuses these messages"):
         with_template("{{ " + error + " }}").encode_chat(CHATS[0])
 
@@ -213,7 +213,7 @@ def test_answers_end_at_the_tokenizers_eos_and_where_the_template_ends_a_turn(by
     assert Tokenizer(backend, none, {}, own_template=turn).end_ids == (end,), "of the model itself"
 
 
-def test_the_models_own_template_counts_for_the_end_though_the_user_gives_another(
+def test_end_tokens_come_from_the_models_template_even_if_the_user_gives_another(
     with_template, tmp_path
 ):
     with_template("{{ messages[-1].content }}<|im_start|>")
@@ -242,7 +242,6 @@ def test_a_bos_token_goes_before_a_text_but_not_again_before_a_chat(byte_directo
 
 
 def test_truncation_saved_with_a_tokenizer_does_not_cut_prompts(byte_directory, tmp_path):
-
     backend = Backend.from_file(str(byte_directory / "tokenizer.json"))
     backend.enable_truncation(5)
     backend.enable_padding(length=50)
@@ -253,14 +252,14 @@ def test_truncation_saved_with_a_tokenizer_does_not_cut_prompts(byte_directory, 
 # --- decoding ------------------------------------------------------------------------------------
 
 
-def test_a_stream_never_gives_half_a_character(tokenizer):
+def test_a_stream_returns_complete_characters_only(tokenizer):
     stream = tokenizer.stream()
     deltas = [stream.push(token) for token in tokenizer.encode("aé日👍z")]
     assert [delta for delta in deltas if delta] == ["a", "é", "日", "👍", "z"]
     assert stream.finish() == ""
 
 
-def test_bytes_that_never_became_a_character_come_at_the_end(tokenizer):
+def test_bytes_of_an_incomplete_character_are_marked_at_the_end(tokenizer):
     stream = tokenizer.stream()
     tokens = tokenizer.encode("ok 日")[:-1]
     assert "".join(stream.push(token) for token in tokens) == "ok "
@@ -268,7 +267,7 @@ def test_bytes_that_never_became_a_character_come_at_the_end(tokenizer):
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_deltas_together_are_the_whole(tokenizer, smol, seed):
+def test_deltas_together_are_the_decoded_text(tokenizer, smol, seed):
     rng = random.Random(seed)
     for kind, size in ((tokenizer, 259), (smol, 49152)):
         common = kind.encode("née 日本語 👍🏽 \n\n x")
@@ -282,12 +281,12 @@ def test_deltas_together_are_the_whole(tokenizer, smol, seed):
         assert "".join(deltas) + stream.finish() == whole
 
 
-def test_special_tokens_are_no_text_but_have_a_name(tokenizer):
+def test_special_tokens_have_no_text_but_a_name(tokenizer):
     assert tokenizer.decode([1, *tokenizer.encode("a"), 2]) == "a"
     assert tokenizer.token_bytes.label(2) == "<|im_end|>"
 
 
-def test_tokens_beyond_the_vocabulary_are_no_text(tokenizer):
-    """Random models have more ids than their byte tokenizer."""
+def test_tokens_beyond_the_vocabulary_have_no_text(tokenizer):
+    """Random models have more ids than their byte tokenizer has tokens."""
     stream = tokenizer.stream()
     assert stream.push(400) + stream.push(tokenizer.encode("a")[0]) + stream.finish() == "a"

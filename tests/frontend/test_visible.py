@@ -1,4 +1,4 @@
-"""Text of users does nothing to a terminal."""
+"""Text of users is printed without effect on the terminal."""
 
 import pytest
 from hypothesis import given
@@ -8,7 +8,7 @@ from mellmpi.frontend import visible, visible_lines
 
 
 @given(st.text(st.characters(codec=None)))
-def test_no_control_character_and_no_surrogate_is_left(text):
+def test_no_control_character_or_surrogate_is_left(text):
     assert all(
         char.isprintable() or char in "\xa0\xad" or ord(char) > 0x9F for char in visible(text)
     )
@@ -24,9 +24,9 @@ def test_no_control_character_and_no_surrogate_is_left(text):
         ("Grüße, 你好 👩‍💻 [red] \\", "Grüße, 你好 👩‍💻 [red] \\"),
     ],
 )
-def test_what_a_terminal_would_act_upon_becomes_an_escape_and_nothing_else_changes(text, shown):
+def test_unsafe_characters_become_escapes_and_all_others_stay(text, shown):
     assert visible(text) == shown
 
 
-def test_lines_stay_lines():
+def test_visible_lines_keeps_line_ends():
     assert visible_lines("a\n\tb\r\n\x1bc") == "a\n    b\\r\n\\x1bc"

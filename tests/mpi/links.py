@@ -1,7 +1,7 @@
-"""Links of 4 workers on 3 pretended hosts: `python -m tests.mpi.links DIRECTORY`, on 5 ranks.
+"""Measures links of 4 workers on 3 simulated hosts.
 
-With the argument `lose`, worker 2 is killed before it measures anything; with `messages`, blocks
-are not read out of memory.
+`python -m tests.mpi.links DIRECTORY [lose] [messages]`, on 5 ranks. lose: worker 2 is killed before
+it measures anything; messages: without cross-memory reads.
 """
 
 import os
@@ -20,7 +20,7 @@ def main() -> None:
     job = MpiJob()
 
     def program() -> None:
-        transport = job.connect(idle_poll_s=0.005, reading="messages" not in sys.argv)
+        transport = job.connect(idle_poll_s=0.005, cross_memory="messages" not in sys.argv)
         if "lose" in sys.argv and transport.worker == 2:
             os.kill(os.getpid(), signal.SIGKILL)
         started_s = time.monotonic()

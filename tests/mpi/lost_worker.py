@@ -1,4 +1,4 @@
-"""What is left when worker 3 of 4 is killed in the middle of everything.
+"""Worker 3 of 4 is killed while messages and blocks are in flight.
 
 `python -m tests.mpi.lost_worker DIRECTORY [messages]`, on 5 ranks under ULFM.
 """
@@ -16,18 +16,17 @@ from mellmpi.protocol import Cancel, WorkerLost
 from mellmpi.transport import Transport
 from mellmpi.transport.mpi import MpiJob
 from tests.mpi.harness import leave_verdict, or_abort, until_verdicts
-from tests.transport.conformance import LIMIT_S, HostArena, Post
+from tests.transport.participant import LIMIT_S, HostArena, Participant
 
 VICTIM = 3
 NUM_BLOCKS, BLOCK_BYTES = 64, 300_000
 
 
 def die(transport: Transport) -> None:
-    """Send one of two promised rounds, then be killed while messages and blocks are under way."""
+    """Send one of two transfers that are awaited, then be killed during both."""
     arena = HostArena(NUM_BLOCKS, BLOCK_BYTES)
     transport.attach(arena)
-    post = Post(transport)
-    post.next(0)
+    Participant(transport).next(0)
     for i in range(100):
         transport.send(0, Cancel(i, "gone"))
     transport.send_blocks(2, 5, range(NUM_BLOCKS // 2))
@@ -39,23 +38,23 @@ def die(transport: Transport) -> None:
 
 
 class Survivor:
-    """Talks on, and counts what it hears."""
+    """Counts the messages that it receives."""
 
     def __init__(self, transport: Transport):
         self.transport = transport
-        self.heard: Counter[int] = Counter()
+        self.received: Counter[int] = Counter()
         self.in_order = True
         self.lost: list[int] = []
-        self.after_the_loss = 0  # messages from the victim that came too late
+        self.after_the_loss = 0  # messages of the victim after the report of its loss
 
-    def look(self) -> None:
+    def poll(self) -> None:
         for src, message in self.transport.poll():
             if isinstance(message, WorkerLost):
                 assert src == message.worker
                 self.lost.append(message.worker)
             else:
-                self.in_order &= message.request_id == self.heard[src]
-                self.heard[src] += 1
+                self.in_order &= message.request_id == self.received[src]
+                self.received[src] += 1
                 self.after_the_loss += src in self.lost
         self.transport.progress()
         self.transport.wait(0.01)
@@ -63,12 +62,12 @@ class Survivor:
     def until(self, condition: Any) -> None:
         stop_s = time.monotonic() + LIMIT_S
         while not condition():
-            assert time.monotonic() < stop_s, f"lost {self.lost}, heard {self.heard}"
-            self.look()
+            assert time.monotonic() < stop_s, f"lost {self.lost}, received {self.received}"
+            self.poll()
 
 
 def survive(transport: Transport) -> dict[str, Any]:
-    """Transfers with the victim end; everything among the others goes on."""
+    """Check that transfers with the victim end, and that those of other workers go on."""
     me, survivor = transport.worker, Survivor(transport)
     arena = HostArena(2 * NUM_BLOCKS, BLOCK_BYTES)
     arena.fill(me)
@@ -88,19 +87,19 @@ def survive(transport: Transport) -> dict[str, Any]:
     late = [transport.send_blocks(VICTIM, 7, [0]), transport.receive_blocks(VICTIM, 7, [1])]
     transport.send(VICTIM, Cancel(1, "gone"))
     survivor.until(lambda: all(t.done for t in late))
-    talk(survivor, arena)
+    exchange(survivor, arena)
     return {
         "lost": survivor.lost,
         "doomed_failed": [t.reason for t in doomed],
         "late_failed": [t.reason for t in late],
-        "heard": dict(survivor.heard),
+        "heard": dict(survivor.received),
         "in_order": survivor.in_order,
         "after_the_loss": survivor.after_the_loss,
     }
 
 
-def talk(survivor: Survivor, arena: HostArena) -> None:
-    """Messages and blocks between the living, after the loss."""
+def exchange(survivor: Survivor, arena: HostArena) -> None:
+    """Send messages and blocks between the surviving ranks after the loss."""
     transport, me = survivor.transport, survivor.transport.worker
     others = [w for w in range(transport.num_workers + 1) if w not in (me, VICTIM)]
     if me == 1:
@@ -113,7 +112,7 @@ def talk(survivor: Survivor, arena: HostArena) -> None:
         for i in range(50):
             transport.send(dst, Cancel(i, "gone"))
     survivor.until(lambda: all(t.done for t in transfers))
-    survivor.until(lambda: all(survivor.heard[w] >= 50 for w in others))
+    survivor.until(lambda: all(survivor.received[w] >= 50 for w in others))
     assert not any(t.failed for t in transfers)
     if me == 2:
         sent = HostArena(2 * NUM_BLOCKS, BLOCK_BYTES)
@@ -125,7 +124,7 @@ def main() -> None:
     job = MpiJob()
 
     def program() -> None:
-        transport = job.connect(idle_poll_s=0.005, reading="messages" not in sys.argv)
+        transport = job.connect(idle_poll_s=0.005, cross_memory="messages" not in sys.argv)
         if transport.worker == VICTIM:
             die(transport)
         verdict = survive(transport)

@@ -1,6 +1,6 @@
-"""A whole batch with an error planted in one call of one rank.
+"""Runs a batch with an exception planted in one call of one rank.
 
-`python -m tests.mpi.planted DIRECTORY SITE WHEN NTH RANK` under mpirun. By hand, all of them:
+`python -m tests.mpi.planted DIRECTORY SITE WHEN NTH RANK` under mpirun. All sites:
 `python -m tests.runtime.planted_everywhere [plain]`.
 """
 
@@ -15,9 +15,9 @@ from types import ModuleType
 
 START = (  # calls of every rank until it serves
     "mellmpi.runtime.ending:_join",
-    "mellmpi.transport.post:Post.__init__",
+    "mellmpi.transport.control_plane:ControlPlane.__init__",
     "mellmpi.transport.mpi.job:MpiChannel.__init__",
-    "mellmpi.transport.post:Post.gather",
+    "mellmpi.transport.control_plane:ControlPlane.gather",
     "mellmpi.transport.mpi.job:MpiJob.check_installation",
     "mellmpi.runtime.connect:device_buffers_proven",
     "mellmpi.transport.mpi.job:MpiJob.connect",
@@ -45,7 +45,7 @@ SCHEDULER = (
     "mellmpi.models.checkpoint:resolve",
     "mellmpi.runtime.run_batch:Rank0.run",
     "mellmpi.runtime.run_batch:Rank0._open",
-    "mellmpi.runtime.scheduler:SchedulerLoop.turn",
+    "mellmpi.runtime.scheduler:SchedulerLoop.run_once",
     "mellmpi.scheduler.cluster:ClusterScheduler.handle",
     "mellmpi.scheduler.cluster:ClusterScheduler.tick",
     "mellmpi.runtime.batch_front:BatchFront.inbox",
@@ -57,7 +57,7 @@ WORKER = (
     "mellmpi.runtime.launch:make_worker",
     "tests.runtime.cell:HashEngine.__init__",
     "mellmpi.runtime.worker:Worker.start",
-    "mellmpi.runtime.worker:Worker.turn",
+    "mellmpi.runtime.worker:Worker.run_once",
     "tests.runtime.cell:HashEngine.execute",
     "mellmpi.worker.batch:BatchScheduler.plan",
     "mellmpi.worker.batch:BatchScheduler.commit",
@@ -66,14 +66,14 @@ WORKER = (
 
 
 REPEATED = {  # calls that every run makes several times
-    "mellmpi.transport.post:Post.gather",
+    "mellmpi.transport.control_plane:ControlPlane.gather",
     *RUN,
-    "mellmpi.runtime.scheduler:SchedulerLoop.turn",
+    "mellmpi.runtime.scheduler:SchedulerLoop.run_once",
     "mellmpi.scheduler.cluster:ClusterScheduler.handle",
     "mellmpi.scheduler.cluster:ClusterScheduler.tick",
     "mellmpi.runtime.batch_front:BatchFront.inbox",
     "mellmpi.runtime.batch_front:BatchFront.deliver",
-    "mellmpi.runtime.worker:Worker.turn",
+    "mellmpi.runtime.worker:Worker.run_once",
     "tests.runtime.cell:HashEngine.execute",
     "mellmpi.worker.batch:BatchScheduler.plan",
     "mellmpi.worker.batch:BatchScheduler.commit",
@@ -82,12 +82,12 @@ REPEATED = {  # calls that every run makes several times
 
 
 def sites(rank: int) -> tuple[str, ...]:
-    """Calls of this rank, in which an error can be planted."""
+    """Calls of this rank in which an exception can be planted."""
     return (*START, *RUN, *(WORKER if rank else SCHEDULER), *END)
 
 
 def plant(site: str, when: str, nth: int, mark: Path) -> None:
-    """Let the nth call of `site` raise before or after it does its work; `mark` then says when."""
+    """Make the nth call of `site` raise before or after its work; writes the time to `mark`."""
     module, _, path = site.partition(":")
     *owners, name = path.split(".")
     owner = functools.reduce(getattr, owners, importlib.import_module(module))
@@ -108,8 +108,8 @@ def plant(site: str, when: str, nth: int, mark: Path) -> None:
     setattr(owner, name, planted)
 
 
-def with_an_engine_of_hashes() -> None:
-    """Let workers start without torch."""
+def use_hash_engine() -> None:
+    """Replace the engine of workers by one without torch."""
     from mellmpi.protocol import ModelKv
     from tests.runtime import cell
 
@@ -123,10 +123,10 @@ def with_an_engine_of_hashes() -> None:
 
 def main() -> None:
     directory, site, when, nth, rank = Path(sys.argv[1]), *sys.argv[2:]
-    variables = ("OMPI_COMM_WORLD_RANK", "PMI_RANK")  # before MPI itself can tell
+    variables = ("OMPI_COMM_WORLD_RANK", "PMI_RANK")  # MPI has not started yet
     own_rank = next(os.environ[name] for name in variables if name in os.environ)
     (directory / f"{own_rank}.pid").write_text(str(os.getpid()))
-    with_an_engine_of_hashes()
+    use_hash_engine()
     if own_rank == rank:
         plant(site, when, int(nth), directory / "planted")
     from mellmpi.cli import main as mellmpi

@@ -1,4 +1,4 @@
-"""The start and the two hard ends of a job: `python -m tests.mpi.starting DIRECTORY CASE`."""
+"""The start of a job, abort, and lost ranks: `python -m tests.mpi.starting DIRECTORY CASE`."""
 
 import sys
 import time
@@ -7,11 +7,11 @@ from typing import Any
 from mellmpi.protocol import FINGERPRINT, WorkerLost
 from mellmpi.transport.mpi import MixedInstallation, MpiJob, set_yielding
 from tests.mpi.harness import leave_verdict, or_abort, until_verdicts
-from tests.transport.conformance import LIMIT_S
+from tests.transport.participant import LIMIT_S
 
 
 def share(job: MpiJob) -> Any:
-    """What everyone knows once the job has begun; rank 2 has another version in its second half."""
+    """Share data and check the installation, the second time with another version on rank 2."""
     data = {"config": {"threads": None, "share": 0.5}, "names": ["a", "b"]}
     shared = job.share(data if job.rank == 0 else None)
     job.check_installation()
@@ -23,7 +23,7 @@ def share(job: MpiJob) -> Any:
     transport = job.connect(idle_poll_s=0.005)
     verdict = {
         "shared": shared == data,
-        "neighbours": job.neighbours,
+        "local_ranks": job.local_ranks,
         "num_hosts": len(job.hosts),
         "refusal": refusal,
         "worker": transport.worker,
@@ -34,8 +34,8 @@ def share(job: MpiJob) -> Any:
     return verdict
 
 
-def listen(job: MpiJob) -> Any:
-    """Wait for the worst: what was heard until then."""
+def await_loss(job: MpiJob) -> Any:
+    """Wait for the loss of a rank. Returns which rank was lost."""
     transport = job.connect(idle_poll_s=0.005)
     stop_s = time.monotonic() + LIMIT_S
     while time.monotonic() < stop_s:
@@ -48,7 +48,7 @@ def listen(job: MpiJob) -> Any:
             job.finish()
             return {"lost": message.worker, "finished": True}
         transport.wait(1.0)
-    raise AssertionError("nobody was lost")
+    raise AssertionError("no rank was lost")
 
 
 def main() -> None:
@@ -56,7 +56,7 @@ def main() -> None:
 
     def program() -> None:
         if case == "alone":
-            leave_verdict(job.rank, {"size": job.size})  # and no more: no finish
+            leave_verdict(job.rank, {"size": job.size})  # without `finish`
         elif case == "share":
             leave_verdict(job.rank, share(job))
         elif case == "abort" and job.rank == 0:
@@ -66,7 +66,7 @@ def main() -> None:
             job.connect(idle_poll_s=0.005)
             job.vanish(8)
         else:
-            leave_verdict(job.rank, listen(job))
+            leave_verdict(job.rank, await_loss(job))
 
     or_abort(job.rank, job.abort, program)
 

@@ -1,4 +1,7 @@
-"""Scheduler and workers in one process, on the local transport, with an engine of hashes."""
+"""Scheduler and workers in one process, on the local transport, with an engine of hashes.
+
+The cell of these tests is one scheduler with its workers.
+"""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -19,11 +22,11 @@ from mellmpi.transport import LocalNetwork
 
 BLOCK_SIZE = 4
 KV = ModelKv("hash", BLOCK_SIZE, block_bytes=64)
-GLANCE_S = 5e-5  # between two looks at a cell's clock
+TICK_S = 5e-5  # by which each reading advances the clock of a cell
 
 
 class HashArena:
-    """The arena of a HashExecutor, as a transport sees it."""
+    """The arena of a HashExecutor for a transport."""
 
     def __init__(self, array: np.ndarray):
         self.array = array
@@ -32,7 +35,7 @@ class HashArena:
 
 
 class HashEngine:
-    """Tokens are hashes of the KV they should have seen: wrong blocks give wrong tokens."""
+    """Tokens are hashes of the KV that they depend on: wrong blocks give wrong tokens."""
 
     built = 0
     arithmetic = "hashes"
@@ -53,7 +56,7 @@ class HashEngine:
 
 
 class ListFront:
-    """Requests from a list, answers into a dict."""
+    """Submits requests from a list, and collects their answers in a dict."""
 
     def __init__(self, requests: list[Request]):
         self._new = [Submit(request) for request in requests]
@@ -88,15 +91,15 @@ def request(request_id: int, num_prompt: int, max_tokens: int, model: str = "has
 
 
 def hashing(num_workers: int, num_blocks: int, **cluster) -> "Cell":
-    """A cell whose workers all run one hash model."""
+    """Return a cell whose workers all run the same hash model."""
     return Cell([partial(HashEngine, num_blocks)] * num_workers, **cluster)
 
 
 class Cell:
-    """Drive it with `run`; every worker takes turns with the scheduler.
+    """Runs the loops of the scheduler and of every worker alternately.
 
-    `builds` are the engines of workers 1, 2, 3 …, each a function without arguments. The clock
-    counts how often it is looked at, so that a run is the same on a machine of any speed.
+    `builds` make the engines of workers 1, 2, 3 … The clock counts its readings, so that a run does
+    not depend on the speed of the machine.
     """
 
     def __init__(self, builds: Sequence[Callable[[], Any]], **cluster):
@@ -104,8 +107,8 @@ class Cell:
         self.network = LocalNetwork(num_workers)
         batch, cache = BatchConfig(max_num_seqs=8), CacheConfig(block_size=BLOCK_SIZE)
         config = ClusterConfig(**{"rebalance_every_s": 1e-4, "park_after_s": 1e-3, **cluster})
-        looks = itertools.count()
-        clock = lambda: GLANCE_S * next(looks)  # noqa: E731
+        readings = itertools.count()
+        clock = lambda: TICK_S * next(readings)  # noqa: E731
         self.workers = {
             w: Worker(self.network.transports[w], build, batch, cache, clock, patience=0.0)
             for w, build in enumerate(builds, start=1)
@@ -118,15 +121,17 @@ class Cell:
         for worker in self.workers.values():
             worker.start()
 
-    def turn(self, front) -> None:
-        self.loop.turn(front)
+    def run_once(self, front) -> None:
+        self.loop.run_once(front)
         for address, worker in self.workers.items():
             if address not in self.network.lost:
-                worker.turn()
+                worker.run_once()
 
-    def run(self, front: ListFront, until=lambda: False, max_turns: int = 200_000) -> None:
-        for _ in range(max_turns):
+    def run(self, front: ListFront, until=lambda: False, max_iterations: int = 200_000) -> None:
+        for _ in range(max_iterations):
             if until() or front.done:
                 return
-            self.turn(front)
-        raise AssertionError(f"no end: {[r.bug('open') for r in self.scheduler.records.values()]}")
+            self.run_once(front)
+        raise AssertionError(
+            f"requests not finished: {[r.bug('open') for r in self.scheduler.records.values()]}"
+        )

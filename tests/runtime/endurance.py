@@ -1,9 +1,9 @@
-"""Moves in every way, and cancels, for long.
+"""Long runs with migrations of every mode, and cancels.
 
 `python -m tests.runtime.endurance 10000`        workers of one process, an engine of hashes
-`python -m tests.runtime.endurance 10000 --mpi`  processes under mpirun, a tiny model, live streams
+`python -m tests.runtime.endurance 10000 --mpi`  processes under mpirun, a tiny model
 
-Every answer is compared with that of a run that moves nothing; at the end nobody holds anything.
+Every answer is compared with that of a run without migrations; at the end no worker holds KV.
 """
 
 import json
@@ -20,14 +20,14 @@ from mellmpi.sim.executor import expected_outputs
 from tests.mpi.harness import run_job
 from tests.runtime.cell import ListFront, hashing, request
 
-OPEN = 24  # requests at any time
-CANCELLED = 0.0125  # of the turns
+OPEN = 24  # open requests at any time
+CANCELLED = 0.0125  # share of the iterations that cancel a request
 
 Draw = Callable[[int, random.Random], tuple[Request, list[int]]]  # id -> request, its answer
 
 
 class EndlessFront(ListFront):
-    """Submits a new request for each that has ended, and now and then cancels one."""
+    """Submits a new request for each that has ended, and cancels some at random."""
 
     def __init__(self, rng: random.Random, draw: Draw, cancelled: float = CANCELLED):
         super().__init__([])
@@ -49,26 +49,26 @@ class EndlessFront(ListFront):
         if self.rng.random() < self.cancelled and self.expected:
             request_id = self.rng.choice(sorted(self.expected))
             events.append(Cancel(request_id, "gone"))
-            self.over(request_id)
+            self.finish(request_id)
             self.num_cancelled += 1
         return events
 
     def deliver(self, command: Any) -> None:
         if command.request_id not in self.expected:
-            return  # cancelled a moment ago
+            return  # cancelled
         super().deliver(command)
         if command.request_id in self.ended:
-            self.over(command.request_id)
+            self.finish(command.request_id)
 
-    def over(self, request_id: int) -> None:
-        """Compare what it got, and forget it: memory has to stay flat."""
+    def finish(self, request_id: int) -> None:
+        """Compare the answer, and forget it: memory must not grow."""
         outputs, expected = self.outputs.pop(request_id), self.expected.pop(request_id)
-        whole = self.ended.pop(request_id, None) is not None
-        if outputs != (expected if whole else expected[: len(outputs)]):
+        is_complete = self.ended.pop(request_id, None) is not None
+        if outputs != (expected if is_complete else expected[: len(outputs)]):
             self.wrong.append(request_id)
         self.num_checked += 1
 
-    def found(self) -> dict[str, Any]:
+    def counts(self) -> dict[str, Any]:
         return {
             "checked": self.num_checked,
             "cancelled": self.num_cancelled,
@@ -86,20 +86,20 @@ def moves(metrics: Any) -> int:
 
 
 def endure(num_moves: int, seed: int = 0) -> dict[str, Any]:
-    """So many moves; what happened meanwhile, and what is left."""
+    """Run until this number of migrations. Returns counts, and what the workers still hold."""
     cell = hashing(4, num_blocks=120, migrate="stress", policy="worst_fit", seed=seed)
     front = EndlessFront(random.Random(seed), draw_hashed)
     rss = []
     for part in range(1, 5):
         enough = part * num_moves // 4
-        cell.run(front, lambda enough=enough: moves(cell.metrics) >= enough, max_turns=10**9)
+        cell.run(front, lambda enough=enough: moves(cell.metrics) >= enough, max_iterations=10**9)
         rss.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     front.stopped = True
     cell.run(front)
     for _ in range(2000):
-        cell.turn(front)
+        cell.run_once(front)
     return {
-        **front.found(),
+        **front.counts(),
         "moves": cell.metrics.report(1.0)["migrations"],
         "outcomes": cell.metrics.report(1.0)["migration_outcomes"],
         "left": [left(worker) for worker in cell.workers.values()],
@@ -109,8 +109,8 @@ def endure(num_moves: int, seed: int = 0) -> dict[str, Any]:
 
 
 def left(worker: Any) -> dict[str, int]:
-    """What a worker without requests still holds; {}: nothing."""
-    batch = worker._batch  # a parked one had to give everything back before
+    """Return what a worker without requests still holds; {}: nothing."""
+    batch = worker._batch  # a worker parks only when it holds nothing
     held = {
         "sequences": len(batch.sequences),
         "lingering": len(batch.lingering),
@@ -121,7 +121,7 @@ def left(worker: Any) -> dict[str, int]:
 
 
 def endure_under_mpirun(num_moves: int, num_ranks: int = 4, limit_s: float = 900) -> dict[str, Any]:
-    """The same between processes, see `tests.runtime.endurance_rank`."""
+    """The same run between processes, see `tests.runtime.endurance_rank`."""
     with tempfile.TemporaryDirectory() as name:
         module, directory = "tests.runtime.endurance_rank", Path(name)
         outcome = run_job(num_ranks, module, str(num_moves), directory=directory, limit_s=limit_s)

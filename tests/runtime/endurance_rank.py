@@ -1,7 +1,7 @@
 """A rank of the long run: `mpirun … python -m tests.runtime.endurance_rank DIRECTORY MOVES`.
 
-A tiny model in float32, greedy and sampled; requests long enough to stream in rounds, arenas so
-small that now and then one is preempted.
+A tiny model in float32, greedy and sampled. Requests are long enough for live migration in rounds,
+and arenas small enough for preemptions.
 """
 
 import random
@@ -39,12 +39,12 @@ CONFIG = Config(
     threads=1,
     device="cpu",
 )
-SETTLE_S = 20.0  # after the last answer: what is still under way comes to its end
+DRAIN_S = 20.0  # time after the last answer for transfers in flight to end
 NUM_REQUESTS, LONGEST = 48, 500
 
 
 def some_requests() -> list[Request]:
-    """Greedy, and every third one sampled."""
+    """Return requests, of which every third is sampled and the others are greedy."""
     rng, drawn = random.Random(0), []
     for i in range(NUM_REQUESTS):
         r = request(i, 0, rng.randint(20, 200), model=MODEL)
@@ -54,36 +54,36 @@ def some_requests() -> list[Request]:
     return drawn
 
 
-def drive(loop: SchedulerLoop, front: Any, done: Any, beside: Any = lambda: False) -> None:
+def drive(loop: SchedulerLoop, front: Any, done: Any, run_worker: Any = lambda: False) -> None:
     while not done():
-        if not (loop.turn(front) or beside()):
+        if not (loop.run_once(front) or run_worker()):
             loop.wait(front)
 
 
 def unmoved(worker: Worker, transport: Transport) -> dict[int, list[int]]:
-    """Answers of a worker in this process that has them all to itself."""
+    """Return the answers of a single worker in this process."""
     worker.start()
     scheduler = ClusterScheduler(1, ClusterConfig(), policy_for("best_fit", "never"))
     loop = SchedulerLoop(transport, scheduler, Metrics(), time.perf_counter)
     front = ListFront(some_requests())
-    drive(loop, front, lambda: front.done, lambda: worker.turn() or True)
+    drive(loop, front, lambda: front.done, lambda: worker.run_once() or True)
     return front.outputs
 
 
 class Memory:
-    """What this process holds, once a second."""
+    """Samples the memory of this process once per second."""
 
     def __init__(self) -> None:
         self._process, self._next_s = psutil.Process(), 0.0
         self._rss: list[int] = []
 
-    def look(self) -> None:
+    def sample(self) -> None:
         if (now := time.monotonic()) >= self._next_s:
             self._next_s = now + 1
             self._rss.append(self._process.memory_info().rss)
 
     def quarters_mb(self) -> list[float]:
-        """At the start, and when each quarter of the time was over."""
+        """Return the memory at the start and after each quarter of the time."""
         last = len(self._rss) - 1
         return [round(self._rss[part * last // 4] / 1e6, 1) for part in range(5)]
 
@@ -104,7 +104,7 @@ def schedule(transport: Transport, expected: dict[int, list[int]], num_moves: in
     front = EndlessFront(rng, draw, cancelled=0.02)
 
     def enough() -> bool:
-        memory.look()
+        memory.sample()
         return moves(metrics) >= num_moves
 
     began_s = time.monotonic()
@@ -114,7 +114,7 @@ def schedule(transport: Transport, expected: dict[int, list[int]], num_moves: in
     loop.stop()
     report = metrics.report(time.perf_counter())
     return {
-        **front.found(),
+        **front.counts(),
         "moves": report["migrations"],
         "outcomes": report["migration_outcomes"],
         "preemptions": report["preemptions"],
@@ -130,12 +130,12 @@ def work(worker: Worker) -> Any:
     memory = Memory()
     worker.start()
     while not worker.stopped:
-        memory.look()
-        if not worker.turn():
+        memory.sample()
+        if not worker.run_once():
             worker.wait()
-    stop_s = time.monotonic() + SETTLE_S
+    stop_s = time.monotonic() + DRAIN_S
     while left(worker) and time.monotonic() < stop_s:
-        worker.turn()
+        worker.run_once()
     return {"left": left(worker), "rss_mb": memory.quarters_mb()}
 
 
@@ -149,20 +149,20 @@ def main() -> None:
     def program() -> None:
         cache_dir = Path(sys.argv[1], "cache")
         prepared = {"directories": [str(resolve(MODEL, cache_dir))], "cache_dir": str(cache_dir)}
-        seat = GpuAssignment(index=0, neighbours=job.size - 1, num_gpus=0)
+        assignment = GpuAssignment(index=0, neighbours=job.size - 1, num_gpus=0)
         if job.rank == 0:
             network = LocalNetwork(1)
-            alone = make_worker(network.transports[1], CONFIG, prepared, seat)
-            expected = unmoved(alone, network.transports[0])
+            single = make_worker(network.transports[1], CONFIG, prepared, assignment)
+            expected = unmoved(single, network.transports[0])
         transport = connect(job, CONFIG)
         if job.rank == 0:
             verdict = schedule(transport, expected, int(sys.argv[2]))
         else:
-            worker = make_worker(transport, CONFIG, prepared, seat)
+            worker = make_worker(transport, CONFIG, prepared, assignment)
             verdict = work(worker)
         leave_verdict(job.rank, verdict)
-        while job.rank and num_verdicts() < job.size:  # others may still wait for its blocks
-            worker.turn()
+        while job.rank and num_verdicts() < job.size:  # other ranks may still wait for its blocks
+            worker.run_once()
         job.finish()
 
     or_abort(job.rank, job.abort, program)

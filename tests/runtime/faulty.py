@@ -1,8 +1,8 @@
-"""mellmpi on a bad wire: `python -m tests.runtime.faulty WIRE ARGS…`, as `python -m mellmpi ARGS…`.
+"""mellmpi with transfer faults: `python -m tests.runtime.faulty PATH ARGS…`.
 
-Of the blocks, streams and headers on their way between workers every seventh is hit, the first one
-among them: a bit flips, a stream ends too early, a header claims another layout. WIRE is "memory",
-as it is within a host, or "messages".
+ARGS are those of `python -m mellmpi`. Of the blocks, transfers and headers between workers, the
+first and then every seventh is faulty: a flipped bit, a missing block, another layout. PATH is
+"memory", as within a host, or "messages".
 """
 
 import itertools
@@ -21,13 +21,13 @@ EVERY = 7
 
 
 def every() -> Callable[[], bool]:
-    """Of the calls with it: the first, and every seventh from there on."""
+    """Return a function that is true at the first call and at every seventh after it."""
     calls = itertools.count()
     return lambda: next(calls) % EVERY == 0
 
 
 def bit_flip(is_hit: Callable[[], bool]) -> None:
-    """A bit of a block that has come is not as it was sent."""
+    """Flip a bit of a received block."""
 
     def flipped(data: memoryview) -> int:
         if is_hit():
@@ -38,7 +38,7 @@ def bit_flip(is_hit: Callable[[], bool]) -> None:
 
 
 def truncation(is_hit: Callable[[], bool]) -> None:
-    """The stream ends a block before what its header announces."""
+    """Send one block less than the header announces."""
     send_blocks = Endpoint.send_blocks
 
     def truncating(self: Endpoint, dst: int, tag: int, block_ids: Sequence[int]) -> Any:
@@ -49,7 +49,7 @@ def truncation(is_hit: Callable[[], bool]) -> None:
 
 
 def fingerprint(is_hit: Callable[[], bool]) -> None:
-    """What comes claims to be of another layout."""
+    """Send a header with the fingerprint of another layout."""
     send = Endpoint.send
 
     def claiming(self: Endpoint, dst: int, message: Any) -> None:
@@ -62,7 +62,7 @@ def fingerprint(is_hit: Callable[[], bool]) -> None:
 
 if __name__ == "__main__":
     if sys.argv.pop(1) == "messages":
-        reading.Proof.holds = lambda packed: False  # type: ignore[method-assign]
+        reading.CmaProbe.readable = lambda packed: False  # type: ignore[method-assign]
     for plant in (bit_flip, truncation, fingerprint):
         plant(every())
     sys.exit(main())

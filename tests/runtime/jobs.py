@@ -1,4 +1,4 @@
-"""`python -m mellmpi` under mpirun, as a user types it, from an ordinary test."""
+"""Runs `python -m mellmpi` under mpirun, as a user types it, from a test."""
 
 import json
 import os
@@ -27,12 +27,12 @@ STRESS = (
     "--max-num-batched-tokens",
     "64",
 )
-"""In small steps, so that there is time for many moves."""
+"""Small steps, so that there is time for many migrations."""
 
 
 @dataclass(frozen=True)
 class Done:
-    """A finished job. `code` None: it was over its time, and was killed."""
+    """A finished job. `code` None: it exceeded its time limit and was killed."""
 
     code: int | None
     out: str
@@ -41,7 +41,7 @@ class Done:
 
 
 class Run:
-    """A job under way, in a session of its own."""
+    """A running job, in its own session."""
 
     def __init__(
         self,
@@ -84,11 +84,11 @@ class Run:
         return Done(code, self._out.read_text(), self._err.read_text(), wall_s)
 
     def kill(self) -> None:
-        """End mpirun, and its ranks, which are in sessions of their own."""
+        """Kill mpirun and its ranks, which are in their own sessions."""
         ranks = psutil.Process(self.job.pid).children(recursive=True)
         os.killpg(self.job.pid, signal.SIGKILL)
         for rank in ranks:
-            if rank.is_running():  # compares the start time too: never a stranger's process id
+            if rank.is_running():  # compares the start time, too, in case the id was reused
                 rank.kill()
         self.job.wait()
 
@@ -98,7 +98,7 @@ def line(custom_id: str, url: str = "/v1/completions", **body) -> str:
 
 
 def write_requests(path: Path, count: int, seed: int = 0, longest: int = 120) -> None:
-    """Token-id prompts, greedy and seeded sampling in turn, that never stop early."""
+    """Write requests that never stop early: token-id prompts, every second one sampled."""
     rng = random.Random(seed)
     lines = []
     for i in range(count):
@@ -118,7 +118,7 @@ def write_requests(path: Path, count: int, seed: int = 0, longest: int = 120) ->
 
 
 def answers(path: Path) -> dict[str, list[int]]:
-    """custom_id -> token ids of what succeeded."""
+    """Return custom_id -> token ids of the successful answers."""
     found = {}
     for text in path.read_text().splitlines():
         entry = json.loads(text)

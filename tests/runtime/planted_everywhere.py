@@ -1,4 +1,4 @@
-"""Errors planted in every call of start, run and end, on ranks 0, 1 and the last of 4.
+"""Plants an error in every call of start, run and end, on ranks 0, 1 and 3 of 4.
 
 `python -m tests.runtime.planted_everywhere [plain]`; plain: without ULFM.
 """
@@ -39,18 +39,18 @@ def cases() -> Iterator[Case]:
 
 @dataclass(frozen=True)
 class Seen:
-    """What became of a job."""
+    """The end of a job."""
 
     code: int | None  # of mpirun; None: it did not end
-    left: int  # ranks that are still there
+    left: int  # ranks that still run
     tracebacks: int
     output: str
-    late_s: float | None  # from the error to the last rank's end; None: no error came
+    late_s: float | None  # from the error to the end of the last rank; None: no error was raised
     answers: int
 
     @property
     def well(self) -> bool:
-        """All ranks have ended in time, and the exit code tells."""
+        """Whether all ranks ended in time, and the exit code is right."""
         if self.late_s is None:
             return self.code == 0 and self.answers == NUM_REQUESTS
         return self.code is not None and not self.left and self.late_s <= LIMIT_S
@@ -86,7 +86,7 @@ def run(case: Case, directory: Path, flags: list[str]) -> Seen:
 
 
 def left(directory: Path) -> int:
-    """Ranks of the job that still run."""
+    """Return the number of ranks that still run."""
     return sum(_runs(int(file.read_text())) for file in directory.glob("*.pid"))
 
 

@@ -1,5 +1,8 @@
-"""A live move that comes to nothing, broken off after each turn of it: whatever broke it off, the
-answer is right, rank 0's books agree at any time, and in the end nobody holds anything."""
+"""Live migrations aborted after each of their loop iterations, for every reason.
+
+The answer is right, the scheduler's state is consistent at any time, and at the end no worker holds
+KV.
+"""
 
 from dataclasses import replace
 
@@ -19,9 +22,9 @@ from tests.runtime.cell import HashArena, ListFront, hashing, request
 from tests.scheduler.stage import assert_nothing_left, check
 
 MOVING, SRC, DST = 7, 1, 2
-WHILE = 25  # turns without room, then there is room again
-PART, SMALL_STEP = 8, 2  # positions that the destination of a split computes, in all and at once
-SETTLE = 60  # turns after the last answer: what is under way comes to its end
+NO_ROOM = 25  # iterations without free blocks
+PART, SMALL_STEP = 8, 2  # positions that the destination of a split computes, in all and per step
+DRAIN = 60  # iterations after the last answer, for messages and transfers in flight
 
 
 class Front(ListFront):
@@ -36,15 +39,15 @@ class Front(ListFront):
         return super().inbox(now) + cancels
 
     def deliver(self, command):
-        if command.request_id not in self.ended:  # else it was on its way when it was cancelled
+        if command.request_id not in self.ended:  # else sent before the cancel
             super().deliver(command)
 
 
 class Scene:
-    """Three workers; request 7 begins on the first and is moved to the second, beside others.
+    """Three workers. Request 7 starts on worker 1 and migrates to worker 2, beside other requests.
 
-    Blocks arrive one a turn of the destination. `spoil` and `cut` hit what is sent next. A part to
-    be computed takes longer than the first blocks.
+    One block arrives per iteration of the destination. `spoil` corrupts the next block, `cut`
+    shortens the next transfer. The part that a split computes takes longer than the first blocks.
     """
 
     def __init__(self, mode, monkeypatch, max_tokens=20):
@@ -58,12 +61,13 @@ class Scene:
             batch._budget = StepBudget(SMALL_STEP)
         self.scheduler, self.network = self.cell.scheduler, self.cell.network
         self.mode, self.begun, self.spoil, self.cut = mode, False, False, False
-        self.scheduler.policy = replace(self.scheduler.policy, rebalance=self._once)
+        placement = self.scheduler.placement
+        placement.policy = replace(placement.policy, rebalance=self._once)
         sizes = {MOVING: (22, max_tokens), 8: (5, 16), 9: (9, 12)}
         self.requests = [request(i, *size) for i, size in sizes.items()]
         self.front = Front(self.requests)
-        self.later = {}  # turn -> what to do then
-        self.num_turns = 0
+        self.later = {}  # iteration -> function to call then
+        self.num_iterations = 0
         monkeypatch.setattr(LocalTransport, "_copy", self._copying(LocalTransport._copy))
         monkeypatch.setattr(
             LocalTransport, "send_blocks", self._sending(LocalTransport.send_blocks)
@@ -71,18 +75,18 @@ class Scene:
 
     def _once(self, view):
         record = self.record
-        if self.begun or record is None or len(record.log.tokens) < 2 or not record.settled:
-            return []  # it would not be split yet
+        if self.begun or record is None or len(record.log.tokens) < 2 or not record.has_progressed:
+            return []  # too early for a split
         self.begun = True
         return [MoveProposal(MOVING, DST, "test", self.mode)]
 
     def _copying(self, copy):
-        def copying(transport, offer, want):
-            if self.spoil and want.arena is not None:
-                self.spoil, sent = False, offer.arena.array.copy()
-                sent[offer.block_ids[0]].view("u1")[3] ^= 1
-                offer = replace(offer, arena=HashArena(sent))
-            copy(transport, offer, want)
+        def copying(transport, send, receive):
+            if self.spoil and receive.arena is not None:
+                self.spoil, sent = False, send.arena.array.copy()
+                sent[send.block_ids[0]].view("u1")[3] ^= 1
+                send = replace(send, arena=HashArena(sent))
+            copy(transport, send, receive)
 
         return copying
 
@@ -94,7 +98,7 @@ class Scene:
 
         return sending
 
-    # --- what there is --------------------------------------------------------------------------
+    # --- state ----------------------------------------------------------------------------------
 
     @property
     def record(self):
@@ -105,51 +109,51 @@ class Scene:
 
     @property
     def _announced(self):
-        return self.batch(SRC)._departures._announced
+        return self.batch(SRC)._sender._announced
 
     def sequence(self, worker):
         live = self.batch(worker).sequences.values()
         return next((s for s in live if s.request.id == MOVING), None)
 
     @property
-    def point(self):
-        """How far the move has come, in words; None: there is none."""
-        record, source, there = self.record, self.sequence(SRC), self.sequence(DST)
+    def stage(self):
+        """The stage of the migration, in words; None: there is none."""
+        record, source, target = self.record, self.sequence(SRC), self.sequence(DST)
         if record is None or record.state not in (State.RESERVING, State.SENDING):
             return None
         if record.state is State.RESERVING:
-            return "reserved" if there else "asked"
-        if there is not None and there.arrival is None:
+            return "reserved" if target else "asked"
+        if target is not None and target.incoming is None:
             return "arrived"
         if source is not None and source.phase is Phase.FROZEN:
             return "stopped"
         if source in [sequence for sequence, _ in self._announced]:
-            return "waiting"  # for the destination's own part: for a step none is seen to wait
+            return "waiting"  # for the part that the destination computes
         return "streaming" if source is not None and source.sending else "ordered"
 
-    # --- what happens ---------------------------------------------------------------------------
+    # --- actions --------------------------------------------------------------------------------
 
-    def turns(self):
-        """Turns of all processes in rotation; rank 0's books agree after each."""
-        processes = [lambda: self.cell.loop.turn(self.front)]
+    def iterations(self):
+        """Run the loops of all processes round-robin; check the scheduler after each iteration."""
+        processes = [lambda: self.cell.loop.run_once(self.front)]
         processes += [lambda w=w: self._work(w) for w in self.cell.workers]
         while True:
-            for turn in processes:
-                turn()
+            for run_once in processes:
+                run_once()
                 check(self.scheduler)
-                self.num_turns += 1
-                self.later.pop(self.num_turns, lambda: None)()
+                self.num_iterations += 1
+                self.later.pop(self.num_iterations, lambda: None)()
                 yield
 
     def _work(self, worker):
         if worker not in self.network.lost:
-            self.cell.workers[worker].turn()
+            self.cell.workers[worker].run_once()
 
-    def run(self, turns, done, limit=6000):
+    def run(self, iterations, done, limit=6000):
         for _ in range(limit):
             if done():
                 return
-            next(turns)
+            next(iterations)
         raise AssertionError([r.bug("open") for r in self.scheduler.records.values()])
 
     def check_answers(self):
@@ -166,10 +170,10 @@ class Scene:
                 batch = loop._batch
                 assert not batch.sequences and not batch.lingering and not loop._transfers
                 assert batch.pool.num_free == batch.pool.num_blocks, f"worker {worker} leaks"
-                assert not self.network.inboxes[worker].offers, "blocks that nobody took"
+                assert not self.network.inboxes[worker].sends, "blocks that were not received"
 
 
-# --- what may break a move off: False where it cannot happen at this point ------------------------
+# --- reasons for an abort. False: not possible at this stage --------------------------------------
 
 
 def cancelled(scene):
@@ -186,8 +190,8 @@ def preempted(scene):
 
 def _no_room(scene, worker):
     pool = scene.batch(worker).pool
-    ids = pool.take(pool.num_free)
-    scene.later[scene.num_turns + WHILE] = lambda: pool.give(ids)
+    ids = pool.allocate(pool.num_free)
+    scene.later[scene.num_iterations + NO_ROOM] = lambda: pool.free(ids)
 
 
 def source_out_of_room(scene):
@@ -215,7 +219,7 @@ def stream_truncated(scene):
 
 
 def another_layout(scene):
-    scene.batch(DST).holdings.fingerprints["hash"] = "another"
+    scene.batch(DST).table.fingerprints["hash"] = "another"
 
 
 ABORTS = [
@@ -229,8 +233,8 @@ ABORTS = [
     stream_truncated,
     another_layout,
 ]
-POINTS = {"asked", "reserved", "ordered", "streaming", "stopped", "arrived"}
-# Nobody preempts what a transfer reads, and what has stopped needs no further block.
+STAGES = {"asked", "reserved", "ordered", "streaming", "stopped", "arrived"}
+# A sequence that a transfer reads cannot be preempted, and a stopped one needs no more blocks.
 BEFORE_BLOCKS = {"asked", "reserved", "ordered"}
 OUTCOMES = {
     cancelled: {"cancelled"},
@@ -245,50 +249,50 @@ OUTCOMES = {
 }
 
 
-def broken_off(scene, abort, after):
-    """Break the move off after so many turns of it; where it was then, None if it was over."""
-    turns = scene.turns()
-    scene.run(turns, lambda: scene.point is not None)
+def aborted(scene, abort, after):
+    """Abort the migration after some iterations. Returns its stage then; None: it had ended."""
+    iterations = scene.iterations()
+    scene.run(iterations, lambda: scene.stage is not None)
     for _ in range(after):
-        next(turns)
-    point = scene.point
-    if point is not None and abort(scene) is False:
-        point = "not possible"
-    scene.run(turns, lambda: scene.front.done)
-    for _ in range(SETTLE):
-        next(turns)
+        next(iterations)
+    stage = scene.stage
+    if stage is not None and abort(scene) is False:
+        stage = "not possible"
+    scene.run(iterations, lambda: scene.front.done)
+    for _ in range(DRAIN):
+        next(iterations)
     scene.check_answers()
     scene.check_nothing_left()
-    return point
+    return stage
 
 
 @pytest.mark.parametrize("mode", ["transfer", "split"])
 @pytest.mark.parametrize("abort", ABORTS, ids=lambda abort: abort.__name__)
-def test_broken_off_at_any_point_a_move_leaves_one_owner_and_no_leak(abort, mode, monkeypatch):
-    points, outcomes = set(), set()
+def test_a_migration_aborted_at_any_stage_leaves_one_owner_and_no_leak(abort, mode, monkeypatch):
+    stages, outcomes = set(), set()
     for after in range(1000):
         with monkeypatch.context() as patch:
             scene = Scene(mode, patch)
-            point = broken_off(scene, abort, after)
-        if point is None:
+            stage = aborted(scene, abort, after)
+        if stage is None:
             break
-        points.add(point)
+        stages.add(stage)
         outcomes |= scene.cell.metrics.report(1.0)["migration_outcomes"].keys()
     waiting = {"waiting"} if mode == "split" else set()
-    assert points >= (BEFORE_BLOCKS if abort is preempted else POINTS | waiting), points
+    assert stages >= (BEFORE_BLOCKS if abort is preempted else STAGES | waiting), stages
     assert outcomes >= OUTCOMES[abort], outcomes
 
 
 @pytest.mark.parametrize("mode", ["transfer", "split"])
-def test_finished_at_any_point_a_moving_request_leaves_nothing(mode, monkeypatch):
+def test_a_request_that_ends_at_any_stage_of_its_migration_leaves_nothing(mode, monkeypatch):
     outcomes = set()
     for max_tokens in range(3, 30):
         with monkeypatch.context() as patch:
             scene = Scene(mode, patch, max_tokens)
-            turns = scene.turns()
-            scene.run(turns, lambda scene=scene: scene.front.done)
-            for _ in range(SETTLE):
-                next(turns)
+            iterations = scene.iterations()
+            scene.run(iterations, lambda scene=scene: scene.front.done)
+            for _ in range(DRAIN):
+                next(iterations)
         scene.check_answers()
         scene.check_nothing_left()
         outcomes |= scene.cell.metrics.report(1.0)["migration_outcomes"].keys()

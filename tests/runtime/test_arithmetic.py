@@ -1,7 +1,7 @@
 from mellmpi.runtime.run_batch import mixed_arithmetic
 
 
-def test_workers_that_compute_alike_are_not_worth_a_word():
+def test_workers_that_compute_alike_give_no_warning():
     assert mixed_arithmetic({}) == "" == mixed_arithmetic({1: "a", 2: "a"})
 
 

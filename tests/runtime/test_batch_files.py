@@ -25,7 +25,7 @@ def opened(command="run-batch", **files):
     return open_files(Options(command=command, config=config, **files))
 
 
-def test_a_batch_knows_its_requests_and_what_is_answered_already(place):
+def test_a_batch_knows_its_requests_and_the_answered_ones(place):
     (place / "out").write_text(ANSWER)
     found = opened(input_file="in", output_file="out", report="r.json", timeline="t.PNG")
     assert found.num_requests == 2 and found.finished == {"a"} and not found.is_quiet
@@ -34,7 +34,7 @@ def test_a_batch_knows_its_requests_and_what_is_answered_already(place):
     assert (place / "out").read_text() == ANSWER + "more\n"
 
 
-def test_a_new_output_is_made_when_answers_begin(place):
+def test_a_new_output_is_created_when_answers_begin(place):
     found = opened(input_file="in", output_file="out")
     assert not (place / "out").exists()
     found.begin()
@@ -47,7 +47,7 @@ def test_a_new_output_is_made_when_answers_begin(place):
         ({"input_file": "none", "output_file": "out"}, "there is no such file"),
         ({"input_file": "in"}, "run-batch needs -i requests.jsonl and -o answers.jsonl"),
         ({"input_file": "in", "output_file": "no/out"}, "there is no directory"),
-        ({"input_file": "in", "output_file": "trace"}, "is no batch output"),
+        ({"input_file": "in", "output_file": "trace"}, "is not a batch output"),
         ({"input_file": "in", "output_file": "./in"}, "are the same file"),
         ({"input_file": "in", "output_file": "out", "report": "out"}, "are the same file"),
         ({"input_file": "in", "output_file": "out", "timeline": "t.xyz"}, "must end with"),
@@ -56,13 +56,13 @@ def test_a_new_output_is_made_when_answers_begin(place):
         ({"input_file": "in", "output_file": "-", "report": "/dev/stdout"}, "both go to standard"),
         ({"input_file": "cut.gz", "output_file": "out"}, "ends in the middle"),
         ({"replay": "none"}, "--replay none cannot be read"),
-        ({"replay": "/dev/null"}, "is no regular file"),
+        ({"replay": "/dev/null"}, "is not a regular file"),
         ({"replay": "in"}, "unknown columns"),
-        ({"replay": "trace", "output_file": "in"}, "a replay starts anew"),
+        ({"replay": "trace", "output_file": "in"}, "a replay cannot continue it"),
         ({"replay": "trace", "report": "trace"}, "are the same file"),
     ],
 )
-def test_a_mistake_is_refused_and_leaves_nothing(place, files, what):
+def test_an_error_leaves_all_files_unchanged(place, files, what):
     (place / "cut.gz").write_bytes(gzip.compress(b"{}" * 99)[:-1])
     before = {name: (place / name).read_bytes() for name in os.listdir()}
     with pytest.raises(UsageError, match=what):
@@ -70,7 +70,7 @@ def test_a_mistake_is_refused_and_leaves_nothing(place, files, what):
     assert {name: (place / name).read_bytes() for name in os.listdir()} == before
 
 
-def test_an_output_keeps_its_failures_until_everything_else_is_proved(place):
+def test_an_output_keeps_its_failures_until_all_other_files_are_checked(place):
     text = ANSWER + ANSWER.replace("200", "400").replace('"a"', '"b"')
     (place / "out").write_text(text)
     with pytest.raises(UsageError):
@@ -80,7 +80,7 @@ def test_an_output_keeps_its_failures_until_everything_else_is_proved(place):
     assert (place / "out").read_text() == ANSWER
 
 
-def test_a_replay_and_the_demo_have_their_files_from_the_same_place(place):
+def test_files_of_a_replay_and_of_the_demo(place):
     replayed = opened(replay="trace", output_file="out", report="r")
     assert replayed.num_requests == 1 and replayed.requests is None
     demo = opened("demo")

@@ -1,4 +1,4 @@
-"""The steps that a worker tries at its start tell what all its steps will take."""
+"""The steps that a worker measures at its start give the coefficients of all its steps."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from mellmpi.runtime.calibration import measured_steps
 
 
 class Engine:
-    """Takes what it is told to take, on a clock of its own; the first time three times as long."""
+    """Simulates step times; the first step of each shape takes three times as long."""
 
     models = (HostedModel(ModelKv("m", 16, 1024), "layout"),)
 
@@ -31,19 +31,19 @@ class Engine:
 
 
 @pytest.mark.parametrize("seconds", [(0.01, 2e-3, 3e-3, 1e-6), (0.05, 2e-5, 1e-4, 1e-8)])
-def test_the_four_coefficients_come_back(seconds):
+def test_the_four_coefficients_are_found(seconds):
     engine = Engine(seconds)
     assert measured_steps(engine, 8192, lambda: engine.now) == pytest.approx(seconds, rel=0.01)
 
 
 @pytest.mark.parametrize("most", [1, 2, 40, 300, 100_000])
-def test_no_position_is_tried_that_the_model_does_not_have(most):
+def test_no_position_beyond_the_models_limit_is_used(most):
     engine = Engine((0.01, 1e-4, 1e-3, 1e-7))
     measured_steps(engine, most, lambda: engine.now)
     assert engine.farthest <= max(2, most)
 
 
-def test_a_machine_that_is_slow_only_at_first_gives_no_cost_below_zero():
+def test_no_coefficient_is_negative():
     engine = Engine((0.01, 2e-3, 0.0, 0.0))
     step_s, prefill_s, decode_s, attended_s = measured_steps(engine, 8192, lambda: engine.now)
     assert min(step_s, prefill_s, decode_s) > 0 and attended_s == prefill_s / ATTENDED

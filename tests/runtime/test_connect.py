@@ -17,7 +17,7 @@ class FakeJob:
     def __init__(self, network, rank, answers):
         self.network, self.rank, self.answers = network, rank, answers
         self.hosts = ["a"] * len(network.transports)
-        self.neighbours = list(range(len(self.hosts)))
+        self.local_ranks = list(range(len(self.hosts)))
         self.asked = None
 
     def gather(self, data):
@@ -29,7 +29,7 @@ class FakeJob:
 
 
 def connected(num_workers, answers=None, **transport):
-    """Every rank's (job, transport), all of them having called `connect`."""
+    """Return the jobs and transports of all ranks after `connect`."""
     network = LocalNetwork(num_workers)
     jobs = [FakeJob(network, rank, answers) for rank in range(num_workers + 1)]
     config = replace(Config(), transport=TransportConfig(**transport))
@@ -41,7 +41,7 @@ def connected(num_workers, answers=None, **transport):
     return jobs, network.transports
 
 
-def test_the_scheduler_hears_of_the_links_before_anything_else():
+def test_the_first_message_to_the_scheduler_has_the_links():
     _, transports = connected(3)
     transports[1].send(0, LinksMeasured((9,), (), (), (), ()))
     [(source, links), _] = transports[0].poll()
@@ -50,12 +50,12 @@ def test_the_scheduler_hears_of_the_links_before_anything_else():
 
 
 @pytest.mark.parametrize("num_workers, wanted", [(1, True), (2, False)])
-def test_nothing_is_measured_where_there_is_no_link_or_nobody_wants_it(num_workers, wanted):
+def test_no_links_are_measured_with_one_worker_or_if_it_is_off(num_workers, wanted):
     _, transports = connected(num_workers, measure_links=wanted)
     assert all(transport.poll() == [] for transport in transports)
 
 
-def test_links_are_measured_with_blocks_of_each_workers_own_gpu(monkeypatch):
+def test_links_are_measured_with_blocks_on_each_workers_gpu(monkeypatch):
     made, gave = [], []
 
     def arena(num_blocks, block_bytes, device):
@@ -93,7 +93,7 @@ def test_settings_reach_the_transport():
     "answers, proven",
     [
         ([b"\1\1", b"\1\1"], True),
-        ([b"\1\1", b"\0\1"], False),  # one host's MPI cannot
+        ([b"\1\1", b"\0\1"], False),  # the MPI of one host cannot
         ([b"\1\0", b"\1\1"], True),  # no GPU beside the scheduler
         ([b"\1\0", b"\1\0"], False),
     ],
@@ -112,7 +112,7 @@ def test_device_buffers_are_used_only_if_every_host_has_proven_them(answers, pro
         ("auto", "never", False),
     ],
 )
-def test_device_memory_is_not_handed_to_mpi_where_checksums_are_insisted_on(
+def test_device_buffers_are_not_used_if_checksums_are_required(
     monkeypatch, checksums, device_buffers, proven
 ):
     monkeypatch.setattr(connecting, "count_gpus", lambda: 1)
@@ -130,7 +130,7 @@ def test_device_memory_is_not_handed_to_mpi_where_checksums_are_insisted_on(
         (["a", "b"], False, [False, True], False),
     ],
 )
-def test_between_hosts_device_buffers_have_to_work_as_between_hosts(
+def test_with_several_hosts_device_buffers_must_work_between_hosts(
     monkeypatch, hosts, far_works, tried, proven
 ):
     asked = []
@@ -146,7 +146,7 @@ def test_between_hosts_device_buffers_have_to_work_as_between_hosts(
     assert connecting.device_buffers_proven(job, Config()) is proven and asked == tried
 
 
-def test_the_path_of_blocks_is_said_in_words():
+def test_the_path_of_blocks_in_words():
     gpu = replace(Config(), device="auto")
     assert "in place" in path(replace(gpu, device="cpu"), True, num_gpus=4)
     assert "pinned" in path(gpu, False, num_gpus=4)
@@ -154,7 +154,7 @@ def test_the_path_of_blocks_is_said_in_words():
     assert "in place" in path(gpu, False, num_gpus=0)
 
 
-def test_a_link_is_said_in_words():
+def test_a_link_in_words():
     links = LinksMeasured((0, 1), (0, 1), (1, 0), (1e-4, 2e-4), (1.25e9, 1e9))
     assert lines(links) == [
         "host 0 to host 1: 1250 MB/s, 100 µs",

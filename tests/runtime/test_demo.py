@@ -3,7 +3,7 @@ import pytest
 from mellmpi.runtime.demo import FASTEST, LEAST_REQUESTS, LONGEST_S, _answer_s, demo_load
 
 FAST = (0.010, 1e-3, 1e-3, 0.0)  # a CPU with bfloat16 products
-SLOW = (0.025, 4e-3, 4e-3, 0.0)  # one with AVX2 alone
+SLOW = (0.025, 4e-3, 4e-3, 0.0)  # a CPU with AVX2 only
 GPU = (0.002, 1e-5, 1e-5, 0.0)
 SNAIL = (0.5, 0.05, 0.1, 0.0)
 
@@ -21,9 +21,9 @@ def test_a_slower_machine_gets_fewer_requests_in_the_same_time():
     assert slow.rate < fast.rate / 2 and slow.count < fast.count
 
 
-def test_the_slowest_worker_counts():
+def test_the_load_follows_the_slowest_worker():
     assert demo_load([FAST, SLOW], 56) == demo_load([SLOW, SLOW], 56)
 
 
-def test_a_machine_that_cannot_do_it_in_time_gets_the_least_demo():
+def test_a_very_slow_machine_gets_the_shortest_demo():
     assert demo_load([SNAIL] * 2, 56).count == LEAST_REQUESTS

@@ -1,4 +1,4 @@
-"""An error of any rank ends all ranks, is said once, and the exit code tells which kind it is."""
+"""An error of any rank ends all ranks, is printed once, and determines the exit code."""
 
 import os
 import signal
@@ -12,8 +12,7 @@ import pytest
 from mellmpi.config import UsageError
 from mellmpi.runtime import ending
 from mellmpi.runtime.ending import FAULT, INTERRUPTED, USAGE, explain, run_job
-from mellmpi.transport import PeerFailed
-from mellmpi.transport.mpi import launcher
+from mellmpi.transport import PeerFailed, launcher
 from tests.mpi.harness import FLAGS, ROOT, WITHOUT_ULFM
 from tests.runtime.planted_everywhere import LIMIT_S, cases, run
 
@@ -22,15 +21,15 @@ SAMPLE = EVERY[::17]
 
 
 @pytest.mark.parametrize("case", SAMPLE, ids=lambda c: f"{c.rank}-{c.site.partition(':')[2]}")
-def test_an_error_anywhere_in_start_run_or_end_leaves_no_rank_behind(case, tmp_path):
+def test_an_error_anywhere_in_start_run_or_end_leaves_no_rank_running(case, tmp_path):
     flags = FLAGS if EVERY.index(case) % 2 else WITHOUT_ULFM
     seen = run(case, tmp_path, flags)
     assert seen.well, seen.output
     assert seen.tracebacks <= 1 and seen.output.count("RuntimeError: planted") <= 2, seen.output
 
 
-def test_a_process_that_cannot_join_mpi_ends_the_others_that_wait_for_it(tmp_path):
-    """One host lacks a package: its rank never comes to MPI_Init."""
+def test_a_process_that_cannot_join_mpi_ends_the_ranks_that_wait_for_it(tmp_path):
+    """One host lacks a package, so that its rank never calls MPI_Init."""
     program = (
         "import os, sys; rank = os.environ['OMPI_COMM_WORLD_RANK']; "
         "sys.modules.update({'mpi4py': None} if rank == '2' else {}); "
@@ -80,16 +79,16 @@ def launcher_beside():
 
 @pytest.fixture
 def alone(monkeypatch):
-    """Run `play` in a process without MPI."""
+    """Run a function as the only rank, without MPI."""
     monkeypatch.setattr(ending, "_join", lambda: None)
-    return lambda play, speaks=True: run_job(play, lambda size: "", speaks)
+    return lambda run_rank, reports=True: run_job(run_rank, lambda size: "", reports)
 
 
 def raises(error):
-    def play(job):
+    def run_rank(job):
         raise error
 
-    return play
+    return run_rank
 
 
 @pytest.mark.parametrize(
@@ -100,12 +99,12 @@ def raises(error):
         (PeerFailed(USAGE, "as rank 3 said"), USAGE, "as rank 3 said\n"),
     ],
 )
-def test_what_a_user_can_do_something_about_is_one_line(alone, capsys, error, code, text):
+def test_an_error_of_the_user_is_one_line(alone, capsys, error, code, text):
     assert alone(raises(error)) == code
     assert capsys.readouterr().err == text
 
 
-def test_a_fault_is_a_traceback_and_one_line_that_names_the_rank(alone, capsys):
+def test_a_fault_is_a_traceback_and_a_line_with_the_rank(alone, capsys):
     assert alone(raises(ValueError("odd"))) == FAULT
     said = capsys.readouterr().err
     assert said.count("Traceback") == 1 and said.endswith(
@@ -113,8 +112,8 @@ def test_a_fault_is_a_traceback_and_one_line_that_names_the_rank(alone, capsys):
     )
 
 
-def test_only_one_process_of_a_broken_world_speaks(alone, capsys):
-    assert alone(raises(UsageError("type this")), speaks=False) == USAGE
+def test_only_one_process_of_a_broken_world_reports(alone, capsys):
+    assert alone(raises(UsageError("type this")), reports=False) == USAGE
     assert capsys.readouterr().err == ""
 
 
@@ -124,7 +123,7 @@ def test_a_long_traceback_is_cut_at_its_beginning():
 
 
 class Job:
-    """Rank 0 of three, whose workers failed meanwhile."""
+    """Rank 0 of three, whose workers failed during the run."""
 
     rank, size = 0, 3
 
@@ -133,7 +132,7 @@ class Job:
 
 
 @pytest.mark.parametrize(("code", "expected"), [(0, FAULT), (2, 2)])
-def test_a_worker_that_fails_at_the_end_is_said_and_fails_the_job(
+def test_a_worker_that_fails_at_the_end_is_reported_and_fails_the_job(
     monkeypatch, capsys, code, expected
 ):
     monkeypatch.setattr(ending, "_join", Job)
@@ -141,10 +140,10 @@ def test_a_worker_that_fails_at_the_end_is_said_and_fails_the_job(
     assert capsys.readouterr().err == "worker 1: out of memory\n"
 
 
-def test_only_a_launcher_of_jobs_is_ever_asked_to_end_them(monkeypatch):
+def test_only_a_launcher_is_signalled(monkeypatch):
     killed = []
     monkeypatch.setattr(os, "kill", lambda pid, number: killed.append((pid, number)))
-    monkeypatch.setattr(launcher, "OTHERS_FIRST_S", 0.0)
+    monkeypatch.setattr(launcher, "GRACE_S", 0.0)
     monkeypatch.setattr(launcher, "launcher_of", lambda: None)
     launcher.end_launcher()
     assert killed == []

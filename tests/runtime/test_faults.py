@@ -1,4 +1,4 @@
-"""KV that arrives wrong, in part or under a wrong name: noticed, counted, and no token changes."""
+"""Wrong, truncated or mislabelled KV is detected and counted, and changes no token."""
 
 import itertools
 import json
@@ -27,39 +27,39 @@ def every_seventh():
 
 
 def serve(cell):
-    """How the moves of a cell ended that answered as if there had been none."""
+    """Run a cell and check its answers. Returns the outcomes of its migrations."""
     front = ListFront(REQUESTS)
     cell.run(front)
     assert front.outputs == {r.id: expected_outputs(r) for r in REQUESTS}
-    settle(cell)
+    drain(cell)
     return cell.metrics.report(1.0)["migration_outcomes"]
 
 
-def settle(cell):
-    """After the last token: one turn a message that is still under way, then nobody holds any."""
+def drain(cell):
+    """Let messages in flight arrive, and check that no worker holds KV."""
     for _ in range(500):
-        cell.turn(None)
+        cell.run_once(None)
     for worker in cell.workers.values():
         if worker._engine is not None:
             batch = worker._batch
             assert not batch.sequences and not batch.lingering
             assert batch.pool.num_free == batch.pool.num_blocks
-    assert not any(inbox.offers for inbox in cell.network.inboxes), "blocks that nobody took"
+    assert not any(inbox.sends for inbox in cell.network.inboxes), "blocks that were not received"
 
 
 def stressed(**options):
     return hashing(3, num_blocks=120, migrate="stress", policy="worst_fit", seed=3, **options)
 
 
-def test_a_bit_that_flips_on_its_way_is_noticed_and_changes_no_token(monkeypatch, every_seventh):
+def test_a_flipped_bit_is_detected_and_changes_no_token(monkeypatch, every_seventh):
     copy = LocalTransport._copy
 
-    def flipping(self, offer, want):
-        if want.arena is not None and every_seventh():
-            sent = offer.arena.array.copy()
-            sent[offer.block_ids[0]].view("u1")[3] ^= 1
-            offer = replace(offer, arena=HashArena(sent))
-        copy(self, offer, want)
+    def flipping(self, send, receive):
+        if receive.arena is not None and every_seventh():
+            sent = send.arena.array.copy()
+            sent[send.block_ids[0]].view("u1")[3] ^= 1
+            send = replace(send, arena=HashArena(sent))
+        copy(self, send, receive)
 
     monkeypatch.setattr(LocalTransport, "_copy", flipping)
     cell = stressed()
@@ -68,7 +68,7 @@ def test_a_bit_that_flips_on_its_way_is_noticed_and_changes_no_token(monkeypatch
     assert outcomes["failed: checksum"] > 2 and outcomes["moved"] > 2
 
 
-def test_a_stream_that_ends_too_early_is_noticed_and_changes_no_token(monkeypatch, every_seventh):
+def test_a_truncated_transfer_is_detected_and_changes_no_token(monkeypatch, every_seventh):
     send_blocks = LocalTransport.send_blocks
 
     def truncating(self, dst, tag, block_ids):
@@ -80,7 +80,7 @@ def test_a_stream_that_ends_too_early_is_noticed_and_changes_no_token(monkeypatc
     assert outcomes["failed: truncated"] > 2 and outcomes["moved"] > 2
 
 
-def test_kv_under_a_wrong_fingerprint_is_not_used_and_changes_no_token(monkeypatch, every_seventh):
+def test_kv_with_a_wrong_fingerprint_is_not_used_and_changes_no_token(monkeypatch, every_seventh):
     send = LocalTransport.send
 
     def claiming(self, dst, message):
@@ -93,7 +93,7 @@ def test_kv_under_a_wrong_fingerprint_is_not_used_and_changes_no_token(monkeypat
     assert outcomes["failed: KV layout"] > 2 and outcomes["moved"] > 2
 
 
-def test_to_a_worker_of_another_layout_requests_move_by_recompute_alone():
+def test_requests_move_to_a_worker_of_another_layout_by_recompute_only():
     engine = partial(HashEngine, 120)
     other = lambda: OtherLayout(120)  # noqa: E731
     cell = Cell([engine, engine, other], migrate="stress", policy="worst_fit", seed=3)
@@ -104,7 +104,7 @@ def test_to_a_worker_of_another_layout_requests_move_by_recompute_alone():
 
 
 class OtherLayout(HashEngine):
-    """Its blocks are as long as those of others, and mean something else."""
+    """Its blocks have the same size as those of other workers, but another layout."""
 
     def __init__(self, num_blocks):
         super().__init__(num_blocks)
@@ -114,12 +114,12 @@ class OtherLayout(HashEngine):
 # --- under mpirun, as a user starts it -----------------------------------------------------------
 
 
-def run(num_ranks, directory, requests, *args, module="mellmpi", wire=()):
+def run(num_ranks, directory, requests, *args, module="mellmpi", path=()):
     """(answers, report)"""
     out, report = directory / "out.jsonl", directory / "report.json"
     done = Run(
         num_ranks,
-        *wire,
+        *path,
         "run-batch",
         "-i",
         str(requests),
@@ -140,7 +140,7 @@ def run(num_ranks, directory, requests, *args, module="mellmpi", wire=()):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """Requests, and what one process that moves nothing answers."""
+    """Requests, and their answers by one process, without migrations."""
     directory = tmp_path_factory.mktemp("undisturbed")
     write_requests(directory / "in.jsonl", 48, longest=160)
     return directory / "in.jsonl", run(1, directory, directory / "in.jsonl")[0]
@@ -149,20 +149,20 @@ def undisturbed(tmp_path_factory):
 EVERY = ("failed: checksum", "failed: truncated", "failed: KV layout", "moved")
 
 
-@pytest.mark.parametrize("wire", ["memory", "messages"])
-def test_between_processes_all_of_it_is_noticed_and_changes_no_token(wire, undisturbed, tmp_path):
+@pytest.mark.parametrize("path", ["memory", "messages"])
+def test_faults_between_processes_are_detected_and_change_no_token(path, undisturbed, tmp_path):
     requests, expected = undisturbed
-    # Links are measured by transfers, too: not over a wire like this.
+    # Links are measured with transfers, too, which must not be faulty.
     checked = ("--checksums", "always", "--no-measure-links")
     outcomes: Counter[str] = Counter()
-    for i in range(6):  # how many a run has of each depends on the machine
+    for i in range(6):  # the number of faults of a run depends on the machine
         directory = tmp_path / str(i)
         directory.mkdir()
         found, report = run(
-            4, directory, requests, *STRESS, *checked, module="tests.runtime.faulty", wire=[wire]
+            4, directory, requests, *STRESS, *checked, module="tests.runtime.faulty", path=[path]
         )
         assert found == expected and len(found) == 48
         outcomes.update(report["migration_outcomes"])
         if all(outcomes[o] > 1 for o in EVERY):
             return
-    raise AssertionError(f"not every fault was met: {outcomes}")
+    raise AssertionError(f"not every fault occurred: {outcomes}")

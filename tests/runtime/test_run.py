@@ -1,4 +1,4 @@
-"""Whole runs under mpirun, with a tiny model: what a user sees and what must never change."""
+"""Complete runs under mpirun with a tiny model: output, exit codes and unchanged answers."""
 
 import json
 import subprocess
@@ -32,7 +32,7 @@ REPORT_KEYS = {
 
 
 def batch(tmp_path, num_ranks, name, *args, limit_s=240):
-    """Run the requests of tmp_path/in.jsonl; (answers, report)."""
+    """Run the requests of tmp_path/in.jsonl. Returns (answers, report)."""
     out, report = tmp_path / f"{name}.jsonl", tmp_path / f"{name}.json"
     directory = tmp_path / name
     directory.mkdir()
@@ -55,7 +55,7 @@ def batch(tmp_path, num_ranks, name, *args, limit_s=240):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """Requests, and their answers on one worker that moves nothing."""
+    """Requests, and their answers by one worker, without migrations."""
     tmp_path = tmp_path_factory.mktemp("undisturbed")
     write_requests(tmp_path / "in.jsonl", NUM_REQUESTS, longest=320)
     found, report = batch(tmp_path, 2, "alone", "--migrate", "never")
@@ -63,13 +63,13 @@ def undisturbed(tmp_path_factory):
     return tmp_path / "in.jsonl", found
 
 
-def test_moving_requests_at_random_changes_no_token(undisturbed, tmp_path):
+def test_random_migrations_change_no_token(undisturbed, tmp_path):
     requests, expected = undisturbed
     (tmp_path / "in.jsonl").write_text(requests.read_text())
-    # In small steps, so that there is time for many moves.
+    # Small steps, so that there is time for many migrations.
     small = ("--max-num-batched-tokens", "64", "--rebalance-every-s", "0.003")
     moves = Counter()
-    for run in range(6):  # how many a run makes depends on the machine
+    for run in range(6):  # the number of migrations per run depends on the machine
         found, report = batch(
             tmp_path, 4, f"stress{run}", "--migrate", "stress", "--policy", "worst_fit", *small
         )
@@ -80,7 +80,7 @@ def test_moving_requests_at_random_changes_no_token(undisturbed, tmp_path):
     raise AssertionError(f"too few moves to prove anything: {moves}")
 
 
-def test_a_killed_worker_costs_no_answer(undisturbed, tmp_path):
+def test_a_killed_worker_loses_no_answer(undisturbed, tmp_path):
     requests, expected = undisturbed
     out, report = tmp_path / "out.jsonl", tmp_path / "report.json"
     run = Run(
@@ -176,11 +176,11 @@ def test_a_trace_is_replayed_with_its_lengths(num_ranks, tmp_path):
     assert figures["failures"] == {"too_long": 1}
 
 
-def test_a_restart_does_only_what_is_left(tmp_path):
+def test_a_restart_runs_only_the_remaining_requests(tmp_path):
     write_requests(tmp_path / "in.jsonl", 6)
     whole, _ = batch(tmp_path, 2, "first")
     first = (tmp_path / "first.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "second.jsonl").write_text("".join(first[:2]) + first[2][:40])  # torn
+    (tmp_path / "second.jsonl").write_text("".join(first[:2]) + first[2][:40])  # incomplete
     again, report = batch(tmp_path, 2, "second")
     assert again == whole and report["lines"] == {"completed": 4, "failed": 0, "skipped": 2}
 
@@ -197,7 +197,7 @@ def test_requests_from_a_pipe_are_answered_on_standard_output(num_ranks, tmp_pat
     assert {json.loads(text)["custom_id"] for text in done.out.splitlines()} == {"a", "b"}
 
 
-def test_without_anything_it_shows_the_demo_and_says_how_to_go_on(tmp_path):
+def test_without_arguments_it_runs_the_demo_and_says_what_to_type_next(tmp_path):
     done = Run(3, *TINY, directory=tmp_path).wait()
     assert done.code == 0, done.err
     assert "run-batch -i" in done.err and " completed, " in done.err
@@ -213,7 +213,7 @@ def test_without_anything_it_shows_the_demo_and_says_how_to_go_on(tmp_path):
         (["--frobnicate"], "--help"),
     ],
 )
-def test_wrong_use_ends_with_one_message_and_code_2(num_ranks, args, hint, tmp_path):
+def test_an_error_of_the_user_ends_with_one_message_and_code_2(num_ranks, args, hint, tmp_path):
     done = Run(num_ranks, *args, directory=tmp_path).wait()
     assert done.code == 2, done.err
     assert done.err.count("mellmpi:") == 1 and hint in done.err
@@ -229,13 +229,13 @@ def test_a_trace_with_a_bad_row_ends_with_its_line_and_code_2(num_ranks, tmp_pat
     assert f"{trace}, line 3: prompt_tokens is '{2**63}'" in done.err
 
 
-def test_a_world_that_srun_split_is_refused(tmp_path, monkeypatch):
+def test_single_rank_worlds_of_srun_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     done = Run(1, directory=tmp_path).wait()
     assert done.code == 2 and "srun --mpi=pmix" in done.err
 
 
-def test_several_models_on_different_workers_answer_as_each_does_alone(tmp_path):
+def test_several_models_give_the_answers_of_each_model_alone(tmp_path):
     models = ("random:tiny-llama", "random:tiny-qwen3")
     write_requests(tmp_path / "all.jsonl", 24, longest=90)
     lines = [json.loads(text) for text in (tmp_path / "all.jsonl").read_text().splitlines()]
@@ -270,7 +270,7 @@ def test_several_models_on_different_workers_answer_as_each_does_alone(tmp_path)
     assert answered("together", 4, lines, *named, *sets, *stress) == alone and len(alone) == 24
 
 
-def test_a_model_that_no_worker_hosts_is_a_mistake(tmp_path):
+def test_a_model_that_no_worker_hosts_is_an_error(tmp_path):
     named = ("--model", "random:tiny-llama", "--model", "random:tiny-qwen3")
     sets = ("--worker-models", "random:tiny-llama", "--worker-models", "random:tiny-qwen3")
     done = Run(1, "-i", "x", "-o", "y", *named, *sets, directory=tmp_path).wait()

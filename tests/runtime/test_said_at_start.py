@@ -1,7 +1,7 @@
 from tests.runtime.jobs import TINY, Run, write_requests
 
 
-def test_how_blocks_travel_and_how_fast_is_said_once_at_the_start(tmp_path):
+def test_the_path_of_blocks_and_the_links_are_logged_once(tmp_path):
     write_requests(tmp_path / "in", 2, longest=30)
     files = ("-i", str(tmp_path / "in"), "-o", str(tmp_path / "out"))
     done = Run(4, "run-batch", *files, *TINY, "--device", "cpu", directory=tmp_path).wait()

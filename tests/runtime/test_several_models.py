@@ -1,4 +1,4 @@
-"""Several models in one cell: answers are those of the model that was asked, however they move."""
+"""Several models in one cell: migrations do not change the model or the answer of a request."""
 
 from functools import partial
 
@@ -24,7 +24,7 @@ def asked(models, num=24, longest=60):
 
 
 class Spied(HashEngine):
-    """Says which models its worker was given requests of."""
+    """Checks that steps are of hosted models only."""
 
     def execute(self, plan):
         assert plan.model in {hosted.kv.model for hosted in self.models}
@@ -33,7 +33,7 @@ class Spied(HashEngine):
 
 @pytest.mark.parametrize("policy", ["best_fit", "worst_fit", "frugal"])
 @pytest.mark.parametrize("migrate", ["never", "auto", "stress"])
-def test_on_workers_with_different_models_every_request_is_answered_by_its_own(policy, migrate):
+def test_every_request_is_answered_by_its_model_on_workers_with_different_models(policy, migrate):
     sets = [(A,), (B,), (B, A), (A, B)]
     cell = Cell([partial(Spied, 60, models) for models in sets], policy=policy, migrate=migrate)
     requests = asked(["a", "b", "b"], num=36)
@@ -46,7 +46,7 @@ def test_on_workers_with_different_models_every_request_is_answered_by_its_own(p
 
 @pytest.fixture(scope="module")
 def builds(tmp_path_factory):
-    """(hosted names) -> what builds an engine with these."""
+    """(names of hosted models) -> function that builds an engine."""
     cache_dir = tmp_path_factory.mktemp("models")
     directories = [checkpoint.resolve(f"random:{name}", cache_dir) for name in TINY]
     models = [ModelConfig(model=name, dtype="float32") for name in TINY]
@@ -61,7 +61,7 @@ def answers(builds, requests, **cluster):
     return front.outputs, cell.metrics.report(1.0)["migrations"]
 
 
-def test_two_real_models_answer_as_they_do_alone_also_while_they_move(builds):
+def test_two_real_models_give_their_answers_with_and_without_migrations(builds):
     requests = asked(list(TINY))
     alone = {}
     for name in TINY:

@@ -1,4 +1,4 @@
-"""What a shell opened as /dev/fd/N for mpirun is found where mpirun has it."""
+"""A descriptor that a shell opened as /dev/fd/N for mpirun is found in mpirun's process."""
 
 import pytest
 
@@ -7,14 +7,14 @@ from mellmpi.runtime import standard_input
 from mellmpi.runtime.standard_input import descriptor_path
 
 
-def test_without_mpirun_names_of_descriptors_are_what_they_say():
+def test_without_mpirun_names_of_descriptors_are_unchanged():
     for name in ("/dev/fd/63", "/proc/self/fd/11", "in.jsonl"):
         assert descriptor_path(name) == name
 
 
 @pytest.fixture
 def launcher(tmp_path, monkeypatch):
-    """A process directory like that of mpirun, with one inherited descriptor and one of its own."""
+    """A /proc directory like mpirun's, with an inherited descriptor and one that mpirun opened."""
     (tmp_path / "fdinfo").mkdir()
     (tmp_path / "fdinfo" / "63").write_text("pos:\t0\nflags:\t0100000\n")
     (tmp_path / "fdinfo" / "7").write_text("pos:\t0\nflags:\t02100000\n")
@@ -22,7 +22,7 @@ def launcher(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_under_mpirun_a_descriptor_of_the_shell_is_that_of_mpirun(launcher):
+def test_under_mpirun_a_descriptor_of_the_shell_is_found_in_mpirun(launcher):
     for name in ("/dev/fd/63", "/proc/self/fd/63"):
         assert descriptor_path(name) == f"{launcher}/fd/63"
     for name in ("in.jsonl", "/dev/fd/0", "/dev/fd/2", "/dev/stdin"):

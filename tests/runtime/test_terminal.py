@@ -1,4 +1,4 @@
-"""Whatever users write and whatever standard error is, showing it changes and ends nothing."""
+"""The terminal output is safe for any text of users and any kind of standard error."""
 
 import io
 import os
@@ -20,7 +20,7 @@ def pipe():
 
 
 def shown(pipe, show):
-    """What `show` writes to a Terminal's standard error."""
+    """Return the text that `show` writes to standard error."""
     source, sink = pipe
     kept = os.dup(2)
     os.dup2(sink, 2)
@@ -34,10 +34,10 @@ def shown(pipe, show):
 
 
 @pytest.mark.parametrize("text", WILD)
-def test_text_of_users_is_shown_as_it_is_and_does_nothing(pipe, text):
+def test_text_of_users_is_shown_unchanged_and_without_effect(pipe, text):
     def show(terminal):
         with terminal.working(text), terminal.progress(None, Counts()):
-            terminal.grew(Answered(1, f"id {text}", f"prompt {text}", f"text {text}", None))
+            terminal.show_text(Answered(1, f"id {text}", f"prompt {text}", f"text {text}", None))
             terminal.answered(Answered(1, "", "", "", None))
             terminal.answered(Answered(2, text, "", "", f"wrong {text}"))
         terminal.say(text)
@@ -50,18 +50,18 @@ def test_text_of_users_is_shown_as_it_is_and_does_nothing(pipe, text):
     assert all(len(line) < 400 for line in found.splitlines() if "xxx" in line) or "\nx" in found
 
 
-def test_ascii_alone_is_written_where_standard_error_takes_no_more(pipe, monkeypatch):
+def test_only_ascii_is_written_if_standard_error_is_ascii(pipe, monkeypatch):
     monkeypatch.setattr("sys.stderr", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
 
     def show(terminal):
         with terminal.working("models"), terminal.progress(3, Counts()):
-            terminal.grew(Answered(1, "é", "–", "你", None))
+            terminal.show_text(Answered(1, "é", "–", "你", None))
 
     found = shown(pipe, show)
     assert found.isascii() and "models ..." in found and "\\u4f60" in found
 
 
-def test_a_full_pipe_that_nobody_reads_is_waited_for_once(pipe, monkeypatch):
+def test_a_full_pipe_without_reader_blocks_once_only(pipe, monkeypatch):
     monkeypatch.setattr("mellmpi.runtime.terminal.PATIENCE_MS", 1)
     source, sink = pipe
     stream = StandardError(sink)
@@ -84,7 +84,7 @@ def _read(source):
 
 
 @pytest.mark.parametrize("end", ["reader", "writer"])
-def test_a_closed_standard_error_takes_everything(end):
+def test_writing_to_a_closed_standard_error_raises_nothing(end):
     source, sink = os.pipe()
     stream = StandardError(sink)
     os.close(source)
@@ -118,7 +118,7 @@ def test_the_first_answers_are_shown_while_they_grow_one_after_the_other(pipe):
                 (1, "more"),
                 (2, "again "),
             ):
-                terminal.grew(grown(number, text))
+                terminal.show_text(grown(number, text))
                 seen.append(os.read(pipe[0], 1 << 16).decode() if number == 1 else "")
             terminal.answered(ended(2))
             terminal.answered(ended(1))
@@ -134,10 +134,10 @@ def test_no_bar_is_drawn_into_an_answer(pipe):
     def show(terminal):
         counts = Counts()
         with terminal.progress(9, counts) as advance:
-            terminal.grew(grown(1, "some "))
+            terminal.show_text(grown(1, "some "))
             counts.completed = 5
             advance(16)
-            terminal.grew(grown(1, "thing"))
+            terminal.show_text(grown(1, "thing"))
             terminal.answered(ended(1))
 
     assert "some thing" in shown(pipe, show)

@@ -1,4 +1,4 @@
-"""The loop of a worker that receives a sequence, the test being scheduler and source."""
+"""The loop of a worker that receives a sequence. The test plays scheduler and source."""
 
 import itertools
 
@@ -14,18 +14,18 @@ TAG = ROUNDS * 9
 
 
 class Destination:
-    """Worker 2, that decodes a request of its own and awaits another, of one block."""
+    """Worker 2: decodes one request, and receives another with one block."""
 
     def __init__(self, patience):
         network = LocalNetwork(2)
         self.scheduler, self.source, own = network.transports
-        looks = itertools.count()
+        readings = itertools.count()
         self.worker = Worker(
             own,
             lambda: HashEngine(8),
             BatchConfig(),
             CacheConfig(block_size=BLOCK_SIZE),
-            lambda: 1e-5 * next(looks),
+            lambda: 1e-5 * next(readings),
             patience,
         )
         self.worker.start()
@@ -35,7 +35,7 @@ class Destination:
         own.wait = self.wait
         self.scheduler.send(2, Assign(request(1, 3, 100), 1, ()))
         self.scheduler.send(2, ReceiveKv(request(7, 3, 100), 9, 1, 1, 4, 0, ()))
-        self.worker.turn()
+        self.worker.run_once()
 
     def wait(self, timeout_s):
         self.waits.append(timeout_s)
@@ -57,10 +57,10 @@ class Destination:
         self.source.send(2, KvPayload(**(values | fields)))
 
     def stop(self):
-        """The source has stopped; its block is on its way."""
+        """Send the last header of the source. Its block follows."""
         self.header(first_block=1, num_blocks=0, outputs=(5,), last=True)
 
-    def told(self, kind):
+    def received(self, kind):
         return [m for _, m in self.scheduler.poll() if isinstance(m, kind)]
 
 
@@ -69,50 +69,50 @@ def destination():
     return Destination(patience=10.0)
 
 
-def test_what_is_only_announced_is_not_waited_for(destination):
+def test_announced_blocks_are_not_waited_for(destination):
     destination.header()
-    destination.worker.turn()
+    destination.worker.run_once()
     assert not destination.waits
 
 
-def test_what_has_stopped_is_given_a_moment_and_decodes_in_the_very_next_step(destination):
+def test_the_last_blocks_are_waited_for_and_the_sequence_decodes_in_the_next_step(destination):
     destination.header()
-    destination.worker.turn()
+    destination.worker.run_once()
     destination.stop()
     destination.on_wait = lambda: destination.source.send_blocks(2, TAG, [1])
-    destination.told(object)
-    destination.worker.turn()
+    destination.received(object)
+    destination.worker.run_once()
     assert len(destination.waits) == 1
     destination.worker._report(0.0)
-    said = destination.told((KvReceived, StepReport))
+    said = destination.received((KvReceived, StepReport))
     assert isinstance(said[0], KvReceived) and said[0].epoch == 9
     assert 9 in said[-1].epochs, "a token of it"
 
 
-def test_it_waits_no_longer_than_that_and_only_once(destination):
+def test_the_wait_is_bounded_and_happens_once(destination):
     destination.header()
     destination.stop()
     for _ in range(3):
-        destination.worker.turn()
+        destination.worker.run_once()
     waits = list(destination.waits)
     assert waits and waits == sorted(waits, reverse=True)
-    destination.worker.turn()
+    destination.worker.run_once()
     assert destination.waits == waits
 
 
-def test_without_patience_it_never_waits():
+def test_without_patience_there_is_no_wait():
     destination = Destination(patience=0.0)
     destination.header()
     destination.stop()
-    destination.worker.turn()
+    destination.worker.run_once()
     assert not destination.waits
 
 
-def test_what_has_come_already_needs_no_wait(destination):
+def test_blocks_that_have_arrived_need_no_wait(destination):
     destination.header()
     destination.source.send_blocks(2, TAG, [1])
     for _ in range(2):
-        destination.worker.turn()
+        destination.worker.run_once()
     destination.stop()
-    destination.worker.turn()
-    assert not destination.waits and destination.told(KvReceived)
+    destination.worker.run_once()
+    assert not destination.waits and destination.received(KvReceived)

@@ -1,33 +1,33 @@
-"""MELL's rules on items of given sizes: operations in, moves out. For tests of the theory."""
+"""MELL as a bin packing algorithm on items of given sizes, for tests of its bounds."""
 
 import numpy as np
 
 from mellmpi.scheduler.policies.mell.epoch import epoch
-from mellmpi.scheduler.policies.mell.kernels import OPENED, Bins, fill_in, target
+from mellmpi.scheduler.policies.mell.kernels import NEW_BIN, Bins, build, target
 from mellmpi.scheduler.policies.mell.policy import items_of
 
-SPARE = 4  # empty bins that there always are
+SPARE = 4  # empty bins offered to every operation
 MANY = 1 << 30
 
 
 def bins_of(ages, base=None):
-    """Bins that hold nothing, but for a `base` share that is no item."""
+    """Bins without items; `base`: share of each bin that is filled by something else."""
     n = len(ages)
     load = np.zeros(n) if base is None else np.array(base, float)
     return Bins(
         load=load,
-        soft=np.zeros(n),
-        num=np.zeros((5, n), np.int64),
-        age=np.array(ages, np.int64),
-        seats=np.full(n, MANY),
-        usable=np.ones(n, bool),
-        held=load > 0,
-        now=load.copy(),
+        movable_t=np.zeros(n),
+        counts=np.zeros((5, n), np.int64),
+        activated=np.array(ages, np.int64),
+        slots=np.full(n, MANY),
+        accepts=np.ones(n, bool),
+        occupied=load > 0,
+        load_now=load.copy(),
     )
 
 
 class Packing:
-    """Bins without end. `moves` has, for each epoch, the number of moves; a bundle is one."""
+    """An unlimited number of bins. `moves`: number in each epoch; a bundle counts as one move."""
 
     def __init__(self):
         self.size: dict[int, float] = {}
@@ -39,14 +39,14 @@ class Packing:
         self.moves: list[int] = []
 
     def bins(self):
-        """[sizes] of the bins in use."""
+        """The sizes of the items in each bin in use."""
         held: dict[int, list[float]] = {}
         for item, b in self.where.items():
             held.setdefault(b, []).append(self.size[item])
         return list(held.values())
 
     def arrive(self, item, size):
-        b = int(target(self._filled(), size, 1, -1, True, OPENED))
+        b = int(target(self._filled(), size, 1, -1, True, NEW_BIN))
         assert b >= 0
         self.total += 1
         self.operations += 1
@@ -61,15 +61,15 @@ class Packing:
         self.size[item] = size
 
     def epoch(self):
-        """Make the moves of one epoch; how many, a bundle to one place counted as one."""
+        """Make the moves of one epoch; return their number, a bundle to one bin counted as one."""
         ids, (items, bins) = list(self.size), self._arrays()
-        before = items.where.copy()
-        epoch(items, bins, OPENED, self.operations)
+        before = items.bin_of.copy()
+        epoch(items, bins, NEW_BIN, self.operations)
         self.operations = 0
-        moved = [i for i in range(len(ids)) if items.where[i] != before[i]]
-        made = {(int(items.piece[i]), int(before[i]), int(items.where[i])) for i in moved}
+        moved = [i for i in range(len(ids)) if items.bin_of[i] != before[i]]
+        made = {(int(items.bundle[i]), int(before[i]), int(items.bin_of[i])) for i in moved}
         for i in moved:
-            self._put(ids[i], int(items.where[i]))
+            self._put(ids[i], int(items.bin_of[i]))
         self.moves.append(len(made))
         return len(made)
 
@@ -82,12 +82,12 @@ class Packing:
     def _arrays(self):
         num = max([*self.where.values(), -1]) + 1 + SPARE
         bins = bins_of([self.age.get(b, 0) for b in range(num)])
-        bins.held[list(set(self.where.values()))] = True
+        bins.occupied[list(set(self.where.values()))] = True
         ids = list(self.size)
         size, where = np.array([self.size[i] for i in ids]), [self.where[i] for i in ids]
         return items_of(size, np.array(where, np.int64), np.zeros(len(ids), bool), num), bins
 
     def _filled(self):
         items, bins = self._arrays()
-        fill_in(items, bins)
+        build(items, bins)
         return bins

@@ -1,4 +1,4 @@
-"""A small cluster whose policy does what the test says, and what must hold of it at any time."""
+"""A cluster scheduler under the control of a test, and the invariants of its state."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ NUM_BLOCKS, MAX_SEQS = 20, 8
 
 
 def request(request_id: int, num_prompt: int = 3, max_tokens: int = 10, **sampling: Any) -> Request:
-    """Greedy; `sampling` replaces what else it needs."""
+    """A greedy request; `sampling` replaces sampling parameters."""
     fields = {
         "max_tokens": max_tokens,
         "temperature": 0.0,
@@ -89,15 +89,15 @@ class Stage:
         proposals, self.proposals = self.proposals, []
         return proposals
 
-    def tell(self, source: Any, event: Any) -> list[tuple[Any, Any]]:
-        """One event; the commands, and the invariants checked."""
+    def handle(self, source: Any, event: Any) -> list[tuple[Any, Any]]:
+        """Handle one event, check the invariants, and return the commands."""
         self.now += 0.01
         commands = self.scheduler.handle(source, event, self.now)
         check(self.scheduler)
         return commands
 
     def tick(self, *proposals: Proposal) -> list[tuple[Any, Any]]:
-        """Let the policy propose just this."""
+        """Run a round in which the policy makes these proposals."""
         self.now += 1.0
         self.proposals = list(proposals)
         commands = self.scheduler.tick(self.now)
@@ -106,29 +106,29 @@ class Stage:
 
     def ready(self, worker: int, num_blocks: int = NUM_BLOCKS, acked: int = 0) -> Any:
         capacity = num_blocks * KV.block_bytes
-        return self.tell(
+        return self.handle(
             worker, WorkerReady((KV,), capacity, MAX_SEQS, acked, 0.5, 64, None, (), "")
         )
 
     def room(self, worker: int = 1) -> list[tuple[int, Any]]:
-        """The worker has more room than a moment ago: who waits is tried again."""
-        self.tell(worker, report(free_blocks=NUM_BLOCKS - 1))
-        return self.tell(worker, report())
+        """Let the worker report more room than before, so that the queue is placed."""
+        self.handle(worker, report(free_blocks=NUM_BLOCKS - 1))
+        return self.handle(worker, report())
 
     # --- a request in each state ----------------------------------------------------------------
 
     def waiting(self, request_id: int = 7, **kwargs: Any) -> Record:
         self.place_at, place_at = None, self.place_at
-        self.tell(FRONT, Submit(request(request_id, **kwargs)))
+        self.handle(FRONT, Submit(request(request_id, **kwargs)))
         self.place_at = place_at
         return self.scheduler.records[request_id]
 
     def running(self, request_id: int = 7, tokens: tuple[int, ...] = (5,), **kwargs: Any) -> Record:
-        """On worker `place_at`, with these tokens reported."""
-        self.tell(FRONT, Submit(request(request_id, **kwargs)))
+        """A request on worker `place_at`, with these tokens reported."""
+        self.handle(FRONT, Submit(request(request_id, **kwargs)))
         record = self.scheduler.records[request_id]
         if tokens:
-            self.tell(record.worker, report((request_id, record.epoch, 0, tokens)))
+            self.handle(record.worker, report((request_id, record.epoch, 0, tokens)))
         return record
 
     def reserving(self, dst: int = 2, **kwargs: Any) -> Record:
@@ -139,17 +139,17 @@ class Stage:
 
     def sending(self, dst: int = 2, **kwargs: Any) -> Record:
         record = self.reserving(dst, **kwargs)
-        self.tell(dst, KvReserved(record.request.id, record.offer.epoch, record.offer.start))
+        self.handle(dst, KvReserved(record.request.id, record.offer.epoch, record.offer.start))
         assert record.state is State.SENDING
         return record
 
     def state(self, record: Record) -> State | None:
-        """None: gone."""
+        """The state of the request; None if it is no longer live."""
         return record.state if self.scheduler.records.get(record.request.id) is record else None
 
 
 def received(record: Record, first: int = 0, tokens: tuple[int, ...] = (), **fields: Any) -> Any:
-    """The destination's word that it owns the request."""
+    """The destination's `KvReceived` for the current offer."""
     return KvReceived(
         record.request.id,
         record.offer.epoch,
@@ -162,25 +162,25 @@ def received(record: Record, first: int = 0, tokens: tuple[int, ...] = (), **fie
 
 
 def to_workers(commands: list[tuple[Any, Any]]) -> list[tuple[int, Any]]:
-    """What leaves rank 0."""
+    """The commands that are sent to workers."""
     return [(to, command) for to, command in commands if isinstance(to, int)]
 
 
-def told(commands: list[tuple[Any, Any]], kind: type) -> list[Any]:
-    """Commands of one kind, to whomever."""
+def of_type(commands: list[tuple[Any, Any]], kind: type) -> list[Any]:
+    """Commands of one type, to any destination."""
     return [command for _, command in commands if isinstance(command, kind)]
 
 
-# --- what always holds ---------------------------------------------------------------------------
+# --- invariants ----------------------------------------------------------------------------------
 
 
 def check(scheduler: ClusterScheduler) -> None:
-    """Records, columns, queue and ledger tell the same story."""
+    """Assert that records, columns, queue and ledger agree."""
     epochs = []
     for record in scheduler.records.values():
         _check_record(record)
         epochs += [e for e in (record.epoch, record.offer and record.offer.epoch) if e]
-    assert len(epochs) == len(set(epochs)), "one epoch for two"
+    assert len(epochs) == len(set(epochs)), "two assignments under one epoch"
     _check_columns(scheduler)
     _check_queue(scheduler)
     _check_ledger(scheduler)
@@ -211,12 +211,12 @@ def _check_queue(scheduler: ClusterScheduler) -> None:
     waiting = {id for id, r in scheduler.records.items() if r.state is State.WAITING}
     assert set(queue._waiting) == waiting
     assert queue.kv_bytes == sum(w.kv_bytes for w in queue._waiting.values())
-    homes = {w.record.slot: w.home for w in queue._waiting.values()}
+    pinned = {w.record.slot: w.pinned_to for w in queue._waiting.values()}
     registry = scheduler.registry
     for record in scheduler.records.values():
-        assert registry.view.requests.home[record.slot] == homes.get(record.slot, 0)
+        assert registry.view.requests.pinned_to[record.slot] == pinned.get(record.slot, 0)
     for worker in range(len(registry.ledger.state)):
-        assert registry.ledger.num_returning[worker] == len(queue.returning(worker))
+        assert registry.ledger.num_returning[worker] == len(queue.pinned_to(worker))
 
 
 def _check_ledger(scheduler: ClusterScheduler) -> None:
@@ -229,12 +229,12 @@ def _check_ledger(scheduler: ClusterScheduler) -> None:
     assert ledger.num_requests.tolist() == expected
     unacked = [sum(size for _, size in orders) for orders in ledger._unacked]
     assert ledger.ordered.tolist() == unacked
-    away = (WorkerState.PARKED, WorkerState.LOST, WorkerState.PARKING, WorkerState.WAKING)
-    assert all(expected[w] == 0 for state in away for w in ledger.workers(state))
+    empty = (WorkerState.PARKED, WorkerState.LOST, WorkerState.PARKING, WorkerState.WAKING)
+    assert all(expected[w] == 0 for state in empty for w in ledger.workers(state))
 
 
 def assert_nothing_left(scheduler: ClusterScheduler) -> None:
-    """No request is known any more: nothing of any of them is, either."""
+    """Assert that no state of any request is left."""
     check(scheduler)
     assert not scheduler.records and not scheduler.queue
     assert not scheduler.registry.view.requests.live.any()

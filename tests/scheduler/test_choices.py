@@ -1,7 +1,7 @@
-"""Requests move on a made-up machine: does what is learnt from some moves choose well for others?
+"""The choice of modes on a synthetic machine, after learning from some moves.
 
-The machine is like bench/crossover.py's: three links, contexts of 128 to 8,192 tokens, times that
-scatter, and a destination that computes and receives at once more slowly than either alone.
+As in bench/crossover.py: three links, contexts of 128 to 8,192 tokens, noisy times, and a
+destination that computes and receives concurrently more slowly than one after the other.
 """
 
 import random
@@ -22,11 +22,11 @@ LIMIT_S = 1e6
 
 @dataclass
 class Machine:
-    """Two workers. All ways take what they take here, times noise."""
+    """Two workers; durations of all modes, without and with noise."""
 
     Bps: float
-    fixed_s: float  # of messages, more or less
-    overlap: float  # what computing and receiving at once stretch each other by
+    fixed_s: float  # of messages
+    overlap: float  # factor by which concurrent computing and receiving slow down
     noise: float = 0.15
     rng: random.Random = field(default_factory=lambda: random.Random(0))
 
@@ -34,7 +34,7 @@ class Machine:
         return -(-n // BATCH) * 1.5e-3 + n * 9e-5 + n * n / 2 * 1e-7
 
     def took_s(self, plan: Plan) -> float:
-        """Without noise."""
+        """Seconds of a migration, without noise."""
         if plan.mode == RECOMPUTE:
             return self.fixed_s / 3 + self.computing_s(plan.start)
         if plan.mode == TRANSFER:
@@ -54,7 +54,7 @@ MACHINES = {
 
 
 class Cell:
-    """Rank 0's estimates, taught by the moves that it orders."""
+    """The estimates of rank 0, which learn from the moves that it plans."""
 
     def __init__(self, machine: Machine):
         self.machine, self.estimates = machine, Estimates(CostModel())
@@ -68,23 +68,23 @@ class Cell:
         return plan
 
     def move(self, context: int, mode: str | None = None) -> tuple[Plan, float]:
-        """The plan, and what it took; that teaches."""
+        """Plan a move and learn from it; return the plan and the seconds that it took."""
         plan, machine = self.plan(context, mode), self.machine
         took_s = machine.scattered(machine.took_s(plan))
         if plan.start:
             self._computed(plan.start)
         if plan.num_bytes:
             transfer_s = machine.scattered(plan.num_bytes / machine.Bps)
-            self.estimates.links.moved(1, 2, plan.num_bytes, transfer_s, 0.0)
-        self.estimates.took(plan.mode, (0, 1), plan.wait_s, plan.work_s, took_s)
+            self.estimates.links.record_transfer(1, 2, plan.num_bytes, transfer_s, 0.0)
+        self.estimates.record_move(plan.mode, (0, 1), plan.wait_s, plan.work_s, took_s)
         return plan, took_s
 
     def _computed(self, n: int) -> None:
-        """A report a step of a prefill."""
+        """Add a report for each step of a prefill of n tokens."""
         for start in range(0, n, BATCH):
             end = min(n, start + BATCH)
             seconds = self.machine.computing_s(end) - self.machine.computing_s(start)
-            told = replace(
+            step = replace(
                 report(),
                 steps=1,
                 prefill_tokens=end - start,
@@ -92,13 +92,13 @@ class Cell:
                 attended=(end * end - start * start) // 2,
                 step_s=self.machine.scattered(seconds),
             )
-            self.estimates.steps.add(2, told)
+            self.estimates.steps.add(2, step)
         self.estimates.steps.fold()
 
 
 @pytest.fixture(scope="module", params=range(5))
 def grid(request):
-    """By link and context: the plan chosen, its error, and how far it is from the best way."""
+    """By link and context: (seconds over those of the fastest mode, relative prediction error)."""
     found = {}
     for name, numbers in MACHINES.items():
         cell = Cell(Machine(*numbers, rng=random.Random(request.param)))
@@ -115,11 +115,11 @@ def grid(request):
     return found
 
 
-def test_nine_of_ten_choices_are_within_a_tenth_of_the_fastest_way(grid):
+def test_nine_of_ten_choices_are_within_a_tenth_of_the_fastest_mode(grid):
     assert sum(over <= 1.1 for over, _ in grid.values()) >= 0.9 * len(grid)
 
 
-def test_no_choice_takes_a_third_longer_than_the_fastest_way(grid):
+def test_no_choice_takes_a_third_longer_than_the_fastest_mode(grid):
     assert max(over for over, _ in grid.values()) <= 1.3
 
 

@@ -1,4 +1,4 @@
-"""A cluster scheduler under any legal order of events, and stale ones in between."""
+"""A cluster scheduler under random legal histories of events, with stale events in between."""
 
 from collections import Counter, deque
 from dataclasses import dataclass, field
@@ -40,7 +40,7 @@ from mellmpi.scheduler.requests import State
 from mellmpi.scheduler.view import Drain, ParkWorker, WakeWorker
 from tests.scheduler.stage import KV, check, report, request
 
-NUM_WORKERS, CAPACITY, SEATS = 3, 120, 3
+NUM_WORKERS, CAPACITY, MAX_SEQS = 3, 120, 3
 WORKER = st.integers(1, NUM_WORKERS)
 MODES = ["transfer"] * 3 + ["split", "recompute", None]
 RARELY = st.sampled_from([False] * 7 + [True])
@@ -52,25 +52,25 @@ def answer(request_id: int) -> tuple[int, ...]:
 
 @dataclass
 class Held:
-    """What a model worker has of a request."""
+    """A sequence on a model worker."""
 
     request_id: int
     outputs: list[int]
     phase: str  # "running", "arriving" or "frozen"
     reported: int
-    leaving: tuple[int, int] | None = None  # (destination, epoch there): it streams, or is frozen
+    leaving: tuple[int, int] | None = None  # (destination, epoch there) while it is sent
 
 
 @dataclass
 class ModelWorker:
-    """Handles orders in turn; what it says arrives in turn. It knows nothing but epochs."""
+    """Handles commands in order and sends messages in order; keys sequences by epoch."""
 
     id: int
     inbox: deque = field(default_factory=deque)
     outbox: deque = field(default_factory=deque)
     held: dict[int, Held] = field(default_factory=dict)
     preempted: list[tuple[int, int]] = field(default_factory=list)
-    last_words: list[tuple[int, Held]] = field(default_factory=list)  # ended, not yet reported
+    ended: list[tuple[int, Held]] = field(default_factory=list)  # not reported yet
     acked: int = 0
     alive: bool = True
     parking: bool = False
@@ -97,7 +97,7 @@ class ModelWorker:
                     assert held.leaving is None, "sent twice at once"
                     held.leaving = (dst, dst_epoch)
             case Unfreeze(_, epoch) if epoch in self.held:
-                assert self.held[epoch].leaving, "thawed without having been sent"
+                assert self.held[epoch].leaving, "unfrozen without having been sent"
                 self.held[epoch].phase, self.held[epoch].leaving = "running", None
             case Release(_, epoch):
                 self.held.pop(epoch, None)
@@ -107,11 +107,11 @@ class ModelWorker:
                 self.outbox.append(Parked(self.acked))
             case Wake():
                 self.outbox.append(
-                    WorkerReady((KV,), CAPACITY, SEATS, self.acked, 0.1, 64, None, (), "")
+                    WorkerReady((KV,), CAPACITY, MAX_SEQS, self.acked, 0.1, 64, None, (), "")
                 )
 
     def stop(self, epoch: int, links) -> None:
-        """Nothing is left to stream but the last round."""
+        """Stop decoding and send the last round."""
         held = self.held[epoch]
         dst, dst_epoch = held.leaving
         held.phase = "frozen"
@@ -122,7 +122,7 @@ class ModelWorker:
 
     def arrive(self, epoch: int, request_id: int, outputs, ok: bool) -> None:
         if (held := self.held.get(epoch)) is None:
-            return  # released meanwhile
+            return  # it has been released
         assert held.phase == "arriving"
         if ok:
             held.outputs, held.phase = list(outputs), "running"
@@ -135,21 +135,21 @@ class ModelWorker:
 
     def preempt(self, epoch: int) -> None:
         held = self.held.pop(epoch)
-        self.last_words.append((epoch, held))
+        self.ended.append((epoch, held))
         self.preempted.append((held.request_id, epoch))
 
     def token(self, epoch: int) -> None:
         held = self.held[epoch]
         held.outputs.append(answer(held.request_id)[len(held.outputs)])
         if len(held.outputs) == len(answer(held.request_id)):
-            self.last_words.append((epoch, self.held.pop(epoch)))
+            self.ended.append((epoch, self.held.pop(epoch)))
 
     def running(self) -> list[int]:
         return [epoch for epoch, held in self.held.items() if held.phase == "running"]
 
     def report(self) -> None:
         runs = []
-        for epoch, held in [*self.held.items(), *self.last_words]:
+        for epoch, held in [*self.held.items(), *self.ended]:
             if held.phase != "arriving" and held.outputs[held.reported :]:
                 run = tuple(held.outputs[held.reported :])
                 runs.append((held.request_id, epoch, held.reported, run))
@@ -157,11 +157,11 @@ class ModelWorker:
         free = self.free_bytes() // KV.block_bytes
         preempted = tuple(self.preempted)
         self.outbox.append(report(*runs, acked=self.acked, free_blocks=free, preempted=preempted))
-        self.preempted, self.last_words = [], []
+        self.preempted, self.ended = [], []
 
 
 class ClusterHistory(RuleBasedStateMachine):
-    """Rank 0 against model workers. Links are ordered one by one, never against each other."""
+    """Rank 0 and model workers. Each link is first in, first out; links are not synchronized."""
 
     def __init__(self):
         super().__init__()
@@ -175,18 +175,19 @@ class ClusterHistory(RuleBasedStateMachine):
         self.epochs, self.moving = set(), Counter()
         self.now = 0.0
         for worker in self.workers.values():
-            self.tell(worker.id, WorkerReady((KV,), CAPACITY, SEATS, 0, 0.1, 64, None, (), ""))
+            ready = WorkerReady((KV,), CAPACITY, MAX_SEQS, 0, 0.1, 64, None, (), "")
+            self.deliver(worker.id, ready)
 
     def place(self, view, row, model):
         ledger = view.workers
-        room = view.hosting(model) & (ledger.num_requests < SEATS)
+        room = view.hosting(model) & (ledger.num_requests < MAX_SEQS)
         room &= ledger.budget >= view.requests.need(row)
         found = [] if self.place_nowhere else room.nonzero()[0].tolist()
         return found[view.tick % len(found)] if found else None
 
-    # --- between rank 0 and the world -----------------------------------------------------------
+    # --- events and commands of rank 0 ----------------------------------------------------------
 
-    def tell(self, source, event):
+    def deliver(self, source, event):
         self.now += 0.01
         self.carry_out(self.scheduler.handle(source, event, self.now))
 
@@ -204,7 +205,7 @@ class ClusterHistory(RuleBasedStateMachine):
                 self.workers[to].inbox.append(command)
 
     def front(self, command):
-        assert command.request_id not in self.over, "an answer after the end"
+        assert command.request_id not in self.over, "a message after the end of the request"
         match command:
             case Emit(request_id, first, tokens, _, reason):
                 outputs = self.emitted[request_id]
@@ -235,33 +236,33 @@ class ClusterHistory(RuleBasedStateMachine):
     def submit(self):
         self.next_id += 1
         self.emitted[self.next_id] = []
-        self.tell(FRONT, Submit(self.requests(self.next_id)))
+        self.deliver(FRONT, Submit(self.requests(self.next_id)))
 
     @precondition(lambda self: self.next_id)
-    @rule(data=st.data(), bad_luck=RARELY)
-    def cancel(self, data, bad_luck):
-        if not bad_luck:
+    @rule(data=st.data(), happens=RARELY)
+    def cancel(self, data, happens):
+        if not happens:
             return
         request_id = data.draw(st.integers(1, self.next_id))
         self.over.setdefault(request_id, "cancelled")
-        self.tell(FRONT, Cancel(request_id, "gone"))
+        self.deliver(FRONT, Cancel(request_id, "gone"))
         assert request_id not in self.scheduler.records
 
     # --- workers --------------------------------------------------------------------------------
 
     @rule(
         w=WORKER,
-        orders=st.integers(0, 3),
-        says=st.integers(0, 3),
+        commands=st.integers(0, 3),
+        messages=st.integers(0, 3),
         fits=st.integers(0, 7),
         data=st.data(),
     )
-    def turn(self, w, orders, says, fits, data):
-        """Some orders handled, perhaps a step, perhaps a preemption, some of it heard."""
+    def work(self, w, commands, messages, fits, data):
+        """Handle commands, perhaps decode or preempt, and deliver messages to rank 0."""
         worker = self.workers[w]
         if not worker.alive:
             return
-        for _ in range(min(orders, len(worker.inbox))):
+        for _ in range(min(commands, len(worker.inbox))):
             worker.handle(worker.inbox.popleft(), self.links, bool(fits))
         for epoch in worker.running():
             match data.draw(st.sampled_from("tttttssp")):
@@ -274,14 +275,14 @@ class ClusterHistory(RuleBasedStateMachine):
                 worker.stop(epoch, self.links)
         if data.draw(st.booleans()):
             worker.report()
-        self.hear(w, says)
+        self.deliver_from(w, messages)
 
-    turn_too, turn_again = turn, turn  # three times as often as anything else
+    work_2, work_3 = work, work  # three times as likely as any other rule
 
-    def hear(self, w, n):
+    def deliver_from(self, w, n):
         outbox = self.workers[w].outbox
         for _ in range(min(n, len(outbox))):
-            self.tell(w, outbox.popleft())
+            self.deliver(w, outbox.popleft())
 
     @precondition(lambda self: any(self.links.values()))
     @rule(data=st.data(), ok=st.integers(0, 5))
@@ -292,12 +293,12 @@ class ClusterHistory(RuleBasedStateMachine):
             self.workers[b].arrive(*payload, ok=bool(ok))
 
     @precondition(lambda self: sum(w.alive for w in self.workers.values()) > 1)
-    @rule(w=WORKER, heard=st.integers(0, 9), bad_luck=RARELY)
-    def lose(self, w, heard, bad_luck):
-        if self.workers[w].alive and bad_luck:
-            self.hear(w, heard)
+    @rule(w=WORKER, messages=st.integers(0, 9), happens=RARELY)
+    def lose(self, w, messages, happens):
+        if self.workers[w].alive and happens:
+            self.deliver_from(w, messages)
             self.workers[w].alive = False
-            self.tell(w, WorkerLost(w))
+            self.deliver(w, WorkerLost(w))
 
     # --- the policy -----------------------------------------------------------------------------
 
@@ -312,7 +313,7 @@ class ClusterHistory(RuleBasedStateMachine):
 
     @rule(w=WORKER, luck=st.integers(0, 19))
     def propose(self, w, luck):
-        """Mostly nothing: a cluster that is parked proves little."""
+        """Mostly no proposal: a cluster with parked workers exercises little."""
         kinds = {16: Drain, 17: ParkWorker, 18: WakeWorker}
         self.proposals = [kinds[luck](w)] if luck in kinds else []
         self.place_nowhere = luck in (9, 10)
@@ -323,7 +324,7 @@ class ClusterHistory(RuleBasedStateMachine):
         self.carry_out(self.scheduler.tick(self.now))
         self.proposals = []
 
-    # --- what was overtaken ---------------------------------------------------------------------
+    # --- stale events ---------------------------------------------------------------------------
 
     @precondition(lambda self: self.epochs)
     @rule(
@@ -333,7 +334,7 @@ class ClusterHistory(RuleBasedStateMachine):
         ),
     )
     def stale(self, data, kind):
-        """Anything under an epoch that is over changes nothing."""
+        """An event under an epoch that has ended changes nothing."""
         current = {r.epoch for r in self.scheduler.records.values()}
         current |= {r.offer.epoch for r in self.scheduler.records.values() if r.offer}
         old = sorted(self.epochs - current)
@@ -343,38 +344,38 @@ class ClusterHistory(RuleBasedStateMachine):
         epoch, w = data.draw(st.sampled_from(old)), data.draw(st.sampled_from(alive))
         id = data.draw(st.integers(1, self.next_id))
         ledger = self.scheduler.registry.ledger
-        heard = {"acked": 0, "free_blocks": int(ledger.free[w]) // KV.block_bytes}
+        unchanged = {"acked": 0, "free_blocks": int(ledger.free[w]) // KV.block_bytes}
         event = {
             KvReserved: KvReserved(id, epoch, 0),
             KvRefused: KvRefused(id, epoch),
             KvFailed: KvFailed(id, epoch, "stale"),
             KvReceived: KvReceived(id, epoch, 0, (99,), (), 0, 0.0),
-            StepReport: report((id, epoch, 0, (99, 98)), **heard),
-            "preempted": report(preempted=((id, epoch),), **heard),
+            StepReport: report((id, epoch, 0, (99, 98)), **unchanged),
+            "preempted": report(preempted=((id, epoch),), **unchanged),
         }[kind]
-        before = self.fates()
+        before = self.record_states()
         nowhere, self.place_nowhere = self.place_nowhere, True
         states = ledger.state.copy()
-        self.tell(w, event)
+        self.deliver(w, event)
         self.place_nowhere = nowhere
-        assert self.fates() == before
-        changed = (ledger.state != states).nonzero()[0]  # a waiting queue may still wake somebody
+        assert self.record_states() == before
+        changed = (ledger.state != states).nonzero()[0]  # a waiting queue may still wake a worker
         assert not len(changed) or self.scheduler.queue
 
-    def fates(self):
+    def record_states(self):
         return {
             id: (r.state, r.worker, r.epoch, r.offer, list(r.log.tokens))
             for id, r in self.scheduler.records.items()
         }
 
-    # --- what always holds ----------------------------------------------------------------------
+    # --- invariants -----------------------------------------------------------------------------
 
     @invariant()
-    def records_columns_queue_and_ledger_tell_the_same_story(self):
+    def records_columns_queue_and_ledger_agree(self):
         check(self.scheduler)
 
     @invariant()
-    def at_most_one_owner_computes_a_request_and_rank_0_knows_it(self):
+    def at_most_one_worker_computes_a_request_and_rank_0_knows_it(self):
         for id, record in self.scheduler.records.items():
             holders = [
                 (w.id, e)
@@ -390,24 +391,24 @@ class ClusterHistory(RuleBasedStateMachine):
                     isinstance(c, Release) and c.epoch == h[1] for c in self.workers[h[0]].inbox
                 )
             ]
-            # The second is a destination whose KvReceived is still on its way.
+            # The second is a destination whose KvReceived has not arrived yet.
             assert len(unreleased) <= 1 + (record.state is State.SENDING)
             if record.state is State.RUNNING and unreleased:
                 assert unreleased == [record.owner]
 
     @invariant()
-    def what_moves_is_what_is_said_to_move(self):
+    def observed_migrations_match_the_records(self):
         for id, record in self.scheduler.records.items():
             open_ = record.offer is not None or record.moved_from is not None
             assert self.moving[id] == open_
         assert not any(n for id, n in self.moving.items() if id not in self.scheduler.records)
 
     @invariant()
-    def what_is_over_is_forgotten(self):
+    def ended_requests_have_no_record(self):
         assert self.scheduler.records.keys() == self.emitted.keys() - self.over.keys()
 
     def teardown(self):
-        """Left alone, every request ends and nothing is left anywhere."""
+        """Without further rules every request ends, and no state is left."""
         self.place_nowhere = False
         for _ in range(200):
             if not self.scheduler.records and not any(self.pending()):
@@ -421,7 +422,7 @@ class ClusterHistory(RuleBasedStateMachine):
                     worker.stop(epoch, self.links)
                 worker.report()
                 while worker.outbox:
-                    self.tell(worker.id, worker.outbox.popleft())
+                    self.deliver(worker.id, worker.outbox.popleft())
             for (_, b), link in self.links.items():
                 while link and self.workers[b].alive:
                     self.workers[b].arrive(*link.popleft(), ok=True)
@@ -429,7 +430,7 @@ class ClusterHistory(RuleBasedStateMachine):
         assert not self.scheduler.records, [r.bug("stuck") for r in self.scheduler.records.values()]
         check(self.scheduler)
         for worker in self.workers.values():
-            assert not worker.alive or not worker.held, "something was never released"
+            assert not worker.alive or not worker.held, "a sequence was never released"
         for id, outputs in self.emitted.items():
             if self.over[id] == "finished":
                 assert tuple(outputs) == answer(id)

@@ -1,4 +1,4 @@
-"""Frugal on random clusters: what it proposes can be done, and what is done stays done."""
+"""Frugal on random clusters: its proposals can be carried out, and its moves come to an end."""
 
 from dataclasses import replace
 
@@ -7,8 +7,14 @@ import pytest
 
 from mellmpi.scheduler import MoveProposal, WorkerState
 from mellmpi.scheduler.policies import POLICIES
-from mellmpi.scheduler.policies.frugal.draining import FLEET_S, LOOKS
-from mellmpi.scheduler.policies.frugal.forecast import PAID_S, PRICE, growth_Bps, leaves, price
+from mellmpi.scheduler.policies.frugal.draining import CLUSTER_OVERFLOW_S, MAX_FAILURES
+from mellmpi.scheduler.policies.frugal.forecast import (
+    MOVE_PRICE,
+    SHORT_ANSWER_S,
+    growth_Bps,
+    move_price,
+    request_end_rate,
+)
 from mellmpi.scheduler.view import Drain
 from tests.scheduler.views import view
 
@@ -32,7 +38,7 @@ def cluster(seed):
 
 
 def carry_out(v, proposals):
-    """What the core does: each in its turn, if it can be done; the moves that could be."""
+    """Carry out feasible proposals in order, as the scheduler does; return the moves made."""
     done = []
     for proposal in proposals:
         match proposal:
@@ -53,24 +59,24 @@ def carry_out(v, proposals):
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_every_move_fits_where_it_goes_and_goes_to_an_active_worker(seed):
+def test_every_move_fits_on_its_active_destination(seed):
     v = cluster(seed)
     proposals = FRUGAL.rebalance(v)
-    room, seats = v.workers.budget.copy(), v.workers.max_requests - v.workers.num_requests
+    room, slots = v.workers.budget.copy(), v.workers.max_requests - v.workers.num_requests
     moved = [p for p in proposals if isinstance(p, MoveProposal)]
     drained = {p.worker for p in proposals if isinstance(p, Drain)}
     assert len({m.request_id for m in moved}) == len(moved)
     for move in moved:
         row = int(np.flatnonzero(v.requests.request_id == move.request_id)[0])
         room[move.dst] -= v.requests.need(row)
-        seats[move.dst] -= 1
-        assert room[move.dst] >= 0 and seats[move.dst] >= 0
+        slots[move.dst] -= 1
+        assert room[move.dst] >= 0 and slots[move.dst] >= 0
         assert v.workers.state[move.dst] == WorkerState.ACTIVE and move.dst not in drained
         assert v.requests.worker[row] != move.dst and v.requests.movable[row]
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_while_nothing_changes_it_comes_to_rest(seed):
+def test_without_load_changes_the_moves_end(seed):
     v = cluster(seed)
     v.requests.movable[:] = v.requests.live
     rounds = [carry_out(v, FRUGAL.rebalance(v)) for _ in range(12)]
@@ -80,7 +86,7 @@ def test_while_nothing_changes_it_comes_to_rest(seed):
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_a_place_is_active_and_has_room_for_it(seed):
+def test_a_request_is_placed_on_an_active_worker_with_room(seed):
     v = cluster(seed)
     waiting = int(np.flatnonzero(~v.requests.live)[0])
     v.requests.num_tokens[waiting], v.requests.block_size[waiting] = 12, 4
@@ -89,7 +95,7 @@ def test_a_place_is_active_and_has_room_for_it(seed):
         assert v.hosting("m")[worker] and v.workers.budget[worker] >= 30
 
 
-def test_a_place_keeps_time_for_a_relief_however_thrifty():
+def test_a_placement_leaves_time_for_a_relief_at_any_thrift():
     v = view([17], [], growth=10.0, states={2: WorkerState.PARKED})
     v.cost, v.thrift, v.period_s = replace(v.cost, wake_s=0.0), 1.0, 1.0
     row = int(np.flatnonzero(~v.requests.live)[0])
@@ -99,82 +105,82 @@ def test_a_place_keeps_time_for_a_relief_however_thrifty():
     assert FRUGAL.place(v, row, "m") == 1
 
 
-def test_two_reliefs_do_not_share_one_seat():
+def test_two_reliefs_do_not_use_the_same_last_slot():
     v = view([7, 12], [7, 12], [2])
     v.growth_Bps[[1, 2]], v.workers.max_requests[3] = 40.0, 2
     assert [p.dst for p in FRUGAL.rebalance(v) if isinstance(p, MoveProposal)] == [3]
 
 
-def test_where_somebody_waits_to_resume_nothing_is_put():
+def test_a_worker_with_a_request_waiting_to_resume_receives_nothing():
     v = view([7, 12], [9], [2])
     v.growth_Bps[1], v.workers.num_returning[2] = 40.0, 1
     assert {p.dst for p in FRUGAL.rebalance(v) if isinstance(p, MoveProposal)} == {3}
 
 
-def test_what_has_just_given_something_away_is_neither_filled_nor_emptied_in_the_same_round():
+def test_the_source_of_a_relief_is_neither_destination_nor_drained_in_the_same_round():
     for seed in range(60):
         v = cluster(seed)
         worker = v.requests.worker.copy()
         proposals = FRUGAL.rebalance(v)
         rows = {int(i): r for r, i in enumerate(v.requests.request_id) if v.requests.live[r]}
-        gave = {
+        sources = {
             int(worker[rows[p.request_id]])
             for p in proposals
             if isinstance(p, MoveProposal) and p.reason == "overflow"
         }
-        assert not gave & {p.dst for p in proposals if isinstance(p, MoveProposal)}
-        assert not gave & {p.worker for p in proposals if isinstance(p, Drain)}
+        assert not sources & {p.dst for p in proposals if isinstance(p, MoveProposal)}
+        assert not sources & {p.worker for p in proposals if isinstance(p, Drain)}
 
 
-def test_the_fleet_keeps_its_time_through_all_that_is_emptied_in_a_round():
+def test_the_cluster_keeps_its_time_to_overflow_when_several_workers_are_drained():
     v = view(*[[3]] * 7, growth=10.0)
     v.thrift = 1.0
     drained = [p.worker for p in FRUGAL.rebalance(v) if isinstance(p, Drain)]
     spare = 200 * (7 - len(drained)) - 7 * (30 + 5)
-    assert spare >= 70 * (FLEET_S / 4 + 2 * v.cost.wake_s) > spare - 200  # 70 B/s
+    assert spare >= 70 * (CLUSTER_OVERFLOW_S / 4 + 2 * v.cost.wake_s) > spare - 200  # 70 B/s
 
 
-def test_only_with_room_to_spare_is_the_next_one_looked_at_where_one_cannot_be_emptied():
+def test_after_a_failed_drain_the_next_worker_is_tried_only_with_room_to_spare():
     def emptied(others, thrift=0.5):
-        v = view([9], [5, 5], *[[6, 6]] * others)  # the first one's request fits nowhere
+        v = view([9], [5, 5], *[[6, 6]] * others)  # the request of worker 1 fits nowhere
         v.cost, v.thrift = replace(v.cost, wake_s=0.0), thrift
         return [p.worker for p in FRUGAL.rebalance(v) if isinstance(p, Drain)]
 
-    # 405 and 335 bytes are free; 200 + FURTHER · 200 are asked, times what thrift makes of it
+    # 405 and 335 bytes are free; 200 + EXTRA_WORKERS · 200 are needed, the latter scaled by thrift
     assert emptied(3) == [2] and emptied(2) == []
     assert emptied(3, thrift=0.3) == [] and emptied(2, thrift=0.7) == [2]
 
 
-def test_no_more_than_a_few_that_cannot_be_emptied_are_looked_at():
+def test_draining_stops_after_max_failures():
     def emptied(stuck):
         v = view(*[[1]] * stuck, [5, 5], *[[6, 6]] * 4)
         v.cost, v.thrift = replace(v.cost, wake_s=0.0), 1.0
         v.requests.movable[v.requests.worker <= stuck] = False
         return [p.worker for p in FRUGAL.rebalance(v) if isinstance(p, Drain)]
 
-    assert emptied(LOOKS - 1) and not emptied(LOOKS)
+    assert emptied(MAX_FAILURES - 1) and not emptied(MAX_FAILURES)
 
 
-def test_what_ends_soon_is_hardly_worth_moving():
+def test_short_answers_raise_the_price_of_a_move():
     v = view([1], answer_tokens=100.0)
     v.token_rate = 1e-9
-    long = price(v, 1)
-    v.token_rate = 100.0 / PAID_S
-    assert price(v, 1) == pytest.approx(2 * long) and long == pytest.approx(PRICE / 200)
+    long = move_price(v, 1)
+    v.token_rate = 100.0 / SHORT_ANSWER_S
+    assert move_price(v, 1) == pytest.approx(2 * long) and long == pytest.approx(MOVE_PRICE / 200)
     v.token_rate = 0.0
-    assert price(v, 1) == pytest.approx(long)
+    assert move_price(v, 1) == pytest.approx(long)
 
 
-def test_growth_is_that_of_what_is_there_now_as_soon_as_the_rate_is_known():
+def test_growth_follows_the_current_requests_once_the_token_rate_is_known():
     v = view([1, 1, 1], [], growth=10.0)
     assert growth_Bps(v).tolist() == [0, 10, 10]
     v.token_rate = 2.0  # a token is 2.5 bytes
     assert growth_Bps(v).tolist() == [0, 15, 0]
 
 
-def test_the_longer_answers_last_the_less_a_departure_is_counted_on():
+def test_longer_answers_lower_the_end_rate():
     v = view([1], answer_tokens=100.0)
     v.token_rate = 10.0
-    before = leaves(v)
+    before = request_end_rate(v)
     v.lengths.add(5, 1000)
-    assert leaves(v) == pytest.approx(before / 10)
+    assert request_end_rate(v) == pytest.approx(before / 10)

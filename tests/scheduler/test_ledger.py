@@ -1,4 +1,4 @@
-"""The ledger: what a worker last said, less what it has not yet heard."""
+"""The ledger: free bytes in the last report, less those of unacknowledged commands."""
 
 from collections import deque
 
@@ -21,15 +21,15 @@ def ledger():
     return ledger
 
 
-def test_a_worker_is_ready_with_all_it_has(ledger):
+def test_a_ready_worker_has_its_whole_arena_free(ledger):
     assert ledger.budget.tolist() == [0, 1000, 500, 0] == ledger.capacity.tolist()
     assert ledger.max_requests.tolist() == [0, 8, 4, 0]
     assert ledger.block_bytes.tolist() == [0, 300, 100, 0]
     assert ledger.workers(WorkerState.ACTIVE) == [1, 2]
-    assert ledger.workers(WorkerState.STARTING) == [3]  # and never the scheduler, row 0
+    assert ledger.workers(WorkerState.STARTING) == [3]  # row 0, the scheduler, is never listed
 
 
-def test_an_order_is_spent_until_a_later_report_acknowledges_it(ledger):
+def test_bytes_of_a_command_count_as_used_until_a_report_acknowledges_it(ledger):
     ledger.order(1, 100)
     ledger.order(1, 0)
     ledger.order(1, 200)
@@ -40,7 +40,7 @@ def test_an_order_is_spent_until_a_later_report_acknowledges_it(ledger):
     assert ledger.budget[1] == 650 and ledger.ordered[1] == 0
 
 
-def test_one_worker_s_orders_are_not_another_s(ledger):
+def test_commands_are_counted_by_worker(ledger):
     ledger.order(1, 100)
     assert ledger.budget.tolist() == [0, 900, 500, 0]
     with pytest.raises(AssertionError, match="never sent"):
@@ -48,15 +48,15 @@ def test_one_worker_s_orders_are_not_another_s(ledger):
 
 
 @pytest.mark.parametrize("state", [WorkerState.PARKED, WorkerState.LOST])
-def test_a_worker_that_is_gone_has_nothing_and_owes_nothing(ledger, state):
+def test_a_parked_or_lost_worker_has_no_free_and_no_ordered_bytes(ledger, state):
     ledger.order(1, 100)
-    ledger.gone(1, state)
+    ledger.drop_arena(1, state)
     assert ledger.budget[1] == 0 and ledger.ordered[1] == 0 and ledger.capacity[1] == 1000
     ledger.ready(1, (A,), 1000, 8, acked=1)
     assert ledger.budget[1] == 1000
 
 
-def test_who_runs_a_model_is_known_in_any_state_and_hosting_only_while_active(ledger):
+def test_able_holds_in_any_state_and_hosting_only_while_active(ledger):
     assert ledger.able("a").tolist() == ledger.hosting("a").tolist() == [False, True, True, False]
     assert ledger.able("b").tolist() == [False, True, False, False]
     assert not ledger.able("c").any() and not ledger.hosting("c").any()
@@ -75,7 +75,7 @@ def test_a_worker_is_empty_since_its_last_request_left(ledger):
 
 
 class LedgerHistory(RuleBasedStateMachine):
-    """A worker handles orders in turn and reports now and then, always late."""
+    """A worker handles commands in order; its reports arrive with delay."""
 
     def __init__(self):
         super().__init__()
@@ -83,13 +83,13 @@ class LedgerHistory(RuleBasedStateMachine):
         self.ledger.ready(1, (A,), 10_000, 8, acked=0)
         self.free, self.handled = 10_000, 0
         self.orders, self.reports = deque(), deque()
-        self.unheard = deque()  # (command number, bytes)
+        self.unacked = deque()  # (command number, bytes)
 
     @rule(num_bytes=st.integers(0, 50))
     def order(self, num_bytes):
         self.ledger.order(1, num_bytes)
         self.orders.append(num_bytes)
-        self.unheard.append((self.handled + len(self.orders), num_bytes))
+        self.unacked.append((self.handled + len(self.orders), num_bytes))
 
     @precondition(lambda self: self.orders)
     @rule()
@@ -103,19 +103,19 @@ class LedgerHistory(RuleBasedStateMachine):
 
     @precondition(lambda self: self.reports)
     @rule()
-    def hear(self):
+    def deliver(self):
         acked, free = self.reports.popleft()
         self.ledger.report(1, acked, free)
-        while self.unheard and self.unheard[0][0] <= acked:
-            self.unheard.popleft()
-        assert self.ledger.budget[1] == free - sum(size for _, size in self.unheard)
+        while self.unacked and self.unacked[0][0] <= acked:
+            self.unacked.popleft()
+        assert self.ledger.budget[1] == free - sum(size for _, size in self.unacked)
 
     def teardown(self):
         while self.orders:
             self.work()
         self.report()
         while self.reports:
-            self.hear()
+            self.deliver()
         assert self.ledger.budget[1] == self.free and self.ledger.ordered[1] == 0
 
 

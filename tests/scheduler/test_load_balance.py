@@ -1,4 +1,4 @@
-"""Load balance: pairs of a crowded and a free worker, each move brings the two closer."""
+"""Load balance: each move reduces the difference between a crowded and a free worker."""
 
 import numpy as np
 import pytest
@@ -8,11 +8,11 @@ from mellmpi.scheduler.policies import POLICIES
 from mellmpi.scheduler.policies.load_balance import freeness
 from tests.scheduler.views import view
 
-PARTS = range(60)
+SEEDS = range(60)
 
 
 def random_view(seed):
-    """Workers of 20 blocks, filled at random; blocks are worth few steps, so many are crowded."""
+    """Workers of 20 blocks, filled at random; half of them have lost nine tenths of their room."""
     rng = np.random.default_rng(seed)
     workers = []
     for _ in range(int(rng.integers(2, 7))):
@@ -32,7 +32,7 @@ def steps(v):
 
 
 def enact(v, move):
-    """The request is there at once; its source and its bytes."""
+    """Make the move at once; return its source."""
     row = int(np.flatnonzero(v.requests.request_id == move.request_id)[0])
     src, size = int(v.requests.worker[row]), v.requests.need(row)
     v.workers.free[src] += size
@@ -47,7 +47,7 @@ def moves(v):
     return [p for p in POLICIES["load_balance"].rebalance(v) if isinstance(p, MoveProposal)]
 
 
-@pytest.mark.parametrize("seed", PARTS)
+@pytest.mark.parametrize("seed", SEEDS)
 def test_no_move_widens_the_gap_or_goes_where_it_does_not_fit(seed):
     v = random_view(seed)
     for move in moves(v):
@@ -58,8 +58,8 @@ def test_no_move_widens_the_gap_or_goes_where_it_does_not_fit(seed):
         assert 0 <= after[move.dst] - after[src] < before[move.dst] - before[src]
 
 
-@pytest.mark.parametrize("seed", PARTS)
-def test_it_is_deterministic_and_ends(seed):
+@pytest.mark.parametrize("seed", SEEDS)
+def test_moves_are_deterministic_and_come_to_an_end(seed):
     assert moves(random_view(seed)) == moves(random_view(seed))
     v = random_view(seed)
     for _ in range(100):
@@ -67,11 +67,11 @@ def test_it_is_deterministic_and_ends(seed):
             return
         for move in found:
             enact(v, move)
-    raise AssertionError("requests go to and fro")
+    raise AssertionError("requests move back and forth")
 
 
-def test_something_moves_at_all():
-    assert sum(len(moves(random_view(seed))) for seed in PARTS) > 10
+def test_some_requests_move():
+    assert sum(len(moves(random_view(seed))) for seed in SEEDS) > 10
 
 
 def test_a_balanced_cluster_is_left_alone():

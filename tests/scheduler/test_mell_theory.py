@@ -1,8 +1,8 @@
-"""What the paper proves of MELL, held against the rules: invariants, moves, and bins in use.
+"""The guarantees of the MELL paper (arXiv 2501.06709, section VI), checked on this implementation.
 
-Section VI: up to a constant, an M-GPU holds two M's, an S-GPU three S's, a T-GPU is three quarters
-full, an L-GPU lacks an S or M only if none fits, and T-GPUs exist only if all others are three
-quarters full. Hence at most 4/3 of the optimum, with at most ten moves an operation.
+Up to a constant number of GPUs: an M-GPU holds two M's, an S-GPU three S's, a T-GPU is three
+quarters full, an L-GPU lacks an S or M only if none fits, and T-GPUs exist only if all others are
+three quarters full. Hence at most 4/3 of the optimum, with at most ten moves for each operation.
 """
 
 import random
@@ -17,38 +17,38 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from mellmpi.scheduler.policies.mell.kernels import FULL_ENOUGH, L, M, S, T, kind_of
 from tests.scheduler.packing import Packing
 
-MOVES = 10  # an operation
-EXCEPTIONS = 2  # bins of each sort that need not be as the others
+MOVES = 10  # for each operation
+EXCEPTIONS = 2  # bins that may break each invariant
 SLACK = 4  # bins: the constant beside 4/3 of the optimum
 ROUNDING = 1e-9
 
 
 def exceptions(packing):
-    """How many bins are not as the theory has them, by what is wrong with them."""
+    """The number of bins that break each invariant."""
     wrong = Counter()
     bins = [[(size, int(kind_of(size))) for size in b] for b in packing.bins()]
-    bears = [max(kind for _, kind in b) for b in bins]
+    classes = [max(kind for _, kind in b) for b in bins]
     load = [sum(size for size, _ in b) for b in bins]
-    loose = [
+    unpaired = [
         s
-        for b, bear in zip(bins, bears, strict=True)
-        if bear in (S, M)
+        for b, cls in zip(bins, classes, strict=True)
+        if cls in (S, M)
         for s, kind in b
         if kind in (S, M)
     ]
-    for b, bear, full in zip(bins, bears, load, strict=True):
+    for b, cls, full in zip(bins, classes, load, strict=True):
         kinds = Counter(kind for _, kind in b)
-        firm = sum(size for size, kind in b if kind != T)
+        fixed_load = sum(size for size, kind in b if kind != T)
         wrong["overfull"] += full > 1 + ROUNDING
-        wrong["an M-GPU without two M's"] += bear == M and kinds[M] != 2
-        wrong["an S-GPU without three S's"] += bear == S and kinds[S] != 3
-        wrong["a T-GPU under 75 %"] += bear == T and full < FULL_ENOUGH
+        wrong["an M-GPU without two M's"] += cls == M and kinds[M] != 2
+        wrong["an S-GPU without three S's"] += cls == S and kinds[S] != 3
+        wrong["a T-GPU under 75 %"] += cls == T and full < FULL_ENOUGH
         wrong["a GPU under 75 % while there are T-GPUs"] += (
-            bear > T and full < FULL_ENOUGH and T in bears
+            cls > T and full < FULL_ENOUGH and T in classes
         )
-        single = bear == L and not kinds[S] + kinds[M]
+        single = cls == L and not kinds[S] + kinds[M]
         wrong["an L-GPU without an S or M that fits"] += single and any(
-            firm + size <= 1 + ROUNDING for size in loose
+            fixed_load + size <= 1 + ROUNDING for size in unpaired
         )
     return wrong
 
@@ -61,7 +61,7 @@ def holds(packing):
 
 
 def operate(packing, rng, low, high, growing):
-    """One arrival, growth or departure; more arrivals at first, then more departures, again."""
+    """One arrival, growth or departure: 60 epochs with more arrivals, 60 with more departures, …"""
     live = list(packing.size)
     arrivals = 0.55 if len(packing.moves) // 60 % 2 == 0 else 0.25
     choice = rng.random()
@@ -89,7 +89,7 @@ def test_after_every_operation_the_invariants_hold_and_at_most_ten_moves_were_ma
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_operations_of_one_epoch_share_their_moves(seed):
+def test_the_limit_of_moves_holds_for_several_operations_in_an_epoch(seed):
     rng, packing = random.Random(seed), Packing()
     low, high = RANGES[seed]
     for _ in range(40):
@@ -108,7 +108,7 @@ def test_operations_of_one_epoch_share_their_moves(seed):
         max_size=40,
     )
 )
-def test_no_sequence_of_operations_breaks_them(operations):
+def test_no_sequence_of_operations_breaks_the_invariants(operations):
     packing = Packing()
     for what, size, which in operations:
         live = sorted(packing.size)
@@ -124,7 +124,7 @@ def test_no_sequence_of_operations_breaks_them(operations):
 
 
 @pytest.mark.parametrize("low,high", RANGES)
-def test_what_is_in_order_is_left_alone(low, high):
+def test_a_second_epoch_without_operations_moves_nothing(low, high):
     rng, packing = random.Random(7), Packing()
     for _ in range(80):
         operate(packing, rng, low, high, growing=0.25)
@@ -132,18 +132,18 @@ def test_what_is_in_order_is_left_alone(low, high):
     assert packing.epoch() == 0
 
 
-# --- against an optimum that is known ------------------------------------------------------------
+# --- against a known optimum ---------------------------------------------------------------------
 
 N = 600
 
 
 def counter_example():
-    """The literal Allocate uses 1.393 of the optimum: no T's on M-GPUs. Gap 1."""
+    """Gap 1: the paper's Allocate puts no T's on M-GPUs and uses 1.393 of the optimum here."""
     return [0.3334] * (2 * N) + [0.2065] * N + [0.1265] * N, N
 
 
 def pairs():
-    """M's first, so that each L finds two M's together."""
+    """M's first, so that two M's share a bin before the L's arrive."""
     return [0.4] * N + [0.6] * N, N
 
 
@@ -152,12 +152,12 @@ def triples():
 
 
 def sand():
-    """Small ones only: what is moved is bundles."""
-    return [0.011] * 2700, 30  # 90 fill a bin
+    """Tiny T's only: all moves are bundles."""
+    return [0.011] * 2700, 30  # a bin holds 90
 
 
 def cut_bins(seed=0):
-    """Whole bins cut at random places, in any order: the optimum has no hole at all."""
+    """Full bins cut at random positions, shuffled: the optimum leaves no bin partly empty."""
     rng, sizes = np.random.default_rng(seed), []
     for _ in range(N // 2):
         cuts = np.sort(rng.random(rng.integers(0, 6)))
@@ -189,8 +189,8 @@ def test_at_most_four_thirds_of_the_optimum_are_in_use(family):
 
 
 @pytest.mark.parametrize("family", [pairs, triples])
-def test_likewise_after_growth_and_departures(family):
-    """All begin at half their size; when they have grown, two of three depart again."""
+def test_the_bound_holds_after_growth_and_departures(family):
+    """All items start at half their size; once grown, two of three depart."""
     sizes, _ = family()
     packing = filled([size / 2 for size in sizes])
     for i, size in enumerate(sizes):
@@ -204,7 +204,7 @@ def test_likewise_after_growth_and_departures(family):
     packing.epoch()
     assert holds(packing)
     kept = [sizes[i] for i in stay]
-    assert sum(kept) == pytest.approx(N / 3)  # whole bins, all of them full
+    assert sum(kept) == pytest.approx(N / 3)  # full bins
     assert len(packing.bins()) <= 4 / 3 * (N / 3) + SLACK
 
 
@@ -212,7 +212,7 @@ def test_likewise_after_growth_and_departures(family):
 
 
 def optimum_of(sizes):
-    """The least number of bins, by HiGHS: item i in bin b, and bin b in use."""
+    """The minimum number of bins, solved with HiGHS. Variables: item i in bin b; bin b in use."""
     n = len(sizes)
     if n == 0:
         return 0
@@ -240,15 +240,16 @@ def test_the_solver_finds_the_optimum():
     assert optimum_of([0.34] * 5) == 3
 
 
-BORDERS = [size + tiny for size in (1 / 8, 1 / 4, 1 / 3, 1 / 2) for tiny in (-0.004, 0.004)]
+NEAR_BOUNDS = [size + tiny for size in (1 / 8, 1 / 4, 1 / 3, 1 / 2) for tiny in (-0.004, 0.004)]
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_few_items_take_at_most_four_thirds_of_the_exact_optimum_and_two_bins(seed):
-    """Even seeds: any sizes. Odd ones: just beside the borders of the classes, small ones first."""
+    """Even seeds: any sizes. Odd seeds: sizes next to the class bounds, in ascending order."""
     rng, packing = random.Random(seed), Packing()
-    sizes = [rng.uniform(0.02, 0.8) if seed % 2 == 0 else rng.choice(BORDERS) for _ in range(14)]
-    for i, size in enumerate(sorted(sizes) if seed % 2 else sizes):
+    any_size = seed % 2 == 0
+    sizes = [rng.uniform(0.02, 0.8) if any_size else rng.choice(NEAR_BOUNDS) for _ in range(14)]
+    for i, size in enumerate(sizes if any_size else sorted(sizes)):
         packing.arrive(i, size)
         assert packing.epoch() <= MOVES
     check_exactly(packing)

@@ -1,4 +1,4 @@
-"""What moves under way still ask of links and workers counts for those that are decided later."""
+"""The load of migrations in flight counts for moves that are planned later."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from mellmpi.costs import CostModel
 from mellmpi.protocol import KvRefused, MigrationStarted
 from mellmpi.scheduler import MoveProposal
 from mellmpi.scheduler.requests import State
-from tests.scheduler.stage import Stage, told
+from tests.scheduler.stage import Stage, of_type
 
 
 @pytest.fixture
@@ -24,17 +24,17 @@ def test_a_move_waits_for_one_that_began_in_an_earlier_round(stage):
     assert first.state is State.RESERVING
     stage.tick(MoveProposal(8, 2, "test"))
     assert second.state is State.RUNNING
-    stage.tell(2, KvRefused(7, first.offer.epoch))
+    stage.handle(2, KvRefused(7, first.offer.epoch))
     stage.tick(MoveProposal(8, 2, "test"))
     assert second.state is State.RESERVING
 
 
-def test_what_is_under_way_lengthens_what_a_later_move_is_expected_to_take(stage):
+def test_a_move_in_flight_lengthens_the_prediction_of_a_later_one(stage):
     for request_id, num_prompt in ((7, 39), (8, 11), (9, 11)):
         stage.running(request_id, num_prompt=num_prompt)
-    [alone] = told(stage.tick(MoveProposal(8, 2, "test", "transfer")), MigrationStarted)
+    [alone] = of_type(stage.tick(MoveProposal(8, 2, "test", "transfer")), MigrationStarted)
     record = stage.scheduler.records[8]
-    stage.tell(2, KvRefused(8, record.offer.epoch))
+    stage.handle(2, KvRefused(8, record.offer.epoch))
     stage.tick(MoveProposal(7, 2, "test", "transfer"))
-    [behind] = told(stage.tick(MoveProposal(9, 2, "test", "transfer")), MigrationStarted)
+    [behind] = of_type(stage.tick(MoveProposal(9, 2, "test", "transfer")), MigrationStarted)
     assert behind.num_bytes == alone.num_bytes and behind.predicted_s > 1.5 * alone.predicted_s

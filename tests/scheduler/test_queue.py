@@ -1,4 +1,4 @@
-"""The queue: first come, first placed; who lost its place comes first again."""
+"""The queue: first in, first out; preempted requests go to the head."""
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -13,7 +13,7 @@ def record(request_id):
     return Record(request(request_id), arrival_s=0.0, slot=0)
 
 
-def test_to_remove_what_is_not_there_changes_nothing():
+def test_removing_an_absent_request_changes_nothing():
     queue = WaitingQueue()
     queue.append(record(1), 10, now=0.0)
     queue.remove(record(2))
@@ -21,7 +21,7 @@ def test_to_remove_what_is_not_there_changes_nothing():
 
 
 class QueueHistory(RuleBasedStateMachine):
-    """A list, and the sum of what is in it."""
+    """The queue against a plain list as its model."""
 
     def __init__(self):
         super().__init__()
@@ -48,8 +48,8 @@ class QueueHistory(RuleBasedStateMachine):
     @precondition(lambda self: self.model)
     @rule(data=st.data())
     def remove(self, data):
-        gone, *_ = self.model.pop(data.draw(st.integers(0, len(self.model) - 1)))
-        self.queue.remove(gone)
+        removed, *_ = self.model.pop(data.draw(st.integers(0, len(self.model) - 1)))
+        self.queue.remove(removed)
 
     @invariant()
     def they_agree(self):
@@ -58,7 +58,7 @@ class QueueHistory(RuleBasedStateMachine):
         if self.model:
             head, _, since_s = self.model[0]
             assert self.queue.head() is head and self.queue.heads() == [head]
-            assert self.queue.waits_since_s("m") == since_s
+            assert self.queue.waiting_since_s("m") == since_s
 
 
 TestQueueHistory = QueueHistory.TestCase

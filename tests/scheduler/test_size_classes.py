@@ -1,4 +1,4 @@
-"""Counts of requests by size and worker, kept up with every change."""
+"""Counts of requests by size class and worker."""
 
 import numpy as np
 
@@ -25,14 +25,14 @@ def size_classes(*rows):
     return found
 
 
-def test_who_comes_is_counted_by_the_share_of_the_worker_it_takes():
+def test_a_new_request_is_classed_by_its_share_of_the_worker():
     found, workers = size_classes(), ledger()
     for row, num_bytes in enumerate([50, 51, 100, 101]):
         found.enter(row, num_bytes, 0, 1, workers)
     assert found.num[:, 1].tolist() == [0, 1, 2, 1]
 
 
-def test_who_changes_workers_keeps_its_class_and_who_leaves_is_not_counted():
+def test_a_moved_request_keeps_its_class_and_a_removed_one_is_not_counted():
     found, workers = size_classes((0, 1, 1), (1, 3, 1)), ledger()
     found.enter(1, 10, 1, 2, workers)
     assert found.num.tolist() == [[0, 0, 0], [0, 1, 0], [0, 0, 0], [0, 0, 1]]
@@ -40,13 +40,13 @@ def test_who_changes_workers_keeps_its_class_and_who_leaves_is_not_counted():
     assert found.num[:, 1].sum() == 0
 
 
-def test_there_may_be_more_rows_than_at_first():
+def test_rows_grow_on_demand():
     found, workers = size_classes(), ledger()
     found.enter(1000, 10, 0, 2, workers)
     assert found.kind[1000] == 1 and found.num[1, 2] == 1
 
 
-def test_a_recount_forgets_what_was():
+def test_a_recount_replaces_all_counts():
     found = size_classes((0, 1, 1), (1, 3, 1))
     found.recount(np.array([5]), np.array([2]), np.array([2]))
     assert found.num.sum() == 1 and found.num[2, 2] == 1 and found.kind[:2].tolist() == [0, 0]

@@ -1,4 +1,4 @@
-"""Every row of the transition table of docs/design.md, one test each."""
+"""One test for each row of the transition table of docs/design.md."""
 
 from dataclasses import replace
 
@@ -23,12 +23,12 @@ from mellmpi.protocol import (
 )
 from mellmpi.scheduler import MoveProposal
 from mellmpi.scheduler.requests import ALLOWED, Record, State
-from tests.scheduler.stage import Stage, received, report, request, to_workers, told
+from tests.scheduler.stage import Stage, of_type, received, report, request, to_workers
 
 EPOCH = 1  # of the first assignment of a stage
-OFFER = 2  # and of the offer that follows it
+OFFER = 2  # of the offer that follows it
 RELEASE_OWNER, RELEASE_DST = (1, Release(7, EPOCH)), (2, Release(7, OFFER))
-THAW = (1, Unfreeze(7, EPOCH))
+UNFREEZE = (1, Unfreeze(7, EPOCH))
 
 
 @pytest.fixture
@@ -37,14 +37,14 @@ def stage():
 
 
 def outcome(commands):
-    """How the one migration ended that ended here; None: none did."""
-    ended = told(commands, MigrationEnded)
+    """The outcome of the migration that these commands end; None if they end none."""
+    ended = of_type(commands, MigrationEnded)
     assert len(ended) <= 1
     return ended[0].outcome if ended else None
 
 
 def test_waiting_room_found_becomes_running_by_assign(stage):
-    commands = stage.tell(FRONT, Submit(request(7)))
+    commands = stage.handle(FRONT, Submit(request(7)))
     assert to_workers(commands) == [(1, Assign(request(7), EPOCH, ()))]
     assert stage.scheduler.records[7].state is State.RUNNING
 
@@ -61,35 +61,35 @@ def test_running_policy_recompute_waits_for_the_preferred_worker_and_the_owner_i
     record = stage.running()
     commands = stage.tick(MoveProposal(7, 2, "test", "recompute"))
     assert to_workers(commands) == [RELEASE_OWNER, (2, Assign(record.request, 2, (5,)))]
-    assert [line for line in record.story if "running -> waiting" in line]
+    assert [line for line in record.transitions if "running -> waiting" in line]
     assert (record.state, record.worker) == (State.RUNNING, 2)
 
 
 def test_reserving_kv_reserved_becomes_sending_by_send_kv(stage):
     record = stage.reserving()
-    commands = stage.tell(2, KvReserved(7, OFFER, 0))
+    commands = stage.handle(2, KvReserved(7, OFFER, 0))
     assert commands == [(1, SendKv(7, EPOCH, dst=2, dst_epoch=OFFER, start=0))]
     assert record.state is State.SENDING
 
 
-def test_reserving_kv_refused_becomes_running_and_nobody_is_told(stage):
+def test_reserving_kv_refused_becomes_running_without_a_command(stage):
     record = stage.reserving()
-    commands = stage.tell(2, KvRefused(7, OFFER))
+    commands = stage.handle(2, KvRefused(7, OFFER))
     assert to_workers(commands) == [] and outcome(commands) == "refused"
     assert (record.state, record.worker, record.epoch) == (State.RUNNING, 1, EPOCH)
 
 
 def test_sending_kv_received_becomes_running_at_dst_and_the_source_is_released(stage):
     record = stage.sending()
-    commands = stage.tell(2, received(record))
+    commands = stage.handle(2, received(record))
     assert to_workers(commands) == [RELEASE_OWNER] and outcome(commands) == "moved"
     assert (record.state, record.worker, record.epoch) == (State.RUNNING, 2, OFFER)
 
 
 def test_sending_kv_failed_becomes_running_at_src_by_unfreeze(stage):
     record = stage.sending()
-    commands = stage.tell(2, KvFailed(7, OFFER, "checksum"))
-    assert to_workers(commands) == [THAW] and outcome(commands) == "failed: checksum"
+    commands = stage.handle(2, KvFailed(7, OFFER, "checksum"))
+    assert to_workers(commands) == [UNFREEZE] and outcome(commands) == "failed: checksum"
     assert (record.state, record.worker, record.epoch) == (State.RUNNING, 1, EPOCH)
 
 
@@ -103,7 +103,7 @@ PREEMPTED = report(preempted=((7, EPOCH),))
 def test_preempted_by_its_owner_it_waits_and_the_destination_is_released(stage, state, released):
     record = getattr(stage, state)()
     stage.place_at = None
-    commands = stage.tell(1, PREEMPTED)
+    commands = stage.handle(1, PREEMPTED)
     assert to_workers(commands) == released
     assert outcome(commands) == ("preempted" if released else None)
     assert record.state is State.WAITING
@@ -116,17 +116,17 @@ def test_preempted_by_its_owner_it_waits_and_the_destination_is_released(stage, 
 def test_its_owner_lost_it_waits_and_the_destination_is_released(stage, state, released):
     record = getattr(stage, state)()
     stage.place_at = None
-    commands = stage.tell(1, WorkerLost(1))
+    commands = stage.handle(1, WorkerLost(1))
     assert to_workers(commands) == released
     assert outcome(commands) == ("worker 1 lost" if released else None)
     assert record.state is State.WAITING
 
 
-@pytest.mark.parametrize(("state", "thawed"), [("reserving", []), ("sending", [THAW])])
-def test_its_destination_lost_it_runs_on_and_is_unfrozen_if_it_was_sending(stage, state, thawed):
+@pytest.mark.parametrize(("state", "unfrozen"), [("reserving", []), ("sending", [UNFREEZE])])
+def test_its_destination_lost_it_runs_on_and_is_unfrozen_if_it_was_sending(stage, state, unfrozen):
     record = getattr(stage, state)()
-    commands = stage.tell(2, WorkerLost(2))
-    assert to_workers(commands) == thawed and outcome(commands) == "worker 2 lost"
+    commands = stage.handle(2, WorkerLost(2))
+    assert to_workers(commands) == unfrozen and outcome(commands) == "worker 2 lost"
     assert (record.state, record.worker, record.epoch) == (State.RUNNING, 1, EPOCH)
 
 
@@ -136,8 +136,8 @@ def test_its_destination_lost_it_runs_on_and_is_unfrozen_if_it_was_sending(stage
 )
 def test_with_the_last_token_it_is_gone_and_the_destination_is_released(stage, state, released):
     record = getattr(stage, state)(max_tokens=2)
-    commands = stage.tell(1, report((7, EPOCH, 1, (6,))))
-    assert told(commands, Emit) == [Emit(7, 1, (6,), (), "length")]
+    commands = stage.handle(1, report((7, EPOCH, 1, (6,))))
+    assert of_type(commands, Emit) == [Emit(7, 1, (6,), (), "length")]
     assert to_workers(commands) == released
     assert stage.state(record) is None
 
@@ -153,13 +153,13 @@ def test_with_the_last_token_it_is_gone_and_the_destination_is_released(stage, s
 )
 def test_cancelled_it_is_gone_and_owner_and_destination_are_released(stage, state, released):
     record = getattr(stage, state)()
-    commands = stage.tell(FRONT, Cancel(7, "gone"))
+    commands = stage.handle(FRONT, Cancel(7, "gone"))
     assert to_workers(commands) == released
     assert [command for to, command in commands if to not in (1, 2, OBSERVER)] == []
     assert stage.state(record) is None
 
 
-# --- anything else -------------------------------------------------------------------------------
+# --- events without a row ------------------------------------------------------------------------
 
 ANSWERS = [KvReserved(7, 0, 0), KvRefused(7, 0), KvFailed(7, 0, "x"), "received"]
 EXPECTED = {
@@ -177,20 +177,20 @@ def answer(record: Record, kind, epoch: int):
 
 @pytest.mark.parametrize("state", ["reserving", "sending"])
 @pytest.mark.parametrize("kind", ANSWERS)
-def test_an_answer_that_does_not_fit_a_current_offer_raises_with_the_story(stage, state, kind):
+def test_an_answer_that_does_not_fit_the_offer_raises_with_the_transitions(stage, state, kind):
     record = getattr(stage, state)()
     if (state, kind if kind == "received" else type(kind)) in EXPECTED:
         return
     with pytest.raises(RuntimeError, match="offered to 2 under 2"):
-        stage.tell(2, answer(record, kind, OFFER))
+        stage.handle(2, answer(record, kind, OFFER))
 
 
 @pytest.mark.parametrize("kind", [KvReserved(7, 0, 0), KvRefused(7, 0), KvFailed(7, 0, "x")])
-def test_an_answer_under_the_owners_own_epoch_raises_with_the_story(stage, kind):
+def test_an_answer_under_the_owners_own_epoch_raises_with_the_transitions(stage, kind):
     record = stage.sending()
-    stage.tell(2, received(record))
+    stage.handle(2, received(record))
     with pytest.raises(RuntimeError, match="received by 2"):
-        stage.tell(2, replace(kind, epoch=OFFER))
+        stage.handle(2, replace(kind, epoch=OFFER))
 
 
 @pytest.mark.parametrize("state", ["waiting", "running", "reserving", "sending"])
@@ -199,20 +199,20 @@ def test_an_answer_under_a_stale_epoch_is_dropped(stage, state, kind):
     record = getattr(stage, state)()
     stage.place_at = None
     before = record.state
-    assert stage.tell(3, kind) == [] and record.state is before
+    assert stage.handle(3, kind) == [] and record.state is before
 
 
 def test_a_run_under_a_stale_epoch_is_dropped(stage):
     record = stage.sending()
-    stage.tell(2, received(record))
-    assert stage.tell(1, report((7, EPOCH, 1, (6, 7)))) == []
+    stage.handle(2, received(record))
+    assert stage.handle(1, report((7, EPOCH, 1, (6, 7)))) == []
     assert record.log.tokens == [5]
 
 
 def test_a_preemption_under_a_stale_epoch_is_dropped(stage):
     record = stage.running()
     stage.tick(MoveProposal(7, 2, "test", "recompute"))
-    assert stage.tell(1, PREEMPTED) == []
+    assert stage.handle(1, PREEMPTED) == []
     assert (record.state, record.worker) == (State.RUNNING, 2)
 
 

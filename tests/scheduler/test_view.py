@@ -24,7 +24,7 @@ COLUMNS = (
 )
 
 
-def test_a_new_row_says_all_of_its_request():
+def test_a_new_row_has_all_values_of_its_request():
     columns = RequestColumns()
     row = columns.add(request(7, num_prompt=5, max_tokens=9), 2.5, KV)
     assert {name: getattr(columns, name)[row].item() for name in COLUMNS} == {
@@ -42,7 +42,7 @@ def test_a_new_row_says_all_of_its_request():
     }
 
 
-def test_a_reused_row_remembers_nothing():
+def test_a_reused_row_is_reset():
     columns = RequestColumns(capacity=1)
     row = columns.add(request(7), 0.0, KV)
     columns.worker[row], columns.movable[row], columns.num_tokens[row] = 3, True, 99
@@ -52,11 +52,11 @@ def test_a_reused_row_remembers_nothing():
     assert (columns.num_tokens[row], columns.worker[row], columns.movable[row]) == (2, 0, False)
 
 
-def test_each_row_counts_what_is_new_of_its_own_run():
+def test_each_row_counts_the_new_tokens_of_its_own_run():
     stage = Stage()
     first, second, third = (stage.running(i, num_prompt=i, max_tokens=3) for i in (7, 8, 9))
     runs = ((7, first.epoch, 0, (5, 6)), (8, second.epoch, 0, (5, 6, 6)), (9, third.epoch, 0, (5,)))
-    stage.tell(1, report(*runs))
+    stage.handle(1, report(*runs))
     counted = stage.scheduler.registry.view.requests.num_tokens
     assert counted[first.slot] == 7 + 2 and counted[third.slot] == 9 + 1
     assert stage.state(second) is None
@@ -64,7 +64,7 @@ def test_each_row_counts_what_is_new_of_its_own_run():
     assert fourth.slot == second.slot and counted[fourth.slot] == 4 + 1
 
 
-def test_what_a_request_needs_is_whole_blocks_one_by_one_or_all_together():
+def test_needs_are_whole_blocks_for_one_row_and_for_several():
     columns = RequestColumns()
     other = ModelKv("m", block_size=16, block_bytes=1)
     rows = [columns.add(request(i, num_prompt=i), 0.0, kv) for i in (1, 4, 5) for kv in (KV, other)]

@@ -18,7 +18,7 @@ def view(
     tick=1,
     answer_tokens=0.0,
 ):
-    """Worker w has requests of so many blocks each, numbered from 1 on through all workers."""
+    """A view of workers whose requests have these sizes in blocks; request ids count from 1."""
     ledger, columns = Ledger(len(workers)), RequestColumns()
     for w, sizes in enumerate(workers, start=1):
         ledger.ready(w, (KV,), 200, 8, acked=0)
@@ -29,7 +29,7 @@ def view(
             ledger.add(w)
     for w, state in (states or {}).items():
         if state in (PARKED, LOST):
-            ledger.gone(w, state)
+            ledger.drop_arena(w, state)
         else:
             ledger.enter(w, state)
     growth_Bps = np.zeros(len(workers) + 1)

@@ -32,7 +32,7 @@ def random_request(request_id: int, rng: random.Random, model: str = KV.model) -
         stop_token_ids=stop,
         num_logprobs=rng.choice([None, None, 1]),
     )
-    # A few shared beginnings, so that prefix reuse has something to reuse.
+    # Few different prefixes, so that some are reused.
     prompt = tuple([rng.randint(0, 2)] * rng.randint(0, 12) + [rng.randint(3, 49)])
     return Request(request_id, model, prompt, sampling, None)
 
@@ -40,7 +40,7 @@ def random_request(request_id: int, rng: random.Random, model: str = KV.model) -
 def random_sets(
     num_workers: int, crashing: list[int], rng: random.Random
 ) -> list[tuple[ModelKv, ...]]:
-    """What each worker runs: all the same model, or one or both of two. None dies out."""
+    """Models of each worker: all the same one, or one or both of two. No model dies out."""
     if rng.random() < 0.5:
         return [(KV,)] * num_workers
     other = rng.choice(OTHERS)
@@ -51,7 +51,7 @@ def random_sets(
 
 
 def random_history(seed: int, simulation=Simulation) -> tuple[Simulation, list[Request]]:
-    """A cluster with everything that is going to happen to it already on its clock."""
+    """A simulation with all its external events scheduled, and its requests."""
     rng = random.Random(seed)
     num_workers = rng.choice([2, 3, 3, 4])
     crashing = rng.sample(range(1, num_workers + 1), rng.choice([0, 0, 1, min(2, num_workers - 1)]))
@@ -63,7 +63,7 @@ def random_history(seed: int, simulation=Simulation) -> tuple[Simulation, list[R
         max_num_seqs=limits[0], max_num_batched_tokens=limits[1], target_step_ms=2.0
     )
     num_blocks = rng.choice([10, 14, 24])
-    known = COST.step_seconds if seed % 2 else UNKNOWN  # in half of them time limits steps, too
+    known = COST.step_seconds if seed % 2 else UNKNOWN  # known: time limits steps, too
     specs = [
         WorkerSpec(models, num_blocks, batch, cache, COST.wake_s, ENGINE, known) for models in sets
     ]
@@ -83,14 +83,14 @@ def random_history(seed: int, simulation=Simulation) -> tuple[Simulation, list[R
         if rng.random() < 0.15:
             sim.cancel(rng.uniform(0, 0.15), request.id)
     if rng.random() < 0.3:
-        sim.data_plane.spoils = lambda: rng.random() < 0.1
+        sim.data_plane.corrupts = lambda: rng.random() < 0.1
     for worker in crashing:
         sim.crash(rng.uniform(0, 0.1), worker)
     return sim, requests
 
 
 def check(sim: Simulation, requests: list[Request]) -> None:
-    """Every answer is whole and right; nothing is left anywhere."""
+    """Run the simulation: every answer is complete and correct, no state is left."""
     outcome = sim.run()
     assert not outcome.rejected, outcome.rejected
     for request in requests:
@@ -102,10 +102,10 @@ def check(sim: Simulation, requests: list[Request]) -> None:
         if request.sampling.num_logprobs is not None:
             expected = [logprob(t, len(request.prompt) + i) for i, t in enumerate(outputs)]
             assert outcome.logprobs.get(request.id, []) == expected, f"request {request.id}"
-    nothing_left(sim)
+    check_no_state_left(sim)
 
 
-def nothing_left(sim: Simulation) -> None:
+def check_no_state_left(sim: Simulation) -> None:
     assert not sim.scheduler.records and not len(sim.scheduler.queue)
     assert sim.scheduler.queue.kv_bytes == 0 and not sim.scheduler.registry.view.requests.live.any()
     ledger = sim.scheduler.registry.ledger
@@ -114,6 +114,8 @@ def nothing_left(sim: Simulation) -> None:
     for worker in sim.workers.values():
         if worker.alive:
             batch = worker.batch
-            assert not batch.sequences and not batch.lingering, f"worker {worker.id} keeps some"
+            assert not batch.sequences and not batch.lingering, (
+                f"worker {worker.id} has sequences left"
+            )
             assert batch.pool.num_free == batch.pool.num_blocks, f"worker {worker.id} leaks"
             assert ledger.ordered[worker.id] == 0, f"worker {worker.id}: orders never acknowledged"

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from mellmpi.cli import main
-from mellmpi.cli.flags import sizes_by_model
+from mellmpi.cli.values import sizes_by_model
 
 TRACE = "arrival_s,prompt_tokens,output_tokens,model\n" + "".join(
     f"{i / 2},{40 + i % 7},{60 + i % 11},{'ab'[i % 2]}\n" for i in range(60)
@@ -55,14 +55,14 @@ def test_the_report_has_every_figure_of_every_policy_and_the_plot_is_drawn(trace
     assert "frugal" in capsys.readouterr().out
 
 
-def test_what_the_trace_is_is_said_on_standard_error(trace, capsys):
+def test_standard_error_describes_the_trace(trace, capsys):
     assert simulate(trace, "--kv-bytes-per-token", "1", "--policies", "best_fit") == 0
     said = capsys.readouterr().err
     assert said.startswith(f"mellmpi: {trace}: uniform format, times in seconds, 60 requests in ")
     assert said.count("\n") == 1
 
 
-def test_without_ideal_things_take_time(trace, tmp_path):
+def test_without_ideal_steps_and_transfers_take_time(trace, tmp_path):
     out = tmp_path / "o.json"
     more = [
         "--no-ideal",
@@ -85,7 +85,7 @@ def test_without_ideal_things_take_time(trace, tmp_path):
         assert found["finished"] == 60 and found["ttft_mean_s"] > 0
 
 
-def test_models_are_hosted_where_it_is_said(trace, tmp_path):
+def test_hosts_says_which_gpu_hosts_which_model(trace, tmp_path):
     out = tmp_path / "o.json"
     more = ["--kv-bytes-per-token", "a=1,b=2", "--hosts", "a,b", "--policies", "worst_fit"]
     assert simulate(trace, *more, "--json", str(out)) == 0
@@ -97,7 +97,7 @@ def test_models_are_hosted_where_it_is_said(trace, tmp_path):
         assert apart[name]["gpus_mean"] > together[name]["gpus_mean"]
 
 
-def test_several_models_share_blocks_where_things_take_time(trace, tmp_path, capsys):
+def test_several_models_share_blocks_without_ideal(trace, tmp_path, capsys):
     out = tmp_path / "o.json"
     known = ["--no-ideal", "--model", "a=llama-2-7b,b=llama-3-8b", "--gpu-kv-gib", "1"]
     more = ["--hosts", "a,b,a+b", "--policies", "frugal,mell", "--json", str(out)]
@@ -122,7 +122,7 @@ def test_the_frontier_goes_from_few_bytes_to_few_gpus(trace, tmp_path):
     assert frontier[0]["migrated_bytes"] <= frontier[-1]["migrated_bytes"]
 
 
-def test_with_fewer_gpus_than_it_takes_requests_wait_and_the_stall_is_reported(trace, tmp_path):
+def test_with_too_few_gpus_requests_wait_and_the_stall_is_reported(trace, tmp_path):
     out, stalls = tmp_path / "o.json", []
     for gpus in ("1", "40"):
         more = ["--kv-bytes-per-token", "1", "--policies", "frugal", "--gpus", gpus]
@@ -133,7 +133,7 @@ def test_with_fewer_gpus_than_it_takes_requests_wait_and_the_stall_is_reported(t
     assert stalls[0] > 2 > stalls[1]
 
 
-def test_what_no_gpu_can_hold_is_dropped_and_counted(tmp_path):
+def test_requests_that_no_gpu_can_hold_are_dropped_and_counted(tmp_path):
     path, out = tmp_path / "trace.csv", tmp_path / "o.json"
     path.write_text("arrival_s,prompt_tokens,output_tokens\n0,10,10\n1,300,101\n2,300,100\n")
     more = ["--kv-bytes-per-token", "1", "--policies", "worst_fit", "--json", str(out)]
@@ -160,7 +160,7 @@ def test_what_no_gpu_can_hold_is_dropped_and_counted(tmp_path):
         ("arrival_s,prompt_tokens,output_tokens\n0,9000000000000000000,9000000000000000000\n", 2),
     ],
 )
-def test_bad_rows_end_with_file_and_line_and_code_2(tmp_path, capsys, text, line):
+def test_a_bad_row_ends_with_file_and_line_and_exit_code_2(tmp_path, capsys, text, line):
     path = tmp_path / "trace.csv"
     path.write_text(text)
     assert simulate(str(path), "--kv-bytes-per-token", "1") == 2
@@ -210,7 +210,7 @@ def test_models_differ_in_the_size_of_their_kv(trace, tmp_path):
         (["--tracee", "x"], "--help"),
     ],
 )
-def test_a_wrong_flag_ends_with_one_clear_message_and_code_2(trace, capsys, more, hint):
+def test_a_wrong_flag_ends_with_a_hint_and_exit_code_2(trace, capsys, more, hint):
     assert simulate(trace, *more) == 2
     assert hint in capsys.readouterr().err
 
@@ -242,9 +242,7 @@ def test_the_memory_of_a_gpu_must_be_given(trace, capsys):
     assert "simulate needs --gpu-kv-gib" in capsys.readouterr().err
 
 
-def test_figures_and_picture_are_different_files_and_neither_is_left_behind(
-    trace, tmp_path, capsys
-):
+def test_figures_and_picture_must_be_different_files_and_none_is_created(trace, tmp_path, capsys):
     out = tmp_path / "o.png"
     more = ["--kv-bytes-per-token", "1", "--json", str(out), "--plot", str(out)]
     assert simulate(trace, *more) == 2
@@ -274,7 +272,7 @@ def test_it_needs_neither_mpi_nor_torch():
     assert done.returncode == 2 and "Traceback" not in done.stderr
 
 
-def test_a_reader_that_has_left_gets_no_traceback(trace):
+def test_a_closed_standard_output_gives_no_traceback(trace):
     command = [sys.executable, "-m", "mellmpi", "simulate", "--trace", trace]
     command += ["--kv-bytes-per-token", "1", "--gpu-kv-gib", GIB, "--ideal"]
     reading, writing = os.pipe()

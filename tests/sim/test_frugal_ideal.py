@@ -1,4 +1,4 @@
-"""Frugal in the idealised model: hardly a preemption, few workers, few moves."""
+"""`frugal` on the idealised cluster: few preemptions, workers and moves."""
 
 import numpy as np
 import pytest
@@ -15,19 +15,19 @@ def run(load, thrift=0.5):
     return figures(load, tally, 0.0)
 
 
-def some(seed):
+def random_load(seed):
     workload = gamma(300, rate=4.0, cv=2.0, prompt=300, output=600, seed=seed)
     return make_load(workload, {"m": 2}, 16000, 30.0)
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_while_workers_can_be_had_hardly_anything_is_preempted(seed):
-    found = run(some(seed))
+def test_with_enough_workers_there_are_hardly_any_preemptions(seed):
+    found = run(random_load(seed))
     assert found["finished"] == 300 and found["preemptions"] <= 2
 
 
-def test_thrift_walks_from_few_bytes_to_few_workers():
-    load = some(0)
+def test_more_thrift_moves_more_bytes_and_uses_fewer_workers():
+    load = random_load(0)
     found = [run(load, thrift) for thrift in (0.0, 0.5, 1.0)]
     for one, key in ((1, "migrated_bytes"), (-1, "gpus_mean")):
         assert (np.diff([one * f[key] for f in found]) > 0).all()

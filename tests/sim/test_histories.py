@@ -1,4 +1,4 @@
-"""A thousand seeded histories; a failure names its seed."""
+"""A thousand seeded fault histories; a failure names its seed."""
 
 from collections import Counter
 from functools import cache
@@ -6,7 +6,7 @@ from functools import cache
 import pytest
 
 from tests.sim.histories import check, random_history
-from tests.sim.witness import OCCASIONS, ROWS, Witness
+from tests.sim.witness import CASES, ROWS, Witness
 
 HISTORIES, CHUNK = 1000, 50
 CHUNKS = range(0, HISTORIES, CHUNK)
@@ -14,7 +14,7 @@ CHUNKS = range(0, HISTORIES, CHUNK)
 
 @cache
 def run(first: int) -> Counter[str]:
-    """Check a chunk of histories; what happened in them."""
+    """Check a chunk of histories. Returns the rows and cases that they cover."""
     seen: Counter[str] = Counter()
     for seed in range(first, first + CHUNK):
         sim, requests = random_history(seed, Witness)
@@ -31,9 +31,9 @@ def test_no_token_is_lost_repeated_or_wrong_and_no_block_leaks(first):
     run(first)
 
 
-def test_the_histories_go_through_every_row_of_the_table_and_every_special_occasion():
+def test_the_histories_cover_every_row_of_the_transition_table_and_every_special_case():
     seen = sum((run(first) for first in CHUNKS), Counter())
     rows = {name for name in seen if " -> " in name}
     assert rows == ROWS, rows ^ ROWS
-    assert seen.keys() >= OCCASIONS, OCCASIONS - seen.keys()
-    print({name: seen[name] for name in sorted(ROWS | OCCASIONS)})
+    assert seen.keys() >= CASES, CASES - seen.keys()
+    print({name: seen[name] for name in sorted(ROWS | CASES)})

@@ -1,4 +1,4 @@
-"""The idealised workers against BatchScheduler with blocks of one token, all stepped together."""
+"""IdealWorkers against BatchScheduler with blocks of one token, step by step."""
 
 import random
 
@@ -12,16 +12,16 @@ STEPS = 150
 LIMITS = BatchConfig(max_num_seqs=1000, max_num_batched_tokens=10**6)
 
 
-class Told:
-    """What one kind of workers has reported, step by step."""
+class Reported:
+    """The sum of the reports of one kind of workers."""
 
     def __init__(self):
-        self.outputs, self.preempted, self.over = {}, [], set()
+        self.outputs, self.preempted, self.released = {}, [], set()
 
-    def hear(self, report):
+    def add(self, report):
         runs = zip(report.epochs, report.firsts, report.counts, strict=True)
         for epoch, first, count in runs:
-            if epoch not in self.over:
+            if epoch not in self.released:
                 self.outputs[epoch] = max(self.outputs.get(epoch, 0), first + count)
         self.preempted += [epoch for _, epoch in report.preempted]
 
@@ -34,15 +34,15 @@ def order(rng, request_id, epoch, length):
 
 
 def both(seed):
-    """Two workers of each kind live through one history; yields what they say at every step."""
+    """Runs one history on two workers of each kind; yields their reports after every step."""
     rng = random.Random(seed)
     lengths = [rng.randint(1, 50) for _ in range(40)]
     kv, blocks = ModelKv("m", 1, 2), rng.choice([60, 150])
-    ideal, ideally = IdealWorkers([(kv,)] * 2, 2 * blocks, 30.0, lengths), Told()
+    ideal, ideal_reported = IdealWorkers([(kv,)] * 2, 2 * blocks, 30.0, lengths), Reported()
     spec = WorkerSpec(
         (kv,), blocks, LIMITS, CacheConfig(block_size=1), 0.0, lambda *_: CountingExecutor(lengths)
     )
-    real, really = {w: SimWorker(w, spec) for w in (1, 2)}, Told()
+    real, real_reported = {w: SimWorker(w, spec) for w in (1, 2)}, Reported()
     epoch = 0
     for step in range(STEPS):
         ideal.advance(step)
@@ -50,8 +50,8 @@ def both(seed):
             if worker.plan is not None:
                 worker.finish_step(1 / 30)
         for w in (1, 2):
-            # Who does not fit goes at the end of a step there, before the next one here: what
-            # comes in between would take sides.
+            # IdealWorkers preempt at the end of a step, BatchScheduler before the next one: a
+            # message in between would have different effects.
             full = ideal.workers[w].preempted
             if not full and rng.random() < 0.15 and epoch < len(lengths):
                 epoch += 1
@@ -62,24 +62,36 @@ def both(seed):
                 command = Release(epoch - 1, epoch)
                 ideal.handle(w, command)
                 real[w].handle(SCHEDULER, command)
-                for told in (ideally, really):  # nobody asks any more what it had
-                    told.outputs.pop(epoch, None)
-                    told.over.add(epoch)
+                for reported in (ideal_reported, real_reported):
+                    reported.outputs.pop(epoch, None)
+                    reported.released.add(epoch)
         for w, worker in real.items():
             worker.plan = worker.batch.plan()
-            for told, report in ((ideally, ideal.report(w)), (really, worker.report())):
+            for reported, report in (
+                (ideal_reported, ideal.report(w)),
+                (real_reported, worker.report()),
+            ):
                 if report is not None:
-                    told.hear(report)
-        free = [2 * blocks - ideal.used(ideal.workers[w]) for w in (1, 2)]
-        yield step, ideally, really, free, [worker.batch.free_bytes for worker in real.values()]
+                    reported.add(report)
+        free = [2 * blocks - ideal.workers[w].used(step) for w in (1, 2)]
+        yield (
+            step,
+            ideal_reported,
+            real_reported,
+            free,
+            [worker.batch.free_bytes for worker in real.values()],
+        )
 
 
-def test_ideal_workers_say_what_stepping_the_batch_scheduler_says_at_every_step():
+def test_ideal_workers_report_at_every_step_what_the_batch_scheduler_reports():
     preempted = ended = 0
     for seed in range(120):
-        for step, ideally, really, free, real_free in both(seed):
-            assert ideally.outputs == really.outputs, f"seed {seed}, step {step}"
-            assert ideally.preempted == really.preempted, f"seed {seed}, step {step}"
+        for step, ideal_reported, real_reported, free, real_free in both(seed):
+            assert ideal_reported.outputs == real_reported.outputs, f"seed {seed}, step {step}"
+            assert ideal_reported.preempted == real_reported.preempted, f"seed {seed}, step {step}"
             assert free == real_free, f"seed {seed}, step {step}"
-        preempted, ended = preempted + len(really.preempted), ended + len(really.outputs)
+        preempted, ended = (
+            preempted + len(real_reported.preempted),
+            ended + len(real_reported.outputs),
+        )
     assert preempted > 100 and ended > 1000

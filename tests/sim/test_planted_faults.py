@@ -1,4 +1,4 @@
-"""Breaks one thing at a time and sees the histories notice: else they would prove nothing."""
+"""Injects one fault at a time: the histories must detect it, else they would prove nothing."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,16 +13,16 @@ from mellmpi.scheduler.placement import Placement
 from mellmpi.scheduler.requests import Record, TokenLog
 from mellmpi.sim import Network
 from mellmpi.worker import BatchScheduler
-from mellmpi.worker.kv_receiver import Arrivals
-from mellmpi.worker.kv_sender import Departures
+from mellmpi.worker.kv_receiver import KvReceiver
+from mellmpi.worker.kv_sender import KvSender
 from mellmpi.worker.kvcache import BlockPool, block_tables
-from mellmpi.worker.report_buffer import Unreported
-from mellmpi.worker.sequence_table import Holdings
-from mellmpi.worker.sequences import Phase, Stream
-from tests.core import test_cluster, test_transition_table
-from tests.core import test_live_migration as moving
+from mellmpi.worker.report_buffer import ReportBuffer
+from mellmpi.worker.sequence_table import SequenceTable
+from mellmpi.worker.sequences import OutgoingKv, Phase
+from tests.scheduler import test_cluster, test_transition_table
 from tests.scheduler.stage import Stage
 from tests.sim.histories import check, random_history
+from tests.worker import test_live_migration as migrations
 from tests.worker.test_batch import Bench
 
 SEEDS = 1000
@@ -37,9 +37,9 @@ def fault(plant: Plant) -> Plant:
 
 
 @pytest.mark.parametrize("plant", FAULTS, ids=lambda plant: plant.__name__)
-def test_the_histories_catch(plant, monkeypatch):
+def test_the_histories_detect_the_fault(plant, monkeypatch):
     plant(monkeypatch)
-    assert any(fails(seed) for seed in range(SEEDS)), f"{SEEDS} histories and nobody noticed"
+    assert any(fails(seed) for seed in range(SEEDS)), f"{SEEDS} histories did not detect it"
 
 
 def fails(seed: int) -> bool:
@@ -56,7 +56,7 @@ def test_without_a_fault_the_same_histories_pass():
     assert not any(fails(seed) for seed in range(10))
 
 
-# --- too rare, or without consequence for the tokens: a directed test catches them ----------------
+# --- too rare, or without effect on tokens: a directed test detects them -------------------------
 
 
 def no_epoch_check_of_tokens(monkeypatch):
@@ -92,31 +92,33 @@ def preemptions_are_handled_before_the_tokens_of_the_same_report(monkeypatch):
 
 
 def an_unfrozen_sequence_writes_what_is_still_being_sent(monkeypatch):
-    stop = Departures.stop
+    abort = KvSender.abort
 
     def hasty(self, sequence):
-        stop(self, sequence)
-        sequence.closing.clear()
+        abort(self, sequence)
+        sequence.sending_partial.clear()
 
-    monkeypatch.setattr(Departures, "stop", hasty)
+    monkeypatch.setattr(KvSender, "abort", hasty)
 
 
-def the_source_is_not_told_that_the_part_is_computed(monkeypatch):
-    monkeypatch.setattr(Arrivals, "_part_computed", lambda self, sequence, arrival: [])
+def the_source_does_not_receive_part_computed(monkeypatch):
+    monkeypatch.setattr(KvReceiver, "_part_computed", lambda self, sequence, incoming: [])
 
 
 def the_source_does_not_wait_for_the_part(monkeypatch):
-    monkeypatch.setattr(Stream, "awaits_part", property(lambda self: False, lambda self, to: None))
+    monkeypatch.setattr(
+        OutgoingKv, "awaits_part", property(lambda self: False, lambda self, to: None)
+    )
 
 
-def the_word_of_any_destination_will_do(monkeypatch):
-    part_computed = Departures.part_computed
+def part_computed_of_any_destination_is_accepted(monkeypatch):
+    part_computed = KvSender.part_computed
 
     def careless(self, dst_epoch):
-        streams = [s.stream for s in self._holdings.sequences.values() if s.stream is not None]
-        return part_computed(self, streams[0].dst_epoch if streams else dst_epoch)
+        outgoing = [s.outgoing for s in self._table.sequences.values() if s.outgoing is not None]
+        return part_computed(self, outgoing[0].dst_epoch if outgoing else dst_epoch)
 
-    monkeypatch.setattr(Departures, "part_computed", careless)
+    monkeypatch.setattr(KvSender, "part_computed", careless)
 
 
 @pytest.mark.parametrize(
@@ -125,30 +127,30 @@ def the_word_of_any_destination_will_do(monkeypatch):
         (
             an_unfrozen_sequence_writes_what_is_still_being_sent,
             lambda: (
-                moving.test_unfrozen_it_does_not_write_the_half_full_block_that_is_still_being_sent(
+                migrations.test_an_unfrozen_sequence_does_not_write_the_half_full_block_in_transfer(
                     Bench(num_blocks=20)
                 )
             ),
         ),
         (
-            the_source_is_not_told_that_the_part_is_computed,
-            lambda: moving.test_the_source_is_told_once_that_the_destinations_part_is_computed(),
+            the_source_does_not_receive_part_computed,
+            lambda: migrations.test_part_computed_is_sent_once(),
         ),
         (
             the_source_does_not_wait_for_the_part,
-            lambda: moving.test_rounds_need_not_shrink_while_the_destination_computes(
+            lambda: migrations.test_rounds_need_not_shrink_while_the_destination_computes(
                 Bench(num_blocks=20)
             ),
         ),
         (
-            the_word_of_any_destination_will_do,
-            lambda: moving.test_the_word_of_an_earlier_destination_is_not_that_of_a_later_one(
+            part_computed_of_any_destination_is_accepted,
+            lambda: migrations.test_part_computed_of_an_earlier_destination_changes_nothing(
                 Bench(num_blocks=20)
             ),
         ),
     ],
 )
-def test_a_directed_test_of_moves_catches(plant, test, monkeypatch):
+def test_a_directed_test_of_migrations_detects_the_fault(plant, test, monkeypatch):
     test()
     plant(monkeypatch)
     with pytest.raises((AssertionError, ValueError)):
@@ -168,11 +170,11 @@ def test_a_directed_test_of_moves_catches(plant, test, monkeypatch):
         ),
         (
             preemptions_are_handled_before_the_tokens_of_the_same_report,
-            test_cluster.test_what_was_produced_before_a_preemption_is_emitted_not_thrown_away,
+            test_cluster.test_tokens_computed_before_a_preemption_are_emitted,
         ),
     ],
 )
-def test_a_directed_test_catches(plant, test, monkeypatch):
+def test_a_directed_test_detects_the_fault(plant, test, monkeypatch):
     test(Stage())
     plant(monkeypatch)
     with pytest.raises((AssertionError, IndexError)):
@@ -196,10 +198,10 @@ def no_epoch_check_of_answers(monkeypatch):
 @fault
 def an_epoch_is_reused_as_e_plus_1(monkeypatch):
     assign, offer = Placement.assign, Handover.offer
-    latest: dict[Record, int] = {}  # epoch of its last owner
+    latest: dict[Record, int] = {}  # epoch of the last owner
 
     def count_on(registry, record):
-        first = 1000 * (record.request.id + 1)  # workers know epochs only: keep requests apart
+        first = 1000 * (record.request.id + 1)  # epochs of different requests must differ
         registry._epochs = count((record.epoch or latest.get(record, first)) + 1)
 
     def reusing_assign(self, record, worker):
@@ -207,9 +209,9 @@ def an_epoch_is_reused_as_e_plus_1(monkeypatch):
         assign(self, record, worker)
         latest[record] = record.epoch
 
-    def reusing_offer(self, record, move, num_bytes):
+    def reusing_offer(self, record, *args):
         count_on(self.registry, record)
-        offer(self, record, move, num_bytes)
+        offer(self, record, *args)
 
     monkeypatch.setattr(Placement, "assign", reusing_assign)
     monkeypatch.setattr(Handover, "offer", reusing_offer)
@@ -225,7 +227,7 @@ def no_suffix_merge(monkeypatch):
 
 
 def without_release(monkeypatch, name):
-    """`Handover.name` does all that it does, but the Release it sends is lost."""
+    """Drop the Release that `Handover.name` sends."""
     method = getattr(Handover, name)
 
     def forgetful(self, *args):
@@ -249,15 +251,15 @@ def the_destination_is_not_released(monkeypatch):
 
 @fault
 def no_unfreeze(monkeypatch):
-    monkeypatch.setattr(Handover, "_thaw", lambda self, record: None)
+    monkeypatch.setattr(Handover, "_unfreeze", lambda self, record: None)
 
 
 @fault
 def an_offer_is_not_counted(monkeypatch):
     offer = Handover.offer
 
-    def uncounted(self, record, move, num_bytes):
-        offer(self, record, move, num_bytes)
+    def uncounted(self, record, move, *args):
+        offer(self, record, move, *args)
         self.registry.ledger.num_requests[move.dst] -= 1
 
     monkeypatch.setattr(Handover, "offer", uncounted)
@@ -284,7 +286,7 @@ def an_order_is_never_acknowledged(monkeypatch):
 
 @fault
 def no_token_run_in_kv_received(monkeypatch):
-    complete = Arrivals.complete
+    complete = KvReceiver.activate_if_complete
 
     def silent(self, sequence):
         return [
@@ -292,19 +294,19 @@ def no_token_run_in_kv_received(monkeypatch):
             for to, c in complete(self, sequence)
         ]
 
-    monkeypatch.setattr(Arrivals, "complete", silent)
+    monkeypatch.setattr(KvReceiver, "activate_if_complete", silent)
 
 
 def freed_early(monkeypatch, touched):
-    end = Holdings.end
+    end = SequenceTable.end
 
     def early(self, sequence):
         end(self, sequence)
         if touched(sequence):
-            self.tables.pool.give(sequence.block_table)
+            self.tables.pool.free(sequence.block_table)
             sequence.block_table = []
 
-    monkeypatch.setattr(Holdings, "end", early)
+    monkeypatch.setattr(SequenceTable, "end", early)
 
 
 @fault
@@ -318,127 +320,127 @@ def blocks_are_freed_while_a_receive_writes_them(monkeypatch):
 
 
 @fault
-def a_payload_that_nobody_wants_is_left_on_the_wire(monkeypatch):
-    monkeypatch.setattr(Arrivals, "_drain", lambda self, source, header: [])
+def blocks_of_an_ended_sequence_are_not_received(monkeypatch):
+    monkeypatch.setattr(KvReceiver, "_drain", lambda self, source, header: [])
 
 
 @fault
 def only_first_rounds_are_drained(monkeypatch):
-    drain = Arrivals._drain
+    drain = KvReceiver._drain
 
     def forgetful(self, source, header):
         return [] if header.tag % ROUNDS else drain(self, source, header)
 
-    monkeypatch.setattr(Arrivals, "_drain", forgetful)
+    monkeypatch.setattr(KvReceiver, "_drain", forgetful)
 
 
 @fault
 def a_half_full_block_is_sent_as_full_in_an_early_round(monkeypatch):
-    send_round = Departures._round
+    send_round = KvSender._round
 
-    def hasty(self, sequence, stream, end, last):
-        if not last and end == sequence.num_computed // self._holdings.tables.block_size(sequence):
-            end = self._holdings.tables.needed(sequence, sequence.num_computed)
-        return send_round(self, sequence, stream, end, last)
+    def hasty(self, sequence, outgoing, end, last):
+        if not last and end == sequence.num_computed // self._table.tables.block_size(sequence):
+            end = self._table.tables.blocks_needed(sequence, sequence.num_computed)
+        return send_round(self, sequence, outgoing, end, last)
 
-    monkeypatch.setattr(Departures, "_round", hasty)
+    monkeypatch.setattr(KvSender, "_round", hasty)
 
 
 @fault
 def the_last_round_misses_the_half_full_block(monkeypatch):
-    send_round = Departures._round
+    send_round = KvSender._round
 
-    def forgetful(self, sequence, stream, end, last):
-        if last and stream.round:
-            full = sequence.num_computed // self._holdings.tables.block_size(sequence)
-            end = max(stream.next_block, full)
-        return send_round(self, sequence, stream, end, last)
+    def forgetful(self, sequence, outgoing, end, last):
+        if last and outgoing.round:
+            full = sequence.num_computed // self._table.tables.block_size(sequence)
+            end = max(outgoing.next_block, full)
+        return send_round(self, sequence, outgoing, end, last)
 
-    monkeypatch.setattr(Departures, "_round", forgetful)
+    monkeypatch.setattr(KvSender, "_round", forgetful)
 
 
 @fault
-def what_was_announced_is_not_sent_when_it_is_over(monkeypatch):
-    monkeypatch.setattr(Departures, "settle", lambda self: [])
-    stepped = Departures.stepped
+def announced_blocks_of_an_aborted_migration_are_not_sent(monkeypatch):
+    monkeypatch.setattr(KvSender, "send_aborted", lambda self: [])
+    after_step = KvSender.after_step
 
     def forgetful(self):
-        live = self._holdings.sequences
+        live = self._table.sequences
         self._announced = [a for a in self._announced if a[0].epoch in live]
-        return stepped(self)
+        return after_step(self)
 
-    monkeypatch.setattr(Departures, "stepped", forgetful)
+    monkeypatch.setattr(KvSender, "after_step", forgetful)
 
 
 @fault
-def who_was_announced_does_not_stop(monkeypatch):
-    stepped = Departures.stepped
+def an_announced_sequence_does_not_freeze(monkeypatch):
+    after_step = KvSender.after_step
 
     def restless(self):
-        going = [sequence for sequence, _ in self._announced]
-        commands = stepped(self)
-        for sequence in going:
-            sequence.phase, sequence.closing = Phase.RUNNING, set()
+        freezing = [sequence for sequence, _ in self._announced]
+        commands = after_step(self)
+        for sequence in freezing:
+            sequence.phase, sequence.sending_partial = Phase.RUNNING, set()
         return commands
 
-    monkeypatch.setattr(Departures, "stepped", restless)
+    monkeypatch.setattr(KvSender, "after_step", restless)
 
 
 @fault
 def a_split_computes_a_block_less_than_is_not_sent(monkeypatch):
-    reserve = Arrivals.reserve
+    reserve = KvReceiver.reserve
 
     def short(self, order):
         commands = reserve(self, order)
-        sequence = self._holdings.sequences.get(order.epoch)
+        sequence = self._table.sequences.get(order.epoch)
         if sequence is not None and order.start:
-            sequence.arrival.start -= self._holdings.tables.block_size(sequence)
+            sequence.incoming.start -= self._table.tables.block_size(sequence)
         return commands
 
-    monkeypatch.setattr(Arrivals, "reserve", short)
+    monkeypatch.setattr(KvReceiver, "reserve", short)
 
 
 @fault
 def a_split_does_not_wait_for_its_own_part(monkeypatch):
-    complete = Arrivals.complete
+    complete = KvReceiver.activate_if_complete
 
     def hasty(self, sequence):
-        if sequence.arrival is not None and sequence.arrival.num_computed is not None:
-            sequence.num_computed = max(sequence.num_computed, sequence.arrival.start)
+        if sequence.incoming is not None and sequence.incoming.num_computed is not None:
+            sequence.num_computed = max(sequence.num_computed, sequence.incoming.start)
         return complete(self, sequence)
 
-    monkeypatch.setattr(Arrivals, "complete", hasty)
+    monkeypatch.setattr(KvReceiver, "activate_if_complete", hasty)
 
 
 @fault
 def the_last_round_does_not_wait_for_those_before(monkeypatch):
-    arrived = Arrivals.arrived
+    arrived = KvReceiver.blocks_arrived
 
     def hasty(self, event):
-        sequence = self._holdings.sequences.get(event.epoch)
-        if sequence and sequence.arrival.num_computed is not None and event.ok:
+        sequence = self._table.sequences.get(event.epoch)
+        if sequence and sequence.incoming.num_computed is not None and event.ok:
             sequence.receiving &= {event.round}
         return arrived(self, event)
 
-    monkeypatch.setattr(Arrivals, "arrived", hasty)
+    monkeypatch.setattr(KvReceiver, "blocks_arrived", hasty)
 
 
 @fault
-def a_stream_goes_on_after_the_move_has_failed(monkeypatch):
+def rounds_go_on_after_the_migration_has_failed(monkeypatch):
     def deaf(self, sequence):
         sequence.phase = Phase.RUNNING
 
-    monkeypatch.setattr(Departures, "stop", deaf)
+    monkeypatch.setattr(KvSender, "abort", deaf)
 
 
 @fault
-def what_grew_after_the_reservation_gets_no_blocks(monkeypatch):
-    monkeypatch.setattr(Arrivals, "_mismatch", lambda self, sequence, arrival, header: None)
+def a_sequence_grown_after_its_reservation_gets_no_blocks(monkeypatch):
+    monkeypatch.setattr(KvReceiver, "_mismatch", lambda self, sequence, incoming, header: None)
 
 
 @fault
 def logprobs_are_forgotten_once_reported(monkeypatch):
-    report = Unreported.report
+    report = ReportBuffer.report
 
     def forgetful(self, *args):
         runs = list(self._runs.values())
@@ -447,17 +449,17 @@ def logprobs_are_forgotten_once_reported(monkeypatch):
             sequence.logprobs = {}
         return message
 
-    monkeypatch.setattr(Unreported, "report", forgetful)
+    monkeypatch.setattr(ReportBuffer, "report", forgetful)
 
 
 @fault
-def a_shared_block_is_still_for_the_taking(monkeypatch):
+def a_shared_block_can_still_be_allocated(monkeypatch):
     share = BlockPool.share
 
     def share_and_keep(self, keys):
-        kept = dict(self._kept)
+        cached = dict(self._cached)
         ids = share(self, keys)
-        self._kept.update({block: None for block in ids if block in kept})
+        self._cached.update({block: None for block in ids if block in cached})
         return ids
 
     monkeypatch.setattr(BlockPool, "share", share_and_keep)
@@ -474,7 +476,7 @@ def a_step_mixes_models(monkeypatch):
 
     def mixed(self):
         made = plan(self)
-        return made and replace(made, model=next(iter(self.holdings.fingerprints)))
+        return made and replace(made, model=next(iter(self.table.fingerprints)))
 
     monkeypatch.setattr(BatchScheduler, "plan", mixed)
 

@@ -21,7 +21,7 @@ def replay(load, policy, gpus=60):
     return IdealReplay(load, policy, [(ModelKv("m", 1, 2),)] * gpus, SETTINGS)
 
 
-def test_live_bytes_are_those_of_a_count_by_hand():
+def test_live_bytes_equal_a_direct_count():
     load = small()
     age = load.samples[:, None] - load.arrivals
     live = (age >= 0) & (age < load.outputs)
@@ -42,7 +42,7 @@ def test_a_request_no_worker_can_hold_is_dropped_and_counted():
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_every_request_ends_and_never_before_its_time(policy):
+def test_every_request_ends_not_before_its_last_step(policy):
     load = small()
     found = replay(load, policy).run(lambda done: None)
     assert len(found.finished) == len(load.arrivals) and not found.rejected
@@ -50,7 +50,7 @@ def test_every_request_ends_and_never_before_its_time(policy):
     assert (np.array(found.used_bytes) <= np.array(found.gpus) * load.capacity).all()
 
 
-def test_alone_with_room_for_all_nothing_waits_and_the_memory_is_that_of_the_bound():
+def test_with_room_for_all_no_request_waits_and_the_memory_in_use_equals_the_live_bytes():
     load = small(capacity=10**6)
     found = replay(load, "best_fit").run(lambda done: None)
     assert figures(load, found, 0.0)["stall_mean_s"] == 0.0
@@ -60,7 +60,7 @@ def test_alone_with_room_for_all_nothing_waits_and_the_memory_is_that_of_the_bou
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_one_simulation_twice_gives_the_same_figures(policy):
+def test_a_repeated_simulation_gives_the_same_figures(policy):
     load = small(seed=3)
     runs = [figures(load, replay(load, policy).run(lambda done: None), 0.0) for _ in range(2)]
     assert runs[0] == runs[1]

@@ -1,4 +1,4 @@
-"""The simulated cluster itself: what the histories rely on."""
+"""The simulated cluster: properties that the fault histories rely on."""
 
 import random
 
@@ -32,7 +32,7 @@ def test_a_link_never_reorders_but_two_links_may():
     assert Network(0.0, random.Random(0)).arrival(1, 0, 5.0) == 5.0
 
 
-def test_the_same_seed_is_the_same_history():
+def test_the_same_seed_gives_the_same_history():
     first, second = (random_history(11)[0].run() for _ in range(2))
     assert first.observed == second.observed and first.outputs == second.outputs
 
@@ -56,32 +56,32 @@ def test_tokens_depend_on_the_request_and_not_on_where_its_blocks_lie():
 
 
 @pytest.mark.parametrize("position", range(6))
-def test_any_wrong_position_of_the_cache_changes_what_comes_next(position):
-    def logits(spoil):
+def test_any_wrong_position_of_the_cache_changes_the_next_token(position):
+    def tokens(error):
         engine = HashExecutor(2, [KV])
         prefix = Chunk(1, 0, (1, 2, 3, 4, 5, 6), [0, 1], None, ((), []))
         engine.execute(StepPlan(KV.model, (prefix,), ()))
-        engine.arena[divmod(position, 4)] += np.uint64(spoil)
+        engine.arena[divmod(position, 4)] += np.uint64(error)
         sampling = random_request(1, random.Random(0)).sampling
         last = Chunk(1, 6, (7,), [0, 1], sampling, ((), []))
         return engine.execute(StepPlan(KV.model, (last,), ())).tokens
 
-    assert any(logits(spoil) != logits(0) for spoil in (1, 2, 3))
+    assert any(tokens(error) != tokens(0) for error in (1, 2, 3))
 
 
 class Wire:
-    """Two workers with four held blocks each, their data plane, and what it tells them."""
+    """Two workers with four held blocks each, their data plane, and its results."""
 
     def __init__(self):
         self.workers = {w: SimWorker(w, SPEC) for w in (1, 2)}
         for worker in self.workers.values():
-            worker.batch.pool.take(4)
-        self.todo, self.told = [], []
+            worker.batch.pool.allocate(4)
+        self.actions, self.results = [], []
         self.plane = DataPlane(
             self.workers,
             block_s=lambda: 0.5,
-            later=lambda delay, act: self.todo.append(act),
-            tell=lambda worker, event: self.told.append((worker.id, event)),
+            later=lambda delay, action: self.actions.append(action),
+            deliver=lambda worker, event: self.results.append((worker.id, event)),
         )
 
     def start(self, order):
@@ -89,8 +89,8 @@ class Wire:
         self.plane.handle(self.workers[2], order, 0.0)
 
     def run(self):
-        while self.todo:
-            self.todo.pop(0)()
+        while self.actions:
+            self.actions.pop(0)()
 
 
 RECEIVE, DRAIN = ReceiveBlocks(7, 9, 1, 9, (2, 3)), DrainBlocks(1, 9, 2)
@@ -101,54 +101,54 @@ def wire():
     return Wire()
 
 
-def test_blocks_arrive_as_they_were_sent_and_both_sides_are_told(wire):
+def test_blocks_arrive_unchanged_and_both_workers_get_a_result(wire):
     wire.workers[1].executor.arena[:2] = [[1, 2, 3, 4], [5, 6, 7, 8]]
     wire.start(RECEIVE)
     wire.run()
     assert wire.workers[2].executor.arena[2:4].tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
-    assert wire.told == [(1, BlocksSent(7, 1, 9)), (2, BlocksArrived(7, 9, True, 0.0, 9, ""))]
+    assert wire.results == [(1, BlocksSent(7, 1, 9)), (2, BlocksArrived(7, 9, True, 0.0, 9, ""))]
 
 
-def test_drained_blocks_go_nowhere_and_only_the_sender_is_told(wire):
+def test_drained_blocks_are_discarded_and_only_the_sender_gets_a_result(wire):
     wire.workers[1].executor.arena[:2] = 5
     wire.start(DRAIN)
     wire.run()
-    assert not wire.workers[2].executor.arena.any() and wire.told == [(1, BlocksSent(7, 1, 9))]
+    assert not wire.workers[2].executor.arena.any() and wire.results == [(1, BlocksSent(7, 1, 9))]
 
 
 @pytest.mark.parametrize(
-    ("lost", "told"),
+    ("lost", "results"),
     [
         (1, [(1, BlocksSent(7, 1, 9)), (2, BlocksArrived(7, 9, False, 0.0, 9, "peer lost"))]),
         (2, [(1, BlocksSent(7, 1, 9)), (2, BlocksArrived(7, 9, False, 0.0, 9, "peer lost"))]),
     ],
 )
 @pytest.mark.parametrize("when", ["before", "during"])
-def test_a_transfer_with_a_lost_worker_ends(wire, lost, told, when):
+def test_a_transfer_with_a_lost_worker_ends(wire, lost, results, when):
     if when == "before":
         wire.workers[lost].alive = False
         wire.plane.handle(
             wire.workers[3 - lost], RECEIVE if lost == 1 else SendBlocks(7, 1, 2, 9, (0, 1)), 0.0
         )
-        assert wire.told == [told[1 if lost == 1 else 0]]
+        assert wire.results == [results[1 if lost == 1 else 0]]
     else:
         wire.start(RECEIVE)
-        wire.plane.lost(lost)
+        wire.plane.worker_lost(lost)
         wire.run()
-        assert wire.told == told
+        assert wire.results == results
     assert not wire.plane.sends and not wire.plane.receives
 
 
 @pytest.mark.parametrize("worker", [1, 2])
-def test_a_block_in_flight_that_is_nobody_s_is_caught(wire, worker):
+def test_a_block_in_transfer_that_is_not_held_is_detected(wire, worker):
     wire.start(RECEIVE)
-    wire.workers[worker].batch.pool.give([0, 1, 2, 3])
-    with pytest.raises(AssertionError, match="is nobody's"):
+    wire.workers[worker].batch.pool.free([0, 1, 2, 3])
+    with pytest.raises(AssertionError, match="is not held"):
         wire.run()
 
 
 @pytest.mark.parametrize("order", [RECEIVE, DRAIN])
-def test_a_block_written_while_it_is_sent_is_caught(wire, order):
+def test_a_block_written_while_it_is_sent_is_detected(wire, order):
     wire.start(order)
     wire.workers[1].executor.arena[1] += np.uint64(1)
     with pytest.raises(AssertionError, match="written while it was sent"):

@@ -36,7 +36,7 @@ def replay(load, policy, cost=COST, gpus=40, block_size=4):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_every_request_ends_and_what_takes_time_is_seen(policy):
+def test_every_request_ends_and_takes_at_least_its_compute_time(policy):
     load = small()
     run = replay(load, policy)
     found = run.run(lambda done: None)
@@ -50,14 +50,14 @@ def test_every_request_ends_and_what_takes_time_is_seen(policy):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_one_simulation_twice_gives_the_same_figures(policy):
+def test_a_repeated_simulation_gives_the_same_figures(policy):
     load = small(seed=3)
     runs = [figures(load, replay(load, policy).run(lambda done: None), 0.0) for _ in range(2)]
     assert runs[0] == runs[1]
 
 
 @pytest.mark.parametrize("policy", ["worst_fit", "frugal"])
-def test_where_nothing_but_decoding_takes_time_it_is_the_ideal_cluster(policy):
+def test_if_only_decoding_takes_time_the_result_is_that_of_the_ideal_cluster(policy):
     load = small(block_size=1)
     hosts = [(ModelKv("m", 1, 2),)] * 40
     ideal = IdealReplay(load, policy, hosts, SETTINGS).run(lambda done: None)
@@ -67,7 +67,7 @@ def test_where_nothing_but_decoding_takes_time_it_is_the_ideal_cluster(policy):
     assert b["utilization"] == pytest.approx(a["utilization"], rel=0.03)
 
 
-def test_a_wake_is_waited_for():
+def test_slower_wakes_make_longer_stalls():
     load = small(num=40)
     slow = replay(load, "frugal", CostModel(1e-4, 0.03, 5e-4, 1e6, 1e-3, wake_s=30.0))
     fast = replay(load, "frugal")
@@ -83,7 +83,7 @@ def test_larger_models_take_longer_on_every_known_gpu(gpu):
     assert 1 < small.wake_s < large.wake_s < 20
 
 
-def test_costs_come_from_the_report_of_a_run_and_from_nothing_else(tmp_path):
+def test_costs_are_read_only_from_the_report_of_a_run(tmp_path):
     path = tmp_path / "report.json"
     nothing = {"samples": 0, "xx": [], "xy": []}
     path.write_text(json.dumps({"costs": dict.fromkeys(("steps", "transfers", "wakes"), nothing)}))

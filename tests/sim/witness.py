@@ -1,4 +1,4 @@
-"""Counts what happens in a history: rows of the transition table, and special occasions."""
+"""Counts the rows of the transition table and the special cases that a history covers."""
 
 import re
 from collections import Counter
@@ -18,16 +18,19 @@ from mellmpi.protocol import (
     PartComputed,
     ReceiveKv,
     Release,
+    SchedulerEvent,
     Unfreeze,
     Wake,
+    WorkerEvent,
     WorkerLost,
 )
 from mellmpi.scheduler.requests import Record
 from mellmpi.sim import Simulation, SimWorker
+from mellmpi.worker import BlockResult
 from mellmpi.worker.sequences import Phase
 
-# As records tell it: state -> state: why. The commands of each are proved one by one in
-# tests/scheduler/test_transition_table.py.
+# As in `Record.transitions`: state -> state: why. tests/scheduler/test_transition_table.py checks
+# the commands of each row.
 ROWS = {
     "waiting -> running: assigned",
     "running -> reserving: offered",
@@ -52,7 +55,7 @@ ROWS = {
     "reserving -> gone: cancelled",
     "sending -> gone: cancelled",
 }
-OCCASIONS = {
+CASES = {
     "Park",
     "Wake",
     "Unfreeze",
@@ -62,31 +65,31 @@ OCCASIONS = {
     "two workers lost",
     "prefix reused",
     "arrived without room",
-    "stream broken off",
+    "transfer failed",
     "blocks freed late",
     "logprobs in KvReceived",
     "tokens only in KvReceived",
     "stale answer",
-    "models taking turns",
+    "models alternate",
     "transfer to a worker with other models",
     "two rounds",
     "three rounds or more",
     "a later round drained",
     "no room in a later round",
-    "a later round broken off",
+    "a later round failed",
     "a wrong checksum",
-    "ended while it streamed",
-    "unfrozen while it streamed",
+    "ended during its migration",
+    "aborted before the freeze",
     "split",
     "split with outputs",
-    "computed last",
-    "split released while it computed",
+    "own part complete after the transfer",
+    "split released while computing its part",
     "prefix known at the destination",
     "last round empty",
-    "decoded while it streamed",
-    "told of a part",
-    "told of a part that nobody waits for",
-    "told of a part with all announced",
+    "decoded during its migration",
+    "PartComputed",
+    "PartComputed after the migration",
+    "PartComputed with announced blocks",
 }
 
 _WHY = re.compile(r"(\w+ -> \w+: )(?:\d+ )?([a-z]+(?: (?:room|\d+ lost))?)")
@@ -99,32 +102,34 @@ def _row(line: str) -> str:
 
 
 class Witness(Simulation):
-    """A simulation that remembers what its scheduler and its workers went through."""
+    """A simulation that counts the rows and cases that it goes through."""
 
     def __init__(self, *args: Any):
         super().__init__(*args)
         self.seen: Counter[str] = Counter()
         self._lost: set[int] = set()
-        self._met: set[int] = set()  # epochs
-        self._streamed: dict[int, int] = {}  # positions when the newest round but the last began
-        self._turn_of: dict[int, str] = {}  # model of the last step, by worker
+        self._epochs: set[int] = set()  # of sequences seen
+        self._sent_at: dict[
+            int, int
+        ] = {}  # request -> computed positions at its last round but one
+        self._last_model: dict[int, str] = {}  # of the last step, by worker
         placement = self.scheduler.placement
-        self._forget, placement.forget = placement.forget, self._over
+        self._forget, placement.forget = placement.forget, self._ended
 
-    def _over(self, record: Record, outcome: str) -> None:
-        """A request is about to be forgotten: its story has the rows it went through."""
-        self.seen.update(_row(line) for line in record.story)
+    def _ended(self, record: Record, outcome: str) -> None:
+        """Count the transitions of a request that ends."""
+        self.seen.update(_row(line) for line in record.transitions)
         self.seen[f"{record.state.value} -> gone: {outcome}"] += 1
         self._forget(record, outcome)
 
-    def _to_scheduler(self, source: Address, event: Any) -> None:
+    def _to_scheduler(self, source: Address, event: SchedulerEvent) -> None:
         match event:
             case WorkerLost(worker):
                 self._lost.add(worker)
                 self.seen["two workers lost"] += len(self._lost) > 1
             case KvFailed(reason=reason):
                 no_room = reason.startswith("no room")
-                self.seen["arrived without room" if no_room else "stream broken off"] += 1
+                self.seen["arrived without room" if no_room else "transfer failed"] += 1
             case KvReceived(request_id, first=first, tokens=tokens, logprobs=logprobs):
                 record = self.scheduler.records.get(request_id)
                 news = record is not None and first + len(tokens) > len(record.log.tokens)
@@ -156,12 +161,12 @@ class Witness(Simulation):
                     self.seen["split with outputs"] += start > 0 and bool(outputs)
                 case KvPayload():
                     self._header(command)
-                    self._sets(source, to)
+                    self._compare_models(source, to)
         super()._route(source, commands)
 
-    def _sets(self, src: Address, dst: Address) -> None:
-        sets = [{kv.model for kv in self.workers[int(w)].spec.models} for w in (src, dst)]
-        self.seen["transfer to a worker with other models"] += sets[0] != sets[1]
+    def _compare_models(self, src: Address, dst: Address) -> None:
+        models = [{kv.model for kv in self.workers[int(w)].spec.models} for w in (src, dst)]
+        self.seen["transfer to a worker with other models"] += models[0] != models[1]
 
     def _header(self, header: KvPayload) -> None:
         rounds = header.tag % ROUNDS + 1
@@ -170,54 +175,58 @@ class Witness(Simulation):
             self.seen["three rounds or more"] += rounds > 2
             self.seen["last round empty"] += rounds > 1 and not header.num_blocks
         else:
-            self._streamed[header.request_id] = header.num_computed
+            self._sent_at[header.request_id] = header.num_computed
         record = self.scheduler.records.get(header.request_id)
-        if header.last and header.num_computed > self._streamed.pop(header.request_id, 10**9):
-            self.seen["decoded while it streamed"] += 1
+        if header.last and header.num_computed > self._sent_at.pop(header.request_id, 10**9):
+            self.seen["decoded during its migration"] += 1
         if not header.num_blocks:
             self.seen["transfer of nothing"] += not header.num_computed
         elif record and header.num_computed < len(record.request.prompt) + len(header.outputs) - 1:
             self.seen["transfer in mid-prefill"] += 1
 
-    def _tell(self, worker: SimWorker, event: Any) -> None:
+    def _block_result(self, worker: SimWorker, event: BlockResult) -> None:
         if isinstance(event, BlocksArrived) and not event.ok:
-            self.seen["a later round broken off"] += event.round % ROUNDS > 0
+            self.seen["a later round failed"] += event.round % ROUNDS > 0
             self.seen["a wrong checksum"] += event.reason == "checksum"
-        super()._tell(worker, event)
+        super()._block_result(worker, event)
 
-    def _to_worker(self, worker: SimWorker, source: Address, message: Any) -> None:
+    def _to_worker(self, worker: SimWorker, source: Address, message: WorkerEvent) -> None:
         sequence = worker.batch.sequences.get(getattr(message, "epoch", 0))
         if sequence is not None:
-            streams = sequence.stream is not None and sequence.phase is Phase.RUNNING
-            self.seen["unfrozen while it streamed"] += isinstance(message, Unfreeze) and streams
-            released = isinstance(message, Release) and sequence.arrival is not None
-            self.seen["split released while it computed"] += released and sequence.computable
+            migrates = sequence.outgoing is not None and sequence.phase is Phase.RUNNING
+            self.seen["aborted before the freeze"] += isinstance(message, Unfreeze) and migrates
+            released = isinstance(message, Release) and sequence.incoming is not None
+            self.seen["split released while computing its part"] += released and sequence.computable
         if isinstance(message, PartComputed):
-            streams = [s.stream for s in worker.batch.sequences.values() if s.stream is not None]
-            waits = any(s.dst_epoch == message.epoch and s.awaits_part for s in streams)
-            self.seen["told of a part with all announced"] += worker.batch._departures.closing
-            self.seen["told of a part" if waits else "told of a part that nobody waits for"] += 1
+            outgoing = [
+                s.outgoing for s in worker.batch.sequences.values() if s.outgoing is not None
+            ]
+            waits = any(o.dst_epoch == message.epoch and o.awaits_part for o in outgoing)
+            self.seen["PartComputed with announced blocks"] += worker.batch._sender.has_announced
+            self.seen["PartComputed" if waits else "PartComputed after the migration"] += 1
         super()._to_worker(worker, source, message)
 
     def _step_done(self, worker: SimWorker, step_s: float) -> None:
-        before = {s.epoch for s in worker.batch.sequences.values() if s.arrival is not None}
+        before = {s.epoch for s in worker.batch.sequences.values() if s.incoming is not None}
         super()._step_done(worker, step_s)
         now = [s for s in worker.batch.sequences.values() if s.epoch in before]
-        self.seen["computed last"] += any(s.arrival is None for s in now)
+        self.seen["own part complete after the transfer"] += any(s.incoming is None for s in now)
 
-    def _turn(self, worker: SimWorker) -> None:
-        before = self._turn_of.get(worker.id)
-        super()._turn(worker)
+    def _between_steps(self, worker: SimWorker) -> None:
+        before = self._last_model.get(worker.id)
+        super()._between_steps(worker)
         if worker.plan is not None:
             models = {s.request.model for s in worker.batch.sequences.values()}
-            self.seen["models taking turns"] += before in models - {worker.plan.model}
-            self._turn_of[worker.id] = worker.plan.model
+            self.seen["models alternate"] += before in models - {worker.plan.model}
+            self._last_model[worker.id] = worker.plan.model
         lingering = worker.batch.lingering.values()
         self.seen["blocks freed late"] += bool(lingering)
-        self.seen["ended while it streamed"] += any(
-            s.stream is not None and s.phase is Phase.RUNNING for s in lingering
+        self.seen["ended during its migration"] += any(
+            s.outgoing is not None and s.phase is Phase.RUNNING for s in lingering
         )
         for sequence in worker.batch.sequences.values():
-            if sequence.epoch not in self._met:  # it came in this turn; nothing is computed yet
-                self._met.add(sequence.epoch)
-                self.seen["prefix reused"] += sequence.arrival is None and sequence.num_computed > 0
+            if sequence.epoch not in self._epochs:  # new: nothing is computed yet
+                self._epochs.add(sequence.epoch)
+                self.seen["prefix reused"] += (
+                    sequence.incoming is None and sequence.num_computed > 0
+                )

@@ -1,4 +1,4 @@
-"""Metrics: one hand-made history a rule, with times that make every duration a different number."""
+"""Metrics: one hand-made history per rule; all durations of a history differ."""
 
 import json
 from dataclasses import asdict
@@ -9,7 +9,7 @@ import pytest
 from mellmpi import protocol as p
 from mellmpi.costs import CostModel
 from mellmpi.telemetry import Metrics, series
-from mellmpi.telemetry.series import EXACT_SAMPLES, Distribution, Sample, Track
+from mellmpi.telemetry.series import EXACT_SAMPLES, Distribution, Sample, StepFunction
 
 NO_RUNS = ((), (), (), (), (), (), (), 0)  # and nothing attended
 GREEDY = p.Sampling(9, 0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, (), None)
@@ -29,13 +29,13 @@ def report(m, now, worker, free_bytes=0):
 
 
 def tokens(m, now, worker, n=1, request_id=1, finish=None):
-    """`worker` reports n tokens and the scheduler passes them on."""
+    """`worker` reports n tokens and the scheduler emits them."""
     report(m, now, worker)
     emit(m, now, n, request_id, finish)
 
 
 def arrived(m, now, worker, n, request_id=1):
-    """The KV is at `worker`, with n tokens that the source had not reported."""
+    """`worker` has received the KV, with n tokens that the source had not reported."""
     m.observe(now, worker, p.KvReceived(request_id, 2, 0, (7,) * n, (), 640, 0.1))
     if n:
         emit(m, now, n, request_id)
@@ -96,7 +96,7 @@ def test_an_unfinished_request_has_a_ttft_but_no_tpot():
     assert (r["requests"], r["completed"], r["output_tokens"]) == (1, 0, 2)
 
 
-def test_tokens_that_arrive_together_make_one_gap():
+def test_tokens_of_one_emit_make_one_gap():
     m = Metrics()
     submit(m, 0.0)
     for now, n in ((1.0, 4), (1.1, 1), (1.3, 8)):
@@ -118,7 +118,7 @@ def test_every_request_ends_completed_failed_or_cancelled():
     assert r["prompt_tokens"] == 30
 
 
-def test_a_request_that_the_front_refuses_itself_counts_as_failed():
+def test_a_request_refused_by_the_frontend_counts_as_failed():
     m = Metrics()
     m.command(0.0, p.FRONT, p.Rejected(1, "unknown model"))
     r = m.report(1.0)
@@ -163,7 +163,7 @@ def test_a_report_of_nothing_is_complete_and_serialisable():
     assert r["wall_s"] == 0 and r["ttft_ms"] == {"p50": None, "p99": None}
 
 
-def test_messages_that_say_nothing_to_metrics_are_passed_over():
+def test_other_messages_change_no_figure():
     m = Metrics()
     m.observe(0.0, 1, p.KvReserved(1, 2, 0))
     m.command(0.0, 1, p.Release(1, 2))
@@ -212,7 +212,7 @@ def test_an_event_and_its_announcement_count_once():
     assert (r["workers_lost"], r["parks"], r["gpu_seconds_active"]) == (1, 0, 1)
 
 
-def test_the_peak_forgets_what_was_before_the_first_request():
+def test_the_peak_counts_from_the_first_request():
     m = Metrics()
     ready(m, 0.0, 1)
     ready(m, 0.0, 2)
@@ -226,7 +226,7 @@ def test_the_peak_forgets_what_was_before_the_first_request():
 
 
 def decoding():
-    """Request 1 came at 0 s; worker 1 reported its first token at 1 s."""
+    """Request 1 is submitted at 0 s; worker 1 reports its first token at 1 s."""
     m = Metrics()
     submit(m, 0.0)
     tokens(m, 1.0, worker=1)
@@ -234,7 +234,7 @@ def decoding():
 
 
 def transferred(m, start_s, end_s, src, dst):
-    """Request 1 moves, and the destination has all its tokens already."""
+    """Request 1 moves; the source had reported all its tokens."""
     started(m, start_s, "transfer", src, dst)
     arrived(m, end_s, worker=dst, n=0)
     ended(m, end_s, "transfer", src, dst)
@@ -267,7 +267,7 @@ def test_a_recompute_has_a_downtime_whenever_it_is_announced_as_ended(ended_befo
     assert m.report(2.0)["downtime_ms"] == {"p50": 500.0, "p99": 500.0}
 
 
-def test_there_and_back_again_without_a_token_is_one_downtime():
+def test_two_moves_without_a_token_between_them_are_one_downtime():
     m = decoding()
     for src, dst in ((1, 2), (2, 1)):
         transferred(m, 1.1, 1.2, src, dst)
@@ -284,7 +284,7 @@ def test_a_move_before_the_first_token_has_no_downtime():
     assert m.report(2.0)["downtime_ms"]["p50"] is None
 
 
-def test_a_move_that_comes_to_nothing_is_failed_and_has_no_downtime():
+def test_an_unsuccessful_move_counts_as_failed_and_has_no_downtime():
     m = decoding()
     started(m, 1.1, "transfer", 1, 2)
     ended(m, 1.2, "transfer", 1, 2, outcome="refused", num_bytes=0)
@@ -304,7 +304,7 @@ def test_a_refused_second_move_does_not_hide_the_first_ones_downtime():
     assert m.report(2.0)["downtime_ms"]["p50"] == 600.0
 
 
-def test_a_preempted_request_waits_and_that_is_not_downtime():
+def test_the_wait_of_a_preempted_request_is_no_downtime():
     m = decoding()
     transferred(m, 1.1, 1.2, 1, 2)
     m.command(1.3, p.OBSERVER, p.Preempted(1, 2))
@@ -344,18 +344,18 @@ def test_the_series_count_time_from_the_first_submit():
 
 
 def test_a_long_run_keeps_bounded_series_and_the_right_value_at_the_end():
-    track = Track(limit=100)
+    steps = StepFunction(limit=100)
     for i in range(100_000):
-        track.add(i / 100, i)
-    assert 40 <= len(track.times) <= 100 and track.values[-1] == 99_999
-    assert np.all(np.diff(track.times) > 0)
+        steps.add(i / 100, i)
+    assert 40 <= len(steps.times) <= 100 and steps.values[-1] == 99_999
+    assert np.all(np.diff(steps.times) > 0)
 
 
-def test_a_track_may_be_fed_any_number_of_values_at_one_time():
-    track = Track(limit=10)
+def test_a_step_function_keeps_the_last_value_of_one_time():
+    steps = StepFunction(limit=10)
     for i in range(50):
-        track.add(1.0, i)
-    assert (list(track.times), track.values) == ([1.0], [49])
+        steps.add(1.0, i)
+    assert (list(steps.times), steps.values) == ([1.0], [49])
 
 
 def test_a_sample_over_its_limit_stays_spread_over_the_whole_run():
@@ -392,7 +392,7 @@ def test_an_answer_that_a_stop_string_ends_is_completed_not_cancelled():
     assert (report["completed"], report["cancelled"]) == (1, 0)
 
 
-def test_the_costs_of_a_run_give_back_what_its_steps_transfers_and_wakes_took():
+def test_a_cost_model_fitted_to_the_report_is_the_true_one():
     m, truth = Metrics(), CostModel(2e-5, 4e-3, 1e-3, 1e8, 5e-3, 1.5)
     ready(m, 0.0, 1)
     for i, (steps, prefill, decode) in enumerate([(1, 64, 0), (4, 0, 9), (5, 30, 5), (2, 7, 14)]):
@@ -412,20 +412,20 @@ def test_the_costs_of_a_run_give_back_what_its_steps_transfers_and_wakes_took():
     assert report["worker_kv"] == {"capacity_bytes": 1000, "models": blocks}
 
 
-def test_the_blocks_of_every_model_of_every_worker_are_told():
+def test_the_report_has_the_block_sizes_of_every_model():
     m = Metrics()
     first, second, third = (p.ModelKv(name, n, 64) for name, n in (("a", 4), ("b", 8), ("c", 16)))
     m.observe(0.0, 1, p.WorkerReady((first, second), 640, 8, 0, 0.0, 64, None, (), ""))
     m.observe(0.0, 2, p.WorkerReady((second, third), 512, 8, 0, 0.0, 64, None, (), ""))
-    told = m.report(1.0)["worker_kv"]
-    sizes = {name: kv["block_size"] for name, kv in told["models"].items()}
-    assert (told["capacity_bytes"], sizes) == (640, {"a": 4, "b": 8, "c": 16})
+    kv = m.report(1.0)["worker_kv"]
+    sizes = {name: model["block_size"] for name, model in kv["models"].items()}
+    assert (kv["capacity_bytes"], sizes) == (640, {"a": 4, "b": 8, "c": 16})
 
 
 def test_costs_do_not_depend_on_how_many_samples_are_summed_at_once(monkeypatch):
     def summed(at_once):
-        monkeypatch.setattr(series, "SUMMED_AT_ONCE", at_once)
-        sums = series.Sums("a", "b")
+        monkeypatch.setattr(series, "FOLD_EVERY", at_once)
+        sums = series.NormalEquations("a", "b")
         for i in range(10):
             sums.add((1, i), 3 + 2 * i, weight=1 / (1 + i % 3))
         return sums.to_dict()
@@ -436,7 +436,7 @@ def test_costs_do_not_depend_on_how_many_samples_are_summed_at_once(monkeypatch)
         assert np.allclose(one[name], four[name]) and np.allclose(one[name], all_of_them[name])
 
 
-def test_many_commands_at_once_count_as_each_of_them():
+def test_commands_in_one_call_count_as_in_calls_of_their_own():
     together, apart = Metrics(), Metrics()
     for m in (together, apart):
         ready(m, 0.0, 1)
@@ -451,7 +451,7 @@ def test_many_commands_at_once_count_as_each_of_them():
     assert together.report(3.0) == apart.report(3.0) and apart.report(3.0)["output_tokens"] == 3
 
 
-def test_the_error_of_predicted_migrations_is_their_median_relative_to_what_they_took():
+def test_the_prediction_error_is_the_median_relative_to_the_actual_time():
     m = Metrics()
     assert m.report(0.0)["migration_prediction_error"] is None
     for i, took_s in enumerate([0.5, 1.0, 2.0]):  # all were to take one second
@@ -464,7 +464,7 @@ def test_the_error_of_predicted_migrations_is_their_median_relative_to_what_they
     assert report["migrations"]["split"] == 3
 
 
-def test_what_was_predicted_of_a_move_stands_beside_what_it_took():
+def test_the_report_compares_predicted_and_actual_figures_of_moves():
     m = Metrics()
     assert m.report(0.0)["migration_predictions"] == {}
     submit(m, 0.0)
@@ -478,7 +478,7 @@ def test_what_was_predicted_of_a_move_stands_beside_what_it_took():
     assert found["downtime_s"] == pytest.approx({"predicted": 0.0, "actual": 0.7, "error": 1.0})
 
 
-def test_a_move_without_bytes_has_no_error_of_them():
+def test_a_move_without_bytes_has_no_error_of_bytes():
     m = Metrics()
     started(m, 1.0, "recompute", 1, 2)
     ended(m, 2.0, "recompute", 1, 2, num_bytes=0)

@@ -1,12 +1,14 @@
-"""The timeline contains what happened: the tests read the figure's own marks, not its pixels."""
+"""The timeline shows the run: the tests read the figure's marks, not its pixels."""
 
 import matplotlib.image
 import numpy as np
 import pytest
 
 from mellmpi.telemetry import Metrics, draw
+from mellmpi.telemetry.lanes import LANE
 from mellmpi.telemetry.series import MoveRecord, Series, WorkerSeries
-from mellmpi.telemetry.timeline import LANE, MOVES, figure
+from mellmpi.telemetry.style import MODES
+from mellmpi.telemetry.timeline import figure
 
 MIB = 2**20
 
@@ -54,7 +56,7 @@ def test_any_number_of_workers_fits_on_a_page(num_workers):
     assert fig.get_figheight() < 15
 
 
-def test_a_run_that_never_began_has_an_empty_picture(tmp_path):
+def test_a_run_without_requests_has_an_empty_picture(tmp_path):
     assert draw(Metrics().series(5.0), ".png").startswith(b"\x89PNG")
 
 
@@ -73,12 +75,12 @@ def test_an_arrow_leads_from_the_source_lane_to_the_destination_lane():
 
 
 def test_transfer_and_recompute_differ_in_colour_and_in_line_style():
-    looks = list(MOVES.values())
+    looks = list(MODES.values())
     assert len({c for c, _ in looks}) == len({s for _, s in looks}) == len(looks) == 3
     axes = lanes(series(moves=[move("transfer"), move("recompute")]))
     assert {line.get_color() for line in marks(axes, "v")} == {
-        MOVES["transfer"][0],
-        MOVES["recompute"][0],
+        MODES["transfer"][0],
+        MODES["recompute"][0],
     }
 
 
@@ -92,7 +94,7 @@ def test_a_recompute_that_ends_where_it_began_is_no_arrow():
     assert not marks(axes, "v") and not marks(axes, "^")
 
 
-def test_a_parked_span_says_so_and_a_short_one_is_only_hatched():
+def test_a_parked_span_has_a_label_unless_it_is_short():
     parked = ((0.0, "active"), (4.0, "parked"))
     assert texts(lanes(series({1: worker(parked)}))) == ["parked"]
     brief = ((0.0, "active"), (4.0, "parked"), (4.1, "waking"), (4.2, "active"))

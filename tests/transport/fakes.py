@@ -1,9 +1,11 @@
-"""A channel without MPI: messages lie in queues until the test lets them be matched."""
+"""A channel and a doorbell without MPI. The test decides which messages arrive and when."""
 
 import ctypes
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from mellmpi.transport.channel import LinkError
 
@@ -16,27 +18,27 @@ class FakeRequest:
     address: int = 0
     num_bytes: int = 0
     done: bool = False
-    came: int | None = None  # bytes that a receive was filled with
+    received: int | None = None  # bytes received
     used_up: bool = False
 
 
 @dataclass
 class FakeChannel:
-    """One side's view. What a message holds, and when one has left, is the test's to say."""
+    """One end of a channel. The test sets the messages to receive and the completion of sends."""
 
-    num_tags = 1 << 15  # as few as MPI promises
+    num_tags = 1 << 15  # the minimum of MPI_TAG_UB
 
     requests: list[FakeRequest] = field(default_factory=list)
     lost: set[int] = field(default_factory=set)
     waiting: dict[tuple[int, int], deque[bytes]] = field(default_factory=lambda: defaultdict(deque))
-    eager: int = 0  # bytes: shorter messages and those leave by themselves
-    slow: bool = False  # what is being received is not done by itself
+    eager: int = 0  # bytes: sends up to this size complete at once
+    slow: bool = False  # receives do not complete by themselves
     inbox: deque[tuple[int, bytes]] = field(default_factory=deque)
-    last_words: list[tuple[int, bytes]] = field(default_factory=list)  # come with the failures
+    last_messages: list[tuple[int, bytes]] = field(default_factory=list)  # arrive with `failures`
     failures: list[int] = field(default_factory=list)
     error: Exception | None = None
-    num_looks: int = 0
-    stuck: bool = False  # messages do not leave
+    num_probes: int = 0
+    stuck: bool = False  # sends of messages do not complete
 
     def _post(self, *args: Any) -> FakeRequest:
         request = FakeRequest(*args)
@@ -70,26 +72,26 @@ class FakeChannel:
         return self._post("receive", src, tag, address, num_bytes)
 
     def _deliver(self) -> None:
-        """What has come goes to the oldest receive of its tag."""
+        """Match each message with the oldest receive of its tag."""
         for request in self.requests:
             data = self.waiting[request.peer, request.tag]
-            if request.kind == "receive" and request.came is None and not request.done and data:
+            if request.kind == "receive" and request.received is None and not request.done and data:
                 self._fill(request, data.popleft())
 
     def _fill(self, request: FakeRequest, data: bytes) -> None:
-        assert len(data) <= request.num_bytes, "Open MPI would write on behind the buffer"
+        assert len(data) <= request.num_bytes, "Open MPI would write past the end of the buffer"
         ctypes.memmove(request.address, data, len(data))
-        request.came, request.done = len(data), not self.slow
+        request.received, request.done = len(data), not self.slow
 
     def finished(self, request: FakeRequest) -> int | None:
         self._deliver()
-        return (request.came or 0) if self.test(request) else None
+        return (request.received or 0) if self.test(request) else None
 
     def cancel(self, request: FakeRequest) -> None:
-        request.done = request.done or request.came is None
+        request.done = request.done or request.received is None
 
     def test(self, request: FakeRequest) -> bool:
-        assert not request.used_up, "tested after it was done"
+        assert not request.used_up, "tested after completion"
         if not request.done and request.peer not in self.lost:
             return False
         request.used_up = True
@@ -106,7 +108,7 @@ class FakeChannel:
         return request
 
     def take(self) -> tuple[int, bytearray, FakeRequest] | None:
-        self.num_looks += 1
+        self.num_probes += 1
         if not self.inbox:
             return None
         src, data = self.inbox.popleft()
@@ -114,12 +116,12 @@ class FakeChannel:
 
     def newly_failed(self) -> list[int]:
         failures, self.failures = self.failures, []
-        self.inbox += self.last_words if failures else []
+        self.inbox += self.last_messages if failures else []
         return failures
 
 
 class FakeBell:
-    """Records how long it was to sleep, and rings at the n-th time."""
+    """Records the sleeps and rings; the n-th sleep ends with a ring."""
 
     def __init__(self, rings_at: int = 1):
         self.slept: list[float] = []
@@ -135,3 +137,31 @@ class FakeBell:
 
     def wake(self) -> None: ...
     def close(self) -> None: ...
+
+
+class DelayedCopies:
+    """Copies of a simulated device arena; while `slow`, the test completes them."""
+
+    def __init__(self, arena):
+        self.arena, self.slots = arena, []
+        self.slow, self.copying = False, []  # addresses of slots, in order
+
+    def done(self, address):
+        return address not in self.copying
+
+    def new_slot(self):
+        self.slots.append(np.zeros(self.arena.block_bytes, np.uint8))
+        return self.slots[-1].ctypes.data
+
+    def _slot(self, address):
+        return next(slot for slot in self.slots if slot.ctypes.data == address)
+
+    def to_host(self, block_id, address):
+        assert self.done(address)
+        self._slot(address)[:] = self.arena.blocks[block_id]
+        self.copying += [address] * self.slow
+
+    def to_device(self, block_id, address):
+        assert self.done(address)
+        self.arena.blocks[block_id] = self._slot(address)
+        self.copying += [address] * self.slow

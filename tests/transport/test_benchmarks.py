@@ -7,7 +7,7 @@ from tests.mpi.harness import FLAGS, ROOT, mpirun
 
 
 def run(*command, limit_s=90, **environment):
-    """A benchmark of ours that sees no GPU."""
+    """Run a benchmark without a GPU."""
     done = subprocess.run(
         command,
         cwd=ROOT,
@@ -36,11 +36,11 @@ def test_the_bandwidth_table_has_one_buffer_and_scattered_blocks(tmp_path):
     assert "# Size      Bandwidth (MB/s)" in done.stdout
 
 
-def test_without_a_gpu_the_bandwidth_of_devices_is_said_not_to_be_there():
+def test_the_bandwidth_benchmark_says_that_there_is_no_gpu():
     assert "no GPU" in bandwidth("-d", "cuda").stderr
 
 
-def test_without_a_gpu_the_device_checks_say_so_and_end_well():
+def test_the_device_checks_say_that_there_is_no_gpu_and_succeed():
     assert "no GPU" in run(sys.executable, "bench/device_checks.py").stderr
 
 

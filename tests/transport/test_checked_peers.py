@@ -8,13 +8,13 @@ PROGRAM = """
 import json
 from types import SimpleNamespace
 from mellmpi.transport.mpi.job import MpiJob
-job = SimpleNamespace(size=4, neighbours=[0, 1])
+job = SimpleNamespace(size=4, local_ranks=[0, 1])
 kinds = "auto", "always", "never"
 print(json.dumps({kind: sorted(MpiJob._checked(job, kind)) for kind in kinds}))
 """
 
 
-def test_checksums_are_between_hosts_everywhere_or_nowhere():
+def test_checksums_are_used_between_hosts_or_everywhere_or_nowhere():
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, timeout=60
     )

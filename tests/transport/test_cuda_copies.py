@@ -1,4 +1,4 @@
-"""Copies to and from a GPU, with a torch whose device works only when the test lets it."""
+"""Copies to and from a simulated GPU, which executes its queue when the test calls `work`."""
 
 import contextlib
 import sys
@@ -7,14 +7,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mellmpi.transport.blocks import CudaCopies, Staged, lane_for
-from tests.transport.conformance import HostArena
+from mellmpi.transport.blocks import CudaCopies, Staged, staging_buffer_for
+from tests.transport.participant import HostArena
 
 SIZE = 4096
 
 
 class Tensor:
-    """A piece of memory; copies to it are orders to the stream of the moment."""
+    """Memory; copies to it are queued on the current stream."""
 
     def __init__(self, gpu, memory, pinned=False):
         self.gpu, self.memory, self.pinned, self.shape = gpu, memory, pinned, memory.shape
@@ -26,8 +26,8 @@ class Tensor:
         return self.memory.ctypes.data
 
     def copy_(self, source, non_blocking=False):
-        assert non_blocking and self.gpu.current is not None, "the step's stream would wait"
-        assert self.pinned != source.pinned, "pageable memory is copied while the caller waits"
+        assert non_blocking and self.gpu.current is not None, "the copy would wait for the step"
+        assert self.pinned != source.pinned, "copies of pageable memory are synchronous"
         self.gpu.queue.append(lambda: np.copyto(self.memory, source.memory))
 
 
@@ -44,19 +44,17 @@ class Event:
 
 
 class Gpu:
-    """Its queue is carried out by `work`."""
-
     def __init__(self, arena):
         self.queue, self.current, self.arena = [], None, arena
 
-    def work(self, orders):
-        for _ in range(min(orders, len(self.queue))):
+    def work(self, num_operations):
+        for _ in range(min(num_operations, len(self.queue))):
             self.queue.pop(0)()
 
     def torch(self):
         @contextlib.contextmanager
-        def stream(which):
-            self.current = which
+        def stream(selected):
+            self.current = selected
             yield
             self.current = None
 
@@ -64,9 +62,9 @@ class Gpu:
             return Tensor(self, np.zeros(num_bytes, np.uint8), pin_memory)
 
         def as_tensor(blocks, device):
-            facts = blocks.__cuda_array_interface__
-            assert facts["data"] == (self.arena.address, False)
-            assert facts["shape"] == self.arena.blocks.shape and facts["typestr"] == "|u1"
+            interface = blocks.__cuda_array_interface__
+            assert interface["data"] == (self.arena.address, False)
+            assert interface["shape"] == self.arena.blocks.shape and interface["typestr"] == "|u1"
             return Tensor(self, self.arena.blocks)
 
         cuda = SimpleNamespace(
@@ -89,52 +87,52 @@ def copies(gpu):
     return CudaCopies(gpu.arena)
 
 
-def test_a_block_has_arrived_in_host_memory_once_its_copy_is_done_and_not_before(gpu, copies):
+def test_a_block_is_in_host_memory_when_its_copy_is_done(gpu, copies):
     gpu.arena.fill(5)
-    addresses = [copies.host_slot() for _ in range(2)]
+    addresses = [copies.new_slot() for _ in range(2)]
     for block, address in enumerate(addresses):
-        copies.out(block, address)
+        copies.to_host(block, address)
     assert [copies.done(a) for a in addresses] == [False, False]
     gpu.work(1)
-    assert not copies.done(addresses[0])  # the copy is over, nobody has said so yet
+    assert not copies.done(addresses[0])  # copied, but the event is not recorded yet
     gpu.work(1)
     assert [copies.done(a) for a in addresses] == [True, False]
     slots = {address: copies._slots[address].memory for address in addresses}
     assert (slots[addresses[0]] == gpu.arena.blocks[0]).all()
 
 
-def test_a_slot_is_still_after_the_last_of_its_copies(gpu, copies):
-    address = copies.host_slot()
+def test_a_slot_is_done_after_the_last_of_its_copies(gpu, copies):
+    address = copies.new_slot()
     assert copies.done(address)
-    copies.out(0, address)
+    copies.to_host(0, address)
     gpu.work(2)
-    copies.into(3, address)
+    copies.to_device(3, address)
     assert not copies.done(address)
     gpu.work(2)
     assert copies.done(address) and (gpu.arena.blocks[3] == gpu.arena.blocks[0]).all()
 
 
-def test_the_memory_of_a_slot_lives_as_long_as_its_address_is_used(gpu, copies):
-    assert len({copies.host_slot() for _ in range(20)}) == 20
+def test_slots_never_share_memory(gpu, copies):
+    assert len({copies.new_slot() for _ in range(20)}) == 20
 
 
-def test_device_memory_travels_through_pinned_memory_where_mpi_was_not_proven(gpu):
-    lane = lane_for(gpu.arena, device_buffers=False)
-    assert isinstance(lane, Staged) and lane.block_bytes == SIZE and not lane.can_be_read
+def test_device_memory_is_staged_unless_mpi_is_proven_to_take_it(gpu):
+    staging = staging_buffer_for(gpu.arena, device_buffers=False)
+    assert isinstance(staging, Staged) and staging.block_bytes == SIZE and not staging.can_be_read
 
 
-def test_many_blocks_go_through_few_slots_and_back_unchanged(gpu, copies):
+def test_blocks_are_unchanged_after_a_round_trip_through_few_slots(gpu, copies):
     gpu.arena.fill(9)
     expected = gpu.arena.blocks[:4].copy()
-    lane = Staged(SIZE, copies)
+    staging = Staged(SIZE, copies)
     for pair in ((0, 1), (2, 3)):
-        addresses = [lane.outgoing(block) for block in pair]
+        addresses = [staging.send_address(block) for block in pair]
         gpu.work(100)
         for block, address in zip(pair, addresses, strict=True):
-            assert lane.still(address)
-            lane.arrived(address, 4 + block)
-        assert not any(lane.still(address) for address in addresses)
+            assert staging.copy_done(address)
+            staging.received(address, 4 + block)
+        assert not any(staging.copy_done(address) for address in addresses)
         gpu.work(100)
         for address in addresses:
-            lane.free(address)
+            staging.release(address)
     assert (gpu.arena.blocks[4:] == expected).all() and len(copies._slots) == 2

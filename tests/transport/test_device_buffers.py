@@ -1,4 +1,4 @@
-"""The program that tries device buffers, on the CPU: it must find what would be wrong."""
+"""The test program for device buffers, run on the CPU: it must detect wrong contents."""
 
 import sys
 
@@ -8,35 +8,35 @@ from mellmpi.transport.blocks import device_buffers_work
 from mellmpi.transport.probes import device_buffers as device_probe
 from tests.mpi.harness import FLAGS, ROOT, mpirun
 
-SPOILT = """
+CHANGED = """
 import sys, runpy
 from mellmpi.transport.mpi import job as mpi
 send = mpi.MpiChannel.send
-def spoilt(self, address, num_bytes, dst, tag):
+def changed(self, address, num_bytes, dst, tag):
     return send(self, address {change}, num_bytes, dst, tag)
-mpi.MpiChannel.send = spoilt
+mpi.MpiChannel.send = changed
 sys.argv = ["probe", "cpu"]
 runpy.run_module("mellmpi.transport.probes.device_buffers", run_name="__main__")
 """
 
 
-def found(tmp_path, change):
-    """What the probe says of an MPI that sends from another address."""
-    (tmp_path / "python").write_text(f"#!/bin/sh\nexec {sys.executable} {tmp_path}/spoilt.py\n")
+def buffers_work(tmp_path, change):
+    """The verdict of the probe on an MPI that changes the send address."""
+    (tmp_path / "python").write_text(f"#!/bin/sh\nexec {sys.executable} {tmp_path}/changed.py\n")
     (tmp_path / "python").chmod(0o755)
-    (tmp_path / "spoilt.py").write_text(SPOILT.format(change=change))
+    (tmp_path / "changed.py").write_text(CHANGED.format(change=change))
     flags = f"{' '.join(FLAGS)} -x PYTHONPATH={ROOT} -n 2"
     (tmp_path / "mpirun").write_text(f"#!/bin/sh\nexec {mpirun()} {flags} {tmp_path}/python\n")
     (tmp_path / "mpirun").chmod(0o755)
     return device_buffers_work("cpu", [str(tmp_path / "mpirun")])
 
 
-def test_values_are_compared_and_not_whether_messages_come(tmp_path):
-    assert found(tmp_path, "")
-    assert not found(tmp_path, "+ (num_bytes > 300_000)")
+def test_the_probe_compares_contents(tmp_path):
+    assert buffers_work(tmp_path, "")
+    assert not buffers_work(tmp_path, "+ (num_bytes > 300_000)")
 
 
-def test_no_two_messages_and_no_two_ranks_send_the_same():
+def test_all_messages_of_all_ranks_differ():
     ours, theirs = device_probe.pattern(0), device_probe.pattern(1)
     parts = [p for pattern in (ours, theirs) for p in pattern.split(list(device_probe.SIZES))]
     heads = {tuple(part[:64].tolist()) for part in parts}

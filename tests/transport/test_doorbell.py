@@ -29,7 +29,7 @@ def test_many_rings_end_one_sleep(bells):
     bells[0].find([1])
     for _ in range(5000):
         bells[0].ring(1)
-    assert bells[0].find([1]) == {1}  # too full to take another ring, but there
+    assert bells[0].find([1]) == {1}  # its queue is full, but it exists
     assert bells[1].sleep(60.0) and not bells[1].sleep(0.0)
 
 
@@ -38,7 +38,7 @@ def test_the_owner_can_be_woken(bells):
     assert bells[0].sleep(60.0)
 
 
-def test_bells_of_another_job_and_of_the_dead_are_not_found(bells):
+def test_doorbells_of_other_jobs_and_dead_workers_are_not_found(bells):
     stranger = Doorbell(secrets.token_hex(8), 0)
     assert stranger.find([0, 1]) == {0}
     assert bells[0].find([7]) == set()
@@ -46,7 +46,7 @@ def test_bells_of_another_job_and_of_the_dead_are_not_found(bells):
     stranger.close()
 
 
-def test_ringing_one_that_died_since_does_nothing(bells):
+def test_ringing_a_worker_that_has_died_does_nothing(bells):
     bells[0].find([1])
     bells[1].close()
     bells[0].ring(1)

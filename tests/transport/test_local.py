@@ -5,7 +5,8 @@ import pytest
 
 from mellmpi.protocol import Cancel, WorkerLost
 from mellmpi.transport import LocalNetwork
-from tests.transport.conformance import LIMIT_S, SCENARIOS, HostArena, Post
+from tests.transport.conformance import SCENARIOS
+from tests.transport.participant import LIMIT_S, HostArena, Participant
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda s: s.__name__)
@@ -14,7 +15,7 @@ def test_the_local_transport_keeps_the_contract(scenario):
 
     def run(transport):
         try:
-            scenario(Post(transport))
+            scenario(Participant(transport))
         except BaseException:
             errors.append(f"address {transport.worker}: {traceback.format_exc()}")
 
@@ -54,7 +55,7 @@ def test_transfers_with_a_lost_worker_end_as_failed():
     two.attach(None)
 
 
-def test_closing_ends_what_is_still_to_be_received():
+def test_close_ends_unfinished_receives():
     network = LocalNetwork(num_workers=2)
     two = network.transports[2]
     two.attach(HostArena(1))

@@ -16,7 +16,7 @@ from tests.transport.conformance import SCENARIOS
     ],
 )
 def conformance(request, tmp_path_factory):
-    """With "steps", blocks move in the main thread alone; else with "messages", by messages."""
+    """ "steps": blocks move in the main thread only; "messages": no cross-memory reads."""
     flags, *args = request.param.split()
     directory = tmp_path_factory.mktemp("conformance")
     return run_job(
@@ -30,7 +30,7 @@ def test_the_mpi_transport_keeps_the_contract(scenario, conformance):
         assert scenario.__name__ in verdict.get("passed", ()), conformance.output
 
 
-def test_the_job_ends_by_itself_though_transfers_were_left_open(conformance):
+def test_the_job_ends_in_spite_of_unfinished_transfers(conformance):
     assert conformance.returncode == 0, conformance.output
     assert all(verdict.get("finished") for verdict in conformance.verdicts)
     assert [verdict["ended"] for verdict in conformance.verdicts] == [[True, True]] * 4
@@ -46,16 +46,16 @@ def loss(request, tmp_path_factory):
 
 def survivors(outcome):
     assert outcome.verdicts[3] is None, outcome.output
-    alive = [verdict for rank, verdict in enumerate(outcome.verdicts) if rank != 3]
-    assert all(verdict and "lost" in verdict for verdict in alive), outcome.output
-    return alive
+    surviving = [verdict for rank, verdict in enumerate(outcome.verdicts) if rank != 3]
+    assert all(verdict and "lost" in verdict for verdict in surviving), outcome.output
+    return surviving
 
 
 def test_a_killed_worker_is_reported_exactly_once_to_everyone_else(loss):
     assert [verdict["lost"] for verdict in survivors(loss)] == [[3]] * 4
 
 
-def test_the_killed_workers_messages_arrive_without_a_gap_and_before_the_news(loss):
+def test_messages_of_the_killed_worker_arrive_without_gaps_before_the_report(loss):
     assert survivors(loss)[0]["heard"]["3"] > 0  # the last ones may have died with it
     assert all(verdict["in_order"] for verdict in survivors(loss))
     assert [verdict["after_the_loss"] for verdict in survivors(loss)] == [0] * 4
@@ -67,7 +67,7 @@ def test_transfers_with_the_killed_worker_end_as_failed(loss):
     assert [verdict["late_failed"] for verdict in survivors(loss)] == [lost * 2] * 4
 
 
-def test_the_living_go_on_between_themselves_and_shut_mpi_down(loss):
+def test_the_survivors_go_on_and_shut_mpi_down(loss):
     assert all("finish_s" in verdict for verdict in survivors(loss)), loss.output
     assert loss.returncode == 0, loss.output
 
@@ -82,13 +82,13 @@ def test_ranks_share_rank_0s_settings_and_refuse_a_mixed_installation(start):
     assert outcome.returncode == 0, outcome.output
     for rank, verdict in enumerate(outcome.verdicts):
         assert verdict["shared"] and verdict["num_workers"] == 3 and verdict["worker"] == rank
-        assert verdict["neighbours"] == [0, 1, 2, 3] and verdict["num_hosts"] == 4
+        assert verdict["local_ranks"] == [0, 1, 2, 3] and verdict["num_hosts"] == 4
         assert verdict["refusal"].startswith("ranks [2] (on ")
-        assert not verdict["yields"], "a look for messages would give the core away"
+        assert not verdict["yields"], "every poll would yield the core"
 
 
 def test_one_rank_alone_needs_no_finish(tmp_path):
-    flags = harness.WITHOUT_ULFM  # under ULFM mpirun would not mind
+    flags = harness.WITHOUT_ULFM  # under ULFM mpirun accepts a missing MPI_Finalize
     outcome = run_job(1, "tests.mpi.starting", "alone", directory=tmp_path, flags=flags)
     assert outcome.returncode == 0 and outcome.verdicts == [{"size": 1}], outcome.output
 
@@ -99,7 +99,7 @@ def test_an_abort_ends_every_rank_with_its_exit_code(start):
     assert outcome.verdicts == [None] * 4
 
 
-def test_without_ulfm_too_an_abort_ends_every_rank_with_its_exit_code(tmp_path):
+def test_an_abort_ends_every_rank_with_its_exit_code_without_ulfm_too(tmp_path):
     flags = harness.WITHOUT_ULFM
     outcome = run_job(4, "tests.mpi.starting", "abort", directory=tmp_path, flags=flags)
     assert outcome.returncode == 7 and outcome.verdicts == [None] * 4, outcome.output

@@ -7,7 +7,7 @@ from tests.mpi.staged_conformance import STAGED
 
 @pytest.fixture(scope="module", params=["FLAGS", "OVER_TCP steps"])
 def conformance(request, tmp_path_factory):
-    """With "steps", blocks move in the main thread alone."""
+    """ "steps": blocks move in the main thread only."""
     flags, *args = request.param.split()
     return run_job(
         4,
@@ -19,7 +19,7 @@ def conformance(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("scenario", STAGED, ids=lambda s: s.__name__)
-def test_blocks_of_a_device_keep_the_contract_on_their_way_through_the_host(scenario, conformance):
+def test_staged_blocks_of_a_device_keep_the_contract(scenario, conformance):
     for verdict in conformance.verdicts:
         assert verdict and scenario.__name__ in verdict.get("passed", ()), conformance.output
 

@@ -56,7 +56,7 @@ class Bench:
         cache = CacheConfig(enable_prefix_caching=prefix)
         self.batch = BatchScheduler((HOSTED,), num_blocks, 0, limits, cache)
         self.next_token = 100
-        self.said = []  # with the last step
+        self.sent = []  # messages of the last step
 
     def order(self, command):
         return self.batch.handle(SCHEDULER, command)
@@ -67,7 +67,7 @@ class Bench:
         return self.batch.sequences.get(epoch)
 
     def step(self, logprob=None):
-        """The plan of one step, committed."""
+        """Run one step. Returns its plan."""
         plan = self.batch.plan()
         if plan is not None:
             self.commit(plan, logprob)
@@ -77,10 +77,10 @@ class Bench:
         n = sum(chunk.sampling is not None for chunk in plan.chunks)
         tokens = tuple(range(self.next_token, self.next_token + n))
         self.next_token += n
-        self.said = self.batch.commit(plan, StepResult(tokens, (logprob,) * n))
+        self.sent = self.batch.commit(plan, StepResult(tokens, (logprob,) * n))
 
     def chunks(self):
-        """(request id, start, number of tokens, sampled) of each chunk of one step."""
+        """Run one step. Returns (request id, start, tokens, sampled) of each chunk."""
         plan = self.step()
         return [
             (c.request_id, c.start, len(c.tokens), c.sampling is not None)
@@ -135,7 +135,7 @@ def test_a_new_sequence_prefills_its_prompt_and_samples_then_decodes(bench):
     assert bench.batch.sequences[1].outputs == [100, 101]
 
 
-def test_a_chunk_has_the_tokens_of_prompt_and_outputs_taken_as_one(bench):
+def test_a_chunk_has_the_tokens_of_prompt_and_outputs_concatenated(bench):
     bench.assign(1, num_prompt=3, outputs=(8, 9))
     [chunk] = bench.batch.plan().chunks
     assert chunk.tokens == (0, 1, 2, 8, 9) and chunk.history == ((0, 1, 2), [8, 9])
@@ -156,7 +156,7 @@ SECONDS = (0.010, 0.002, 0.010, 0.0)  # of a step, a prefilled position, a decod
 
 
 def timed(target_step_ms=None, num_decoding=0):
-    """A worker that knows what its steps take; so many sequences decode there."""
+    """A worker with known step times, on which so many sequences decode."""
     bench = Bench(num_blocks=99, target_step_ms=target_step_ms)
     for request_id in range(50, 50 + num_decoding):
         bench.assign(request_id, num_prompt=1)
@@ -166,11 +166,11 @@ def timed(target_step_ms=None, num_decoding=0):
 
 
 def prompts(bench):
-    """(request id, tokens) of the prompt chunks of one step."""
+    """Run one step. Returns (request id, number of tokens) of each prompt chunk."""
     return [(i, n) for i, _, n, _ in bench.chunks() if n > 1]
 
 
-def test_prompts_get_the_time_that_a_step_has_beside_its_decodes():
+def test_prompts_get_the_time_of_a_step_that_its_decodes_leave():
     bench = timed(num_decoding=3)  # 40 ms
     bench.assign(1, num_prompt=30)
     bench.assign(2, num_prompt=9)
@@ -178,7 +178,7 @@ def test_prompts_get_the_time_that_a_step_has_beside_its_decodes():
     assert prompts(bench) == [(1, 10), (2, 9)]
 
 
-def test_a_prompt_that_is_cut_for_time_is_the_last_of_its_step():
+def test_a_prompt_limited_by_time_is_the_last_of_its_step():
     bench = timed(target_step_ms=100, num_decoding=2)
     bench.assign(1, num_prompt=45)
     bench.assign(2, num_prompt=9)
@@ -194,13 +194,13 @@ def test_prompts_advance_however_little_time_there_is():
     assert (start, count) == (5, 1)
 
 
-def test_tokens_stay_a_limit_where_there_is_time_for_more():
+def test_the_token_limit_holds_if_there_is_time_for_more():
     bench = timed(target_step_ms=1e6, num_decoding=3)
     bench.assign(1, num_prompt=90)
     assert prompts(bench) == [(1, 61)]
 
 
-def test_a_step_after_which_a_request_leaves_computes_little_of_prompts():
+def test_a_step_before_a_freeze_computes_few_prompt_tokens():
     bench = timed(num_decoding=3)
     bench.assign(1, num_prompt=90)
     assert prompts(bench) == [(1, 20)]
@@ -208,12 +208,12 @@ def test_a_step_after_which_a_request_leaves_computes_little_of_prompts():
     assert prompts(bench) == [(1, 10)], "a third of the step"
 
 
-def test_a_step_while_the_last_blocks_of_a_request_come_computes_little_of_prompts():
+def test_a_step_during_the_last_round_computes_few_prompt_tokens():
     bench = timed(num_decoding=3)
     bench.assign(1, num_prompt=90)
     bench.receive(num_prompt=18, num_logged=0)
     bench.batch.handle(2, header(num_computed=17, outputs=(), last=False))
-    assert prompts(bench) == [(1, 20)], "most of it is still to come"
+    assert prompts(bench) == [(1, 20)], "most blocks are not announced yet"
     bench.batch.handle(2, header(17, (), first_block=5, num_blocks=1, last=False, tag=IN + 1))
     assert prompts(bench) == [(1, 10)]
 
@@ -228,7 +228,7 @@ def test_decodes_come_before_prefills_and_sampled_chunks_before_partial_ones():
     assert bench.chunks() == [(1, 3, 1, True), (2, 7, 3, True), (3, 0, 2, True)]
 
 
-def test_a_younger_decode_goes_before_an_older_prefill():
+def test_a_younger_decode_comes_before_an_older_prefill():
     bench = Bench(max_num_batched_tokens=8)
     bench.receive(num_prompt=18, num_logged=0)
     bench.assign(3, num_prompt=1)
@@ -247,7 +247,7 @@ def test_no_more_sequences_than_max_num_seqs_take_part():
     assert [c[0] for c in bench.chunks()] == [3]
 
 
-def test_a_finished_sequence_gives_its_blocks_back(bench):
+def test_the_blocks_of_a_finished_sequence_are_freed(bench):
     bench.assign(1, num_prompt=5, max_tokens=2)
     bench.step()
     assert bench.batch.free_bytes == 60
@@ -255,14 +255,14 @@ def test_a_finished_sequence_gives_its_blocks_back(bench):
     assert bench.batch.free_bytes == 80 and not bench.batch.sequences
 
 
-def test_the_last_token_takes_no_block():
+def test_the_last_token_needs_no_block():
     bench = Bench(num_blocks=1)
     bench.assign(1, num_prompt=4, max_tokens=1)
     assert bench.chunks() == [(1, 0, 4, True)]
     assert not bench.batch.report(1, 0.1).preempted
 
 
-def test_a_stop_token_ends_it(bench):
+def test_a_stop_token_ends_the_sequence(bench):
     bench.assign(1, num_prompt=2, stop_token_ids=(100,))
     bench.step()
     assert not bench.batch.sequences
@@ -302,7 +302,7 @@ def test_an_unknown_message_is_a_bug(bench):
 # --- blocks --------------------------------------------------------------------------------------
 
 
-def test_without_room_an_assignment_is_handed_back_at_once():
+def test_an_assignment_without_room_is_preempted_at_once():
     bench = Bench(num_blocks=1)
     assert bench.assign(1, num_prompt=5) is None
     report = bench.batch.report(0, 0.0)
@@ -319,7 +319,7 @@ def test_the_youngest_is_preempted_for_an_older_one():
     assert bench.batch.report(2, 0.2).preempted == ((3, 3), (2, 2))
 
 
-def test_the_youngest_is_preempted_itself_when_it_needs_a_block():
+def test_the_youngest_is_preempted_if_it_needs_a_block_itself():
     bench = Bench(num_blocks=3)
     bench.assign(1, num_prompt=5)
     bench.assign(2, num_prompt=4)
@@ -328,7 +328,7 @@ def test_the_youngest_is_preempted_itself_when_it_needs_a_block():
     assert bench.batch.report(2, 0.2).preempted == ((2, 2),)
 
 
-def test_what_it_produced_before_it_was_preempted_is_reported():
+def test_tokens_computed_before_a_preemption_are_reported():
     bench = Bench(num_blocks=2)
     bench.assign(1, num_prompt=4)
     bench.assign(2, num_prompt=4)
@@ -365,7 +365,7 @@ def test_a_report_covers_the_steps_since_the_last_one(bench):
     assert (report.prefill_tokens, report.decode_tokens) == (0, 2)
 
 
-def test_a_resumed_sequence_reports_only_what_is_new(bench):
+def test_a_resumed_sequence_reports_only_new_tokens(bench):
     bench.assign(1, outputs=(8, 9))
     bench.step()
     report = bench.batch.report(1, 0.1)
@@ -394,14 +394,14 @@ def test_freed_blocks_alone_are_news(bench):
     assert bench.batch.report(0, 0.0).free_bytes == 80
 
 
-def test_only_the_scheduler_s_messages_are_acknowledged(bench):
+def test_only_messages_of_the_scheduler_are_acknowledged(bench):
     bench.receive()
     bench.batch.handle(2, header())
     bench.batch.handle(DATA_PLANE, BlocksArrived(7, 2, True, 0.1, IN, ""))
     assert bench.batch.acked == 1
 
 
-def test_a_worker_that_wakes_goes_on_counting():
+def test_a_worker_that_wakes_continues_the_count_of_messages():
     batch = BatchScheduler((HOSTED,), 2, 5, BatchConfig(), CacheConfig())
     batch.handle(SCHEDULER, Park())
     assert batch.acked == 6
@@ -426,15 +426,15 @@ def test_logprobs_are_reported_once_with_their_run(bench):
 
 
 def sending(bench, num_prompt=5):
-    """Request 7 after one step, told to go to worker 3 under epoch 9, and gone after the next."""
+    """Request 7 after one step, a migration to worker 3 under epoch 9, and the last step."""
     sequence = bench.assign(7, epoch=1, num_prompt=num_prompt)
     bench.step()
     announced = bench.order(SendKv(7, 1, dst=3, dst_epoch=9, start=0))
     bench.step()
-    return sequence, announced + bench.said
+    return sequence, announced + bench.sent
 
 
-def test_the_source_announces_all_blocks_makes_a_step_and_sends_them(bench):
+def test_the_source_announces_all_blocks_then_makes_a_step_then_sends_them(bench):
     sequence, commands = sending(bench)
     assert commands == [
         (3, header(num_computed=5, outputs=(), epoch=9, last=False)),
@@ -443,7 +443,7 @@ def test_the_source_announces_all_blocks_makes_a_step_and_sends_them(bench):
     ]
 
 
-def test_a_block_without_computed_positions_does_not_travel():
+def test_a_block_without_computed_positions_is_not_sent():
     bench = Bench(max_num_batched_tokens=8)
     sequence = bench.assign(7, epoch=1, num_prompt=19)
     bench.step()
@@ -452,13 +452,13 @@ def test_a_block_without_computed_positions_does_not_travel():
     assert blocks.block_ids == tuple(sequence.block_table[:2])
 
 
-def test_with_nothing_computed_only_the_header_travels(bench):
+def test_with_nothing_computed_only_the_header_is_sent(bench):
     bench.assign(7, epoch=1, outputs=(5,))
     assert bench.order(SendKv(7, 1, 3, 9, 0)) == [(3, header(num_computed=0, epoch=9))]
     assert not bench.batch.sequences[1].in_flight
 
 
-def test_all_logprobs_of_this_owner_travel(bench):
+def test_all_logprobs_of_this_owner_are_sent(bench):
     bench.assign(7, epoch=1)
     bench.step(LOGPROB)
     bench.batch.report(1, 0.1)
@@ -466,21 +466,21 @@ def test_all_logprobs_of_this_owner_travel(bench):
     [(_, head)] = bench.order(SendKv(7, 1, 3, 9, 0))
     assert head.logprobs == ()
     bench.step(LOGPROB)
-    [(_, head), _] = bench.said
+    [(_, head), _] = bench.sent
     assert head.logprobs == ((0, LOGPROB), (1, LOGPROB), (2, LOGPROB))
 
 
-def test_a_sending_sequence_stands_still_and_keeps_its_blocks(bench):
+def test_a_frozen_sequence_is_not_computed_and_keeps_its_blocks(bench):
     sequence, _ = sending(bench)
     assert bench.batch.plan() is None and bench.batch.free_bytes == 60
     assert sequence.phase is Phase.FROZEN
 
 
-def test_what_is_not_here_any_more_is_not_sent(bench):
+def test_a_sequence_that_has_ended_is_not_sent(bench):
     assert bench.order(SendKv(7, 1, 3, 9, 0)) == []
 
 
-def test_released_before_all_was_read_it_keeps_its_blocks_until_then(bench):
+def test_a_sequence_released_during_a_send_keeps_its_blocks_until_the_end_of_the_send(bench):
     sending(bench)
     bench.order(Release(7, 1))
     assert bench.batch.free_bytes == 60 and not bench.batch.sequences
@@ -488,7 +488,7 @@ def test_released_before_all_was_read_it_keeps_its_blocks_until_then(bench):
     assert bench.batch.free_bytes == 80 and not bench.batch.lingering
 
 
-def test_released_after_all_was_read_it_frees_its_blocks_at_once(bench):
+def test_a_sequence_released_after_the_send_frees_its_blocks_at_once(bench):
     sending(bench)
     bench.batch.handle(DATA_PLANE, BlocksSent(7, 1, OUT))
     assert bench.batch.free_bytes == 60
@@ -496,7 +496,7 @@ def test_released_after_all_was_read_it_frees_its_blocks_at_once(bench):
     assert bench.batch.free_bytes == 80
 
 
-def test_unfrozen_it_decodes_on_once_nobody_reads_its_blocks(bench):
+def test_an_unfrozen_sequence_decodes_on_after_the_end_of_the_send(bench):
     sending(bench)
     bench.order(Unfreeze(7, 1))
     assert bench.batch.plan() is None
@@ -504,11 +504,11 @@ def test_unfrozen_it_decodes_on_once_nobody_reads_its_blocks(bench):
     assert bench.chunks() == [(7, 6, 1, True)]
 
 
-def test_to_unfreeze_what_is_gone_changes_nothing(bench):
+def test_unfreezing_a_sequence_that_has_ended_changes_nothing(bench):
     assert bench.order(Unfreeze(7, 1)) == []
 
 
-def test_sent_twice_its_blocks_are_read_twice(bench):
+def test_blocks_of_two_sends_are_kept_until_both_have_ended(bench):
     sending(bench)
     bench.order(Unfreeze(7, 1))
     bench.order(SendKv(7, 1, 3, 10, 0))
@@ -520,7 +520,7 @@ def test_sent_twice_its_blocks_are_read_twice(bench):
 
 
 @pytest.mark.parametrize("unfrozen", [False, True])
-def test_what_is_being_sent_is_not_preempted(unfrozen):
+def test_a_sequence_whose_blocks_are_being_sent_is_not_preempted(unfrozen):
     bench = Bench(num_blocks=3)
     bench.assign(2, num_prompt=4)
     sending(bench)
@@ -533,12 +533,12 @@ def test_what_is_being_sent_is_not_preempted(unfrozen):
 # --- receiving -----------------------------------------------------------------------------------
 
 
-def test_the_destination_reserves_for_all_that_is_known_and_waits(bench):
+def test_the_destination_reserves_blocks_for_all_known_tokens_and_waits(bench):
     assert bench.receive(num_prompt=4) == [(SCHEDULER, KvReserved(7, 2, 0))]
     assert bench.batch.free_bytes == 60 and bench.batch.plan() is None
 
 
-def test_without_room_the_destination_refuses_and_keeps_nothing():
+def test_a_destination_without_room_refuses_and_keeps_nothing():
     bench = Bench(num_blocks=1)
     assert bench.receive(num_prompt=4) == [(SCHEDULER, KvRefused(7, 2))]
     assert bench.batch.free_bytes == 10 and not bench.batch.sequences
@@ -553,7 +553,7 @@ def test_a_reservation_is_not_preempted():
     assert bench.batch.report(2, 0.1).preempted == ((1, 1),)
 
 
-def test_a_header_sets_the_blocks_to_receive_into(bench):
+def test_a_header_posts_the_receive_of_its_blocks(bench):
     bench.receive(num_prompt=6)
     [(to, order)] = bench.batch.handle(2, header(num_computed=6))
     table = bench.batch.sequences[2].block_table
@@ -561,7 +561,7 @@ def test_a_header_sets_the_blocks_to_receive_into(bench):
     assert bench.batch.plan() is None
 
 
-def test_when_all_is_there_it_owns_the_request_and_tells_what_is_not_logged(bench):
+def test_once_all_blocks_are_present_the_destination_sends_the_tokens_that_are_not_logged(bench):
     bench.receive(num_logged=1)
     bench.batch.handle(2, header(num_computed=5, outputs=(5, 6, 7)))
     commands = bench.batch.handle(DATA_PLANE, BlocksArrived(7, 2, True, 0.25, IN, ""))
@@ -571,7 +571,7 @@ def test_when_all_is_there_it_owns_the_request_and_tells_what_is_not_logged(benc
     assert (report.firsts, report.tokens) == ((3,), (100,))
 
 
-def test_it_tells_the_logprobs_of_what_is_not_logged_and_goes_on_from_there(bench):
+def test_the_destination_sends_the_logprobs_of_tokens_that_are_not_logged(bench):
     bench.receive(num_logged=1, num_logprobs=1)
     others = tuple((-i, (i,), (-i,)) for i in range(3))
     bench.batch.handle(2, header(5, (5, 6, 7), logprobs=tuple(enumerate(others))))
@@ -581,27 +581,27 @@ def test_it_tells_the_logprobs_of_what_is_not_logged_and_goes_on_from_there(benc
     assert bench.batch.report(1, 0.1).logprobs == ((0, (LOGPROB,)),)
 
 
-def test_what_arrives_in_mid_prefill_is_prefilled_on(bench):
+def test_a_sequence_received_in_mid_prefill_is_prefilled_on(bench):
     bench.receive(num_prompt=10, num_logged=0)
     bench.batch.handle(2, header(num_computed=8, outputs=()))
     bench.batch.handle(DATA_PLANE, BlocksArrived(7, 2, True, 0.25, IN, ""))
     assert bench.chunks() == [(7, 8, 2, True)]
 
 
-def test_when_nothing_travels_it_owns_the_request_at_once(bench):
+def test_without_blocks_to_send_the_destination_owns_the_request_at_once(bench):
     bench.receive()
     commands = bench.batch.handle(2, header(num_computed=0))
     assert commands == [(SCHEDULER, KvReceived(7, 2, 1, (), (), 0, 0.0))]
     assert bench.chunks() == [(7, 0, 4, True)]
 
 
-def test_what_has_grown_since_gets_more_blocks(bench):
+def test_a_sequence_grown_since_the_reservation_gets_more_blocks(bench):
     bench.receive(num_prompt=3)
     bench.batch.handle(2, header(num_computed=9, outputs=tuple(range(7))))
     assert len(bench.batch.sequences[2].block_table) == 3
 
 
-def test_what_has_grown_too_much_fails_and_is_taken_off_the_wire():
+def test_a_sequence_grown_too_much_fails_and_its_blocks_are_drained():
     bench = Bench(num_blocks=2)
     bench.receive(num_prompt=3)
     commands = bench.batch.handle(2, header(num_computed=9, outputs=tuple(range(7))))
@@ -612,7 +612,7 @@ def test_what_has_grown_too_much_fails_and_is_taken_off_the_wire():
     assert bench.batch.free_bytes == 20 and not bench.batch.sequences
 
 
-def test_kv_of_another_layout_fails_and_is_taken_off_the_wire(bench):
+def test_kv_of_another_layout_fails_and_its_blocks_are_drained(bench):
     bench.receive()
     [(_, drain), (_, failed)] = bench.batch.handle(2, header(fingerprint="other"))
     assert drain == DrainBlocks(2, IN, 1)
@@ -623,14 +623,14 @@ def test_kv_of_another_layout_fails_and_is_taken_off_the_wire(bench):
 @pytest.mark.parametrize(
     ("num_computed", "drained"), [(3, [(DATA_PLANE, DrainBlocks(2, IN, 1))]), (0, [])]
 )
-def test_what_nobody_waits_for_any_more_is_taken_off_the_wire(bench, num_computed, drained):
+def test_blocks_of_a_released_sequence_are_drained(bench, num_computed, drained):
     bench.receive()
     bench.order(Release(7, 2))
     assert bench.batch.free_bytes == 80
     assert bench.batch.handle(2, header(num_computed)) == drained
 
 
-def test_a_broken_stream_fails_and_frees_the_blocks(bench):
+def test_a_failed_transfer_fails_the_migration_and_frees_the_blocks(bench):
     bench.receive()
     bench.batch.handle(2, header())
     commands = bench.batch.handle(DATA_PLANE, BlocksArrived(7, 2, False, 0.1, IN, "peer lost"))
@@ -639,7 +639,9 @@ def test_a_broken_stream_fails_and_frees_the_blocks(bench):
 
 
 @pytest.mark.parametrize("ok", [True, False])
-def test_released_while_blocks_arrive_it_keeps_them_until_they_have(bench, ok):
+def test_a_sequence_released_during_a_receive_keeps_its_blocks_until_the_end_of_the_receive(
+    bench, ok
+):
     bench.receive()
     bench.batch.handle(2, header())
     bench.order(Release(7, 2))
@@ -659,13 +661,13 @@ def caching():
     return Bench(prefix=True)
 
 
-def test_full_blocks_of_the_same_beginning_are_not_computed_again(caching):
+def test_full_blocks_of_the_same_prefix_are_not_computed_again(caching):
     first = caching.assign(1, num_prompt=9)
     caching.step()
     second = caching.assign(2, num_prompt=10)
     assert second.block_table[:2] == first.block_table[:2]
     assert caching.chunks() == [(1, 9, 1, True), (2, 8, 2, True)]
-    assert first.num_known == second.num_known == 2
+    assert first.num_registered == second.num_registered == 2
 
 
 def test_at_least_one_position_is_left_to_compute(caching):
@@ -675,7 +677,7 @@ def test_at_least_one_position_is_left_to_compute(caching):
     assert caching.chunks()[1] == (2, 4, 4, True)
 
 
-def test_a_beginning_is_reused_after_its_sequence_is_gone(caching):
+def test_a_prefix_is_reused_after_its_sequence_has_ended(caching):
     caching.assign(1, num_prompt=9, max_tokens=1)
     caching.step()
     assert caching.batch.free_bytes == 80
@@ -691,7 +693,7 @@ def test_outputs_are_reused_as_prompts_are(caching):
     assert caching.chunks() == [(2, 8, 1, True)]
 
 
-def test_blocks_that_arrived_are_reused(caching):
+def test_received_blocks_are_reused(caching):
     caching.receive(num_prompt=8)
     caching.batch.handle(2, header(num_computed=8))
     caching.batch.handle(DATA_PLANE, BlocksArrived(7, 2, True, 0.1, IN, ""))
@@ -699,7 +701,7 @@ def test_blocks_that_arrived_are_reused(caching):
     assert caching.chunks() == [(7, 8, 1, True), (8, 8, 1, True)]
 
 
-def test_what_is_not_computed_yet_is_not_reused():
+def test_blocks_that_are_not_computed_yet_are_not_reused():
     caching = Bench(prefix=True, max_num_batched_tokens=8)
     caching.assign(1, num_prompt=12)
     caching.step()
@@ -712,7 +714,9 @@ def test_without_the_option_nothing_is_reused(bench):
     bench.step()
     bench.assign(2, num_prompt=9)
     assert bench.chunks()[1] == (2, 0, 9, True)
-    assert not any(s.keys for s in bench.batch.sequences.values())  # nor is time spent on it
+    assert not any(
+        s.keys for s in bench.batch.sequences.values()
+    )  # no time is spent on keys either
 
 
 def test_shared_blocks_are_freed_with_the_last_sequence_that_holds_them(caching):
@@ -728,26 +732,25 @@ def test_shared_blocks_are_freed_with_the_last_sequence_that_holds_them(caching)
 # --- parking -------------------------------------------------------------------------------------
 
 
-def test_an_empty_worker_parks_at_once_and_says_so_once(bench):
+def test_an_empty_worker_parks_at_once_and_sends_parked_once(bench):
     assert bench.order(Park()) == [(SCHEDULER, Parked(acked=1))]
     assert bench.batch.handle(2, header()) == [(DATA_PLANE, DrainBlocks(2, IN, 1))]
 
 
-def test_a_worker_that_still_holds_something_parks_when_it_does_not(bench):
+def test_a_worker_with_a_sequence_parks_after_the_sequence_has_ended(bench):
     bench.assign(1)
     assert bench.order(Park()) == []
     assert bench.order(Release(1, 1)) == [(SCHEDULER, Parked(acked=3))]
 
 
-def test_a_worker_whose_blocks_are_still_read_parks_when_they_are_not(bench):
+def test_a_worker_with_a_send_in_progress_parks_after_the_send_has_ended(bench):
     sending(bench)
     bench.order(Release(7, 1))
     assert bench.order(Park()) == []
     assert bench.batch.handle(DATA_PLANE, BlocksSent(7, 1, OUT)) == [(SCHEDULER, Parked(acked=4))]
 
 
-def test_a_header_is_what_the_destination_expects(bench):
-    """What a source sends is what another batch scheduler takes in."""
+def test_another_batch_scheduler_accepts_what_a_source_sends(bench):
     _, [(_, announced), (_, last), _] = sending(bench)
     other = Bench()
     other.receive(epoch=9, num_prompt=5)

@@ -1,4 +1,4 @@
-"""A batch scheduler under any order of messages, with an engine whose tokens prove the KV."""
+"""A batch scheduler under random messages; a hash of the KV as token verifies the KV."""
 
 from collections import Counter
 
@@ -54,7 +54,7 @@ ANSWERS = [tuple(expected_outputs(r)) for r in REQUESTS]
 
 
 def kv_of(which: int, num_positions: int) -> np.ndarray:
-    """Blocks as a source would have computed them. uint64 [blocks, SIZE]"""
+    """Blocks as a source would compute them. uint64 [blocks, SIZE]"""
     num_blocks = max(1, blocks_for(num_positions, SIZE))
     engine = HashExecutor(num_blocks, [KV])
     tokens = (REQUESTS[which].prompt + ANSWERS[which])[:num_positions]
@@ -65,7 +65,7 @@ def kv_of(which: int, num_positions: int) -> np.ndarray:
 
 
 class BatchHistory(RuleBasedStateMachine):
-    """The test is rank 0, the peers and the data plane; it does what it likes within the ring."""
+    """The test acts as rank 0, the peers and the data plane, within the handover protocol."""
 
     @initialize(
         num_blocks=st.integers(3, 12),
@@ -79,29 +79,29 @@ class BatchHistory(RuleBasedStateMachine):
         self.engine = HashExecutor(num_blocks, [KV])
         self.epoch = 0
         self.request_of = {}  # epoch -> index of its request
-        self.logs = {}  # epoch -> what reports have told
-        self.reserved = {}  # epoch -> [tokens logged, next block]; headers are still to come
+        self.logs = {}  # epoch -> tokens reported
+        self.reserved = {}  # epoch -> [tokens logged, next block], before the last header
         self.receives = []  # (order, kv)
-        self.sends = []  # (order, blocks as they were)
-        self.headers = []  # that have gone out
+        self.sends = []  # (order, content of the blocks when it was posted)
+        self.headers = []  # sent by this worker
         self.orders = self.round = 0
-        self.offers = 10_000
-        self.streams = {}  # epoch at the destination -> (epoch here, next block)
-        self.rounds = {}  # tag -> (index of the request, first block, their number): announced
-        self.computing = set()  # epochs of streams whose destination still computes its part
-        self.told = set()  # epochs that have come in part, and whose source knows of the other
+        self.dst_epoch = 10_000  # the newest epoch at a destination
+        self.outgoing = {}  # epoch at the destination -> (epoch here, next block)
+        self.rounds = {}  # tag of announced blocks -> (index of the request, first block, number)
+        self.computing = set()  # destination epochs: the destination still computes its part
+        self.notified = set()  # epochs for which `PartComputed` has been sent
 
-    def fresh(self, which):
+    def new_epoch(self, which):
         self.epoch += 1
         self.request_of[self.epoch] = which
         return self.epoch
 
     def order(self, command):
         self.orders += 1
-        return self.gone(self.batch.handle(SCHEDULER, command))
+        return self.check_sent(self.batch.handle(SCHEDULER, command))
 
     def some_epoch(self, data):
-        """Perhaps of a sequence that has ended, or was never here."""
+        """Draw an epoch, possibly of a sequence that has ended or never existed."""
         return data.draw(st.integers(1, self.epoch + 1), label="epoch")
 
     # --- orders ---------------------------------------------------------------------------------
@@ -109,7 +109,7 @@ class BatchHistory(RuleBasedStateMachine):
     @rule(which=st.integers(0, len(REQUESTS) - 1), data=st.data())
     def assign(self, which, data):
         known = data.draw(st.integers(0, len(ANSWERS[which]) - 1))
-        epoch = self.fresh(which)
+        epoch = self.new_epoch(which)
         self.logs[epoch] = TokenLog(list(ANSWERS[which][:known]))
         assert self.order(Assign(REQUESTS[which], epoch, ANSWERS[which][:known])) == []
 
@@ -123,7 +123,7 @@ class BatchHistory(RuleBasedStateMachine):
     @rule(which=st.integers(0, len(REQUESTS) - 1), data=st.data())
     def reserve(self, which, data):
         logged = data.draw(st.integers(0, len(ANSWERS[which]) - 1))
-        epoch, prompt = self.fresh(which), len(REQUESTS[which].prompt)
+        epoch, prompt = self.new_epoch(which), len(REQUESTS[which].prompt)
         need, free = blocks_for(prompt + logged, SIZE), self.batch.pool.num_free
         start = SIZE * data.draw(st.integers(0, (prompt + logged - 1) // SIZE), label="start")
         outputs = ANSWERS[which][:logged]
@@ -144,44 +144,44 @@ class BatchHistory(RuleBasedStateMachine):
         epoch = self.some_epoch(data)
         sequence = self.batch.sequences.get(epoch)
         if sequence is not None and sequence.phase is not Phase.RUNNING:
-            return  # rank 0 would not
-        if sequence is not None and sequence.stream is not None:
+            return  # rank 0 would not send this
+        if sequence is not None and sequence.outgoing is not None:
             return
-        self.offers += 1
+        self.dst_epoch += 1
         start = data.draw(st.integers(0, sequence.num_computed // SIZE)) if sequence else 0
-        self.streams[self.offers] = (epoch, start)
-        self.computing |= {self.offers} if start else set()
+        self.outgoing[self.dst_epoch] = (epoch, start)
+        self.computing |= {self.dst_epoch} if start else set()
         headers = len(self.headers)
-        assert self.order(SendKv(0, epoch, 3, self.offers, start * SIZE)) == []
+        assert self.order(SendKv(0, epoch, 3, self.dst_epoch, start * SIZE)) == []
         assert len(self.headers) == headers + (sequence is not None)
 
-    @precondition(lambda self: self.streams)
+    @precondition(lambda self: self.outgoing)
     @rule(data=st.data())
     def part_computed(self, data):
-        """The destination's word: perhaps of what is over, or once more."""
-        offer = data.draw(st.integers(10_001, self.offers + 1), label="offer")
-        self.computing.discard(offer)
-        assert self.gone(self.batch.handle(3, PartComputed(0, offer))) == []
+        """The destination has computed its part; possibly after the end, or repeated."""
+        epoch = data.draw(st.integers(10_001, self.dst_epoch + 1), label="epoch")
+        self.computing.discard(epoch)
+        assert self.check_sent(self.batch.handle(3, PartComputed(0, epoch))) == []
 
-    def gone(self, commands):
-        """Check what a source sends; the other commands."""
+    def check_sent(self, commands):
+        """Check the messages of a source. Returns the other messages."""
         rest, headed = [], len(self.headers)
         for to, command in commands:
             match command:
                 case KvPayload():
-                    self.a_header_goes_out(to, command)
+                    self.check_header(to, command)
                 case SendBlocks():
                     assert to == DATA_PLANE
-                    self.blocks_go_out(command)
+                    self.check_blocks(command)
                 case _:
                     rest.append((to, command))
         awaited = [h for h in self.headers[headed:] if h.num_blocks and h.tag in self.rounds]
-        assert not any(h.last for h in awaited), "what has stopped goes at once"
+        assert not any(h.last for h in awaited), "blocks of a frozen sequence are sent at once"
         return rest
 
-    def a_header_goes_out(self, to, header):
-        """All that is full and not yet sent, or that and the next block, or all that is left."""
-        epoch, first = self.streams[header.epoch]
+    def check_header(self, to, header):
+        """It announces the unsent full blocks, or these and the next block, or all the rest."""
+        epoch, first = self.outgoing[header.epoch]
         sequence = self.batch.sequences[epoch]
         assert to == 3 and header.num_computed == sequence.num_computed
         assert header.first_block == first and header.tag // ROUNDS == header.epoch
@@ -190,18 +190,18 @@ class BatchHistory(RuleBasedStateMachine):
         assert header.num_blocks in [max(0, end - first) for end in ends]
         assert header.outputs == (tuple(sequence.outputs) if header.last else ())
         assert (sequence.phase is Phase.FROZEN) == header.last
-        # Without room for its next token, or in mid-prefill, it would only stand still here.
+        # Without room for its next token, or in mid-prefill, the source cannot compute a decode.
         stuck = len(sequence.block_table) == all_of_it and not self.batch.pool.num_free
         stuck |= sequence.num_tokens - sequence.num_computed > 1
         assert not header.last or header.epoch not in self.computing or stuck
-        self.streams[header.epoch] = (epoch, first + header.num_blocks)
+        self.outgoing[header.epoch] = (epoch, first + header.num_blocks)
         self.headers.append(header)
         if header.num_blocks:
             assert header.tag not in self.rounds
             self.rounds[header.tag] = (self.request_of[epoch], first, header.num_blocks)
 
-    def blocks_go_out(self, order):
-        """Those of a header, valid as far as has been computed by now."""
+    def check_blocks(self, order):
+        """The blocks of a header are sent, valid up to the computed positions."""
         which, first, num_blocks = self.rounds.pop(order.tag)
         assert len(order.block_ids) == num_blocks
         batch = self.batch
@@ -211,16 +211,18 @@ class BatchHistory(RuleBasedStateMachine):
         right = kv_of(which, sequence.num_computed)[first:].reshape(-1)
         valid = min(as_sent.size, sequence.num_computed - first * SIZE)
         assert (as_sent.reshape(-1)[:valid] == right[:valid]).all()
-        goes_on = sequence.stream is not None and order.epoch in batch.sequences
+        goes_on = sequence.outgoing is not None and order.epoch in batch.sequences
         if goes_on and order.tag // ROUNDS in self.computing and sequence.phase is Phase.RUNNING:
-            assert valid == as_sent.size, "what is still written stays until the source stops"
+            assert valid == as_sent.size, (
+                "blocks still being written are sent only after the freeze"
+            )
 
     @precondition(lambda self: self.epoch)
     @rule(data=st.data())
     def unfreeze(self, data):
         epoch = self.some_epoch(data)
         sequence = self.batch.sequences.get(epoch)
-        if sequence is None or sequence.stream is not None:
+        if sequence is None or sequence.outgoing is not None:
             assert self.order(Unfreeze(0, epoch)) == []
 
     # --- peers and the data plane ---------------------------------------------------------------
@@ -233,7 +235,7 @@ class BatchHistory(RuleBasedStateMachine):
         outputs = data.draw(st.integers(logged, len(ANSWERS[which]) - 1))
         known = len(REQUESTS[which].prompt) + outputs
         computed = data.draw(st.integers(0, known - 1))
-        ahead = data.draw(st.booleans(), label="ahead")  # what follows is still to be computed
+        ahead = data.draw(st.booleans(), label="ahead")  # the next block is not computed yet
         last = data.draw(st.booleans()) or (not ahead and computed // SIZE <= first)
         end = blocks_for(computed, SIZE) if last else computed // SIZE + ahead
         num_blocks = max(0, end - first)
@@ -242,8 +244,8 @@ class BatchHistory(RuleBasedStateMachine):
         self.reserved[epoch] = [outputs, first + num_blocks]
         if last:
             del self.reserved[epoch]
-        waited_for, self.round = epoch in self.batch.sequences, self.round + 1
-        commands = self.untold(
+        expected, self.round = epoch in self.batch.sequences, self.round + 1
+        commands = self.check_notified(
             self.batch.handle(
                 2,
                 KvPayload(
@@ -268,19 +270,19 @@ class BatchHistory(RuleBasedStateMachine):
                 kv = kv_of(which, computed)[first : first + num_blocks]
                 self.receives.append((order, kv))
             case [*first, (_, KvFailed())]:
-                assert waited_for and first == drain
+                assert expected and first == drain
             case [(_, KvReceived() as received)]:
                 self.arrived(epoch, received)
             case _:
-                assert commands == drain and (not waited_for or not num_blocks)
+                assert commands == drain and (not expected or not num_blocks)
 
-    def untold(self, commands):
-        """Check what the source is told; the other commands."""
-        for to, word in [c for c in commands if isinstance(c[1], PartComputed)]:
-            sequence = self.batch.sequences[word.epoch]
-            assert to == 2 and word.epoch not in self.told
-            assert sequence.num_computed >= sequence.arrival.start > 0
-            self.told.add(word.epoch)
+    def check_notified(self, commands):
+        """Check `PartComputed` messages. Returns the other messages."""
+        for to, message in [c for c in commands if isinstance(c[1], PartComputed)]:
+            sequence = self.batch.sequences[message.epoch]
+            assert to == 2 and message.epoch not in self.notified
+            assert sequence.num_computed >= sequence.incoming.start > 0
+            self.notified.add(message.epoch)
         return [c for c in commands if not isinstance(c[1], PartComputed)]
 
     @precondition(lambda self: self.receives)
@@ -289,7 +291,7 @@ class BatchHistory(RuleBasedStateMachine):
         i = data.draw(st.integers(0, len(self.receives) - 1))
         order, kv = self.receives.pop(i)
         self.engine.arena[list(order.block_ids)] = kv if ok else 0
-        waited_for = order.epoch in self.batch.sequences
+        expected = order.epoch in self.batch.sequences
         reason = "" if ok else "checksum"
         commands = self.batch.handle(
             DATA_PLANE,
@@ -297,12 +299,12 @@ class BatchHistory(RuleBasedStateMachine):
         )
         match commands:
             case [(_, KvReceived() as received)]:
-                assert ok and waited_for
+                assert ok and expected
                 self.arrived(order.epoch, received)
             case [(_, KvFailed())]:
-                assert waited_for and not ok
+                assert expected and not ok
             case _:
-                assert commands == [] and (ok or not waited_for)
+                assert commands == [] and (ok or not expected)
 
     def arrived(self, epoch, received):
         log = self.logs[epoch]
@@ -315,7 +317,7 @@ class BatchHistory(RuleBasedStateMachine):
         order, as_sent = self.sends.pop(data.draw(st.integers(0, len(self.sends) - 1)))
         assert (self.engine.arena[list(order.block_ids)] == as_sent).all(), "written while sent"
         sent = BlocksSent(order.request_id, order.epoch, order.tag)
-        assert self.gone(self.batch.handle(DATA_PLANE, sent)) == []
+        assert self.check_sent(self.batch.handle(DATA_PLANE, sent)) == []
 
     # --- steps and reports ----------------------------------------------------------------------
 
@@ -324,28 +326,28 @@ class BatchHistory(RuleBasedStateMachine):
         batch, before = self.batch, dict(self.batch.sequences)
         computed = {epoch: s.num_computed for epoch, s in before.items()}
         plan = batch.plan()
-        self.the_youngest_go_first(before)
-        assert plan is not None or not self.rounds, "what was announced is given a step"
+        self.check_preempted(before)
+        assert plan is not None or not self.rounds, "an announced sequence gets a step"
         if plan is not None:
-            self.the_plan_is_lawful(plan, computed)
+            self.check_plan(plan, computed)
             commands = batch.commit(plan, self.engine.execute(plan))
-            for _, received in self.untold(self.gone(commands)):
+            for _, received in self.check_notified(self.check_sent(commands)):
                 assert isinstance(received, KvReceived)
                 self.arrived(received.epoch, received)
             late = [tag for tag in self.rounds if tag // ROUNDS not in self.computing]
-            assert not late, "what was announced goes after the step"
-            self.what_is_full_goes()
+            assert not late, "announced blocks are sent after the step"
+            self.check_full_blocks_are_sent()
         for sequence in before.values():
             answer = ANSWERS[self.request_of[sequence.epoch]]
             assert tuple(sequence.outputs) == answer[: len(sequence.outputs)], "wrong token"
 
-    def what_is_full_goes(self):
+    def check_full_blocks_are_sent(self):
         for tag, (_, first, num_blocks) in self.rounds.items():
-            sequence = self.batch.sequences[self.streams[tag // ROUNDS][0]]
+            sequence = self.batch.sequences[self.outgoing[tag // ROUNDS][0]]
             assert sequence.num_computed < (first + num_blocks) * SIZE
 
-    def the_youngest_go_first(self, before):
-        """Nobody is preempted while a younger one keeps running."""
+    def check_preempted(self, before):
+        """No sequence is preempted while a younger one keeps running."""
         gone = [e for e in before if e not in self.batch.sequences]
         assert all(before[e].phase is Phase.RUNNING and not before[e].in_flight for e in gone)
         running = [
@@ -356,7 +358,7 @@ class BatchHistory(RuleBasedStateMachine):
         order = list(before)
         assert not gone or all(order.index(e) < order.index(g) for e in running for g in gone)
 
-    def the_plan_is_lawful(self, plan, computed):
+    def check_plan(self, plan, computed):
         limits, planned = self.limits, self.batch._planned
         assert 0 < len(plan.chunks) <= limits.max_num_seqs
         assert sum(len(c.tokens) for c in plan.chunks) <= limits.max_num_batched_tokens
@@ -367,20 +369,22 @@ class BatchHistory(RuleBasedStateMachine):
         assert not left_out or all(s in decodes for s in planned), "decodes come first"
         written = Counter()
         for chunk, sequence in zip(plan.chunks, planned, strict=True):
-            assert sequence.phase is not Phase.FROZEN and not sequence.closing
+            assert sequence.phase is not Phase.FROZEN and not sequence.sending_partial
             assert chunk.tokens and chunk.start == computed[sequence.epoch], "computed once"
             end = chunk.start + len(chunk.tokens)
             catches_up = sequence.phase is Phase.RUNNING and end == sequence.num_tokens
             assert (chunk.sampling is not None) == catches_up
             written.update({chunk.block_table[p // SIZE] for p in range(chunk.start, end)})
-        assert all(n == 1 for n in written.values()), "two write one block"
+        assert all(n == 1 for n in written.values()), "two sequences write one block"
         moving = {b for order, _ in self.sends + self.receives for b in order.block_ids}
         assert not moving & written.keys(), "a block in flight is written"
-        assert all(self.batch.pool._holders[b] == 1 for b in written), "a shared block is written"
+        assert all(self.batch.pool._ref_counts[b] == 1 for b in written), (
+            "a shared block is written"
+        )
 
     def decoding(self, sequence, computed):
         gap = sequence.num_tokens - computed[sequence.epoch]
-        return sequence.phase is Phase.RUNNING and not sequence.closing and gap == 1
+        return sequence.phase is Phase.RUNNING and not sequence.sending_partial and gap == 1
 
     @rule()
     def report(self):
@@ -398,10 +402,10 @@ class BatchHistory(RuleBasedStateMachine):
         for _, epoch in report.preempted:
             assert epoch not in self.batch.sequences
         for epoch, sequence in self.batch.sequences.items():
-            if sequence.phase is not Phase.ARRIVING:
-                assert self.logs[epoch].tokens == sequence.outputs, "rank 0 knows it all now"
+            if sequence.phase is not Phase.RECEIVING:
+                assert self.logs[epoch].tokens == sequence.outputs, "rank 0 knows all tokens now"
 
-    # --- what always holds ----------------------------------------------------------------------
+    # --- invariants -----------------------------------------------------------------------------
 
     @invariant()
     def each_block_is_in_exactly_one_place(self):
@@ -413,24 +417,26 @@ class BatchHistory(RuleBasedStateMachine):
         for sequence in [*batch.sequences.values(), *batch.lingering.values()]:
             assert len(set(sequence.block_table)) == len(sequence.block_table)
             held.update(sequence.block_table)
-        assert batch.pool._holders == [held[block] for block in range(batch.pool.num_blocks)]
+        assert batch.pool._ref_counts == [held[block] for block in range(batch.pool.num_blocks)]
         assert len(held) + batch.pool.num_free == batch.pool.num_blocks
         assert all(s.in_flight for s in batch.lingering.values())
         touched = {b for order, _ in self.sends + self.receives for b in order.block_ids}
-        assert touched <= held.keys(), "blocks in flight were given away"
-        announced = {self.streams[tag // ROUNDS][0] for tag in self.rounds}
-        assert announced <= batch.sequences.keys(), "what was announced and is over goes at once"
+        assert touched <= held.keys(), "blocks in transfer were freed"
+        announced = {self.outgoing[tag // ROUNDS][0] for tag in self.rounds}
+        assert announced <= batch.sequences.keys(), (
+            "announced blocks of an ended sequence are sent at once"
+        )
 
     @invariant()
-    def a_source_hears_that_its_destination_has_computed_its_part(self):
+    def part_computed_is_sent_when_the_part_is_computed(self):
         for epoch, sequence in self.batch.sequences.items() if hasattr(self, "batch") else ():
-            if (arrival := sequence.arrival) is None or arrival.num_computed is not None:
+            if (incoming := sequence.incoming) is None or incoming.num_computed is not None:
                 continue
-            done = arrival.announced and sequence.num_computed >= arrival.start > 0
-            assert (epoch in self.told) == done
+            done = incoming.announced and sequence.num_computed >= incoming.start > 0
+            assert (epoch in self.notified) == done
 
     @invariant()
-    def computed_never_overtakes_known(self):
+    def computed_is_less_than_known(self):
         if hasattr(self, "batch"):
             for sequence in self.batch.sequences.values():
                 assert sequence.num_computed < sequence.num_tokens

@@ -1,4 +1,4 @@
-"""The block pool: what it gives is held, what is held is nobody else's."""
+"""The block pool: an allocated block is held, and a held block is not allocated again."""
 
 from collections import Counter
 
@@ -15,117 +15,117 @@ from mellmpi.worker.kvcache import BlockPool, block_key
 def pool():
     pool = BlockPool(4)
     yield pool
-    assert pool.num_free == 4  # a test gives back what it takes
+    assert pool.num_free == 4  # every test frees the blocks that it allocates
 
 
 @pytest.mark.parametrize(("tokens", "blocks"), [(0, 0), (1, 1), (4, 1), (5, 2), (8, 2)])
-def test_a_started_block_is_a_whole_one(tokens, blocks):
+def test_a_partly_filled_block_counts_as_a_whole_block(tokens, blocks):
     assert blocks_for(tokens, 4) == blocks
 
 
-def test_a_key_tells_the_tokens_of_the_block_and_all_before_it():
+def test_a_key_depends_on_the_tokens_of_the_block_and_on_all_before():
     first, other = block_key(b"", (1, 2)), block_key(b"", (1, 3))
     assert first == block_key(b"", (1, 2)) != other
     assert block_key(first, (5, 6)) != block_key(other, (5, 6))
 
 
-def test_a_refused_take_changes_nothing(pool):
-    assert pool.take(5) is None and pool.num_free == 4
+def test_a_refused_allocation_changes_nothing(pool):
+    assert pool.allocate(5) is None and pool.num_free == 4
 
 
-def test_nothing_taken_is_given_twice(pool):
-    a, b = pool.take(2), pool.take(2)
+def test_no_block_is_allocated_twice(pool):
+    a, b = pool.allocate(2), pool.allocate(2)
     assert sorted(a + b) == [0, 1, 2, 3]
-    pool.give(a + b)
+    pool.free(a + b)
 
 
 def test_a_block_freed_twice_is_a_bug(pool):
-    ids = pool.take(1)
-    pool.give(ids)
+    ids = pool.allocate(1)
+    pool.free(ids)
     with pytest.raises(AssertionError, match="freed twice"):
-        pool.give(ids)
+        pool.free(ids)
 
 
-def test_only_what_is_held_can_be_known(pool):
+def test_only_held_blocks_can_be_registered(pool):
     with pytest.raises(AssertionError, match="not held"):
-        pool.know(0, b"k")
+        pool.register(0, b"k")
 
 
-def known(pool, *keys):
-    """A block with each of these contents, given back in this order."""
-    ids = pool.take(len(keys))
+def cached(pool, *keys):
+    """Returns a cached block for each of these keys, freed in this order."""
+    ids = pool.allocate(len(keys))
     for block, key in zip(ids, keys, strict=True):
-        pool.know(block, key)
+        pool.register(block, key)
     for block in ids:
-        pool.give([block])
+        pool.free([block])
     return ids
 
 
 def test_a_known_prefix_is_shared_up_to_the_first_unknown_block(pool):
-    a, b, c = known(pool, b"a", b"b", b"c")
+    a, b, c = cached(pool, b"a", b"b", b"c")
     assert pool.share([b"a", b"b", b"x", b"c"]) == [a, b]
     assert pool.is_held(a) and pool.is_held(b) and not pool.is_held(c)
-    pool.give([a, b])
+    pool.free([a, b])
 
 
-def test_a_block_shared_by_two_is_free_when_both_have_let_go(pool):
-    [a] = known(pool, b"a")
+def test_a_block_held_twice_is_free_when_both_holders_have_freed_it(pool):
+    [a] = cached(pool, b"a")
     assert pool.share([b"a"]) == pool.share([b"a"]) == [a]
     assert pool.num_free == 3
-    pool.give([a])
+    pool.free([a])
     assert pool.num_free == 3
-    pool.give([a])
+    pool.free([a])
 
 
-def test_kept_blocks_go_last_and_the_one_given_back_longest_ago_first(pool):
-    a, b = known(pool, b"a", b"b")
-    ids = pool.take(3)
+def test_cached_blocks_are_evicted_last_and_the_least_recently_freed_first(pool):
+    a, b = cached(pool, b"a", b"b")
+    ids = pool.allocate(3)
     assert a in ids and b not in ids
     assert pool.share([b"a"]) == [] and pool.share([b"b"]) == [b]
-    pool.give([*ids, b])
+    pool.free([*ids, b])
 
 
 def test_of_one_sequence_the_tail_is_evicted_before_the_prefix(pool):
-    ids = pool.take(2)
-    pool.know(ids[0], b"prefix")
-    pool.know(ids[1], b"tail")
-    pool.give(ids)
-    others = pool.take(3)
+    ids = pool.allocate(2)
+    pool.register(ids[0], b"prefix")
+    pool.register(ids[1], b"tail")
+    pool.free(ids)
+    others = pool.allocate(3)
     assert pool.share([b"prefix"]) == [ids[0]] and pool.share([b"tail"]) == []
-    pool.give([*others, ids[0]])
+    pool.free([*others, ids[0]])
 
 
-def test_the_first_block_with_a_content_is_the_one_to_share(pool):
-    a, b = pool.take(2)
-    pool.know(a, b"k")
-    pool.know(b, b"k")
-    pool.give([b])
+def test_of_blocks_with_equal_content_the_first_is_shared(pool):
+    a, b = pool.allocate(2)
+    pool.register(a, b"k")
+    pool.register(b, b"k")
+    pool.free([b])
     assert pool.share([b"k"]) == [a]
-    pool.give([a, a])
-    assert pool.take(4) is not None
-    pool.give([0, 1, 2, 3])
+    pool.free([a, a])
+    assert pool.allocate(4) is not None
+    pool.free([0, 1, 2, 3])
 
 
-def test_what_a_block_contains_is_settled_once(pool):
-    ids = pool.take(1)
-    pool.know(ids[0], b"first")
-    pool.know(ids[0], b"second")
-    pool.give(ids)
+def test_the_content_of_a_block_is_registered_once(pool):
+    ids = pool.allocate(1)
+    pool.register(ids[0], b"first")
+    pool.register(ids[0], b"second")
+    pool.free(ids)
     assert pool.share([b"second"]) == []
 
 
 class PoolHistory(RuleBasedStateMachine):
-    """Whatever is taken, known, shared and given back: each block is in exactly one place."""
+    """Random allocations, registrations, shares and frees: each block is in exactly one place."""
 
     @initialize(num_blocks=st.integers(1, 8))
     def make(self, num_blocks):
         self.pool, self.held = BlockPool(num_blocks), []
-        self.content = {}  # block -> key, as long as its content is its own
+        self.content = {}  # block -> its registered key
 
     @rule(n=st.integers(0, 9))
-    def take(self, n):
+    def allocate(self, n):
         free = self.pool.num_free
-        ids = self.pool.take(n)
+        ids = self.pool.allocate(n)
         assert (ids is None) == (n > free)
         if ids is None:
             return
@@ -137,14 +137,14 @@ class PoolHistory(RuleBasedStateMachine):
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
-    def give(self, data):
-        self.pool.give(self.held.pop(data.draw(st.integers(0, len(self.held) - 1))))
+    def free(self, data):
+        self.pool.free(self.held.pop(data.draw(st.integers(0, len(self.held) - 1))))
 
     @precondition(lambda self: any(self.held))
     @rule(data=st.data(), key=st.sampled_from([b"a", b"b", b"c"]))
-    def know(self, data, key):
+    def register(self, data, key):
         block = data.draw(st.sampled_from(sorted({b for table in self.held for b in table})))
-        self.pool.know(block, key)
+        self.pool.register(block, key)
         if block not in self.content and key not in self.content.values():
             self.content[block] = key
 
@@ -152,8 +152,8 @@ class PoolHistory(RuleBasedStateMachine):
     def share(self, keys):
         ids = self.pool.share(keys)
         where = {key: block for block, key in self.content.items()}
-        known = [key in where for key in [*keys, None]].index(False)
-        assert ids == [where[key] for key in keys[:known]]
+        num_known = [key in where for key in [*keys, None]].index(False)
+        assert ids == [where[key] for key in keys[:num_known]]
         self.held.append(ids)
 
     @invariant()
@@ -161,11 +161,11 @@ class PoolHistory(RuleBasedStateMachine):
         if not hasattr(self, "pool"):
             return
         pool, holders = self.pool, Counter(block for table in self.held for block in table)
-        assert pool._holders == [holders[block] for block in range(pool.num_blocks)]
-        assert sorted([*holders, *pool._empty, *pool._kept]) == list(range(pool.num_blocks))
+        assert pool._ref_counts == [holders[block] for block in range(pool.num_blocks)]
+        assert sorted([*holders, *pool._empty, *pool._cached]) == list(range(pool.num_blocks))
         assert pool._key_of == self.content
         assert not set(pool._empty) & set(self.content)
-        assert set(pool._kept) <= set(self.content)
+        assert set(pool._cached) <= set(self.content)
 
 
 TestPoolHistory = PoolHistory.TestCase

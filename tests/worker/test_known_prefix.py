@@ -1,19 +1,19 @@
-"""Blocks that the destination of a move has in its prefix cache are not sent."""
+"""Blocks that the destination of a migration has in its prefix cache are not sent."""
 
 from mellmpi.protocol import SCHEDULER, KvRefused, KvReserved, SendKv
-from tests.scheduler.stage import Stage, told
+from tests.scheduler.stage import Stage, of_type
 from tests.worker.test_batch import Bench
 
 
-def test_the_source_is_told_to_send_only_what_the_destination_does_not_know():
+def test_the_source_sends_only_blocks_that_the_destination_does_not_have():
     stage = Stage()
     record = stage.reserving(num_prompt=15)
     assert record.offer.start == 0
-    commands = stage.tell(2, KvReserved(7, record.offer.epoch, 8))
-    assert [order.start for order in told(commands, SendKv)] == [8]
+    commands = stage.handle(2, KvReserved(7, record.offer.epoch, 8))
+    assert [order.start for order in of_type(commands, SendKv)] == [8]
 
 
-def test_who_refuses_a_move_gives_back_the_known_blocks_that_it_would_have_begun_with():
+def test_a_destination_that_refuses_frees_the_cached_blocks_of_the_prefix():
     bench = Bench(num_blocks=8, prefix=True)
     bench.assign(1, num_prompt=9, max_tokens=1)
     bench.step()

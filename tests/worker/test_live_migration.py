@@ -1,7 +1,4 @@
-"""Sequences that stream while they decode, and that are computed in one part and sent in the other.
-
-Blocks hold 4 positions.
-"""
+"""Migrations in rounds while the sequence decodes, and splits. Blocks hold 4 positions."""
 
 import pytest
 
@@ -49,15 +46,15 @@ def sent(bench, which):
 
 
 def go(bench):
-    """The last step here of what was announced, and what is sent with it."""
+    """Run one step. Returns the messages sent after it."""
     bench.step()
-    return bench.said
+    return bench.sent
 
 
 # --- the source ----------------------------------------------------------------------------------
 
 
-def test_full_blocks_go_first_and_the_sequence_decodes_on(bench):
+def test_full_blocks_are_sent_first_and_the_sequence_decodes_on(bench):
     sequence, [(_, head), (_, blocks)] = begin(bench)
     assert (head.first_block, head.num_blocks, head.last, head.tag) == (0, 4, False, TAG)
     assert (head.outputs, head.logprobs) == ((), ())
@@ -65,7 +62,7 @@ def test_full_blocks_go_first_and_the_sequence_decodes_on(bench):
     assert bench.chunks() == [(7, 17, 1, True)] and sequence.phase is Phase.RUNNING
 
 
-def test_with_little_left_what_will_be_left_is_announced_a_step_before_it_stops(bench):
+def test_the_remaining_blocks_are_announced_one_step_before_the_freeze(bench):
     sequence, _ = begin(bench)
     for _ in range(5):
         bench.step()
@@ -81,7 +78,7 @@ def test_with_little_left_what_will_be_left_is_announced_a_step_before_it_stops(
 
 
 @pytest.mark.parametrize(("computed", "num_blocks"), [(19, 1), (20, 2), (21, 2)])
-def test_the_step_before_it_stops_may_begin_a_block(bench, computed, num_blocks):
+def test_the_step_before_the_freeze_may_begin_a_block(bench, computed, num_blocks):
     begin(bench)
     for _ in range(computed - 17):
         bench.step()
@@ -91,7 +88,7 @@ def test_the_step_before_it_stops_may_begin_a_block(bench, computed, num_blocks)
     assert head.num_computed == computed + 1 and len(blocks.block_ids) == num_blocks
 
 
-def test_what_was_announced_goes_though_others_take_the_step():
+def test_an_announced_sequence_is_frozen_though_other_sequences_are_computed():
     bench = Bench(num_blocks=20, max_num_seqs=1)
     bench.assign(1, epoch=5, num_prompt=3)
     bench.step()
@@ -103,7 +100,7 @@ def test_what_was_announced_goes_though_others_take_the_step():
     assert head.last and head.num_computed == 3 and len(blocks.block_ids) == 1
 
 
-def test_what_prefills_goes_at_once():
+def test_a_prefilling_sequence_is_frozen_at_once():
     bench = Bench(num_blocks=20, max_num_batched_tokens=8)
     bench.assign(7, epoch=1, num_prompt=17)
     bench.step()
@@ -113,7 +110,7 @@ def test_what_prefills_goes_at_once():
 
 
 @pytest.mark.parametrize("order", [Release(7, 1), Unfreeze(7, 1)])
-def test_what_was_announced_is_sent_though_nobody_wants_it_any_more(bench, order):
+def test_announced_blocks_are_sent_after_an_abort(bench, order):
     sequence, _ = begin(bench)
     sent(bench, 0)
     [(to, blocks)] = bench.order(order)
@@ -124,7 +121,7 @@ def test_what_was_announced_is_sent_though_nobody_wants_it_any_more(bench, order
     assert bench.batch.free_bytes == (150 if stays else 200) and bool(bench.chunks()) == stays
 
 
-def test_what_was_announced_is_sent_when_it_finishes_with_that_step(bench):
+def test_announced_blocks_are_sent_if_the_sequence_finishes_in_that_step(bench):
     sequence = bench.assign(7, epoch=1, num_prompt=5, max_tokens=2)
     bench.step()
     bench.order(SendKv(7, 1, 3, 9, 0))
@@ -133,7 +130,7 @@ def test_what_was_announced_is_sent_when_it_finishes_with_that_step(bench):
     assert sent(bench, 0) == [] and bench.batch.free_bytes == 200
 
 
-def test_what_was_announced_is_not_preempted():
+def test_an_announced_sequence_is_not_preempted():
     bench = Bench(num_blocks=3)
     bench.assign(2, num_prompt=4)
     bench.step()
@@ -144,7 +141,7 @@ def test_what_was_announced_is_not_preempted():
     assert bench.batch.report(1, 0.1).preempted == ()
 
 
-def test_what_has_become_full_meanwhile_goes_in_a_round_of_its_own(bench):
+def test_blocks_that_became_full_meanwhile_are_another_round(bench):
     begin(bench)
     for _ in range(12):
         bench.step()
@@ -152,7 +149,7 @@ def test_what_has_become_full_meanwhile_goes_in_a_round_of_its_own(bench):
     assert (head.first_block, head.num_blocks, head.last) == (4, 3, False)
 
 
-def test_rounds_that_do_not_shrink_are_the_last(bench):
+def test_if_rounds_do_not_shrink_the_remaining_blocks_are_announced(bench):
     begin(bench)
     for _ in range(16):
         bench.step()
@@ -162,44 +159,44 @@ def test_rounds_that_do_not_shrink_are_the_last(bench):
     assert head.last
 
 
-def test_the_last_round_that_has_a_tag_is_the_last(bench):
+def test_with_the_last_tag_the_remaining_blocks_are_announced(bench):
     sequence, _ = begin(bench)
     for _ in range(12):
         bench.step()
-    sequence.stream.round = ROUNDS - 2
+    sequence.outgoing.round = ROUNDS - 2
     [(_, head)] = sent(bench, ROUNDS - 2)
     assert head.num_blocks == 4 and head.tag == TAG + ROUNDS - 1
     [(_, head), _] = go(bench)
     assert head.last
 
 
-def test_blocks_that_need_not_come_are_not_sent(bench):
+def test_blocks_before_start_are_not_sent(bench):
     _, [(_, head), (_, blocks)] = begin(bench, start=8)
     assert (head.first_block, head.num_blocks, len(blocks.block_ids)) == (2, 2, 2)
 
 
-def test_a_source_that_has_computed_less_than_that_sends_nothing():
+def test_a_source_that_has_not_computed_up_to_start_sends_no_blocks():
     bench = Bench(max_num_batched_tokens=8)
     _, commands = begin(bench, start=12)
     [(_, head)] = commands
     assert (head.first_block, head.num_blocks, head.num_computed, head.last) == (3, 0, 8, True)
 
 
-def test_ended_in_mid_stream_it_begins_no_further_round(bench):
+def test_after_a_release_no_further_round_begins(bench):
     begin(bench)
     bench.order(Release(7, 1))
     assert bench.batch.free_bytes == 150
     assert sent(bench, 0) == [] and bench.batch.free_bytes == 200
 
 
-def test_unfrozen_in_mid_stream_it_begins_no_further_round(bench):
+def test_after_an_abort_no_further_round_begins(bench):
     begin(bench)
     bench.order(Unfreeze(7, 1))
     assert bench.chunks() == [(7, 17, 1, True)]
     assert sent(bench, 0) == [] and bench.chunks() == [(7, 18, 1, True)]
 
 
-def test_a_round_of_a_move_that_has_failed_does_not_begin_one_of_the_next(bench):
+def test_the_end_of_a_round_of_a_failed_migration_begins_no_round_of_the_next(bench):
     begin(bench)
     bench.order(Unfreeze(7, 1))
     bench.order(SendKv(7, 1, 3, 10, 0))
@@ -209,7 +206,7 @@ def test_a_round_of_a_move_that_has_failed_does_not_begin_one_of_the_next(bench)
     assert head.epoch == 10 and head.last
 
 
-def test_without_room_to_grow_it_waits_and_goes_with_what_it_has():
+def test_a_sequence_without_room_to_grow_waits_and_is_frozen_as_it_is():
     bench = Bench(num_blocks=5)
     sequence, _ = begin(bench)
     for _ in range(3):
@@ -220,7 +217,7 @@ def test_without_room_to_grow_it_waits_and_goes_with_what_it_has():
     assert bench.batch.report(1, 0.1).preempted == ()
 
 
-def test_a_younger_one_makes_room_for_it_but_no_older_one():
+def test_a_younger_sequence_is_preempted_for_one_that_migrates():
     bench = Bench(num_blocks=7)
     bench.assign(1, epoch=5, num_prompt=1, max_tokens=4)
     begin(bench, epoch=1)
@@ -236,7 +233,7 @@ def test_a_younger_one_makes_room_for_it_but_no_older_one():
     assert bench.batch.report(1, 0.1).preempted == ((2, 6),)
 
 
-def test_an_older_one_is_not_preempted_for_it():
+def test_an_older_sequence_is_not_preempted_for_one_that_migrates():
     bench = Bench(num_blocks=7)
     bench.assign(1, epoch=5, num_prompt=4)
     sequence, _ = begin(bench)
@@ -247,7 +244,7 @@ def test_an_older_one_is_not_preempted_for_it():
     assert bench.batch.sequences.keys() == {1, 5}
 
 
-def test_unfrozen_it_does_not_write_the_half_full_block_that_is_still_being_sent(bench):
+def test_an_unfrozen_sequence_does_not_write_the_half_full_block_in_transfer(bench):
     begin(bench)
     sent(bench, 0)
     go(bench)
@@ -259,16 +256,16 @@ def test_unfrozen_it_does_not_write_the_half_full_block_that_is_still_being_sent
 
 
 def computed(bench, epoch=9):
-    """The destination's word that its own part is there."""
+    """The destination has computed its part."""
     return bench.batch.handle(3, PartComputed(7, epoch))
 
 
 def steps(bench, number):
-    """What so many steps make it send."""
+    """Run so many steps. Returns the messages sent after them."""
     return [command for _ in range(number) for command in go(bench)]
 
 
-def test_while_the_destination_computes_the_source_decodes_on_and_sends_what_becomes_full(bench):
+def test_while_the_destination_computes_the_source_decodes_on_and_sends_full_blocks(bench):
     begin(bench, start=8)
     [(_, head)] = sent(bench, 0)
     assert (head.first_block, head.num_blocks, head.last, head.tag) == (4, 1, False, TAG + 1)
@@ -281,7 +278,7 @@ def test_while_the_destination_computes_the_source_decodes_on_and_sends_what_bec
     assert steps(bench, 2) == [] and bench.batch.sequences[1].phase is Phase.RUNNING
 
 
-def test_told_that_the_part_is_computed_it_stops_at_once_and_sends_what_was_announced(bench):
+def test_part_computed_freezes_the_sequence_and_sends_the_announced_blocks(bench):
     sequence, _ = begin(bench, start=8)
     sent(bench, 0)
     bench.step()
@@ -293,7 +290,7 @@ def test_told_that_the_part_is_computed_it_stops_at_once_and_sends_what_was_anno
     assert computed(bench) == [] and sent(bench, 1) == []
 
 
-def test_told_in_the_middle_of_a_round_it_goes_on_like_any_other(bench):
+def test_after_part_computed_during_a_round_the_migration_goes_on_as_without_split(bench):
     begin(bench, start=8)
     assert computed(bench) == [] and steps(bench, 1) == []
     [(_, head)] = sent(bench, 0)
@@ -314,9 +311,9 @@ def test_rounds_need_not_shrink_while_the_destination_computes(bench):
     assert (head.num_blocks, head.last, blocks.tag) == (4, False, TAG + 2)
 
 
-def test_without_tags_for_more_rounds_it_decodes_on_and_sends_the_rest_when_told(bench):
+def test_without_tags_for_more_rounds_the_rest_is_sent_after_part_computed(bench):
     sequence, _ = begin(bench, start=8)
-    sequence.stream.round = ROUNDS - 2
+    sequence.outgoing.round = ROUNDS - 2
     assert sent(bench, ROUNDS - 2) == [] and steps(bench, 12) == []
     [(_, head)] = computed(bench)
     assert (head.first_block, head.num_blocks, head.tag) == (4, 4, TAG + ROUNDS - 1)
@@ -324,7 +321,7 @@ def test_without_tags_for_more_rounds_it_decodes_on_and_sends_the_rest_when_told
     assert head.last and len(blocks.block_ids) == 4
 
 
-def test_a_source_without_room_to_grow_goes_before_it_is_told():
+def test_a_source_without_room_to_grow_freezes_before_part_computed():
     bench = Bench(num_blocks=5)
     begin(bench, start=8)
     for _ in range(3):
@@ -334,7 +331,7 @@ def test_a_source_without_room_to_grow_goes_before_it_is_told():
 
 
 @pytest.mark.parametrize("order", [Release(7, 1), Unfreeze(7, 1)])
-def test_the_word_of_a_destination_that_has_been_given_up_changes_nothing(bench, order):
+def test_part_computed_after_an_abort_changes_nothing(bench, order):
     begin(bench, start=8)
     sent(bench, 0)
     [(to, _)] = bench.order(order)
@@ -343,7 +340,7 @@ def test_the_word_of_a_destination_that_has_been_given_up_changes_nothing(bench,
     assert bool(bench.chunks()) == isinstance(order, Unfreeze)
 
 
-def test_the_word_of_an_earlier_destination_is_not_that_of_a_later_one(bench):
+def test_part_computed_of_an_earlier_destination_changes_nothing(bench):
     begin(bench, start=8)
     bench.order(Unfreeze(7, 1))
     bench.order(SendKv(7, 1, 3, 10, 8))
@@ -354,7 +351,7 @@ def test_the_word_of_an_earlier_destination_is_not_that_of_a_later_one(bench):
     assert head.epoch == 10 and head.last
 
 
-def test_what_is_announced_goes_when_it_finishes_before_the_destination_has_computed(bench):
+def test_announced_blocks_are_sent_if_the_sequence_finishes_before_part_computed(bench):
     sequence = bench.assign(7, epoch=1, num_prompt=9, max_tokens=3)
     bench.step()
     bench.order(SendKv(7, 1, 3, 9, 8))
@@ -390,7 +387,7 @@ def reserve(bench, num_prompt=17, start=0, outputs=(5,)):
     return bench.order(order)
 
 
-def test_it_decodes_when_the_last_round_is_there(bench):
+def test_the_destination_decodes_once_the_last_round_is_present(bench):
     reserve(bench)
     announce(bench, 0, 0, 4, 17)
     assert arrived(bench, 0) == [] and bench.batch.plan() is None
@@ -409,7 +406,7 @@ def test_rounds_may_arrive_in_any_order(bench):
     assert isinstance(received, KvReceived)
 
 
-def test_it_decodes_once_all_is_there_that_was_announced_before_the_source_stopped(bench):
+def test_the_destination_decodes_once_the_blocks_announced_before_the_freeze_are_present(bench):
     reserve(bench)
     [(_, order)] = announce(bench, 0, 0, 5, 17)
     assert order.block_ids == tuple(bench.batch.sequences[9].block_table)
@@ -419,7 +416,7 @@ def test_it_decodes_once_all_is_there_that_was_announced_before_the_source_stopp
     assert bench.chunks() == [(7, 18, 1, True)]
 
 
-def test_likewise_if_it_is_there_before_the_source_has_stopped(bench):
+def test_the_destination_decodes_at_the_last_header_if_all_blocks_are_present(bench):
     reserve(bench)
     announce(bench, 0, 0, 5, 17)
     assert arrived(bench, 0) == [] and bench.batch.plan() is None
@@ -427,14 +424,14 @@ def test_likewise_if_it_is_there_before_the_source_has_stopped(bench):
     assert isinstance(received, KvReceived) and bench.chunks() == [(7, 18, 1, True)]
 
 
-def test_its_table_grows_as_rounds_are_announced(bench):
+def test_the_block_table_grows_with_each_header(bench):
     reserve(bench)
     announce(bench, 0, 0, 4, 17)
     [(_, order)] = announce(bench, 1, 4, 3, 29)
     assert order.block_ids == tuple(bench.batch.sequences[9].block_table[4:7])
 
 
-def test_without_room_in_a_later_round_that_round_is_drained_and_all_is_given_back():
+def test_without_room_for_a_later_round_the_round_is_drained_and_all_blocks_are_freed():
     bench = Bench(num_blocks=5)
     reserve(bench)
     announce(bench, 0, 0, 4, 17)
@@ -447,8 +444,8 @@ def test_without_room_in_a_later_round_that_round_is_drained_and_all_is_given_ba
     assert announce(bench, 2, 7, 1, 30, last=True) == [(DATA_PLANE, DrainBlocks(2, TAG + 2, 1))]
 
 
-def test_without_room_for_its_next_token_it_fails_though_all_blocks_would_fit():
-    """It would be preempted at once; at the source it still has its blocks."""
+def test_without_room_for_the_next_token_the_migration_fails():
+    """The sequence would be preempted at once; at the source it still has its blocks."""
     bench = Bench(num_blocks=5)
     reserve(bench)
     announce(bench, 0, 0, 4, 17)
@@ -456,7 +453,7 @@ def test_without_room_for_its_next_token_it_fails_though_all_blocks_would_fit():
     assert failed == KvFailed(7, 9, "no room for what it has grown by")
 
 
-def test_a_round_that_arrives_wrong_fails_the_move_and_the_others_are_awaited(bench):
+def test_a_failed_round_fails_the_migration_and_the_other_rounds_are_still_received(bench):
     reserve(bench)
     announce(bench, 0, 0, 4, 17)
     announce(bench, 1, 4, 1, 18, (5, 6), last=True)
@@ -465,7 +462,7 @@ def test_a_round_that_arrives_wrong_fails_the_move_and_the_others_are_awaited(be
     assert arrived(bench, 1) == [] and bench.batch.free_bytes == 200
 
 
-def test_a_gap_between_rounds_fails_the_move(bench):
+def test_a_gap_between_rounds_fails_the_migration(bench):
     reserve(bench)
     announce(bench, 0, 0, 3, 13)
     [_, (_, failed)] = announce(bench, 1, 4, 1, 18, (5, 6), last=True)
@@ -476,7 +473,7 @@ def test_a_gap_between_rounds_fails_the_move(bench):
 
 
 @pytest.mark.parametrize("computes_last", [True, False])
-def test_a_split_decodes_when_both_parts_are_there(computes_last):
+def test_a_split_decodes_once_both_parts_are_present(computes_last):
     bench = Bench(num_blocks=20, max_num_batched_tokens=8)
     assert reserve(bench, start=12) == [(SCHEDULER, KvReserved(7, 9, 12))]
     [(_, order)] = announce(bench, 0, 3, 2, 18, (5, 6), last=True)
@@ -499,15 +496,15 @@ def test_a_split_may_compute_outputs_too(bench):
     assert chunk.tokens == (0, 1, 2, 3, 4, 50, 51, 52) and chunk.sampling is None
 
 
-def test_a_split_computes_nothing_before_its_blocks_are_let_in(bench):
-    # A long step would keep them waiting, and both parts would go one after the other.
+def test_a_split_computes_nothing_before_the_first_header(bench):
+    # During a long step no receive could be posted: the two parts would not overlap.
     reserve(bench, start=12)
     assert bench.batch.plan() is None
     announce(bench, 0, 3, 1, 17)
     assert bench.chunks() == [(7, 0, 12, False)]
 
 
-def test_the_source_is_told_once_that_the_destinations_part_is_computed():
+def test_part_computed_is_sent_once():
     bench = Bench(num_blocks=20, max_num_batched_tokens=8)
     reserve(bench, start=12)
     announce(bench, 0, 3, 1, 17)
@@ -517,27 +514,27 @@ def test_the_source_is_told_once_that_the_destinations_part_is_computed():
     assert isinstance(order, ReceiveBlocks) and bench.batch.plan() is None
 
 
-def test_a_destination_whose_part_is_known_says_so_with_the_first_round():
+def test_part_computed_is_sent_at_the_first_header_if_the_prefix_is_cached():
     bench = Bench(num_blocks=20, prefix=True)
     bench.assign(1, num_prompt=14, max_tokens=1)
     bench.step()
     assert reserve(bench) == [(SCHEDULER, KvReserved(7, 9, 12))]
-    [(_, order), (to, word)] = announce(bench, 0, 3, 1, 17)
-    assert isinstance(order, ReceiveBlocks) and (to, word) == (2, PartComputed(7, 9))
+    [(_, order), (to, message)] = announce(bench, 0, 3, 1, 17)
+    assert isinstance(order, ReceiveBlocks) and (to, message) == (2, PartComputed(7, 9))
 
 
-def test_a_source_that_has_stopped_is_told_nothing(bench):
+def test_no_part_computed_is_sent_to_a_source_that_has_frozen_the_sequence(bench):
     reserve(bench, start=12)
     announce(bench, 0, 3, 2, 18, (5, 6), last=True)
     assert go(bench) == []
 
 
-def test_a_destination_that_computes_nothing_says_nothing(bench):
+def test_a_destination_without_own_part_sends_no_part_computed(bench):
     reserve(bench)
     assert [type(order) for _, order in announce(bench, 0, 0, 4, 17)] == [ReceiveBlocks]
 
 
-def test_what_is_computed_for_a_split_comes_behind_all_that_runs(bench):
+def test_the_part_of_a_split_is_computed_after_all_running_sequences(bench):
     reserve(bench, start=12)
     announce(bench, 0, 3, 1, 17)
     bench.assign(1, num_prompt=9)
@@ -545,7 +542,7 @@ def test_what_is_computed_for_a_split_comes_behind_all_that_runs(bench):
     assert [c[0] for c in bench.chunks()] == [1, 2, 7]
 
 
-def test_known_blocks_need_not_be_sent_nor_computed():
+def test_cached_blocks_are_neither_sent_nor_computed():
     bench = Bench(num_blocks=20, prefix=True)
     bench.assign(1, num_prompt=10, max_tokens=1)
     bench.step()
@@ -556,7 +553,7 @@ def test_known_blocks_need_not_be_sent_nor_computed():
     assert received.num_bytes == 30 and bench.chunks() == [(7, 18, 1, True)]
 
 
-def test_what_is_computed_here_counts_where_the_source_had_not_got_so_far():
+def test_cached_positions_count_if_the_source_has_computed_fewer():
     bench = Bench(num_blocks=20, prefix=True)
     bench.assign(1, num_prompt=14, max_tokens=1)
     bench.step()
@@ -565,7 +562,7 @@ def test_what_is_computed_here_counts_where_the_source_had_not_got_so_far():
     assert received.num_bytes == 0 and bench.chunks() == [(7, 12, 6, True)]
 
 
-def test_a_header_for_a_split_begins_behind_it(bench):
+def test_a_header_that_begins_before_the_split_fails_the_migration(bench):
     reserve(bench, start=12)
     [_, (_, failed)] = bench.batch.handle(2, header(18, (5, 6), epoch=9))
     assert isinstance(failed, KvFailed)

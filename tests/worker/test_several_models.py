@@ -1,4 +1,4 @@
-"""Several models on one worker: one pool of blocks, and a step for each in turn."""
+"""Several models on one worker: one pool of blocks, and alternating steps."""
 
 import pytest
 
@@ -54,7 +54,7 @@ def bench():
     return Bench()
 
 
-def test_a_step_is_of_one_model_and_models_take_turns(bench):
+def test_a_step_computes_one_model_and_models_alternate(bench):
     bench.assign("small", 1)
     bench.assign("large", 2)
     bench.assign("small", 3)
@@ -62,25 +62,25 @@ def test_a_step_is_of_one_model_and_models_take_turns(bench):
     assert steps == [("small", [1, 3]), ("large", [2])] * 2
 
 
-def test_a_model_without_work_is_passed_over(bench):
+def test_a_model_without_work_is_skipped(bench):
     bench.assign("large", 2)
     assert [bench.step() for _ in range(2)] == [("large", [2])] * 2
     bench.assign("small", 1)
     assert bench.step() == ("small", [1])
 
 
-def test_a_model_all_of_whose_sequences_were_preempted_leaves_its_turn_to_the_other():
+def test_a_model_with_all_sequences_preempted_leaves_the_step_to_the_other():
     bench = Bench(num_blocks=2)
     bench.assign("small", 1, num_prompt=8)
     bench.assign("large", 2, num_prompt=2)
     bench.step(), bench.step()
-    # Now both need a second block: the one of `large`, the younger, makes room.
+    # Now both need a second block: that of `large`, the younger, is preempted.
     assert [bench.step() for _ in range(2)] == [("small", [1])] * 2
     assert list(bench.batch.sequences) == [1]
     assert bench.batch.report(1, 0.1).preempted == ((2, 2),)
 
 
-def test_the_youngest_of_any_model_makes_room_for_an_older_one():
+def test_the_youngest_sequence_of_any_model_is_preempted_for_an_older_one():
     bench = Bench(num_blocks=3)
     bench.assign("large", 1, num_prompt=4)
     bench.assign("small", 2, num_prompt=1)
@@ -88,20 +88,20 @@ def test_the_youngest_of_any_model_makes_room_for_an_older_one():
     assert bench.step() == ("large", [1]) and list(bench.batch.sequences) == [1]
 
 
-def test_the_same_tokens_take_as_many_blocks_as_the_model_needs_for_them(bench):
+def test_the_number_of_blocks_depends_on_the_model(bench):
     assert len(bench.assign("small", 1, num_prompt=6).block_table) == 1
     assert len(bench.assign("large", 2, num_prompt=6).block_table) == 3
     assert bench.batch.free_bytes == 4 * BLOCK_BYTES
 
 
-def test_blocks_that_one_model_frees_another_uses():
+def test_blocks_freed_by_one_model_are_used_by_another():
     bench = Bench(num_blocks=2)
     table = bench.assign("small", 1, num_prompt=9, max_tokens=1).block_table
     bench.step()
     assert set(bench.assign("large", 2, num_prompt=3).block_table) == set(table)
 
 
-def test_equal_beginnings_are_shared_within_a_model_and_never_across():
+def test_equal_prefixes_are_shared_within_a_model_and_never_across_models():
     bench = Bench(
         num_blocks=12,
         prefix=True,
@@ -114,7 +114,7 @@ def test_equal_beginnings_are_shared_within_a_model_and_never_across():
     assert again.num_computed == 16 and again.block_table[:2] == first.block_table[:2]
 
 
-def test_a_header_says_the_layout_of_the_model(bench):
+def test_a_header_has_the_layout_of_the_model(bench):
     bench.assign("large", 1)
     [(_, header)] = bench.batch.handle(SCHEDULER, SendKv(1, 1, 2, 9, 0))
     assert header.fingerprint == "layout of large"

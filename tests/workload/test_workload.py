@@ -91,7 +91,7 @@ def test_columns_of_two_formats_are_refused():
         recognise(columns(UNIFORM) | columns(VIDUR))
 
 
-def test_what_lacks_one_column_of_a_format_is_told_so():
+def test_the_error_names_the_one_missing_column():
     with pytest.raises(ValueError, match="uniform without arrival_s"):
         recognise({"prompt_tokens", "output_tokens"})
 
@@ -115,14 +115,14 @@ def test_the_help_names_every_format(form):
     ],
 )
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-def test_headers_may_differ_in_what_does_not_matter(tmp_path, header, end):
+def test_headers_may_differ_in_case_spaces_separators_and_line_ends(tmp_path, header, end):
     row = header.strip().lower().replace("arrival_s", "1.5").replace("prompt_tokens", "7")
     row = row.replace("output_tokens", "9").strip("\ufeff")
     found = load(written(tmp_path, f"{header}\n{row}\n\n".replace("\n", end)))
     assert (found.arrival_s, found.prompt_tokens, found.output_tokens) == ([1.5], [7], [9])
 
 
-def test_empty_lines_are_no_requests(tmp_path):
+def test_empty_lines_are_skipped(tmp_path):
     assert len(load(written(tmp_path, MOONCAKE.replace("{", "\n \n{")))) == 2
 
 
@@ -132,7 +132,7 @@ def test_columns_may_stand_in_any_order(tmp_path):
 
 
 @pytest.mark.parametrize(("separator", "name"), [(";", "semicolons"), ("\t", "tabs")])
-def test_a_separator_other_than_the_comma_is_said(tmp_path, separator, name):
+def test_the_source_names_a_separator_other_than_the_comma(tmp_path, separator, name):
     assert f"separated by {name}" in load(written(tmp_path, UNIFORM.replace(",", separator))).source
     assert "separated" not in load(written(tmp_path, UNIFORM)).source
 
@@ -219,10 +219,12 @@ def spaced(name, gap, num=40, tokens=1000):
         ("Vidur", 301, "milliseconds", "1000"),
     ],
 )
-def test_an_unlikely_load_is_said_with_the_flag_that_corrects_it(tmp_path, name, gap, unit, scale):
+def test_an_unlikely_load_is_reported_with_the_flag_that_corrects_it(
+    tmp_path, name, gap, unit, scale
+):
     path = written(tmp_path, spaced(name, gap))
     if name == "Mooncake" and gap == 3e8:
-        path.write_text(spaced(name, gap, num=20))  # within 366 days, if it were milliseconds
+        path.write_text(spaced(name, gap, num=20))  # within 366 days in milliseconds
     source = load(path).source
     assert source.endswith(f"if the times are in {unit}, add --rate-scale {scale}")
 
@@ -241,7 +243,7 @@ def test_an_unlikely_load_is_said_with_the_flag_that_corrects_it(tmp_path, name,
         ("uniform", 0.001, 1000),
     ],
 )
-def test_a_likely_load_is_not_doubted(tmp_path, name, gap, tokens):
+def test_a_likely_load_is_not_reported(tmp_path, name, gap, tokens):
     assert "unlikely" not in load(written(tmp_path, spaced(name, gap, tokens=tokens))).source
 
 
@@ -256,7 +258,7 @@ def test_no_trace_is_longer_than_366_days(tmp_path, name):
         load(path)
 
 
-def test_only_uniform_times_count_from_zero(tmp_path):
+def test_only_uniform_times_are_relative_to_zero(tmp_path):
     with pytest.raises(ValueError, match="line 1: arrival_s is over 366 days"):
         load(written(tmp_path, '{"arrival_s": 1.7e9, "prompt_tokens": 1, "output_tokens": 1}'))
     late = load(
@@ -268,7 +270,7 @@ def test_only_uniform_times_count_from_zero(tmp_path):
     assert late.arrival_s.tolist() == [0, 0.25]
 
 
-def test_the_source_says_number_span_and_rate(tmp_path):
+def test_the_source_has_number_span_and_rate(tmp_path):
     found = load(written(tmp_path, spaced("uniform", 0.5, num=1001)))
     assert found.source.endswith("1,001 requests in 8.3 min (2 requests/s)")
     assert load(written(tmp_path, JSONL)).source.endswith("2 requests at once")
@@ -365,7 +367,7 @@ def test_a_bad_trace_is_refused_with_file_and_line(tmp_path, text, line, hint):
         (b"\x28\xb5\x2f\xfd", "zstd"),
     ],
 )
-def test_what_is_no_text_is_refused_by_name(tmp_path, content, hint):
+def test_a_file_that_is_not_text_is_refused_by_name(tmp_path, content, hint):
     path = written(tmp_path, content)
     with pytest.raises(ValueError, match=f"{path} cannot be read: .*{hint}"):
         load(path)
@@ -403,7 +405,7 @@ def test_a_damaged_trace_is_read_or_refused_by_name(scratch, valid, seed):
 # --- other loads --------------------------------------------------------------------------------
 
 
-def test_a_scaled_rate_compresses_time_and_nothing_else(tmp_path):
+def test_a_scaled_rate_changes_only_arrival_times(tmp_path):
     slow = load(written(tmp_path, UNIFORM))
     fast = slow.faster(4.0)
     assert (fast.arrival_s * 4 == slow.arrival_s).all()
@@ -419,19 +421,19 @@ def test_a_scaled_rate_spreads_requests_over_366_days_at_most(tmp_path, factor):
 
 
 @pytest.mark.parametrize("factor", [2e8, 1e308])
-def test_a_scaled_length_is_bounded_as_that_of_a_trace_is(tmp_path, factor):
+def test_a_scaled_length_has_the_limit_of_a_trace(tmp_path, factor):
     found = load(written(tmp_path, UNIFORM))
     assert found.longer(1e8).output_tokens.tolist() == [2_000_000_000, 200_000_000]
     with pytest.raises(ValueError, match=r"--length-scale .* 2,147,483,647"):
         found.longer(factor)
 
 
-def test_generated_arrivals_have_the_rate_and_variation_that_was_asked_for():
+def test_generated_arrivals_have_the_given_rate_and_variation():
     gaps = np.diff(gamma(20_000, rate=4.0, cv=3.0, prompt=100, output=50, seed=1).arrival_s)
     assert gaps.mean() == pytest.approx(0.25, rel=0.1)
     assert gaps.std() / gaps.mean() == pytest.approx(3.0, rel=0.1)
 
 
-def test_one_seed_gives_one_workload():
+def test_the_same_seed_gives_the_same_workload():
     a, b = (gamma(50, 1.0, 1.0, 100, 50, seed=7) for _ in range(2))
     assert (a.arrival_s == b.arrival_s).all() and (a.prompt_tokens == b.prompt_tokens).all()

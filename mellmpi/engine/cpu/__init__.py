@@ -1,6 +1,6 @@
-"""The forward pass of CPUs: compiled kernels, packed weights, threads.
+"""The forward pass on CPUs: compiled kernels, packed weights, threads.
 
-Knows nothing of where weights come from, nor of sampling.
+Knows nothing of weight files or of sampling.
 """
 
 from mellmpi.engine.cpu.model import CpuModel, unsupported

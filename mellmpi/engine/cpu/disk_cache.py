@@ -1,8 +1,8 @@
-"""Machine code kept on disk between starts, where numba would keep it: `__pycache__` or the home.
+"""A disk cache of machine code, in numba's own cache directories.
 
-Numba's own cache looks only at the file of the function itself: it would go on using code made from
-an older `tile.py`. And when two ranks compile for different types at once, both may write their
-code under one name. Here the name of an entry says what it was made from, so that it never changes.
+Numba's cache compares only the source file of the function itself: it would go on using code made
+from an older `gemm.py`. And two ranks that compile for different types at once may write their code
+under one name. Here the name of an entry is a digest of all its sources, so an entry never changes.
 """
 
 import fcntl
@@ -22,7 +22,7 @@ from numba.core.registry import cpu_target
 
 
 def source_stamp() -> str:
-    """Changes when any of the kernels does, or what compiles them."""
+    """A digest of the sources of all kernels and of the versions of their compilers."""
     digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
@@ -30,38 +30,40 @@ def source_stamp() -> str:
 
 
 class SourceCache(FunctionCache):
-    """An entry a signature, kind of CPU and state of the sources; where numba would keep it."""
+    """Numba's cache with one file for each signature, kind of CPU and state of the sources."""
 
     def __init__(self, py_func: Callable[..., Any]):
-        super().__init__(py_func)
+        super().__init__(py_func)  # type: ignore[no-untyped-call]
         self._stamp = source_stamp()
 
     def _use_file_of(self, sig: Any, codegen: Any) -> None:
         key = repr((str(sig), codegen.magic_tuple(), self._stamp))
         name = f"{self._impl.filename_base}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-        self._cache_file = IndexDataCacheFile(self._cache_path, name, self._stamp)
+        self._cache_file = IndexDataCacheFile(  # type: ignore[no-untyped-call]
+            self._cache_path, name, self._stamp
+        )
 
     def _load_overload(self, sig: Any, target_context: Any) -> Any:
         self._use_file_of(sig, target_context.codegen())
-        return super()._load_overload(sig, target_context)
+        return super()._load_overload(sig, target_context)  # type: ignore[no-untyped-call]
 
     def _save_overload(self, sig: Any, data: Any) -> None:
         self._use_file_of(sig, data.codegen)
-        super()._save_overload(sig, data)
+        super()._save_overload(sig, data)  # type: ignore[no-untyped-call]
 
 
-def kept(dispatcher: Any) -> Any:
-    """The jitted function, its code kept on disk where there is a place that can be written to."""
+def cached_on_disk(dispatcher: Any) -> Any:
+    """The jitted function, with its code cached on disk where a cache directory is writable."""
     with suppress(RuntimeError):  # numba: no locator available, as in a read-only home
         dispatcher._cache = SourceCache(dispatcher.py_func)
     return dispatcher
 
 
 @contextmanager
-def one_at_a_time(dispatcher: Any, wait_s: float = 60.0) -> Iterator[None]:
-    """Let the first of several starting ranks compile a `kept` function, and the others load it.
+def compile_lock(dispatcher: Any, wait_s: float = 60.0) -> Iterator[None]:
+    """Let one of several starting ranks compile a `cached_on_disk` function; the others load it.
 
-    Who has waited too long, or has no file to wait at, goes ahead.
+    After `wait_s` seconds, or where no lock file can be made, go on without the lock.
     """
     with ExitStack() as stack:
         with suppress(OSError, TypeError):  # TypeError: there is no path
@@ -81,7 +83,7 @@ def _locked(lock: IO[str]) -> bool:
 
 
 def object_code(module: Callable[[], str]) -> bytes:
-    """An object file for this CPU, of the LLVM assembly that `module` writes."""
+    """An object file for this CPU from the LLVM assembly that `module` returns, cached on disk."""
 
     def compiled() -> bytes:
         _, cpu, features = cpu_target.target_context.codegen().magic_tuple()
@@ -91,25 +93,25 @@ def object_code(module: Callable[[], str]) -> bytes:
         code: bytes = machine.emit_object(llvm.parse_assembly(module()))
         return code
 
-    return _kept_file(module, f"{module.__name__}-{{}}.o", compiled)
+    return _cached_file(module, f"{module.__name__}-{{}}.o", compiled)
 
 
-def kept_number(name: str, measure: Callable[[], int]) -> int:
-    """A number that was measured on this kind of CPU with these kernels, or is now."""
-    text = _kept_file(kept_number, f"{name}-{{}}.txt", lambda: str(measure()).encode())
+def cached_number(name: str, measure: Callable[[], int]) -> int:
+    """The result of `measure` for this kind of CPU and these kernels, cached on disk."""
+    text = _cached_file(cached_number, f"{name}-{{}}.txt", lambda: str(measure()).encode())
     return int(text)
 
 
-def _kept_file(owner: Callable[..., Any], form: str, make: Callable[[], bytes]) -> bytes:
-    """What `make` returns, kept where numba would keep the code of `owner`.
+def _cached_file(owner: Callable[..., Any], form: str, make: Callable[[], bytes]) -> bytes:
+    """The content that `make` returns, cached where numba caches the code of `owner`.
 
-    form  the name of the file; {} stands for the state of the sources and the kind of CPU
+    form  the name of the file; {} stands for a digest of the sources and the kind of CPU
     """
     magic = cpu_target.target_context.codegen().magic_tuple()
     digest = hashlib.sha256(repr((source_stamp(), magic)).encode()).hexdigest()[:16]
     path = None
     with suppress(RuntimeError, OSError):
-        locator = CompileResultCacheImpl(owner).locator
+        locator = CompileResultCacheImpl(owner).locator  # type: ignore[no-untyped-call]
         locator.ensure_cache_path()
         path = Path(locator.get_cache_path()) / form.format(digest)
         return path.read_bytes()
@@ -123,7 +125,10 @@ def _kept_file(owner: Callable[..., Any], form: str, make: Callable[[], bytes]) 
 
 
 def link(code: bytes, symbols: list[str]) -> llvm.ExecutionEngine:
-    """Let all functions that are linked later find these; the engine owns the machine code."""
+    """Make the symbols of an object file known to code that is linked later.
+
+    The returned engine owns the machine code and must be held.
+    """
     machine = llvm.Target.from_default_triple().create_target_machine(jit=True)
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))

@@ -1,339 +1,181 @@
-"""All rows of a batch times one packed matrix, each tile handed on while it is still in cache."""
+"""Linear layers: all rows of a batch times one packed matrix, each block used while in cache."""
 
 import numpy as np
 from numba import njit
 
-from mellmpi.engine.cpu.features import (
-    HAS_BF16_DOT,
-    MOST_ROWS,
-    WIDE_ROWS,
-    WIDE_VECTORS,
-)
-from mellmpi.engine.cpu.gemm import tile16, tile32
+from mellmpi.engine.cpu.features import HAS_BF16_DOT, MR, WIDENED_MR, WIDENED_VECTORS
+from mellmpi.engine.cpu.gemm import microkernel16, microkernel32
 from mellmpi.engine.cpu.memory import even, load, odd, pair_of, store
-from mellmpi.engine.cpu.packed_weights import PANEL
-from mellmpi.engine.cpu.parallel_for import KERNEL, shares
+from mellmpi.engine.cpu.packed_weights import NR
+from mellmpi.engine.cpu.parallel_for import KERNEL, parallel_for
+from mellmpi.engine.cpu.shapes import Parts, View
 from mellmpi.engine.cpu.vectors import LANES, exp2, fill, larger
 
-MOST = MOST_ROWS[2]
-WIDE_COLUMNS = WIDE_VECTORS * LANES  # of a tile over widened weights
-PART = 512  # steps of k that are widened at once: 32 KB for 16 columns, the first-level cache
+MR32 = MR[2]  # rows of `microkernel32`
+WIDENED_NR = WIDENED_VECTORS * LANES  # columns of the micro-kernel over widened weights
+wide_kernel = microkernel16 if WIDENED_VECTORS == 1 else microkernel32
+KC = 512  # steps of k that are widened at once: 32 KB for 16 columns, the first-level cache
 NEVER = 1 << 40  # rows
-WIDE_BLOCK = 512 // WIDE_ROWS * WIDE_ROWS  # rows, at most, for which weights are widened once
-WIDE_ELEMENTS = PART * WIDE_COLUMNS + WIDE_BLOCK * PANEL
-WIDENS = not HAS_BF16_DOT  # numba leaves out what a constant of the module rules out
-ROWS_BYTES = 256 * 1024  # of activations that stay in the second-level cache beside a panel
-LEAST_GATE = np.float32(-87)  # where SiLU is as good as 0 and exp(-gate) still finite
+WIDENED_BLOCK = 512 // WIDENED_MR * WIDENED_MR  # most rows for which weights are widened once
+WIDENED_ELEMENTS = KC * WIDENED_NR + WIDENED_BLOCK * NR
+WIDENS = not HAS_BF16_DOT  # a constant, so that numba drops the branch where it is false
+ROWS_BYTES = 256 * 1024  # activations that stay in the second-level cache beside a micro-panel
+LEAST_GATE = np.float32(-87)  # SiLU is practically 0 here, and exp(-gate) still finite
 LOG2E = np.float32(1.4426950408889634)
-# Elements to prefetch ahead: fewer than FEW rows wait for memory, more compute.
+# Elements to prefetch ahead: fewer than FEW rows are bound by memory, more by arithmetic.
 NEAR, FAR, FEW = 2048, 8192, 5
-KEEP, ADD, GATE_UP = 0, 1, 2  # what becomes of a tile
+STORE, ADD, GATE_UP = 0, 1, 2  # the use of the sums
 
 
 @njit(**KERNEL)
-def finish(how, tile, rows, out, row, stride, panel):
-    if how == KEEP:
-        keep(tile, rows, out, row, stride, panel)
+def finish(how, sums, rows, out, row, stride, panel):
+    """Write the sums of one micro-panel, float32 [rows, NR], into `out` from row `row` on."""
+    if how == STORE:
+        store_sums(sums, rows, out, row, stride, panel)
     elif how == ADD:
-        add_to(tile, rows, out, row, stride, panel)
+        add_sums(sums, rows, out, row, stride, panel)
     else:
-        gate_up(tile, rows, out, row, stride, panel)
+        store_gated(sums, rows, out, row, stride, panel)
 
 
 @njit(**KERNEL)
-def keep(tile, rows, out, row, stride, panel):
-    """out [., stride] float32 = tile."""
+def store_sums(sums, rows, out, row, stride, panel):
+    """out [., stride] float32 = sums."""
     for r in range(rows):
-        at = (row + r) * stride + panel * PANEL
-        store(out, at, load(tile, r * PANEL))
-        store(out, at + LANES, load(tile, r * PANEL + LANES))
+        at = (row + r) * stride + panel * NR
+        store(out, at, load(sums, r * NR))
+        store(out, at + LANES, load(sums, r * NR + LANES))
 
 
 @njit(**KERNEL)
-def add_to(tile, rows, out, row, stride, panel):
-    """out [., stride] float32 += tile: the residual stream."""
+def add_sums(sums, rows, out, row, stride, panel):
+    """out [., stride] float32 += sums: the residual stream."""
     for r in range(rows):
-        at = (row + r) * stride + panel * PANEL
-        store(out, at, load(out, at) + load(tile, r * PANEL))
-        store(out, at + LANES, load(out, at + LANES) + load(tile, r * PANEL + LANES))
+        at = (row + r) * stride + panel * NR
+        store(out, at, load(out, at) + load(sums, r * NR))
+        store(out, at + LANES, load(out, at + LANES) + load(sums, r * NR + LANES))
 
 
 @njit(**KERNEL)
-def gate_up(tile, rows, out, row, stride, panel):
-    """out [., stride] = SiLU(gate) * up, of panels whose first half is gate (`interleaved`)."""
+def store_gated(sums, rows, out, row, stride, panel):
+    """out [., stride] = SiLU(gate) * up; the first half of a micro-panel is gate (`interleaved`)"""
     one, scale, least = fill(np.float32(1)), fill(-LOG2E), fill(LEAST_GATE)
     for r in range(rows):
-        gate = load(tile, r * PANEL)
+        gate = load(sums, r * NR)
         silu = gate / (one + exp2(larger(gate, least) * scale))
-        store(out, (row + r) * stride + panel * LANES, silu * load(tile, r * PANEL + LANES))
+        store(out, (row + r) * stride + panel * LANES, silu * load(sums, r * NR + LANES))
 
 
 @njit(**KERNEL)
-def multiply_rows(
-    a, a_stride, row, rows, k, w, w_at, places, bias, bias_at, tile, how, out, stride, panel
-):
-    """One panel, for rows in tiles of nearly equal size."""
-    pair, tiles = pair_of(w), (rows + MOST - 1) // MOST
-    steps = k // pair
-    while tiles > 0:
-        m = (rows + tiles - 1) // tiles
-        places[1] = NEAR if m < FEW else FAR
-        tile32(
-            m,
-            a,
-            row * a_stride,
-            a_stride,
-            w,
-            w_at,
-            PANEL * pair,
-            places,
-            0,
-            1,
-            1,
-            steps,
-            steps,
-            bias,
-            bias_at,
-            0,
-            tile,
-            0,
-            PANEL,
-        )
-        finish(how, tile, m, out, row, stride, panel)
-        row, rows, tiles = row + m, rows - m, tiles - 1
+def multiply(a, a_stride, row, rows, w, bias, matrix, panel, offsets, sums, how, out, stride):
+    """One micro-panel times `rows` rows, in groups of nearly equal size.
+
+    sums  float32 [MR32, NR]
+    """
+    pair, groups, k = pair_of(w), (rows + MR32 - 1) // MR32, matrix.inputs
+    parts = Parts(0, 1, 1, k // pair, k // pair)
+    w_view = View(matrix.at + panel * NR * k, NR * pair)
+    bias_view, sums_view = View(matrix.bias_at + panel * NR, 0), View(0, NR)
+    while groups > 0:
+        m = (rows + groups - 1) // groups
+        offsets[1] = NEAR if m < FEW else FAR
+        a_view = View(row * a_stride, a_stride)
+        microkernel32(m, a, a_view, w, w_view, offsets, parts, bias, bias_view, sums, sums_view)
+        finish(how, sums, m, out, row, stride, panel)
+        row, rows, groups = row + m, rows - m, groups - 1
 
 
 @njit(**KERNEL)
-def widen(w, at, count, wide):
-    """wide [count, WIDE_COLUMNS] float32 = so many steps of some columns of a panel at w[at]."""
+def widen(w, at, count, widened):
+    """widened [count, WIDENED_NR] float32 = `count` steps of columns of a micro-panel at w[at]."""
     for k in range(0, count, 2):
-        for c in range(0, WIDE_COLUMNS, LANES):
-            words = at + k * PANEL + 2 * c
-            store(wide, k * WIDE_COLUMNS + c, even(w, words))
-            store(wide, (k + 1) * WIDE_COLUMNS + c, odd(w, words))
+        for c in range(0, WIDENED_NR, LANES):
+            words = at + k * NR + 2 * c
+            store(widened, k * WIDENED_NR + c, even(w, words))
+            store(widened, (k + 1) * WIDENED_NR + c, odd(w, words))
 
 
 @njit(**KERNEL)
-def wide_tile(
-    m, a, a_at, a_stride, w, w_at, w_step, places, count, init, init_at, init_stride, out, out_at
+def multiply_widened(
+    a, a_stride, row, rows, w, bias, matrix, panel, offsets, buffer, how, out, stride
 ):
-    """A tile over float32 weights, as wide as suits this CPU."""
-    if WIDE_VECTORS == 1:
-        tile16(
-            m,
-            a,
-            a_at,
-            a_stride,
-            w,
-            w_at,
-            w_step,
-            places,
-            0,
-            1,
-            1,
-            count,
-            count,
-            init,
-            init_at,
-            init_stride,
-            out,
-            out_at,
-            PANEL,
-        )
-    else:
-        tile32(
-            m,
-            a,
-            a_at,
-            a_stride,
-            w,
-            w_at,
-            w_step,
-            places,
-            0,
-            1,
-            1,
-            count,
-            count,
-            init,
-            init_at,
-            init_stride,
-            out,
-            out_at,
-            PANEL,
-        )
-
-
-@njit(**KERNEL)
-def multiply_wide(
-    a, a_stride, row, rows, k, w, w_at, places, bias, bias_at, wide, sums, how, out, stride, panel
-):
-    """`multiply_rows` over weights as float32: those of bfloat16 are widened, once for all rows.
+    """`multiply` over float32 weights: those of bfloat16 are widened, once for all rows.
 
     Every sum adds the same products in the same order, and so has the same bits.
 
-    wide  float32 [PART, WIDE_COLUMNS]
-    sums  float32 [rows, PANEL]
+    buffer  float32 [WIDENED_ELEMENTS]: widened weights [KC, WIDENED_NR], then sums [rows, NR]
     """
-    places[1] = 0
-    for column in range(0, PANEL, WIDE_COLUMNS):
-        for first in range(0, k, PART):
-            count = min(PART, k - first)
+    widened, sums = buffer[: KC * WIDENED_NR], buffer[KC * WIDENED_NR :]
+    k, w_at = matrix.inputs, matrix.at + panel * NR * matrix.inputs
+    offsets[1] = 0
+    for column in range(0, NR, WIDENED_NR):
+        start = View(matrix.bias_at + panel * NR + column, 0)
+        for first in range(0, k, KC):
+            count, view = min(KC, k - first), View(w_at + first * NR + column, NR)
+            parts = Parts(0, 1, 1, count, count)
             if pair_of(w) == 2:
-                widen(w, w_at + first * PANEL + 2 * column, count, wide)
-                soon = w.ctypes.data + (w_at + (first + count) * PANEL) * w.itemsize
-                places[1] = (soon - wide.ctypes.data) // wide.itemsize
-            done, tiles = 0, (rows + WIDE_ROWS - 1) // WIDE_ROWS
-            while tiles > 0:
-                m = (rows - done + tiles - 1) // tiles
-                a_at, to = (row + done) * a_stride + first, done * PANEL + column
+                widen(w, w_at + first * NR + 2 * column, count, widened)
+                ahead = w.ctypes.data + (w_at + (first + count) * NR) * w.itemsize
+                offsets[1] = (ahead - widened.ctypes.data) // widened.itemsize
+                view = View(0, WIDENED_NR)
+            done, groups = 0, (rows + WIDENED_MR - 1) // WIDENED_MR
+            while groups > 0:
+                m = (rows - done + groups - 1) // groups
+                a_view = View((row + done) * a_stride + first, a_stride)
+                to = View(done * NR + column, NR)
+                # Not by another jitted function: its reference counts would cost 10 % of the time.
                 if pair_of(w) == 2 and first == 0:
-                    wide_tile(
-                        m,
-                        a,
-                        a_at,
-                        a_stride,
-                        wide,
-                        0,
-                        WIDE_COLUMNS,
-                        places,
-                        count,
-                        bias,
-                        bias_at + column,
-                        0,
-                        sums,
-                        to,
-                    )
+                    wide_kernel(m, a, a_view, widened, view, offsets, parts, bias, start, sums, to)
                 elif pair_of(w) == 2:
-                    wide_tile(
-                        m,
-                        a,
-                        a_at,
-                        a_stride,
-                        wide,
-                        0,
-                        WIDE_COLUMNS,
-                        places,
-                        count,
-                        sums,
-                        to,
-                        PANEL,
-                        sums,
-                        to,
-                    )
+                    wide_kernel(m, a, a_view, widened, view, offsets, parts, sums, to, sums, to)
                 elif first == 0:
-                    wide_tile(
-                        m,
-                        a,
-                        a_at,
-                        a_stride,
-                        w,
-                        w_at + column,
-                        PANEL,
-                        places,
-                        count,
-                        bias,
-                        bias_at + column,
-                        0,
-                        sums,
-                        to,
-                    )
+                    wide_kernel(m, a, a_view, w, view, offsets, parts, bias, start, sums, to)
                 else:
-                    wide_tile(
-                        m,
-                        a,
-                        a_at,
-                        a_stride,
-                        w,
-                        w_at + first * PANEL + column,
-                        PANEL,
-                        places,
-                        count,
-                        sums,
-                        to,
-                        PANEL,
-                        sums,
-                        to,
-                    )
-                done, tiles, places[1] = done + m, tiles - 1, 0
+                    wide_kernel(m, a, a_view, w, view, offsets, parts, sums, to, sums, to)
+                done, groups, offsets[1] = done + m, groups - 1, 0
     finish(how, sums, rows, out, row, stride, panel)
 
 
 @njit(**KERNEL)
-def rows_a_block(row_bytes):
-    return max(1, ROWS_BYTES // row_bytes // MOST) * MOST
+def rows_per_block(row_bytes):
+    return max(1, ROWS_BYTES // row_bytes // MR32) * MR32
 
 
 @njit(**KERNEL)
-def linear(
-    team,
-    phase,
-    a,
-    a_stride,
-    rows,
-    k,
-    w,
-    w_at,
-    panels,
-    bias,
-    bias_at,
-    how,
-    out,
-    stride,
-    wide_from,
-    wide,
-):
-    """KEEP, ADD or GATE_UP bias + a @ w for all rows and panels, shared among the threads.
+def linear(threads, phase, a, a_stride, rows, w, bias, matrix, how, out, stride, buffer):
+    """STORE, ADD or GATE_UP bias + a @ w for all rows of `matrix`, shared among the threads.
 
-    a          [rows, a_stride] as activations are stored, flat; the first k of a row count
-    w, w_at    packed weights; this matrix begins at element `w_at` and has `panels` panels
-    bias       float32 [.]; this matrix's begins at `bias_at`; the sums start with it
-    out        [rows, stride], flat
-    wide_from  rows from which weights are widened
-    wide       float32 [WIDE_ELEMENTS], this thread's own
+    a       activation type [rows, a_stride], flat; the first `matrix.inputs` of a row count
+    w       packed weights
+    bias    float32 [.]; the sums start with it
+    out     [rows, stride], flat: float32, or activation type with GATE_UP
+    buffer  float32 [WIDENED_ELEMENTS], this thread's own
     """
-    tile, places = np.empty(MOST * PANEL, np.float32), np.zeros(2, np.int64)
-    is_wide = rows >= wide_from
-    block = WIDE_BLOCK if is_wide else rows_a_block(a.itemsize * k)
-    # Items are panels of one block of rows, then those of the next block.
-    for first, last in shares(team, phase, panels * ((rows + block - 1) // block)):
+    sums, offsets = np.empty(MR32 * NR, np.float32), np.zeros(2, np.int64)
+    widens, panels = rows >= matrix.widen_from, matrix.panels
+    block = WIDENED_BLOCK if widens else rows_per_block(a.itemsize * matrix.inputs)
+    # Items are the micro-panels of one block of rows, then those of the next block.
+    for first, last in parallel_for(threads, phase, panels * ((rows + block - 1) // block)):
         for item in range(first, last):
             panel, row = item % panels, item // panels * block
-            count, at, bias_of = min(block, rows - row), panel * PANEL * k, panel * PANEL
-            if WIDENS and is_wide:
-                multiply_wide(
+            count = min(block, rows - row)
+            if WIDENS and widens:
+                multiply_widened(
                     a,
                     a_stride,
                     row,
                     count,
-                    k,
                     w,
-                    w_at + at,
-                    places,
                     bias,
-                    bias_at + bias_of,
-                    wide[: PART * WIDE_COLUMNS],
-                    wide[PART * WIDE_COLUMNS :],
+                    matrix,
+                    panel,
+                    offsets,
+                    buffer,
                     how,
                     out,
                     stride,
-                    panel,
                 )
             else:
-                multiply_rows(
-                    a,
-                    a_stride,
-                    row,
-                    count,
-                    k,
-                    w,
-                    w_at + at,
-                    places,
-                    bias,
-                    bias_at + bias_of,
-                    tile,
-                    how,
-                    out,
-                    stride,
-                    panel,
+                multiply(
+                    a, a_stride, row, count, w, bias, matrix, panel, offsets, sums, how, out, stride
                 )

@@ -1,4 +1,4 @@
-"""Hugging Face tensors to the packed weights and sizes that the kernels take."""
+"""Conversion of Hugging Face tensors to the packed weights and sizes of the kernels."""
 
 from collections.abc import Iterator
 
@@ -12,11 +12,11 @@ from mellmpi.engine.cpu.packed_weights import (
     packed,
     pad_to,
     padded,
-    spread,
+    padded_stride,
     storage,
 )
 from mellmpi.engine.cpu.shapes import Sizes, Weights
-from mellmpi.engine.cpu.tuning import wide_from
+from mellmpi.engine.cpu.tuning import widen_from
 from mellmpi.engine.cpu.vectors import LANES
 from mellmpi.models import Architecture
 
@@ -24,6 +24,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def sizes_of(arch: Architecture, dtype: torch.dtype) -> Sizes:
+    """The kernels' sizes of a model with weights of this dtype."""
     hidden, inner = padded(arch.hidden_size), padded(arch.intermediate_size)
     itemsize = activation_dtype(dtype).itemsize
     return Sizes(
@@ -33,16 +34,16 @@ def sizes_of(arch: Architecture, dtype: torch.dtype) -> Sizes:
         inner=inner,
         qkv=padded((arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim),
         vocabulary=padded(arch.vocab_size),
-        normed_stride=spread(hidden, itemsize),
-        attended_stride=spread(arch.num_heads * arch.head_dim, itemsize),
-        inner_stride=spread(inner, itemsize),
+        normed_stride=padded_stride(hidden, itemsize),
+        attended_stride=padded_stride(arch.num_heads * arch.head_dim, itemsize),
+        inner_stride=padded_stride(inner, itemsize),
         tied=arch.tie_embeddings,
-        wide_from=wide_from(dtype),
+        widen_from=widen_from(dtype),
     )
 
 
 def take_weights(arch: Architecture, tensors: Tensors, dtype: torch.dtype) -> Weights:
-    """Everything packed; `tensors` is emptied on the way, to hold the weights only once."""
+    """Pack all weights. Empties `tensors` on the way, to hold the weights in memory once only."""
     sizes = sizes_of(arch, dtype)
     norms, head_norms = _take_norms(arch, tensors, sizes)
     biases, bias_begins = _take_biases(arch, tensors, sizes)
@@ -96,7 +97,7 @@ def _take_matrices(
 def _take_biases(
     arch: Architecture, tensors: Tensors, sizes: Sizes
 ) -> tuple[np.ndarray, np.ndarray]:
-    """All biases one after the other, after zeros for the matrices that have none; their begins."""
+    """All biases, after zeros for the matrices without; int64 [matrices]: the start of each."""
     widths = (sizes.qkv, sizes.hidden, 2 * sizes.inner, sizes.hidden)
     parts = [torch.zeros(max(*widths, sizes.vocabulary))]
     begins = np.zeros(4 * arch.num_layers + 1, np.int64)
@@ -143,7 +144,7 @@ def _take_norms(
 
 
 def _rows(matrix: torch.Tensor) -> np.ndarray:
-    """An untied embedding as it is, in large pages."""
+    """An untied embedding [vocabulary, size], flat, not packed, in large pages."""
     memory = large_pages(matrix.numel(), matrix.dtype)
     memory[: matrix.numel()].view(matrix.shape).copy_(matrix)
     return storage(memory)

@@ -1,7 +1,7 @@
-"""Vectors of sixteen lanes from and into memory.
+"""Loads and stores of vectors of sixteen lanes.
 
 Arrays are 1-D: float32; uint16 that hold the bits of bfloat16; or uint32 that hold bfloat16 numbers
-as float32, which a CPU without bfloat16 products multiplies as they are.
+as float32, for a CPU that cannot multiply bfloat16.
 """
 
 from typing import Any
@@ -48,7 +48,7 @@ def load(typing, array, at):
 
 @intrinsic
 def store(typing, array, at, lanes):
-    """array[at : at + 16] = lanes, rounded to what the array holds."""
+    """array[at : at + 16] = lanes, rounded to the type of the array's numbers."""
 
     def emit(context, b, sig, args):
         pointer = element_pointer(context, b, sig.args[0], *args[:2])
@@ -73,7 +73,7 @@ def element(typing, array, at):
 
 
 def _half(is_odd: bool) -> Any:
-    """Halves of the 16 words from array[at] on, as float32 lanes; for bfloat16 only."""
+    """The even or odd halves of 16 words from array[at] on, as float32; for bfloat16 only."""
 
     @intrinsic
     def half(typing, array, at):
@@ -92,7 +92,7 @@ even, odd = _half(False), _half(True)
 
 @intrinsic
 def pair_of(typing, array):
-    """Elements in a 32-bit word: 2 of bfloat16, 1 of float32. A constant of the machine code."""
+    """Elements in a 32-bit word: 2 of bfloat16, 1 of float32. LLVM sees a constant."""
 
     def emit(context, b, sig, args):
         return i64(2 if holds_bfloat16(array) else 1)
@@ -102,7 +102,7 @@ def pair_of(typing, array):
 
 @intrinsic
 def store_words(typing, array, at, stride, lanes):
-    """The lanes, as the array holds them, in 32-bit words that lie `stride` elements apart."""
+    """Store the lanes in the array's number type, as 32-bit words `stride` elements apart."""
 
     def emit(context, b, sig, args):
         pointer = element_pointer(context, b, sig.args[0], *args[:2])
@@ -119,7 +119,7 @@ def store_words(typing, array, at, stride, lanes):
 
 @intrinsic
 def store_pairs(typing, array, at, even, odd):
-    """16 words from array[at] on, of one lane of each; for bfloat16 only."""
+    """Store 16 words from array[at] on, each of an even and an odd lane; for bfloat16 only."""
 
     def emit(context, b, sig, args):
         if not holds_bfloat16(array):
@@ -134,7 +134,7 @@ def store_pairs(typing, array, at, even, odd):
 
 @intrinsic
 def store_odd(typing, array, at, odd):
-    """The odd halves alone of 16 words from array[at] on; for bfloat16 only. Not atomic."""
+    """Store the odd halves of 16 words from array[at] on; for bfloat16 only. Not atomic."""
 
     def emit(context, b, sig, args):
         if not holds_bfloat16(array):

@@ -1,7 +1,7 @@
-"""The fast CPU path: one compiled call a step, over weights packed once and the paged arena.
+"""A decoder on CPUs: one compiled call a step, over packed weights and the paged arena.
 
-Every row's result has the same bits whatever else is in the batch, however its prompt was cut into
-chunks, wherever its blocks lie and however many threads compute (see `kernels.tile`).
+A row's result has the same bits for any batch, any division of its prompt into chunks, any blocks
+and any number of threads (see `gemm`).
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 from mellmpi.engine.cpu.attention import items_of
-from mellmpi.engine.cpu.disk_cache import one_at_a_time
+from mellmpi.engine.cpu.disk_cache import compile_lock
 from mellmpi.engine.cpu.features import HAS_BF16_DOT
 from mellmpi.engine.cpu.load import sizes_of, take_weights
 from mellmpi.engine.cpu.packed_weights import activation_dtype, storage
-from mellmpi.engine.cpu.parallel_for import team
-from mellmpi.engine.cpu.rope import RotaryTable
+from mellmpi.engine.cpu.parallel_for import thread_group
+from mellmpi.engine.cpu.rope import RopeTable
 from mellmpi.engine.cpu.shapes import Chunks, Heads, Scratch
 from mellmpi.engine.cpu.step import num_phases, step
 from mellmpi.engine.cpu.vectors import LANES
@@ -29,7 +29,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def unsupported(arch: Architecture, dtype: torch.dtype, block_size: int) -> str | None:
-    """Why `CpuModel` cannot run this model (`TorchModel` can), or None."""
+    """The reason why `CpuModel` cannot run this model (`TorchModel` can), or None."""
     if dtype not in DTYPES:
         return f"the CPU kernels compute in float32 or bfloat16, not {dtype}"
     if arch.head_dim % LANES:
@@ -40,11 +40,11 @@ def unsupported(arch: Architecture, dtype: torch.dtype, block_size: int) -> str 
 
 
 class CpuModel:
-    """One decoder and its packed weights; `weights` is emptied, to hold them only once.
+    """One decoder and its packed weights; `weights` is emptied, to hold them in memory once only.
 
     In bfloat16 weights, KV and the inputs of matrix products are bfloat16; sums, norms, softmax
-    and the residual stream are float32. The arena's blocks have their own inner order
-    (`kernels.shapes.Heads`): another kind of model cannot read them.
+    and the residual stream are float32. The layout inside a block (`shapes.Heads`) is that of the
+    kernels: no other model class can read it. ValueError as `unsupported` says.
     """
 
     def __init__(
@@ -58,21 +58,25 @@ class CpuModel:
             raise ValueError(reason)
         self.arch, self.dtype, self.num_threads = arch, dtype, num_threads
         self._sizes, self._weights = sizes_of(arch, dtype), take_weights(arch, weights, dtype)
-        self._rotary = RotaryTable(arch)
+        self._rope = RopeTable(arch)
         self._scratch = self._make_scratch(1)
-        self._helpers = ThreadPoolExecutor(num_threads - 1) if num_threads > 1 else None
+        self._pool = ThreadPoolExecutor(num_threads - 1) if num_threads > 1 else None
 
     @property
     def arithmetic(self) -> str:
-        """All CPUs sum in the same order; those that multiply bfloat16 round in another way."""
+        """Equal for models whose results are bitwise equal.
+
+        All CPUs sum in the same order; AVX512-BF16 rounds products of bfloat16 in its own way.
+        """
         if self.dtype == torch.float32:
             return "float32 on CPUs"
         return f"bfloat16 on CPUs {'with' if HAS_BF16_DOT else 'without'} AVX512-BF16"
 
     def forward(self, batch: PackedBatch, arena: KvArena) -> torch.Tensor:
-        """Logits of the sampled rows; K and V of all rows are written into the arena.
+        """Compute all rows and write their K and V into the arena.
 
-        returns  float32 [num_sampled, vocab]
+        Returns the logits of the sampled rows, float32 [num_sampled, vocab]. ValueError if the
+        kernels do not support the arena's block size.
         """
         rows, sizes = len(batch.tokens), self._sizes
         if rows * sizes.hidden > len(self._scratch.residual):
@@ -85,7 +89,7 @@ class CpuModel:
             self._weights,
             sizes,
             self._heads(arena),
-            self._rotary.upto(int(batch.context_lens.max())),
+            self._rope.up_to(int(batch.context_lens.max())),
             storage(arena.elements),
             self._scratch,
             logits.ravel(),
@@ -93,7 +97,7 @@ class CpuModel:
         return torch.from_numpy(logits)[:, : self.arch.vocab_size]
 
     def warm_up(self) -> None:
-        """Compile, or load from disk, all code that a step runs: some 10 s, or 0.2 s."""
+        """Compile all code that a step runs (some 10 s), or load it from disk (0.2 s)."""
         arch = self.arch
         geometry = KvGeometry(
             model="",
@@ -105,19 +109,19 @@ class CpuModel:
         )
         one, zero = np.ones(1, np.int32), np.zeros(1, np.int32)
         batch = PackedBatch(zero, zero, np.array([0, 1], np.int32), one, zero[None], num_sampled=1)
-        with one_at_a_time(step):
+        with compile_lock(step):
             self.forward(batch, KvArena(geometry, 1))
 
-    def _run(self, *arguments) -> None:
-        """One step by all threads; whoever comes late finds nothing left to do."""
-        shared, counters = team(num_phases(self._sizes.layers), self.num_threads)
-        helping: list[Future[None]] = []
-        if self._helpers is not None:
-            helping = [
-                self._helpers.submit(step, shared, *arguments) for _ in range(self.num_threads - 1)
+    def _run(self, *arguments: object) -> None:
+        """Run one step on all threads; a thread that starts late finds no items left."""
+        threads, counters = thread_group(num_phases(self._sizes.layers), self.num_threads)
+        futures: list[Future[None]] = []
+        if self._pool is not None:
+            futures = [
+                self._pool.submit(step, threads, *arguments) for _ in range(self.num_threads - 1)
             ]
-        step(shared, *arguments)
-        for future in helping:
+        step(threads, *arguments)
+        for future in futures:
             if not future.cancel():
                 future.result()
         del counters  # held until here: the kernels have its address

@@ -1,9 +1,9 @@
-"""Several threads through one step: they claim items, and a phase ends when all items are done.
+"""Parallel-for: the threads of a step claim items, and a phase ends when all its items are done.
 
-What an item computes does not depend on who computes it, so results are the same bits for any
-number of threads. Nobody waits for a *thread*: a helper that the operating system did not start in
-time simply finds nothing left, and one that lost its core delays only the items it holds. (OpenMP
-waits for all its threads at each loop, and falls by 10-20x when another process wants a core.)
+An item's result does not depend on the thread that computes it, so results have the same bits for
+any number of threads. A phase waits for items, not for threads: a thread that starts late finds no
+items left, and a descheduled thread delays only the items that it has claimed. (OpenMP waits for
+every thread at each loop, and slows down by 10-20x when another process wants a core.)
 """
 
 from typing import NamedTuple
@@ -15,27 +15,30 @@ from numba.extending import intrinsic
 
 from mellmpi.engine.cpu.vectors import I32, I64, external
 
-CLAIMED, DONE, PHASE_STRIDE = 0, 8, 16  # int64 indexes: a cache line for each counter
-SPINS = 2000  # pauses, some 30 us, before the core is offered to others
+CLAIMED, DONE, PHASE_STRIDE = 0, 8, 16  # int64 indexes: each counter has its own cache line
+SPINS = 2000  # pauses, some 30 us, before the thread yields its core
 
 KERNEL = {"nogil": True, "error_model": "numpy"}
 
 
-class Team(NamedTuple):
-    """What the threads of one step share; fresh for every step.
+class ThreadGroup(NamedTuple):
+    """State shared by the threads of one step; each step makes its own.
 
-    An address and no array: numba 0.68 keeps a reference for ever to what a generator (`shares`)
-    was given, and so leaked the counters of every step.
+    It holds an address instead of an array because numba 0.68 never drops a generator's references
+    to its arguments: `parallel_for` would leak the counters of every step.
     """
 
     counters: int  # address of int64 [phases * PHASE_STRIDE], zero at the start
     size: int  # threads
 
 
-def team(phases: int, size: int) -> tuple[Team, np.ndarray]:
-    """And the counters themselves: to be held until the step is over."""
+def thread_group(phases: int, size: int) -> tuple[ThreadGroup, np.ndarray]:
+    """A group of `size` threads, and its counters: int64 [phases * PHASE_STRIDE].
+
+    The caller must hold the counters until the step has ended.
+    """
     counters = np.zeros(phases * PHASE_STRIDE, np.int64)
-    return Team(counters.ctypes.data, size), counters
+    return ThreadGroup(counters.ctypes.data, size), counters
 
 
 def _counter(b, address, at):
@@ -44,7 +47,7 @@ def _counter(b, address, at):
 
 @intrinsic
 def fetch_add(typing, address, at, amount):
-    """Add to number `at` of the int64 at an address, for all threads to see; what it was before."""
+    """Atomically add to element `at` of the int64 array at `address`; its value before."""
 
     def emit(context, b, sig, args):
         return b.atomic_rmw("add", _counter(b, *args[:2]), args[2], "acq_rel")
@@ -53,8 +56,8 @@ def fetch_add(typing, address, at, amount):
 
 
 @intrinsic
-def read_shared(typing, address, at):
-    """What number `at` is, and with it all that was written before it was added to."""
+def load_acquire(typing, address, at):
+    """Element `at` of the int64 array at `address`; writes before its `fetch_add` are visible."""
 
     def emit(context, b, sig, args):
         return b.load_atomic(_counter(b, *args), "acquire", 8)
@@ -64,7 +67,7 @@ def read_shared(typing, address, at):
 
 @intrinsic
 def pause(typing):
-    """Wait a few cycles without loading the core's other half."""
+    """Wait a few cycles without loading the core's other hardware thread."""
 
     def emit(context, b, sig, args):
         if "x86" in b.module.triple or "i386" in b.module.triple:
@@ -86,10 +89,10 @@ def sched_yield(typing):
 
 
 @njit(**KERNEL)
-def wait_for(team, phase, items):
-    """Until all items of the phase are done, whoever does them."""
+def wait_for(threads, phase, items):
+    """Wait until all items of the phase are done."""
     spins = 0
-    while read_shared(team.counters, phase * PHASE_STRIDE + DONE) < items:
+    while load_acquire(threads.counters, phase * PHASE_STRIDE + DONE) < items:
         spins += 1
         if spins < SPINS:
             pause()
@@ -98,18 +101,18 @@ def wait_for(team, phase, items):
 
 
 @njit(**KERNEL)
-def shares(team, phase, items):
-    """This thread's part of the items 0 … items - 1 of a phase, as (first, last + 1); then wait.
+def parallel_for(threads, phase, items):
+    """Claim items of 0 … items - 1 for this thread, as (first, last + 1); then wait for the phase.
 
-    What is yielded counts as done when the next is asked for.
+    A claimed range counts as done when the caller asks for the next one.
     """
     at = phase * PHASE_STRIDE
-    # All at once for one thread, else so few that nobody waits long at the end.
-    grain = items if team.size == 1 else max(1, items // (8 * team.size))
-    first = fetch_add(team.counters, at + CLAIMED, grain)
+    # A single thread claims all items at once; else ranges are short, to balance the end.
+    grain = items if threads.size == 1 else max(1, items // (8 * threads.size))
+    first = fetch_add(threads.counters, at + CLAIMED, grain)
     while first < items:
         last = min(first + grain, items)
         yield first, last
-        fetch_add(team.counters, at + DONE, last - first)
-        first = fetch_add(team.counters, at + CLAIMED, grain)
-    wait_for(team, phase, items)
+        fetch_add(threads.counters, at + DONE, last - first)
+        first = fetch_add(threads.counters, at + CLAIMED, grain)
+    wait_for(threads, phase, items)

@@ -1,8 +1,8 @@
-"""Sixteen float32 lanes as a numba type, so that kernels say themselves which lane adds what when.
+"""Sixteen float32 lanes as a numba type, so that kernels fix the order of every sum.
 
-LLVM's own vectoriser may sum a loop's body in one order and its tail in another. Here each
-operation is one vector instruction written out, none is fast-math, and rows are padded to whole
-vectors: the result of a row cannot depend on where in a batch it stands.
+LLVM's vectoriser may sum the body of a loop in one order and its tail in another. Here each
+operation is one explicit vector instruction, none is fast-math, and rows are padded to whole
+vectors: the result of a row does not depend on its place in a batch.
 """
 
 import operator
@@ -23,8 +23,8 @@ BYTES = I8.as_pointer()
 F32X16 = ir.VectorType(F32, LANES)
 I16X16 = ir.VectorType(I16, LANES)
 I32X16 = ir.VectorType(I32, LANES)
-UPPER = 0xFFFF0000  # the half of a word that holds the odd bfloat16
-ALIGNMENT = {I16X16: 2, I64: 8}  # bytes; of all else 4
+UPPER = 0xFFFF0000  # the half of a 32-bit word that holds the odd bfloat16
+ALIGNMENT = {I16X16: 2, I64: 8}  # bytes; of all other types 4
 
 Builder = ir.IRBuilder
 Emitted = Any  # an LLVM value under construction
@@ -70,7 +70,7 @@ def offset(b: Builder, pointer: Emitted, num_bytes: Emitted) -> Emitted:
 
 
 def read(b: Builder, pointer: Emitted, kind: ir.Type) -> Emitted:
-    """Load without assuming more alignment than an element has."""
+    """Load, assuming the alignment of one element only."""
     return b.load(b.bitcast(pointer, kind.as_pointer()), align=ALIGNMENT.get(kind, 4))
 
 
@@ -96,7 +96,7 @@ def element_pointer(context: Any, b: Builder, array: types.Array, value: Any, at
 
 
 def holds_bfloat16(array: types.Array) -> bool:
-    """Are an array's elements the bits of bfloat16? Else each is a float32 in memory."""
+    """True if an array holds the bits of bfloat16; else its elements are float32 in memory."""
     assert array.dtype in (types.uint16, types.uint32, types.float32), array
     return array.dtype == types.uint16
 
@@ -108,14 +108,14 @@ def widened(b: Builder, halves: Emitted) -> Emitted:
 
 
 def rounded(b: Builder, wide: Emitted) -> Emitted:
-    """float32 to bfloat16 bits, to nearest, ties to even, as torch does it."""
+    """float32 to bfloat16 bits, to nearest, ties to even, as in torch."""
     bits, sixteen = b.bitcast(wide, I32X16), lanes_of(16, I32X16)
     odd = b.and_(b.lshr(bits, sixteen), lanes_of(1, I32X16))
     return b.trunc(b.lshr(b.add(b.add(bits, lanes_of(0x7FFF, I32X16)), odd), sixteen), I16X16)
 
 
 def stored(b: Builder, lanes: Emitted, array: types.Array) -> Emitted:
-    """float32 lanes as an array holds them."""
+    """float32 lanes in the number type of an array."""
     if holds_bfloat16(array):
         return rounded(b, lanes)
     if array.dtype == types.uint32:
@@ -124,7 +124,7 @@ def stored(b: Builder, lanes: Emitted, array: types.Array) -> Emitted:
 
 
 def prefetch_line(b: Builder, pointer: Emitted) -> None:
-    """Ask for a cache line in the second-level cache; any address is safe."""
+    """Prefetch a cache line into the second-level cache; any address is safe."""
     fetch = external(b, "llvm.prefetch.p0", ir.VoidType(), BYTES, I32, I32, I32)
     b.call(fetch, [pointer, *(ir.Constant(I32, flag) for flag in (0, 2, 1))])  # read, L2, data
 
@@ -169,7 +169,7 @@ def fma(typing, x, y, z):
 
 @intrinsic
 def larger(typing, x, y):
-    """Lane by lane the larger of two."""
+    """The larger of two, lane by lane."""
 
     def emit(context, b, sig, args):
         return b.select(b.fcmp_ordered(">", *args), *args)
@@ -179,7 +179,7 @@ def larger(typing, x, y):
 
 @intrinsic
 def inside(typing, lanes, first, low, high, other):
-    """Lane i where low <= first + i <= high, else the float32 `other`."""
+    """Lane i if low <= first + i <= high, else the float32 `other`."""
 
     def emit(context, b, sig, args):
         lanes, first, low, high, other = args
@@ -194,7 +194,7 @@ def inside(typing, lanes, first, low, high, other):
 
 
 def _folded(b: Builder, lanes: Emitted, combine: Any) -> Emitted:
-    """All lanes combined, halves onto halves: always the same tree."""
+    """All lanes combined, one half with the other: always the same tree."""
     width = LANES
     while width > 1:
         width //= 2
@@ -237,7 +237,7 @@ EXP2 = (
 
 @intrinsic
 def exp2(typing, lanes):
-    """2**x lane by lane, for x up to 127; exactly 0 where x < -126."""
+    """2**x lane by lane, for x up to 127; exactly 0 for x < -126."""
 
     def emit(context, b, sig, args):
         x, bottom = args[0], lanes_of(-126.0)

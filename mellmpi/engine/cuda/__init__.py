@@ -1,6 +1,6 @@
-"""The forward pass of GPUs, in PyTorch; it runs on CPUs as well, as the yardstick of the kernels.
+"""The forward pass on GPUs, in PyTorch; on CPUs it is the reference for the kernels.
 
-Knows nothing of where weights come from, nor of sampling.
+Knows nothing of weight files or of sampling.
 """
 
 from mellmpi.engine.cuda.model import TorchModel

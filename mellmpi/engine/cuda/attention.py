@@ -1,4 +1,4 @@
-"""Attention over paged KV in plain torch: one sequence as the yardstick, a whole batch for use."""
+"""Attention over paged KV in plain torch: a reference for one sequence, and batched attention."""
 
 from dataclasses import dataclass
 
@@ -19,31 +19,31 @@ def paged_attention(
     context_len: int,
     window: int | None = None,
 ) -> torch.Tensor:
-    """Attention of one sequence's newest positions over its paged KV: the yardstick.
+    """Attention of one sequence's newest positions over its paged KV: the reference.
 
     q            [n, heads, head_dim]                       queries of the last n positions
-    k_cache      [blocks, kv_heads, block_size, head_dim]   v_cache alike; not modified
+    k_cache      [blocks, kv_heads, block_size, head_dim]   v_cache has this shape, too
     block_table  [logical blocks] int64                     physical id of each
-    context_len  positions the last query may see, itself included
-    window       a query sees so many positions at most, itself included; None: all before it
+    context_len  positions that the last query attends to, itself included
+    window       most positions that a query attends to, itself included; None: all before it
     returns      [n, heads, head_dim]
     """
     n, heads, _ = q.shape
     k, v = (c[block_table].transpose(1, 2).flatten(0, 1)[:context_len] for c in (k_cache, v_cache))
     k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
-    mine, others = torch.arange(context_len - n, context_len)[:, None], torch.arange(context_len)
-    visible = (others <= mine) & (others > mine - (window or context_len))
+    queries, keys = torch.arange(context_len - n, context_len)[:, None], torch.arange(context_len)
+    visible = (keys <= queries) & (keys > queries - (window or context_len))
     q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # heads first
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible).transpose(0, 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """`g` chunks of `n` tokens each and of like contexts, attended to as one padded batch.
+    """`g` chunks of `n` tokens each and of similar contexts, computed as one padded batch.
 
     rows    int64 [g * n]                     their rows in the batch, chunk by chunk
     tables  int64 [g, 1, blocks]              physical blocks, padded with 0
-    bias    [g, 1, n, blocks * block_size]    0 where a query sees a position, else -inf
+    bias    [g, 1, n, blocks * block_size]    0 where a query attends to a position, else -inf
     """
 
     rows: torch.Tensor
@@ -52,15 +52,15 @@ class Group:
 
 
 def group_chunks(batch: PackedBatch, block_size: int) -> list[tuple[np.ndarray, ...]]:
-    """(rows [g, n], tables [g, blocks]) of chunks alike in number of tokens and size of context.
+    """(rows int32 [g, n], tables int32 [g, blocks]) of each group of chunks.
 
-    Decoding sequences, one token each, end up together. "Alike" is within a factor of four, which
-    bounds the padding without making many small launches.
+    Chunks of a group have equal numbers of tokens, and contexts within a factor of four, which
+    bounds both the padding and the number of launches. Decoding sequences share groups.
     """
     lengths, blocks = np.diff(batch.cu_chunks), -(-batch.context_lens // block_size)
     members: dict[tuple[int, int, int], list[int]] = {}
     for chunk, (n, size) in enumerate(zip(lengths.tolist(), blocks.tolist(), strict=True)):
-        # In company a chunk's mask is copied for each KV head: too much where it is large.
+        # A group of several chunks copies its mask for each KV head: too much where it is large.
         alone = n > 1 and n * size > LARGE_MASK
         key = n, (size.bit_length() + 1) // 2, chunk + 1 if alone else 0
         members.setdefault(key, []).append(chunk)
@@ -81,22 +81,22 @@ def make_group(
     window: int | None,
     dtype: torch.dtype,
 ) -> Group:
-    """Add the mask, once for all layers. rows int64 [g, n], tables int64 [g, blocks]."""
-    mine = positions[rows][:, None, :, None]
-    others = torch.arange(tables.shape[1] * block_size, device=rows.device)
-    visible = others <= mine
+    """A group with its mask, used by all layers. rows int64 [g, n], tables int64 [g, blocks]."""
+    queries = positions[rows][:, None, :, None]
+    keys = torch.arange(tables.shape[1] * block_size, device=rows.device)
+    visible = keys <= queries
     if window is not None:
-        visible &= others > mine - window
+        visible &= keys > queries - window
     bias = torch.zeros(visible.shape, dtype=dtype, device=rows.device)
     return Group(rows.flatten(), tables[:, None], bias.masked_fill_(~visible, -torch.inf))
 
 
 def batched_attention(q: torch.Tensor, cache: torch.Tensor, groups: list[Group]) -> torch.Tensor:
-    """Attention of all rows of a batch over paged KV that already holds their own.
+    """Attention of all rows of a batch over paged KV, their own KV included.
 
     q        [T, heads, head_dim]
     cache    [num_blocks, 2, kv_heads, block_size, head_dim]    one layer of the arena
-    groups   together they have every row once
+    groups   together they contain every row once
     returns  [T, heads, head_dim]
     """
     if len(groups) == 1 and groups[0].tables.shape[0] == 1:  # a single chunk: rows are in order
@@ -108,9 +108,10 @@ def batched_attention(q: torch.Tensor, cache: torch.Tensor, groups: list[Group])
 
 
 def _group_attention(q: torch.Tensor, cache: torch.Tensor, group: Group) -> torch.Tensor:
-    """Query heads that share a KV head are further rows in decode, stride-0 heads in prefill.
+    """Attention of one group's rows: q [g * n, heads, head_dim].
 
-    So K and V are never copied once a query head, and a long chunk needs one mask for all heads.
+    Query heads that share a KV head become rows in decode, and heads of stride 0 in prefill. So K
+    and V are not copied for each query head, and a long chunk needs one mask for all heads.
     """
     g, _, n, size = group.bias.shape
     kv_heads, head_dim = cache.shape[2], cache.shape[4]

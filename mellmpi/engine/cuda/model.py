@@ -1,4 +1,4 @@
-"""The Llama family in plain torch, on any device: the yardstick on a CPU, the way on CUDA."""
+"""The Llama family in plain torch: for CUDA devices, and the reference for the CPU kernels."""
 
 from dataclasses import dataclass
 
@@ -27,7 +27,7 @@ class Linear:
 
 
 def take_linear(weights: Weights, *names: str) -> Linear:
-    """Projections of the same input as one. Takes them out of `weights`, to free the originals."""
+    """Projections of one input joined into one. Removes them from `weights`, to free memory."""
     parts = [weights.pop(f"{name}.weight") for name in names]
     biases = [weights.pop(f"{name}.bias") for name in names if f"{name}.bias" in weights]
     assert len(biases) in (0, len(names)), f"some of {', '.join(names)} have a bias, some have none"
@@ -51,6 +51,7 @@ class Layer:
 
 
 def take_layer(weights: Weights, index: int) -> Layer:
+    """The weights of layer `index`; removes them from `weights`."""
     name = f"model.layers.{index}"
     attention, mlp = f"{name}.self_attn", f"{name}.mlp"
     return Layer(
@@ -67,12 +68,13 @@ def take_layer(weights: Weights, index: int) -> Layer:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One batch on the device, ready for all layers.
+    """One batch of T rows on the device, ready for all layers.
 
-    cos, sin        [T, 1, head_dim]   of the model's dtype
-    blocks, slots   int64 [T]          where the KV of each position goes
-    groups          how rows attend
-    last_rows       int64 [num_sampled]
+    tokens         int64 [T]
+    cos, sin       [T, 1, head_dim]     in the model's dtype
+    blocks, slots  int64 [T]            the place of each row's KV
+    groups         the groups of chunks for attention
+    last_rows      int64 [num_sampled]  the rows that need logits
     """
 
     tokens: torch.Tensor
@@ -85,7 +87,7 @@ class Step:
 
 
 class TorchModel:
-    """One decoder and its weights on one device; `weights` is emptied, to hold them only once."""
+    """One decoder on one device; empties `weights`, to hold them in memory once only."""
 
     def __init__(
         self, arch: Architecture, weights: Weights, dtype: torch.dtype, device: torch.device | str
@@ -106,9 +108,10 @@ class TorchModel:
 
     @torch.inference_mode()
     def forward(self, batch: PackedBatch, arena: KvArena) -> torch.Tensor:
-        """Logits of the sampled rows; K and V of all rows are written into the arena.
+        """Compute all rows and write their K and V into the arena.
 
-        returns  float32 [num_sampled, vocab], on the model's device and not waited for
+        Returns the logits of the sampled rows, float32 [num_sampled, vocab], on the model's device;
+        the step may still be running there.
         """
         step = self._prepare(batch, arena.block_size)
         x = self.embedding[step.tokens]
@@ -119,7 +122,7 @@ class TorchModel:
         return F.linear(self._norm(x[step.last_rows], self.norm), self.head).float()
 
     def _prepare(self, batch: PackedBatch, block_size: int) -> Step:
-        """Everything that depends on the plan alone: the only host → device copy."""
+        """The inputs that depend on the plan only: the one host → device copy of a step."""
         chunk_of_row = np.repeat(np.arange(batch.num_chunks), np.diff(batch.cu_chunks))
         row_blocks = batch.block_tables[chunk_of_row, batch.positions // block_size]
         row_slots = batch.positions % block_size
@@ -143,10 +146,10 @@ class TorchModel:
     def _attend(
         self, layer: Layer, x: torch.Tensor, index: int, step: Step, arena: KvArena
     ) -> torch.Tensor:
-        """Self-attention of normed x [T, hidden] in layer `index`, its KV written first."""
+        """Write the KV of normed x [T, hidden] in layer `index`, then compute self-attention."""
         heads, kv_heads, head_dim = self.arch.num_heads, self.arch.num_kv_heads, self.arch.head_dim
         qkv = layer.qkv(x).view(len(x), heads + 2 * kv_heads, head_dim)
-        q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
+        q, k, v = torch.split(qkv, [heads, kv_heads, kv_heads], dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = self._norm(q, layer.q_norm), self._norm(k, layer.k_norm)
         cache = arena.tensor[:, index]

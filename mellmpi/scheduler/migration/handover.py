@@ -1,11 +1,10 @@
-"""The ring: a request moves from its owner to another worker while both live their own lives.
+"""The protocol by which a request changes its worker while both workers go on with their steps.
 
 ReceiveKv → KvReserved → SendKv → (KV, worker to worker) → KvReceived → Release. The source keeps
-its copy until rank 0 has heard that the other one is complete; nothing is undone by time-out.
+its copy until the destination has confirmed a complete one; no step ends by a time-out.
 """
 
 from dataclasses import replace
-from typing import Any
 
 from mellmpi.protocol import (
     OBSERVER,
@@ -15,6 +14,7 @@ from mellmpi.protocol import (
     KvReserved,
     MigrationEnded,
     MigrationStarted,
+    OfferAnswer,
     ReceiveKv,
     Release,
     SendKv,
@@ -29,20 +29,21 @@ CAUSES = ("checksum", "truncated", "size", "peer lost", "no room", "KV layout")
 
 
 def cause(reason: str) -> str:
-    """Of a KvFailed, in few words: they are counted."""
-    return next((words for words in CAUSES if reason.startswith(words)), "other")
+    """The category of a `KvFailed.reason`, for counting."""
+    return next((category for category in CAUSES if reason.startswith(category)), "other")
 
 
 class Handover:
-    """Offers of a request to another worker, from the first order to the last answer."""
+    """All migrations, from the first command to the last answer."""
 
     def __init__(self, registry: WorkerRegistry):
         self.registry = registry
 
     def announce(self, record: Record, move: MoveProposal, plan: Plan) -> None:
-        """It begins to move as planned."""
+        """Record that the planned migration of the request starts."""
         src, _ = record.owner
-        record.plan, record.planned_s, record.landed = plan, self.registry.view.now, None
+        record.plan, record.planned_s = plan, self.registry.view.now
+        record.completed_plan = None
         self.registry.in_flight.add(self._hosts(src, move.dst), move.dst, plan)
         started = MigrationStarted(
             record.request.id,
@@ -61,7 +62,7 @@ class Handover:
         return self.registry.estimates.links.hosts(src, dst)
 
     def offer(self, record: Record, move: MoveProposal, num_bytes: int, start: int) -> None:
-        """RUNNING → RESERVING: ask the destination for blocks; the source knows nothing yet."""
+        """RUNNING → RESERVING: ask the destination for blocks; the source is not involved yet."""
         src, _ = record.owner
         offer = KvOffer(move.dst, self.registry.next_epoch(), start)
         record.move(State.RESERVING, f"offered to {offer.dst} under {offer.epoch}: {move.reason}")
@@ -80,13 +81,17 @@ class Handover:
         )
         self.registry.send(offer.dst, order, num_bytes)
 
-    def answer(self, record: Record, source: int, event: Any) -> bool:
-        """What the destination says to an offer; True if it owns the request now."""
+    def answer(self, record: Record, source: int, event: OfferAnswer) -> KvReceived | None:
+        """Apply the destination's answer to an offer; return it if the request has changed owner.
+
+        Answers to offers that have ended are ignored. RuntimeError for an answer that the protocol
+        does not allow in the current state.
+        """
         offer = record.offer
         if offer is None or offer.epoch != event.epoch:
             if event.epoch == record.epoch:
                 raise record.bug(f"{event} from worker {source}, which owns it")
-            return False  # of an offer that has ended, or of an owner before this one
+            return None  # to an offer that has ended, or from a former owner
         match event, record.state:
             case KvReserved(), State.RESERVING:
                 self._send(record, offer, event.start)
@@ -94,57 +99,60 @@ class Handover:
                 self._stay(record, "refused")
             case KvReceived(), State.SENDING:
                 self._received(record, offer, event)
-                return True
+                return event
             case KvFailed(), State.SENDING:
                 record.transfer_failed = True
-                self._thaw(record)
+                self._unfreeze(record)
                 self._stay(record, f"failed: {cause(event.reason)}")
             case _:
                 raise record.bug(f"{event} from worker {source}")
-        return False
+        return None
 
     def withdraw(self, record: Record, outcome: str) -> None:
-        """If it is on the move, that is over: the destination lets go of what it reserved."""
+        """End the request's migration, if it has one, and release the destination's blocks."""
         if (offer := record.offer) is not None:
             self.registry.send(offer.dst, Release(record.request.id, offer.epoch))
             self._close_offer(record, offer, outcome)
         if record.moved_from is not None:
             self.recomputed(record, outcome)
-        record.landed = None
+        record.completed_plan = None
 
     def destination_lost(self, record: Record, why: str) -> None:
-        """The owner keeps the request, and decodes on if it had stopped."""
+        """End the migration: the owner keeps the request and goes on decoding."""
         if record.state is State.SENDING:
-            self._thaw(record)
+            self._unfreeze(record)
         self._stay(record, why)
 
     def recomputed(self, record: Record, outcome: str) -> None:
-        """The recompute migration under way has ended."""
+        """End the current recompute migration."""
         src, record.moved_from = record.moved_from, None
         dst, _ = record.owner
         assert src is not None
         self._ended(record, src, dst, outcome)
 
     def resumed(self, record: Record) -> None:
-        """The first token since its KV has moved."""
-        plan, record.landed = record.landed, None
+        """Learn the downtime of a completed transfer, when the first token after it arrives."""
+        plan, record.completed_plan = record.completed_plan, None
         assert plan is not None
-        now, told_s = self.registry.view.now, record.told_s
-        if told_s is not None:
-            hosts = self._hosts(plan.src, plan.dst)
-            self.registry.estimates.took(PAUSE[plan.mode], hosts, *plan.last_s, now - told_s)
+        if record.last_token_s is not None:
+            mode, hosts = PAUSE[plan.mode], self._hosts(plan.src, plan.dst)
+            downtime_s = self.registry.view.now - record.last_token_s
+            self.registry.estimates.record_move(mode, hosts, *plan.pause_parts_s, downtime_s)
 
     def _send(self, record: Record, offer: KvOffer, start: int) -> None:
-        """What the destination knows from other requests is neither sent nor computed."""
+        """RESERVING → SENDING: tell the source to send positions from `start` on.
+
+        A `start` beyond that of the offer means that the destination has a cached prefix.
+        """
         src, epoch = record.owner
         if start > offer.start:
-            self._spare(record, offer, start)
+            self._reduce(record, offer, start)
         record.move(State.SENDING, f"{offer.dst} has room")
         order = SendKv(record.request.id, epoch, offer.dst, offer.epoch, start)
         self.registry.send(src, order)
 
-    def _spare(self, record: Record, offer: KvOffer, start: int) -> None:
-        """From `start` on is all that remains: the link is free of the rest, for later moves."""
+    def _reduce(self, record: Record, offer: KvOffer, start: int) -> None:
+        """Reduce the plan, and the load that it puts on the link, to positions from `start` on."""
         plan, (src, _) = record.plan, record.owner
         assert plan is not None
         kv = self.registry.models[record.request.model]
@@ -166,22 +174,22 @@ class Handover:
         self.registry.ledger.remove(src, self.registry.view.now)
         record.offer = None
         record.move(State.RUNNING, f"received by {offer.dst}")
-        self.registry.own(record, offer.dst, offer.epoch)
+        self.registry.set_owner(record, offer.dst, offer.epoch)
         view = self.registry.view
         view.cost = view.cost.after_transfer(event.num_bytes, event.transfer_s)
         assert record.plan is not None
-        record.landed = record.plan
-        self.registry.estimates.links.moved(
+        record.completed_plan = record.plan
+        self.registry.estimates.links.record_transfer(
             src, offer.dst, event.num_bytes + record.plan.shared_bytes, event.transfer_s, view.now
         )
         self._ended(record, src, offer.dst, "moved", event.num_bytes, event.transfer_s)
 
-    def _thaw(self, record: Record) -> None:
+    def _unfreeze(self, record: Record) -> None:
         src, epoch = record.owner
         self.registry.send(src, Unfreeze(record.request.id, epoch))
 
     def _stay(self, record: Record, outcome: str) -> None:
-        """The move came to nothing, the destination knows it; the owner keeps the request."""
+        """The migration has failed and the destination needs no Release: back to RUNNING."""
         assert record.offer is not None
         self._close_offer(record, record.offer, outcome)
         record.move(State.RUNNING, outcome)
@@ -207,7 +215,7 @@ class Handover:
         self.registry.in_flight.add(self._hosts(src, dst), dst, plan, -1)
         if outcome == "moved":
             took_s = self.registry.view.now - record.planned_s
-            self.registry.estimates.took(
+            self.registry.estimates.record_move(
                 plan.mode, self._hosts(src, dst), plan.wait_s, plan.work_s, took_s
             )
         ended = MigrationEnded(

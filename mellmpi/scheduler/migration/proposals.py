@@ -1,8 +1,8 @@
-"""The policy's moves, taken together: who can go, in which way, and what that will take. Pure."""
+"""Selects the proposed moves that are possible now, and plans them together. Pure."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from mellmpi.scheduler.planner import ANY, RECOMPUTE, TRANSFER, Candidate, Plan, decide
+from mellmpi.scheduler.planner import ALL_MODES, RECOMPUTE, TRANSFER, Candidate, Plan, decide
 from mellmpi.scheduler.requests import Record, State
 from mellmpi.scheduler.view import MoveProposal
 from mellmpi.scheduler.workers import WorkerRegistry
@@ -14,33 +14,36 @@ def planned(
     registry: WorkerRegistry,
     limit_s: float,
 ) -> Iterator[tuple[Record, MoveProposal, Plan]]:
-    """Those that go now, in the order of the policy."""
-    going: list[tuple[Record, MoveProposal, Candidate]] = []
-    chosen: set[int] = set()
+    """The moves to start now, with their plans, in the order of `moves`.
+
+    Only the first move of a request counts. `limit_s` bounds the seconds of bytes and computing.
+    """
+    selected: list[tuple[Record, MoveProposal, Candidate]] = []
+    chosen: set[int] = set()  # request ids
     for move in moves:
         record = records.get(move.request_id)
         if record is None or record.state is not State.RUNNING or record.worker == move.dst:
             continue
         if record.plan is not None:
-            continue  # it was to be computed elsewhere, and has had no token from there yet
+            continue  # a recompute migration without a token so far
         modes = _modes(record, move)
         if modes and move.request_id not in chosen:
             chosen.add(move.request_id)
-            going.append((record, move, _candidate(record, move, modes, registry)))
-    plans = decide([c for _, _, c in going], registry.estimates, registry.in_flight, limit_s)
-    for (record, move, _), plan in zip(going, plans, strict=True):
+            selected.append((record, move, _candidate(record, move, modes, registry)))
+    plans = decide([c for _, _, c in selected], registry.estimates, registry.in_flight, limit_s)
+    for (record, move, _), plan in zip(selected, plans, strict=True):
         if plan is not None:
             yield record, move, plan
 
 
 def _modes(record: Record, move: MoveProposal) -> tuple[str, ...]:
-    """The ways that are open to it."""
-    if not record.settled:
-        # Computing it once more before it has got anywhere could go on for ever.
+    """The modes that are possible for the request."""
+    if not record.has_progressed:
+        # No recompute: without a new token in between, recomputes could follow each other forever.
         return () if record.transfer_failed else (TRANSFER,)
     if record.transfer_failed:
         return (RECOMPUTE,)
-    return (move.mode,) if move.mode is not None else ANY
+    return (move.mode,) if move.mode is not None else ALL_MODES
 
 
 def _candidate(

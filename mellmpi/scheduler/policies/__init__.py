@@ -1,7 +1,7 @@
-"""Placement and migration policies: pairs of functions of a view, chosen by name.
+"""Placement and migration policies, chosen by name: pure functions of a view of the cluster.
 
-Pure: a policy knows the view of the cluster and nothing else, and returns proposals; the scheduler
-checks them and carries them out. A policy of several files has a room of its own.
+A policy returns proposals; the scheduler checks them and carries them out. Policies know neither
+commands nor messages nor clocks. A policy of several files has its own folder.
 """
 
 from mellmpi.scheduler.policies import best_fit, frugal, load_balance, mell, stress, worst_fit
@@ -20,11 +20,14 @@ POLICIES = {
 
 
 def policy_for(name: str, migrate: str) -> Policy:
-    """The named policy as `--migrate never|auto|stress` wants it."""
+    """The policy for `--policy NAME --migrate never|auto|stress`, with its kernels compiled.
+
+    Raises ValueError for an unknown name.
+    """
     if name not in POLICIES:
         raise ValueError(f"--policy must be one of {', '.join(POLICIES)}, not {name}")
     policy = POLICIES[name]
-    warm_up()  # or the first request would wait for it
+    warm_up()
     if name == "mell":
         mell.warm_up()
     if migrate == "never":

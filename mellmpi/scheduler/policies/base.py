@@ -1,4 +1,4 @@
-"""What a policy is, and what several of them share."""
+"""The type of a policy, and functions that several policies use."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,29 +10,32 @@ from mellmpi.scheduler.view import ParkWorker, Proposal, View
 
 @dataclass(frozen=True)
 class Policy:
-    """`place(view, row, model)` -> worker or None; `rebalance(view)` -> proposals."""
+    """`place(view, row, model)` -> worker or None; `rebalance(view)` -> proposals.
+
+    resumes_at_home  a preempted request resumes on the worker that preempted it
+    """
 
     place: Callable[[View, int, str], int | None]
     rebalance: Callable[[View], list[Proposal]]
-    resumes_at_home: bool = False  # who was preempted waits for room on the same worker
+    resumes_at_home: bool = False
 
 
 def without_moves(policy: Policy) -> Policy:
-    """The same placement; nothing is ever moved, and workers park when they are empty."""
-    return Policy(policy.place, idle_workers, resumes_at_home=True)
+    """The same placement without migrations: empty workers park, preempted requests stay."""
+    return Policy(policy.place, park_empty, resumes_at_home=True)
 
 
-def room_after(view: View, row: int, model: str) -> np.ndarray:
-    """int64 [workers + 1]: bytes left on each worker with this request on it; under 0: no place."""
+def free_after(view: View, row: int, model: str) -> np.ndarray:
+    """int64 [workers + 1]: bytes free with this request placed there; below 0: it does not fit."""
     workers = view.workers
     fits = view.hosting(model) & (workers.num_requests < workers.max_requests)
     return np.where(fits, workers.budget - view.requests.need(row), -1)
 
 
-def by_worker(view: View, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(rows in the order of their workers, first): rows[first[w] : first[w + 1]] are on worker w.
+def group_by_worker(view: View, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(rows sorted by worker, first), stable: rows[first[w] : first[w + 1]] are on worker w.
 
-    first is int64 [workers + 2]. Order within a worker is kept.
+    first is int64 [workers + 2].
     """
     on = view.requests.worker[rows]
     order = np.argsort(on, kind="stable")
@@ -40,8 +43,8 @@ def by_worker(view: View, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return rows[order], first
 
 
-def idle_workers(view: View) -> list[Proposal]:
-    """Park what has been empty for long enough, but never the last active worker."""
+def park_empty(view: View) -> list[Proposal]:
+    """Park workers empty for `park_after_s`, but not the last active one; none while some wait."""
     workers = view.workers
     active = view.active()
     empty = active & (workers.num_requests == 0)

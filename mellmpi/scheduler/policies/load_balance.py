@@ -1,31 +1,31 @@
-"""Load balance: worst fit, and requests move from crowded workers to free ones.
+"""Load balance: worst fit, and migrations from crowded workers to free ones.
 
-After Llumnix (OSDI 2024): a worker's freeness is the number of decode steps it can go on for. The
-least free worker is paired with the freest, the next with the next, and of each pair one request
-moves where that brings the two closer. On overflow the youngest request is preempted, and resumes
-wherever there is room, as Llumnix dispatches it anew.
+After Llumnix (OSDI 2024): the freeness of a worker is the number of decode steps until it
+overflows. The least free worker is paired with the freest, the next with the next; within a pair
+one request moves if that reduces the difference. On overflow the youngest request is preempted and
+resumes on any worker with room, as in Llumnix.
 """
 
 import numpy as np
 
 from mellmpi.scheduler.ledger import WorkerState
 from mellmpi.scheduler.policies import worst_fit
-from mellmpi.scheduler.policies.base import by_worker, idle_workers
+from mellmpi.scheduler.policies.base import group_by_worker, park_empty
 from mellmpi.scheduler.view import MoveProposal, Proposal, View
 
-CROWDED = 60.0  # steps: with fewer left a worker gives a request away
-FREE = 120.0  # steps: with more left a worker takes one
+CROWDED = 60.0  # steps: a worker with lower freeness gives a request away
+FREE = 120.0  # steps: a worker with higher freeness takes one
 
 place = worst_fit.place
 
 
 def rebalance(view: View) -> list[Proposal]:
-    """At most one move for each pair of a crowded and a free worker; else park the empty ones."""
-    return _balance(view) or idle_workers(view)
+    """At most one move for each pair of a crowded and a free worker; without moves, park."""
+    return _balance(view) or park_empty(view)
 
 
 def freeness(budget: np.ndarray, num_requests: np.ndarray, token_bytes: np.ndarray) -> np.ndarray:
-    """Steps that each worker can go on for: every request takes one position a step."""
+    """float64: decode steps until each worker overflows; a step adds one position a request."""
     return np.asarray(budget / np.maximum(num_requests, 1) / np.maximum(token_bytes, 1e-9))
 
 
@@ -41,7 +41,7 @@ def _balance(view: View) -> list[Proposal]:
         return []
     crowded = crowded[np.argsort(steps[crowded], kind="stable")]
     free = free[np.argsort(-steps[free], kind="stable")]
-    rows, first = by_worker(view, np.flatnonzero(view.requests.movable))
+    rows, first = group_by_worker(view, np.flatnonzero(view.requests.movable))
     moves = [
         _move(view, rows[first[src] : first[src + 1]], int(src), int(dst))
         for src, dst in zip(crowded, free, strict=False)
@@ -50,7 +50,7 @@ def _balance(view: View) -> list[Proposal]:
 
 
 def _move(view: View, rows: np.ndarray, src: int, dst: int) -> MoveProposal | None:
-    """The smallest request that brings the two closer, without making dst the less free one."""
+    """Move the smallest request after which `dst` is still at least as free as `src`."""
     workers, requests = view.workers, view.requests
     runs = workers.runs[requests.model[rows], dst]
     sizes = requests.kv_bytes(rows)

@@ -1,24 +1,23 @@
-"""One transfer of blocks over a channel: what is to be posted, and what is in flight."""
+"""One transfer of blocks over a channel: what is still to be posted, and what is in flight."""
 
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from mellmpi.transport.base import Transfer
 from mellmpi.transport.blocks.cross_memory import CrossMemoryRead, CrossMemoryReads
 from mellmpi.transport.blocks.staging import address_of
-from mellmpi.transport.channel import Channel, LinkError
+from mellmpi.transport.channel import Channel, LinkError, Request
 
 
 @dataclass(frozen=True)
 class Route:
-    """Which messages belong to a transfer, and how they are treated."""
+    """Peer, tags and channel of a transfer, and the options that both ends share."""
 
     channel: Channel
     peer: int
     tag: int
-    answer_tag: int  # of what goes the other way
+    answer_tag: int  # of the receiver's answer
     checked: bool  # every block has a checksum
     reads: CrossMemoryReads
 
@@ -29,10 +28,10 @@ class Message:
 
     num_bytes: int
     address: int = 0
-    request: Any = None
+    request: Request | CrossMemoryRead = None
     num_blocks: int = 0
-    places: tuple[tuple[int, int], ...] = ()  # (block, address) of those that go to an arena
-    data: bytearray = field(default_factory=bytearray)  # in place of an arena's memory
+    destinations: tuple[tuple[int, int], ...] = ()  # (block, address) of blocks for the arena
+    data: bytearray = field(default_factory=bytearray)  # the buffer, if it is not an arena's
 
 
 def message_of(data: bytearray) -> Message:
@@ -40,35 +39,37 @@ def message_of(data: bytearray) -> Message:
 
 
 class BlockTransfer:
-    """A transfer: blocks still to come, then messages in flight, oldest first."""
+    """A transfer: what is to be posted, in order, and messages in flight, oldest first."""
 
-    comes = False  # from the peer
+    is_receive = False
     uses_arena = True
 
     def __init__(self, route: Route, block_ids: Sequence[int]):
-        self.transfer = Transfer()
+        self.handle = Transfer()
         self.route = route
-        self.posting = bool(block_ids)  # later moves of this peer and tag must hold back
-        self._todo = deque(block_ids)
-        self._flying: deque[Message] = deque()
-        self._steps: deque[Callable[[], bool]] = deque()  # beside the blocks; False: not yet
+        self.posting = bool(block_ids)  # later transfers of this peer and tag must not post yet
+        self._unposted = deque(block_ids)
+        self._in_flight: deque[Message] = deque()
+        # Posting of what is not a block. Each returns False if it cannot be done yet.
+        self._steps: deque[Callable[[], bool]] = deque()
 
     @property
     def peer(self) -> int:
         return self.route.peer
 
     def drive(self, may_post: bool) -> bool:
-        """Take in what is done, post what fits; True if there was anything."""
+        """Complete what has finished, post what is possible. Returns whether anything moved."""
         moved = self._reap()
         if may_post and self._post_all():
             moved = True
-            self._reap()  # a block that had come already was copied by posting
-        if not self.posting and not self._flying and self._settled() and not self.transfer.done:
-            self.transfer.end()
+            self._reap()  # posting copied a block that had already arrived
+        ended = not self.posting and not self._in_flight
+        if ended and self._copies_done() and not self.handle.done:
+            self.handle.end()
         return moved
 
-    def _settled(self) -> bool:
-        """No copy of our own is under way."""
+    def _copies_done(self) -> bool:
+        """No copies between arena and staging buffer are in progress; releases their addresses."""
         return True
 
     def _post_all(self) -> bool:
@@ -81,7 +82,7 @@ class BlockTransfer:
         return posted
 
     def _take_step(self) -> bool:
-        """The next of the steps; after the last of them there is no more to post."""
+        """Do the next step; after the last one there is nothing more to post."""
         if not self._steps[0]():
             return False
         self._steps.popleft()
@@ -89,44 +90,46 @@ class BlockTransfer:
         return True
 
     def _reap(self) -> bool:
+        """Remove completed messages. Returns whether there were any."""
         moved = False
-        while self._flying:
-            message = self._flying[0]
+        while self._in_flight:
+            message = self._in_flight[0]
             try:
                 num_bytes = self._finished(message.request)
                 if num_bytes is None:
                     break
-                self._flying.popleft()
-                self._finish(message, num_bytes)
+                self._in_flight.popleft()
+                self._on_complete(message, num_bytes)
             except LinkError:
-                self._flying.popleft()
-                self.transfer.fail("peer lost")
+                self._in_flight.popleft()
+                self.handle.fail("peer lost")
             moved = True
         return moved
 
-    def _finished(self, request: Any) -> int | None:
+    def _finished(self, request: Request | CrossMemoryRead) -> int | None:
         if isinstance(request, CrossMemoryRead):
             return request.finished()
         return self.route.channel.finished(request)
 
     def give_up(self) -> None:
-        """The peer is lost: post no more. What is in flight still ends by itself."""
-        self.transfer.fail("peer lost")
+        """The peer is lost: post nothing more. Messages in flight still complete."""
+        self.handle.fail("peer lost")
         self.posting = False
 
     def _send(self, message: Message, tag: int) -> None:
         route, size = self.route, message.num_bytes
         message.request = route.channel.send(message.address, size, route.peer, tag)
-        self._flying.append(message)
+        self._in_flight.append(message)
 
     def _receive(self, message: Message, tag: int) -> None:
         route, size = self.route, message.num_bytes
         message.request = route.channel.receive(message.address, size, route.peer, tag)
-        self._flying.append(message)
+        self._in_flight.append(message)
 
     def _post(self) -> bool:
+        """Post one message; False if none can be posted yet."""
         raise NotImplementedError
 
-    def _finish(self, message: Message, num_bytes: int) -> None:
-        """num_bytes: that came, of a message that was received."""
+    def _on_complete(self, message: Message, num_bytes: int) -> None:
+        """A message is complete; `num_bytes`: received (undefined for a send)."""
         raise NotImplementedError

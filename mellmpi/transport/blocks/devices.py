@@ -1,4 +1,4 @@
-"""Blocks in device memory: staged through pinned host memory, unless MPI proves it can do better.
+"""Blocks in device memory: staged through pinned host memory, unless MPI is proven to take them.
 
 Torch is imported only where there is a device.
 """
@@ -16,34 +16,34 @@ from typing import Any, Protocol
 from mellmpi.transport.base import Arena
 from mellmpi.transport.blocks.staging import InPlace, StagingBuffer, window
 
-# What a process inherits from the launcher of its job, and a job of its own must not see.
+# Set by the launcher of this job; the environment of another job must not contain them.
 LAUNCHER_VARIABLES = ("OMPI_COMM_", "OMPI_MCA_orte", "PMIX_", "PRTE_", "PMI_", "SLURM_")
-FAR = {"OMPI_MCA_btl": "tcp,self"}  # nothing but Open MPI asks for it, and UCX does not
+FAR = {"OMPI_MCA_btl": "tcp,self"}  # read by Open MPI only, and not by UCX
 
 
 class Copies(Protocol):
-    """Copies between one arena and host memory, begun by the call and done later."""
+    """Asynchronous copies between one arena and slots: host memory for one block each."""
 
-    def host_slot(self) -> int:
-        """Address of fresh host memory for one block, kept as long as this object."""
+    def new_slot(self) -> int:
+        """Allocate a slot that lives as long as this object. Returns its address."""
         ...
 
-    def out(self, block_id: int, address: int) -> None: ...
-    def into(self, block_id: int, address: int) -> None: ...
+    def to_host(self, block_id: int, address: int) -> None: ...
+    def to_device(self, block_id: int, address: int) -> None: ...
     def done(self, address: int) -> bool:
-        """The last copy from or to this slot."""
+        """The last copy from or to this slot is complete."""
         ...
 
 
 class Staged:
-    """A lane through host memory: some blocks are copied while others are sent.
+    """A StagingBuffer of slots in host memory: some blocks are copied while others are sent.
 
-    Each transfer holds at most a window of slots, so that two workers that send to each other can
-    never wait for each other's.
+    Each transfer takes new slots where none is free, at most a window of them. So two workers that
+    send to each other cannot deadlock.
     """
 
     in_host_memory = True
-    can_be_read = False  # slots come and go
+    can_be_read = False  # slots are reused within a transfer
 
     def __init__(self, block_bytes: int, copies: Copies):
         self.block_bytes = block_bytes
@@ -51,26 +51,26 @@ class Staged:
         self._copies = copies
         self._free: list[int] = []
 
-    def outgoing(self, block_id: int) -> int:
-        address = self.incoming(block_id)
-        self._copies.out(block_id, address)
+    def send_address(self, block_id: int) -> int:
+        address = self.receive_address(block_id)
+        self._copies.to_host(block_id, address)
         return address
 
-    def incoming(self, block_id: int) -> int:
-        return self._free.pop() if self._free else self._copies.host_slot()
+    def receive_address(self, block_id: int) -> int:
+        return self._free.pop() if self._free else self._copies.new_slot()
 
-    def still(self, address: int) -> bool:
+    def copy_done(self, address: int) -> bool:
         return self._copies.done(address)
 
-    def arrived(self, address: int, block_id: int) -> None:
-        self._copies.into(block_id, address)
+    def received(self, address: int, block_id: int) -> None:
+        self._copies.to_device(block_id, address)
 
-    def free(self, address: int) -> None:
+    def release(self, address: int) -> None:
         self._free.append(address)
 
 
 class DeviceArena:
-    """Blocks in the memory of a GPU, for probes; `device` in torch's words."""
+    """Blocks in the memory of a GPU, for probes; `device` as torch names it ("cuda:1")."""
 
     def __init__(self, num_blocks: int, block_bytes: int, device: str):
         import torch
@@ -81,8 +81,8 @@ class DeviceArena:
         self.address = int(self.blocks.data_ptr())
 
 
-class _Blocks:
-    """An arena as torch sees it: [num_blocks, block_bytes] bytes, not copied."""
+class _ArenaView:
+    """CUDA array interface of an arena: uint8 [num_blocks, block_bytes], not copied."""
 
     def __init__(self, arena: Arena):
         self.__cuda_array_interface__ = {
@@ -94,35 +94,35 @@ class _Blocks:
 
 
 class CudaCopies:
-    """Through pinned memory, on a stream of its own: no copy waits for the step under way.
+    """Copies through pinned memory on a separate CUDA stream, in parallel to the current step.
 
-    Nor need it: blocks are sent after, and used before, the steps that touch them, and a step ends
-    with its tokens on the host.
+    No synchronization with steps is needed: blocks are sent after the steps that write them and
+    received before the steps that read them, and a step ends when its tokens are on the host.
     """
 
     def __init__(self, arena: Arena):
         import torch
 
         self._torch: Any = torch
-        self._blocks = torch.as_tensor(_Blocks(arena), device=arena.device)
+        self._blocks = torch.as_tensor(_ArenaView(arena), device=arena.device)
         self._stream = self._torch.cuda.Stream(device=arena.device)
         self._slots: dict[int, Any] = {}
         self._events: dict[int, Any] = {}  # of the last copy from or to each slot
 
-    def host_slot(self) -> int:
+    def new_slot(self) -> int:
         slot = self._torch.empty(self._blocks.shape[1], dtype=self._torch.uint8, pin_memory=True)
         self._slots[slot.data_ptr()] = slot
         return int(slot.data_ptr())
 
-    def out(self, block_id: int, address: int) -> None:
+    def to_host(self, block_id: int, address: int) -> None:
         self._copy(self._slots[address], self._blocks[block_id], address)
 
-    def into(self, block_id: int, address: int) -> None:
+    def to_device(self, block_id: int, address: int) -> None:
         self._copy(self._blocks[block_id], self._slots[address], address)
 
-    def _copy(self, to: Any, source: Any, address: int) -> None:
+    def _copy(self, target: Any, source: Any, address: int) -> None:
         with self._torch.cuda.stream(self._stream):
-            to.copy_(source, non_blocking=True)
+            target.copy_(source, non_blocking=True)
             event = self._events[address] = self._torch.cuda.Event()
             event.record(self._stream)
 
@@ -130,9 +130,9 @@ class CudaCopies:
         return address not in self._events or bool(self._events[address].query())
 
 
-def lane_for(arena: Arena, device_buffers: bool) -> StagingBuffer:
-    """How blocks of this arena travel; `device_buffers`: MPI takes device memory (proven)."""
-    if str(arena.device) == "cpu" or device_buffers:  # torch gives a device, not its name
+def staging_buffer_for(arena: Arena, device_buffers: bool) -> StagingBuffer:
+    """The staging buffer of this arena; `device_buffers`: MPI is proven to take device memory."""
+    if str(arena.device) == "cpu" or device_buffers:  # may be a torch.device
         return InPlace(arena)
     return Staged(arena.block_bytes, CudaCopies(arena))
 
@@ -140,12 +140,13 @@ def lane_for(arena: Arena, device_buffers: bool) -> StagingBuffer:
 def device_buffers_work(
     device: str, mpirun: Sequence[str] | None = None, limit_s: float = 60, far: bool = False
 ) -> bool:
-    """Does MPI move messages between buffers of this device, or of it and the next, correctly?
+    """Returns whether MPI correctly moves messages between buffers of this device and the next.
 
-    Tried in a throwaway pair of processes, started by this `mpirun` command line: where it does
-    not work it crashes or hangs. No build flag tells. The pair has our environment, and with it the
-    messaging layer that this job was told to use. `far`: as between two hosts, without what Open
-    MPI can do only within one.
+    No build flag tells, and MPI crashes or hangs where it cannot. So two other processes try it.
+    They inherit our environment, and with it the messaging layer that this job was told to use.
+
+    mpirun  the command line that starts them; None: mpirun of this environment
+    far     as between two hosts, without what Open MPI can do only within one
     """
     command = mpirun or _mpirun()
     if not command:
@@ -168,7 +169,7 @@ def device_buffers_work(
     try:
         output, _ = job.communicate(timeout=limit_s)
     except subprocess.TimeoutExpired:
-        job.terminate()  # mpirun takes its ranks along; they are in sessions of their own
+        job.terminate()  # mpirun ends its ranks, which are in separate sessions
         with contextlib.suppress(subprocess.TimeoutExpired):
             job.wait(5)
         job.kill()

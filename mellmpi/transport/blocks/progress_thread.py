@@ -1,7 +1,7 @@
-"""Carries transfers on in a thread of its own while this worker computes.
+"""A thread that advances transfers while the main thread computes.
 
-A decode step on a CPU is one compiled call that holds no lock of Python's, and on a GPU it is a
-wait: both go on together. Between steps alone, a transfer would stand still most of the time.
+A decode step on a CPU is one compiled call that releases the GIL, and on a GPU it is a wait, so
+both run in parallel. If transfers advanced only between steps, they would be idle most of the time.
 """
 
 import os
@@ -10,7 +10,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from mellmpi.transport.base import Transfer
 from mellmpi.transport.blocks.block_mover import BURST_S, BlockMover
@@ -19,137 +18,138 @@ from mellmpi.transport.blocks.cross_memory import PIECE_BYTES, SHORT_PIECE_BYTES
 from mellmpi.transport.blocks.staging import StagingBuffer
 from mellmpi.transport.channel import Channel
 
-AWAY_S = 300e-6  # a main thread that has not looked for so long is computing
-LONGEST_REST_S = 5e-3  # rests double up to here while it looks again and again
-SPIN_S = 200e-6  # without anything done, then sleep
-FIRST_SLEEP_S = 50e-6  # doubles from here on
-MOVING_SLEEP_S = 200e-6  # at most, for a while: a fast link fills its buffers in a millisecond
-MOVING_S = 0.02  # so long after something moved
+AWAY_S = 300e-6  # a main thread that has not called for so long is computing
+LONGEST_REST_S = 5e-3  # rests double up to here while the main thread keeps calling
+SPIN_S = 200e-6  # busy polling after the last movement, before the first sleep
+FIRST_SLEEP_S = 50e-6  # sleeps double from here on
+MOVING_SLEEP_S = 200e-6  # longest sleep for MOVING_S: a fast link fills its buffers within 1 ms
+MOVING_S = 0.02  # after the last movement
 LONGEST_SLEEP_S = 1e-3
 
 
 class ProgressThread(BlockMover):
-    """A mover that needs no `progress`; a main thread that waits anyway may help, and is quicker.
+    """A BlockMover that needs no `progress`. A main thread that calls it makes transfers faster.
 
-    ended  called in the thread when it has brought a transfer to its end, or read for the other
+    on_end  called in the thread after it has ended a transfer, or has read blocks while the main
+            thread polls
     """
 
     def __init__(
         self,
         channel: Channel,
         checked: Callable[[int], bool],
-        ended: Callable[[], None],
+        on_end: Callable[[], None],
         read_by: Callable[[int], bool] = lambda _: False,
     ):
         super().__init__(channel, checked, read_by)
-        self._ended = ended
-        self._begun: list[BlockTransfer] = []  # seen from outside
-        self._driving = threading.Lock()  # held by whoever touches the moves
-        self._orders: deque[Callable[[], Any]] = deque()  # what could not be done at once
-        self._asked = threading.Event()
-        self._attended = False  # the main thread waits, and moves blocks meanwhile
-        self._looked_s = 0.0  # when it was here last
-        self._resting = False  # longer than AWAY_S
+        self._on_end = on_end
+        self._requested: list[BlockTransfer] = []  # by the main thread
+        self._driving = threading.Lock()  # held by the thread that accesses the transfers
+        self._orders: deque[Callable[[], object]] = deque()  # done with the lock held
+        self._wake = threading.Event()
+        self._main_polls = False  # the main thread waits, and calls `progress` meanwhile
+        self._main_called_s = 0.0  # time of its last call
+        self._resting = False  # for longer than AWAY_S
         self._closing = False
         self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="carrier", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
         self._thread.start()
 
     # --- in the main thread ---------------------------------------------------------------------
 
     @property
     def busy(self) -> bool:
-        return bool(self._moves or self._orders)
+        return bool(self._transfers or self._orders)
 
-    def attend(self, present: bool) -> None:
-        self._attended, self._looked_s = present, time.perf_counter()
-        if self._resting and not present:
+    def set_polling(self, polling: bool) -> None:
+        self._main_polls, self._main_called_s = polling, time.perf_counter()
+        if self._resting and not polling:
             self._resting = False
-            self._asked.set()
+            self._wake.set()
 
-    def attach(self, lane: StagingBuffer | None) -> None:
-        self._begun = [move for move in self._begun if not move.transfer.done]
-        users = [move for move in self._begun if move.uses_arena]
-        assert not users, "blocks are under way; the arena cannot go"
-        self._lane = lane
+    def attach(self, staging: StagingBuffer | None) -> None:
+        self._requested = [t for t in self._requested if not t.handle.done]
+        users = [transfer for transfer in self._requested if transfer.uses_arena]
+        assert not users, "transfers in progress use the arena"
+        self._staging = staging
 
-    def _begin(self, move: BlockTransfer) -> Transfer:
-        if not move.posting:
-            move.transfer.end()
-            return move.transfer
-        self._begun = [*(m for m in self._begun if not m.transfer.done), move]
-        self._ask(partial(super()._begin, move))
-        return move.transfer
+    def _begin(self, transfer: BlockTransfer) -> Transfer:
+        if not transfer.posting:
+            transfer.handle.end()
+            return transfer.handle
+        self._requested = [*(t for t in self._requested if not t.handle.done), transfer]
+        self._order(partial(super()._begin, transfer))
+        return transfer.handle
 
-    def forget(self, peer: int) -> None:
-        self._ask(partial(super().forget, peer))
+    def drop_peer(self, peer: int) -> None:
+        self._order(partial(super().drop_peer, peer))
 
-    def _ask(self, order: Callable[[], Any]) -> None:
+    def _order(self, order: Callable[[], object]) -> None:
         self._orders.append(order)
         self.progress()
-        self._asked.set()
+        self._wake.set()
 
     def progress(self) -> list[int]:
         if self._failure is not None:
             raise self._failure
-        self._looked_s = time.perf_counter()
+        self._main_called_s = time.perf_counter()
         if not self.busy or not self._driving.acquire(blocking=False):
             return []
         reading = bool(self._reads)
         try:
-            self._obey()
-            # It waits and has the time; between steps it has none.
-            peers = self._burst(self._looked_s + BURST_S * self._attended)
+            self._carry_out_orders()
+            # A main thread that polls has time for a burst; between steps it makes one round.
+            peers = self._burst(self._main_called_s + BURST_S * self._main_polls)
         finally:
-            self._looked_s = time.perf_counter()
+            self._main_called_s = time.perf_counter()
             self._driving.release()
-        if self._reads and (self._attended or not reading):
-            # Two read faster than one; and the other is awake when this one goes on to compute.
-            self._asked.set()
-            stop_s = time.perf_counter() + BURST_S * self._attended
-            while self._reads.carry_out(SHORT_PIECE_BYTES) and time.perf_counter() < stop_s:
+        if self._reads and (self._main_polls or not reading):
+            # Two threads read faster than one, and the other one goes on during the next step.
+            self._wake.set()
+            stop_s = time.perf_counter() + BURST_S * self._main_polls
+            while self._reads.copy_piece(SHORT_PIECE_BYTES) and time.perf_counter() < stop_s:
                 pass
         return sorted(peers)
 
     def close(self) -> None:
         self._closing = True
-        self._asked.set()
+        self._wake.set()
         self._thread.join()
-        self._obey()
+        self._carry_out_orders()
         super().close()
 
-    # --- in either, while driving ---------------------------------------------------------------
+    # --- in either thread, with the lock --------------------------------------------------------
 
-    def _obey(self) -> bool:
-        """Do what was asked meanwhile; True if anything was."""
-        asked = bool(self._orders)
+    def _carry_out_orders(self) -> bool:
+        """Returns whether there were any."""
+        found = bool(self._orders)
         while self._orders:
             self._orders.popleft()()
-        return asked
+        return found
 
-    # --- in the thread --------------------------------------------------------------------------
+    # --- in the progress thread -----------------------------------------------------------------
 
     def _run(self) -> None:
         try:
             while not self._closing:
-                self._asked.wait()
-                self._asked.clear()
-                self._carry()
-        except BaseException as failure:  # a bug: the main thread tells the story
+                self._wake.wait()
+                self._wake.clear()
+                self._advance()
+        except BaseException as failure:  # a bug: the main thread raises it
             self._failure = failure
-            self._ended()
+            self._on_end()
 
-    def _carry(self) -> None:
-        """Until nothing is left to carry."""
+    def _advance(self) -> None:
+        """Advance transfers until none is left."""
         moved_s, sleep_s, rest_s = time.perf_counter(), FIRST_SLEEP_S, AWAY_S
         while self.busy and not self._closing:
-            if self._reads.carry_out(SHORT_PIECE_BYTES if self._attended else PIECE_BYTES):
+            if self._reads.copy_piece(SHORT_PIECE_BYTES if self._main_polls else PIECE_BYTES):
                 moved_s, sleep_s = time.perf_counter(), FIRST_SLEEP_S
-                if self._attended and not self._reads:
-                    self._ended()  # who waits takes in what has been read
-                if self._attended or (self._reads and len(self._moves) == 1):
+                if self._main_polls and not self._reads:
+                    self._on_end()  # the main thread completes the transfer
+                if self._main_polls or (self._reads and len(self._transfers) == 1):
                     continue
-            if self._is_main_here():
+            if self._is_main_active():
                 rest_s = self._rest(rest_s)
                 continue
             rest_s = AWAY_S
@@ -164,22 +164,26 @@ class ProgressThread(BlockMover):
             sleep_s = min(2 * sleep_s, MOVING_SLEEP_S if idle_s < MOVING_S else LONGEST_SLEEP_S)
 
     def _rest(self, rest_s: float) -> float:
-        """For so long at most; how long next time. Every waking takes time from the main thread."""
-        self._resting = rest_s > AWAY_S  # and to be woken when it leaves
-        woken = self._asked.wait(rest_s)
-        self._asked.clear()
+        """Wait for `rest_s` at most. Returns the next duration.
+
+        Rests get longer because every wake-up of this thread takes time from the main thread.
+        """
+        self._resting = rest_s > AWAY_S  # then the main thread ends the rest when it stops polling
+        woken = self._wake.wait(rest_s)
+        self._wake.clear()
         return AWAY_S if woken else min(2 * rest_s, LONGEST_REST_S)
 
-    def _is_main_here(self) -> bool:
-        here = self._attended or self._driving.locked()
-        return here or time.perf_counter() - self._looked_s < AWAY_S
+    def _is_main_active(self) -> bool:
+        """The main thread advances the transfers itself."""
+        active = self._main_polls or self._driving.locked()
+        return active or time.perf_counter() - self._main_called_s < AWAY_S
 
     def _drive(self) -> bool:
-        """One round; True if anything moved."""
+        """Make one round. Returns whether anything moved."""
         with self._driving:
-            begun = [move for move in self._begun if not move.transfer.done]
-            moved = self._obey()
-            moved |= bool(self._round(self._moves))
-        if any(move.transfer.done for move in begun):
-            self._ended()
+            requested = [t for t in self._requested if not t.handle.done]
+            moved = self._carry_out_orders()
+            moved |= bool(self._round(self._transfers))
+        if any(transfer.handle.done for transfer in requested):
+            self._on_end()
         return moved

@@ -1,29 +1,29 @@
-"""Where the bytes of a block are while they travel."""
+"""Staging buffers: the memory from which blocks are sent and into which they are received."""
 
 import ctypes
 from typing import Protocol
 
 from mellmpi.transport.base import Arena
 
-# Where the receiver copies inside its own progress (CMA), to begin a receive may copy the block at
-# once. So receives are begun a window at a time, and a progress() call ends after a burst: a
-# decode step that is due never waits for more than a burst and a window.
-WINDOW_BYTES = 8 << 20  # of one transfer, begun and not yet done; at least two blocks
+# Where MPI receives by cross-memory reads (CMA), posting a receive may copy the block at once. So
+# receives are posted a window at a time, and a progress() call ends after a burst: a decode step
+# that is due waits for one burst and one window at most.
+WINDOW_BYTES = 8 << 20  # posted and not complete, of one transfer; at least two blocks
 
 
 class StagingBuffer(Protocol):
-    """From an arena to messages and back."""
+    """Gives each block of an arena an address for messages, and copies it where necessary."""
 
     @property
     def block_bytes(self) -> int: ...
     @property
     def in_host_memory(self) -> bool:
-        """What travels can be read here, and so be checked."""
+        """This process can read the blocks at the addresses, and so compute checksums."""
         ...
 
     @property
     def can_be_read(self) -> bool:
-        """What is outgoing lies still at once, where processes of this host can read it."""
+        """Blocks to send are complete at once, and other processes of this host can read them."""
         ...
 
     @property
@@ -31,64 +31,64 @@ class StagingBuffer(Protocol):
         """Blocks of one transfer that may be posted and not yet sent; None: all of them."""
         ...
 
-    def outgoing(self, block_id: int) -> int:
-        """The address to send this block from, once it is `still`."""
+    def send_address(self, block_id: int) -> int:
+        """The address to send this block from, once its copy is done."""
         ...
 
-    def incoming(self, block_id: int) -> int:
+    def receive_address(self, block_id: int) -> int:
         """The address to receive this block at."""
         ...
 
-    def still(self, address: int) -> bool:
-        """No copy from or to this address is under way."""
+    def copy_done(self, address: int) -> bool:
+        """No copy from or to this address is in progress."""
         ...
 
-    def arrived(self, address: int, block_id: int) -> None:
-        """It has been received; it is in its place once it is `still`."""
+    def received(self, address: int, block_id: int) -> None:
+        """The block is at the address; it is in the arena once its copy is done."""
         ...
 
-    def free(self, address: int) -> None:
-        """The transfer needs this address no more."""
+    def release(self, address: int) -> None:
+        """The transfer does not need this address any more."""
         ...
 
 
 class InPlace:
-    """From arena to arena, with no copy of our own."""
+    """Messages go directly from arena to arena, without a copy of our own."""
 
-    # A receiver with CMA then never waits for the sender's next step.
+    # With all sends posted, a receiver that uses CMA never waits for the sender's next step.
     send_window = None
 
     def __init__(self, arena: Arena):
         self.block_bytes = arena.block_bytes
-        self.in_host_memory = str(arena.device) == "cpu"  # torch gives a device, not its name
+        self.in_host_memory = str(arena.device) == "cpu"  # may be a torch.device
         self.can_be_read = self.in_host_memory
-        self._arena, self._address = arena, arena.address  # the first keeps the memory alive
+        self._arena, self._address = arena, arena.address  # the reference keeps the memory alive
 
-    def outgoing(self, block_id: int) -> int:
+    def send_address(self, block_id: int) -> int:
         return self._address + block_id * self.block_bytes
 
-    incoming = outgoing
+    receive_address = send_address
 
-    def still(self, address: int) -> bool:
+    def copy_done(self, address: int) -> bool:
         return True
 
-    def arrived(self, address: int, block_id: int) -> None:
+    def received(self, address: int, block_id: int) -> None:
         pass
 
-    def free(self, address: int) -> None:
+    def release(self, address: int) -> None:
         pass
 
 
 def window(block_bytes: int) -> int:
-    """Blocks in a window."""
+    """Number of blocks in a window."""
     return max(2, WINDOW_BYTES // block_bytes)
 
 
 def address_of(data: bytearray) -> int:
-    """Of its first byte; valid as long as the buffer lives and keeps its size."""
+    """Address of the first byte; valid as long as the buffer lives and keeps its size."""
     return ctypes.addressof((ctypes.c_char * len(data)).from_buffer(data)) if data else 0
 
 
 def bytes_at(address: int, num_bytes: int) -> memoryview:
-    """Host memory as Python sees it, not copied."""
+    """View of host memory, not a copy."""
     return memoryview((ctypes.c_char * num_bytes).from_address(address)).cast("B")

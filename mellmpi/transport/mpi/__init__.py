@@ -1,11 +1,10 @@
-"""MPI: how it starts, one communicator as a channel, how a job ends.
+"""MPI: its start, one communicator as a channel, the end of a job.
 
-The only room that imports MPI, and the only one that knows ranks.
+Only this folder imports MPI. Knows neither the contents of messages nor requests.
 """
 
 from mellmpi.transport.mpi.channel import MpiChannel
 from mellmpi.transport.mpi.job import MixedInstallation, MpiJob
-from mellmpi.transport.mpi.launcher import end_launcher
 from mellmpi.transport.mpi.library import MPI
 from mellmpi.transport.mpi.yielding import set_yielding
 
@@ -14,6 +13,5 @@ __all__ = [
     "MixedInstallation",
     "MpiChannel",
     "MpiJob",
-    "end_launcher",
     "set_yielding",
 ]

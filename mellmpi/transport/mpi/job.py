@@ -1,4 +1,4 @@
-"""Workers as MPI ranks: how MPI starts, what all ranks do together, how a job ends."""
+"""An MPI job from the view of one rank: its start, collective calls, the transport, its end."""
 
 import atexit
 import ctypes
@@ -10,18 +10,18 @@ import sys
 from typing import Any, NoReturn
 
 from mellmpi.protocol import FINGERPRINT, RankFailed
-from mellmpi.transport.blocks import Proof
+from mellmpi.transport.blocks import CmaProbe
+from mellmpi.transport.control_plane import FAULT, USAGE, ControlPlane, PeerFailed
 from mellmpi.transport.doorbell import Doorbell
-from mellmpi.transport.endpoint import Endpoint, Wakes
+from mellmpi.transport.endpoint import Endpoint, WaitPolicy
+from mellmpi.transport.launcher import end_launcher
 from mellmpi.transport.mpi.channel import MpiChannel, MpiLock, worker_of
-from mellmpi.transport.mpi.launcher import end_launcher
 from mellmpi.transport.mpi.library import MPI
 from mellmpi.transport.mpi.yielding import set_yielding
-from mellmpi.transport.post import FAULT, USAGE, PeerFailed, Post
 
-END_LIMIT_S = 5.0  # of MPI_Finalize: a rank that dies at the wrong moment would keep others there
-SPIN_S = 200e-6  # look this long before sleeping, while something is going on
-LOCAL_POLL_S = 0.020  # longest sleep where every peer can ring: only failures come unannounced
+END_LIMIT_S = 5.0  # of MPI_Finalize, where a rank that dies meanwhile would block the others
+SPIN_S = 200e-6  # busy polling before the first sleep, while there is activity
+LOCAL_POLL_S = 0.020  # longest sleep if every peer can ring: only failures come without a ring
 OPEN_MPI_FT = 12  # MPI_FT in Open MPI's mpi.h; mpi4py has no name for it
 
 
@@ -30,10 +30,10 @@ class MixedInstallation(Exception):
 
 
 class MpiJob:
-    """This process's place in the MPI job: the start together, and the end.
+    """The MPI job that this process belongs to.
 
-    All methods but `abort` and `fail` are collective: every rank calls them, in the same order.
-    They raise PeerFailed where another rank has died or failed.
+    All methods except `abort`, `fail` and `vanish` are collective: every rank calls them in the
+    same order. They raise PeerFailed if another rank has died or failed.
     """
 
     def __init__(self) -> None:
@@ -41,26 +41,26 @@ class MpiJob:
         self.rank, self.size = self._comm.rank, self._comm.size
         self._lock = MpiLock()
         try:
-            channel = MpiChannel(self._comm, self._lock.take, self._lock.leave)
+            channel = MpiChannel(self._comm, self._lock.acquire, self._lock.release)
         except MPI.Exception as error:
             raise PeerFailed(FAULT, f"mellmpi: a rank has died at the start ({error})") from error
-        self._post = Post(self.rank, self.size, channel)
+        self._control = ControlPlane(self.rank, self.size, channel)
         names = self.gather(MPI.Get_processor_name().encode())
         self.hosts = [name.decode() for name in names]  # of every rank
         self._transport: Endpoint | None = None
-        self._yielding = False  # while MPI waits by itself
+        self._yielding = False  # the setting of this MPI, for its own waits
         if self.size == 1:
-            atexit.register(self.finish)  # nobody to hang with, and mpirun insists on it
+            atexit.register(self.finish)  # mpirun requires MPI_Finalize, and no rank can block it
 
     @property
-    def neighbours(self) -> list[int]:
-        """The ranks of this host, this one included; its index here is its node-local rank."""
+    def local_ranks(self) -> list[int]:
+        """All ranks of this host; the index of a rank in the list is its node-local rank."""
         return [rank for rank, host in enumerate(self.hosts) if host == self.hosts[self.rank]]
 
     def check_installation(self, fingerprint: str = FINGERPRINT) -> None:
-        """Raises MixedInstallation, on all ranks alike, unless all speak the same protocol."""
+        """Raises MixedInstallation, on all ranks, if the fingerprints of the protocol differ."""
         seen = self.gather(fingerprint.encode())
-        if odd := [rank for rank, one in enumerate(seen) if one != seen[0]]:
+        if odd := [rank for rank, other in enumerate(seen) if other != seen[0]]:
             hosts = ", ".join(sorted({self.hosts[rank] for rank in odd}))
             raise MixedInstallation(
                 f"ranks {odd} (on {hosts}) run another version of mellmpi than rank 0 (on "
@@ -68,86 +68,86 @@ class MpiJob:
             )
 
     def gather(self, data: bytes) -> list[bytes]:
-        """Every rank's data, by rank."""
-        return self._post.gather(data)
+        """Allgather: returns the data of every rank, by rank."""
+        return self._control.gather(data)
 
     def share(self, data: Any) -> Any:
-        """Rank 0's plain data, on every rank (the others pass None)."""
-        return self._post.share(data)
+        """Broadcast rank 0's plain data (other ranks pass None). Returns it on every rank."""
+        return self._control.share(data)
 
     def connect(
         self,
         idle_poll_s: float,
         device_buffers: bool = False,
         checksums: str = "auto",
-        carried: bool = True,
-        reading: bool = True,
+        progress_thread: bool = True,
+        cross_memory: bool = True,
     ) -> Endpoint:
-        """The transport of this rank; one a process.
+        """Returns the transport of this rank.
 
-        idle_poll_s     longest sleep between looks while some peer cannot ring our bell
-        device_buffers  this MPI takes device memory (`devices.device_buffers_work`)
-        checksums       of every block: "auto" between hosts, "always" or "never"
-        carried         blocks move in a thread of their own, where MPI allows several
-        reading         blocks are read out of the memory of others, where the system allows it
+        idle_poll_s      longest sleep between polls if a peer cannot ring our doorbell
+        device_buffers   this MPI takes device memory (`devices.device_buffers_work`)
+        checksums        of every block: "auto" (between hosts only), "always" or "never"
+        progress_thread  move blocks in a separate thread, where MPI allows it
+        cross_memory     read blocks from the memory of other processes, where the system allows it
         """
         bell = Doorbell(self.share(secrets.token_hex(8)), worker_of(self.rank))
-        self.gather(b"")  # every bell is hung up
-        heard = bell.find(worker_of(rank) for rank in self.neighbours)
-        rows = self.gather(bytes(worker_of(rank) in heard for rank in range(self.size)))
+        self.gather(b"")  # barrier: now every doorbell exists
+        reachable = bell.find(worker_of(rank) for rank in self.local_ranks)
+        rows = self.gather(bytes(worker_of(rank) in reachable for rank in range(self.size)))
         all_ring = all(row[self.rank] for row in rows)
-        may_spin = len(self.neighbours) <= len(os.sched_getaffinity(0))
+        may_spin = len(self.local_ranks) <= len(os.sched_getaffinity(0))
         longest_s = LOCAL_POLL_S if all_ring else idle_poll_s
-        wakes = Wakes(all_ring, longest_s, SPIN_S if may_spin else 0.0)
-        blocks = MpiChannel(self._comm, self._lock.take_patiently, self._lock.leave)
+        wait_policy = WaitPolicy(all_ring, longest_s, SPIN_S if may_spin else 0.0)
+        blocks = MpiChannel(self._comm, self._lock.acquire_after_messages, self._lock.release)
         self._transport = Endpoint(
-            self._post,
+            self._control,
             blocks,
             bell,
-            wakes,
+            wait_policy,
             device_buffers,
             self._checked(checksums),
-            carried and MPI.Query_thread() >= MPI.THREAD_SERIALIZED,
-            self._read_by(reading and not device_buffers),
+            progress_thread and MPI.Query_thread() >= MPI.THREAD_SERIALIZED,
+            self._read_by(cross_memory and not device_buffers),
         )
-        self._yielding |= set_yielding(False)  # from here on nobody waits inside MPI
+        self._yielding |= set_yielding(False)  # from here on no rank waits inside MPI
         return self._transport
 
     def _checked(self, checksums: str) -> frozenset[int]:
-        """Workers to and from whom blocks have checksums. Both ends come to the same."""
-        # Between two of one host the processor copies: a checksum would cost a third of the
-        # bandwidth there, and guards memory that has its own.
-        near = set(self.neighbours) if checksums == "auto" else set()
+        """Workers whose blocks have checksums in both directions; both ends agree on it."""
+        # Within a host the CPU copies blocks. A checksum would cost a third of the bandwidth there,
+        # and memory has error correction of its own.
+        exempt = set(self.local_ranks) if checksums == "auto" else set()
         ranks = range(self.size) if checksums != "never" else ()
-        return frozenset(worker_of(rank) for rank in ranks if rank not in near)
+        return frozenset(worker_of(rank) for rank in ranks if rank not in exempt)
 
-    def _read_by(self, reading: bool) -> frozenset[int]:
-        """Workers that can read our memory, and shall."""
-        proof = Proof()
-        proofs = self.gather(proof.packed)
-        others = set(self.neighbours) - {self.rank} if reading else set()
-        can = bytes(rank in others and Proof.holds(proofs[rank]) for rank in range(self.size))
-        rows = self.gather(can)
+    def _read_by(self, cross_memory: bool) -> frozenset[int]:
+        """Workers that will read blocks from our memory: those whose CmaProbe succeeds."""
+        probe = CmaProbe()
+        probes = self.gather(probe.packed)
+        others = set(self.local_ranks) - {self.rank} if cross_memory else set()
+        readable = (rank in others and CmaProbe.readable(probes[rank]) for rank in range(self.size))
+        rows = self.gather(bytes(readable))
         return frozenset(worker_of(rank) for rank in others if rows[rank][self.rank])
 
     def serve(self) -> None:
-        """The start is over: from here on the job outlives a worker that fails, where MPI can."""
-        self._post.starting = not self.survivable
+        """End the start phase: from now on the job survives failed workers, where MPI allows it."""
+        self._control.starting = not self.survivable
 
     def finish(self) -> list[str]:
-        """All is done: shut MPI down, together. Returns why workers failed meanwhile, at rank 0."""
+        """Shut MPI down. Returns, on rank 0, the error texts of workers that have failed."""
         if MPI.Is_finalized():
             return []
         if self._transport:
             self._transport.close()
         try:
-            self._post.gather(b"")  # sleeps until all ranks are here: MPI_Finalize would spin
+            self._control.gather(b"")  # a barrier that sleeps: MPI_Finalize would spin
         except PeerFailed:
-            if not self._post.lost:
+            if not self._control.lost:
                 raise
-        failures = [m.text for _, m in self._post.poll() if isinstance(m, RankFailed)]
-        if self._post.lost:
-            return failures  # MPI_Finalize then hangs in one of five runs (seen); we need it not
+        failures = [m.text for _, m in self._control.poll() if isinstance(m, RankFailed)]
+        if self._control.lost:
+            return failures  # MPI_Finalize may hang after a loss (seen in one of five runs)
         set_yielding(self._yielding)
         faulthandler.dump_traceback_later(END_LIMIT_S, exit=True)
         MPI.Finalize()
@@ -155,65 +155,65 @@ class MpiJob:
         return failures
 
     def fail(self, exit_code: int, text: str) -> NoReturn:
-        """End this rank, which cannot go on, and with it the job, where it cannot either.
+        """End this rank after a failure, and the whole job unless it survives lost workers.
 
-        Rank 0 prints the text. While the job serves, the others find this worker lost.
+        Rank 0 prints the text. If the job goes on, the other ranks find this worker lost.
         """
         try:
-            self._post.report_failure(exit_code, text)
-            if not self._post.starting and exit_code != USAGE:
+            self._control.report_failure(exit_code, text)
+            if not self._control.starting and exit_code != USAGE:
                 self.vanish(exit_code)
-            self._post.await_dismissal()
-            if 0 not in self._post.lost:
-                sys.stderr.write(f"{text}\n")  # rank 0 is busy
+            self._control.await_termination()
+            if 0 not in self._control.lost:
+                sys.stderr.write(f"{text}\n")  # rank 0 does not respond
         finally:
             self.abort(exit_code)
 
     def abort(self, exit_code: int) -> NoReturn:
         """End the whole job at once; `exit_code` must not be 0."""
-        assert exit_code != 0, "the launcher would let the others run on"
+        assert exit_code != 0, "with 0 the launcher would not end the other ranks"
         sys.stdout.flush()
         sys.stderr.flush()
-        # Under ULFM mpirun ends nobody (seen with 5.0.11): every rank leaves once it is told.
+        # Under ULFM mpirun ends no rank (seen with 5.0.11): each rank exits on our message.
         try:
-            if not self._post.dismiss(exit_code):
+            if not self._control.terminate_others(exit_code):
                 self._end_all(exit_code)
         finally:
             os._exit(exit_code)
 
     def _end_all(self, exit_code: int) -> None:
-        """Have the launcher end ranks that do not listen."""
+        """Make the launcher end ranks that do not receive messages."""
         if self.survivable:
             end_launcher()
         else:
             self._comm.Abort(exit_code)
 
     def vanish(self, exit_code: int) -> NoReturn:
-        """End this process alone, at once: the others find its worker lost."""
+        """End only this process, at once: the other ranks find its worker lost."""
         sys.stdout.flush()
         sys.stderr.flush()
-        if self.survivable and 0 not in self._post.lost:
+        if self.survivable and 0 not in self._control.lost:
             os.kill(os.getpid(), signal.SIGKILL)  # mpirun would hang on a bad exit code
         os._exit(exit_code)
 
     @property
     def survivable(self) -> bool:
-        """MPI lets the job outlive a lost rank: `mpirun --with-ft ulfm`."""
+        """The job can survive a lost rank (ULFM): `mpirun --with-ft ulfm`."""
         name, version = MPI.get_vendor()
-        if name != "Open MPI" or version < (5,):  # Open MPI 4 fails at the question
+        if name != "Open MPI" or version < (5,):  # Open MPI 4 fails on this attribute
             return False
         address = self._comm.Get_attr(OPEN_MPI_FT)
         return isinstance(address, int) and ctypes.c_int.from_address(address).value != 0
 
     @property
     def library(self) -> str:
-        """Which MPI this is."""
+        """Name and version of the MPI library."""
         name, numbers = MPI.get_vendor()
         return f"{name} {'.'.join(map(str, numbers))}"
 
     @property
     def thread_level(self) -> str:
-        """How MPI lets threads call it."""
+        """The thread support that MPI provides, in words."""
         names = {
             MPI.THREAD_SINGLE: "single",
             MPI.THREAD_FUNNELED: "funneled",

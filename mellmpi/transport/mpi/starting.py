@@ -1,7 +1,7 @@
-"""Ends a job in which a rank has died before MPI started: the others would wait in MPI_Init for it.
+"""Ends a job in which a rank has died before MPI_Init: the other ranks would wait there for it.
 
-With ULFM, mpirun ends nobody. A thread of Python cannot run while MPI starts, so a child process
-looks at the ranks of this host until then.
+With ULFM, mpirun does not end them. A Python thread cannot run during MPI_Init, so a child process
+watches the ranks of this host until MPI has started.
 """
 
 import os
@@ -12,11 +12,11 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from mellmpi.transport.mpi.launcher import launcher_of, ranks_of
+from mellmpi.transport.launcher import launcher_of, ranks_of
 
-LOOK_EVERY_S = 0.25
+POLL_S = 0.25
 ALL_STARTED_S = 2.0  # after this time the launcher has started all ranks of the host
-TURN_S = 0.1  # ranks speak in turn: the first one ends the job
+STAGGER_S = 0.1  # times the local rank: so only the first one reports and ends the job
 
 
 def watch_start() -> Callable[[], None]:
@@ -40,15 +40,16 @@ def watch_start() -> Callable[[], None]:
 
 
 def _watch(until_closed: int, launcher: int, job: str, ranks: int) -> NoReturn:
-    """In the child: end the launcher if a rank is missing. Ends when MPI, or this rank, does."""
+    """In the child: end the launcher if a rank is missing. Exits once MPI has started, or when the
+    rank exits."""
     try:
         time_s, missing = 0.0, 0
-        while not select.select([until_closed], [], [], LOOK_EVERY_S)[0]:
-            time_s += LOOK_EVERY_S
+        while not select.select([until_closed], [], [], POLL_S)[0]:
+            time_s += POLL_S
             missing = missing + 1 if ranks_of(launcher, job) < ranks else 0
             if time_s > ALL_STARTED_S and missing > 1:
                 local_rank = os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", "0")
-                time.sleep(TURN_S * int(local_rank))
+                time.sleep(STAGGER_S * int(local_rank))
                 sys.stderr.write(
                     "mellmpi: a rank has ended before MPI started in it; its own "
                     "message, if there is one, is above\n"

@@ -1,8 +1,8 @@
-"""Whether Open MPI offers the core to others in every call that finds nothing to do.
+"""Switches `sched_yield` in Open MPI calls that find nothing to do.
 
-With more ranks than cores it does, and Linux takes that for the rest of a time slice: a look for
-messages takes not 0.3 us but 1 to 3 ms, as long as the others' steps. In waits of its own it is
-right; ours sleep.
+Open MPI enables it where there are more ranks than cores. A probe for messages then takes 1 to 3 ms
+(the steps of other ranks) instead of 0.3 us. This is right while MPI itself waits; our own waits
+sleep instead.
 """
 
 import ctypes
@@ -13,7 +13,7 @@ SWITCH = "opal_progress_set_yield_when_idle"  # bool(bool): the new value, the o
 
 
 def set_yielding(on: bool) -> bool:
-    """Switch it; whether it was on. False where this MPI has no such switch."""
+    """Returns the previous setting; False if this MPI has no such switch."""
     maps = Path("/proc/self/maps")
     lines = maps.read_text().splitlines() if maps.exists() else []
     paths = [line.split(maxsplit=5)[-1] for line in lines if LIBRARY in line]

@@ -1,6 +1,6 @@
-"""Measures links between hosts, and whether MPI takes device memory.
+"""Measures the links between hosts, and tests whether MPI takes device memory.
 
-Knows the transport; not what its figures are used for.
+Knows the transport, but not what the results are used for.
 """
 
 from mellmpi.transport.probes.links import BLOCK_BYTES, NUM_BLOCKS, HostArena, Probe, measure_links

@@ -1,9 +1,8 @@
-"""Two ranks that exchange device memory as migrations do, and compare it: see
-`devices.device_buffers_work`.
+"""A test program for two ranks: they exchange device memory and compare the contents.
 
-As migrations do: through the same channel, by address, several messages in flight, sizes that MPI
-treats differently, between two GPUs where there are two, and from a thread that has never called
-CUDA, since a thread of its own carries blocks.
+See `devices.device_buffers_work`. Messages are sent as in migrations: over the same channel, by
+address, several in flight, of sizes that MPI treats differently, between two GPUs if there are two,
+and from a thread that has never called CUDA (as the progress thread).
 """
 
 import sys
@@ -14,24 +13,25 @@ import torch
 
 from mellmpi.transport.channel import Channel
 
-SIZES = (2 << 10, 48 << 10, 400_000, 4 << 20)  # bytes: some go at once, some when asked for
+SIZES = (2 << 10, 48 << 10, 400_000, 4 << 20)  # bytes: eager and rendezvous messages
 TAG = 7
-LOOK_S = 100e-6  # between two looks
+POLL_S = 100e-6  # between two polls
 
 
 def main(device: str) -> None:
-    from mellmpi.transport.mpi import MPI, MpiChannel  # starts it
+    from mellmpi.transport.mpi import MPI, MpiChannel  # calls MPI_Init
 
     comm = MPI.COMM_WORLD
-    on, other = own_device(device, comm.rank), 1 - comm.rank
-    sent, got = pattern(comm.rank).to(on), torch.zeros(sum(SIZES), dtype=torch.uint8, device=on)
-    wait_for(on)
-    channel = MpiChannel(comm, take=lambda: None, leave=lambda: None)
-    with ThreadPoolExecutor(1) as carrier:
-        carrier.submit(exchange, channel, other, sent.data_ptr(), got.data_ptr()).result()
-    wait_for(on)
-    right = comm.allreduce(torch.equal(got.cpu(), pattern(other)), MPI.LAND)
-    if not right:
+    own, other = own_device(device, comm.rank), 1 - comm.rank
+    sent = pattern(comm.rank).to(own)
+    received = torch.zeros(sum(SIZES), dtype=torch.uint8, device=own)
+    synchronize(own)
+    channel = MpiChannel(comm, acquire=lambda: None, release=lambda: None)
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(exchange, channel, other, sent.data_ptr(), received.data_ptr()).result()
+    synchronize(own)
+    correct = comm.allreduce(torch.equal(received.cpu(), pattern(other)), MPI.LAND)
+    if not correct:
         raise SystemExit("the values differ")
     if comm.rank == 0:
         sys.stdout.write("device buffers work\n")
@@ -39,25 +39,28 @@ def main(device: str) -> None:
 
 
 def own_device(device: str, rank: int) -> torch.device:
-    """The second rank takes the next GPU, if there is one."""
-    on = torch.device(device)
-    if on.type == "cpu":
-        return on
-    return torch.device("cuda", ((on.index or 0) + rank) % torch.cuda.device_count())
+    """The device of this rank: the second rank takes the next GPU, if there is one."""
+    first = torch.device(device)
+    if first.type == "cpu":
+        return first
+    return torch.device("cuda", ((first.index or 0) + rank) % torch.cuda.device_count())
 
 
 def pattern(rank: int) -> torch.Tensor:
-    """uint8 [sum(SIZES)], on the CPU; of no other rank, and no two messages alike."""
+    """uint8 [sum(SIZES)], on the CPU; different for each rank and each message."""
     return ((torch.arange(sum(SIZES)) * (7 + 4 * rank) + rank) % 251).to(torch.uint8)
 
 
-def wait_for(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     if device.type != "cpu":
         torch.cuda.synchronize(device)
 
 
 def exchange(channel: Channel, other: int, source: int, target: int) -> None:
-    """All messages, both ways. `source`, `target`: addresses of buffers that hold them in a row."""
+    """Send and receive one message of each size.
+
+    source, target  addresses of buffers of sum(SIZES) bytes
+    """
     requests = []
     for size in SIZES:
         requests.append(channel.receive(target, size, other, TAG))
@@ -65,7 +68,7 @@ def exchange(channel: Channel, other: int, source: int, target: int) -> None:
         source, target = source + size, target + size
     while requests:
         requests = [r for r in requests if channel.finished(r) is None]
-        time.sleep(LOOK_S)
+        time.sleep(POLL_S)
 
 
 if __name__ == "__main__":

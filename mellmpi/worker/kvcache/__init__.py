@@ -1,4 +1,4 @@
-"""Which block of the KV arena holds what, as numbers.
+"""Block ids of the KV arena: free, held by sequences, or cached for prefix reuse.
 
 Knows no bytes: the arena itself is in `engine`.
 """

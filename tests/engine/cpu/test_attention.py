@@ -1,4 +1,4 @@
-"""Paged attention: right against plain torch, the same bits for any chunking and any blocks."""
+"""Paged attention: equal to plain torch, the same bits for any chunks and any blocks."""
 
 from itertools import pairwise
 
@@ -34,7 +34,7 @@ class Sequence:
         self.k, self.v = k, v
 
     def arena(self, table):
-        """Garbage but for this sequence's blocks in layer 1, in the order of `shapes.Heads`."""
+        """This sequence's blocks in layer 1, in the layout of `shapes.Heads`, amid garbage."""
         _, kv_heads, dim, size = self.shape
         pair = pair_of(self.dtype)
         arena = torch.full((BLOCKS, 2, 2, kv_heads, size * dim), 7e3).to(self.dtype)
@@ -47,7 +47,7 @@ class Sequence:
         return arena
 
     def attend(self, start, end, table):
-        """Rows start … end - 1 as one chunk."""
+        """Attention of rows start … end - 1 as one chunk: [rows, heads, head_dim]."""
         heads, kv_heads, dim, size = self.shape
         kv, rows = self.arena(table), end - start
         grouped = self.q[start:end].view(rows, kv_heads, heads // kv_heads, dim).transpose(0, 1)
@@ -60,7 +60,7 @@ class Sequence:
             tables=np.array([table], np.int32),
             cu_items=items_of(cu_chunks, kv_heads),
         )
-        told = Heads(
+        sizes = Heads(
             heads=heads,
             kv_heads=kv_heads,
             head_dim=dim,
@@ -74,7 +74,7 @@ class Sequence:
         out = empty((rows, heads, dim), self.dtype)
         q = activations(grouped.contiguous()).ravel()
         layer = kv[0, 0].numel()
-        run(q, storage(kv.contiguous()).ravel(), layer, chunks, told, out.ravel())
+        run(q, storage(kv.contiguous()).ravel(), layer, chunks, sizes, out.ravel())
         return values(out, self.dtype)
 
     def expected(self):
@@ -102,20 +102,20 @@ def shape(request):
     return SHAPES[request.param]
 
 
-def test_float32_attention_is_that_of_torch_in_double_precision(shape):
+def test_float32_attention_equals_that_of_torch_in_double_precision(shape):
     sequence = Sequence(torch.float32, **shape)
     out = sequence.attend(0, LENGTH, TABLE).double()
     torch.testing.assert_close(out, sequence.expected(), atol=3e-6, rtol=1e-5)
 
 
-def test_bfloat16_attention_differs_by_the_rounding_of_its_weights_alone(shape):
+def test_bfloat16_attention_differs_only_by_the_rounding_of_its_weights(shape):
     sequence = Sequence(torch.bfloat16, **shape)
     out = sequence.attend(0, LENGTH, TABLE).double()
     torch.testing.assert_close(out, sequence.expected(), atol=2e-2, rtol=1e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_has_the_same_bits_however_its_chunk_was_cut(shape, dtype):
+def test_a_row_has_the_same_bits_for_any_division_into_chunks(shape, dtype):
     sequence = Sequence(dtype, **shape)
     whole = sequence.attend(0, LENGTH, TABLE)
     edges = [0, 1, 2, 17, 18, 50, 99, 100, 148, 149, LENGTH]
@@ -124,6 +124,6 @@ def test_a_row_has_the_same_bits_however_its_chunk_was_cut(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_place_of_blocks_in_the_arena_does_not_matter(dtype):
+def test_the_order_of_blocks_in_the_arena_does_not_matter(dtype):
     sequence = Sequence(dtype)
     assert torch.equal(sequence.attend(0, LENGTH, TABLE), sequence.attend(0, LENGTH, sorted(TABLE)))

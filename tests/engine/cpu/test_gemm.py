@@ -1,4 +1,4 @@
-"""The tile product: right against torch, and the same bits for any number of rows."""
+"""Micro-kernels: equal to torch, and the same bits for any number of rows."""
 
 import os
 import platform
@@ -11,91 +11,37 @@ import pytest
 import torch
 from numba import njit
 
-from mellmpi.engine.cpu.features import HAS_AVX512, HAS_BF16_DOT, MOST_ROWS
-from mellmpi.engine.cpu.gemm import tile16, tile32, tile64
+from mellmpi.engine.cpu.features import HAS_AVX512, HAS_BF16_DOT, MR
+from mellmpi.engine.cpu.gemm import microkernel16, microkernel32, microkernel64
 from mellmpi.engine.cpu.packed_weights import activations, pair_of, storage
+from mellmpi.engine.cpu.shapes import Parts, View
 
 DTYPES = [torch.float32, torch.bfloat16]
 ROOT = Path(__file__).parents[3]
-ONE_PART = np.array([0, 64])  # where it begins, what to prefetch
+ONE_PART = np.array([0, 64])  # offsets of the part, and of prefetches
 
 
-@njit
-def run16(rows, a, stride, w, steps, pair, init, init_stride, out):
-    tile16(
-        rows,
-        a,
-        0,
-        stride,
-        w,
-        0,
-        16 * pair,
-        ONE_PART,
-        0,
-        1,
-        1,
-        steps,
-        steps,
-        init,
-        0,
-        init_stride,
-        out,
-        0,
-        16,
-    )
+def runner(microkernel, columns):
+    """The micro-kernel over operands that begin at 0, in one part, from any caller of numba."""
+
+    @njit
+    def run(rows, a, stride, w, steps, pair, init, init_stride, out):
+        a_view, w_view, parts = (
+            View(0, stride),
+            View(0, columns * pair),
+            Parts(0, 1, 1, steps, steps),
+        )
+        init_view, out_view = View(0, init_stride), View(0, columns)
+        microkernel(rows, a, a_view, w, w_view, ONE_PART, parts, init, init_view, out, out_view)
+
+    return run
 
 
-@njit
-def run32(rows, a, stride, w, steps, pair, init, init_stride, out):
-    tile32(
-        rows,
-        a,
-        0,
-        stride,
-        w,
-        0,
-        32 * pair,
-        ONE_PART,
-        0,
-        1,
-        1,
-        steps,
-        steps,
-        init,
-        0,
-        init_stride,
-        out,
-        0,
-        32,
-    )
-
-
-@njit
-def run64(rows, a, stride, w, steps, pair, init, init_stride, out):
-    tile64(
-        rows,
-        a,
-        0,
-        stride,
-        w,
-        0,
-        64 * pair,
-        ONE_PART,
-        0,
-        1,
-        1,
-        steps,
-        steps,
-        init,
-        0,
-        init_stride,
-        out,
-        0,
-        64,
-    )
-
-
-TILES = {1: run16, 2: run32, 4: run64}
+run16, run32, run64 = (
+    runner(microkernel, columns)
+    for microkernel, columns in ((microkernel16, 16), (microkernel32, 32), (microkernel64, 64))
+)
+RUNNERS = {1: run16, 2: run32, 4: run64}
 
 
 def operands(dtype, columns, k=96, seed=0):
@@ -108,27 +54,27 @@ def operands(dtype, columns, k=96, seed=0):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", TILES)
-def test_a_tile_is_the_product_added_to_what_it_started_with(dtype, width):
+@pytest.mark.parametrize("width", RUNNERS)
+def test_the_output_is_the_product_plus_the_initial_values(dtype, width):
     a, w, flat, panel, steps, pair = operands(dtype, 16 * width)
     init = np.linspace(-3, 3, 16 * width, dtype=np.float32)
     out = np.zeros((16, 16 * width), np.float32)
-    rows = MOST_ROWS[width]
-    TILES[width](rows, flat, 96, panel, steps, pair, init, 0, out.ravel())
+    rows = MR[width]
+    RUNNERS[width](rows, flat, 96, panel, steps, pair, init, 0, out.ravel())
     expected = a.double() @ w.double().T + torch.from_numpy(init).double()
     np.testing.assert_allclose(out[:rows], expected[:rows].numpy(), atol=2e-5)
     assert (out[rows:] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", TILES)
-def test_a_row_has_the_same_bits_whatever_rows_are_beside_it(dtype, width):
+@pytest.mark.parametrize("width", RUNNERS)
+def test_a_row_has_the_same_bits_for_any_number_of_rows(dtype, width):
     _, _, flat, panel, steps, pair = operands(dtype, 16 * width)
     init = np.zeros(16 * width, np.float32)
     results = []
-    for rows in range(1, MOST_ROWS[width] + 1):
+    for rows in range(1, MR[width] + 1):
         out = np.zeros((16, 16 * width), np.float32)
-        TILES[width](rows, flat, 96, panel, steps, pair, init, 0, out.ravel())
+        RUNNERS[width](rows, flat, 96, panel, steps, pair, init, 0, out.ravel())
         results.append(out)
     for rows, out in enumerate(results, 1):
         assert np.array_equal(out[:rows], results[-1][:rows])
@@ -148,33 +94,19 @@ def test_a_product_cut_along_k_has_the_same_bits(dtype):
 
 
 @njit
-def run_parts(a, stride, w, places, steps, last_steps, pair, init, out):
-    num_parts = len(places) - 1
-    tile32(
-        2,
-        a,
-        0,
-        stride,
-        w,
-        0,
-        32 * pair,
-        places,
-        0,
-        1,
-        num_parts,
-        steps,
-        last_steps,
-        init,
-        0,
-        0,
-        out,
-        0,
-        32,
+def run_parts(a, stride, w, offsets, steps, last_steps, pair, init, out):
+    count = len(offsets) - 1
+    a_view, w_view, parts = (
+        View(0, stride),
+        View(0, 32 * pair),
+        Parts(0, 1, count, steps, last_steps),
     )
+    init_view, out_view = View(0, 0), View(0, 32)
+    microkernel32(2, a, a_view, w, w_view, offsets, parts, init, init_view, out, out_view)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_parts_of_a_panel_may_lie_anywhere(dtype):
+def test_parts_of_a_micro_panel_may_lie_anywhere(dtype):
     _, _, flat, panel, steps, pair = operands(dtype, 32)
     zero, whole, parts = (np.zeros(32 * n, np.float32) for n in (1, 2, 2))
     used = steps - 3  # the last part is shorter
@@ -182,26 +114,26 @@ def test_parts_of_a_panel_may_lie_anywhere(dtype):
     part = steps // 6 * 32 * pair
     order = [4, 0, 5, 2, 1, 3]
     scattered = np.empty_like(panel)
-    for place, piece in zip(order, panel.reshape(6, part), strict=True):
-        scattered[place * part :][:part] = piece
-    places = np.array([*order, 0]) * part
+    for index, piece in zip(order, panel.reshape(6, part), strict=True):
+        scattered[index * part :][:part] = piece
+    offsets = np.array([*order, 0]) * part
     last_steps = used - 5 * (steps // 6)
-    run_parts(flat, 96, scattered, places, steps // 6, last_steps, pair, zero, parts)
+    run_parts(flat, 96, scattered, offsets, steps // 6, last_steps, pair, zero, parts)
     assert np.array_equal(whole, parts)
 
 
-FILES = [f"tests/engine/kernels/test_{name}.py" for name in ("tile", "linear", "attention")]
-KINDS = {  # CPU and features, as numba compiles for them; on any x86 that has as much
+FILES = [f"tests/engine/cpu/test_{name}.py" for name in ("gemm", "linear", "attention")]
+KINDS = {  # name and features of a CPU that numba compiles for; runs on any x86 that has them
     "haswell": "+avx2,+fma",
     "skylake-avx512": "+avx512f,+avx512dq,+avx512bw,+avx512vl,+avx2,+fma",
 }
 
 
-@pytest.mark.skipif("NUMBA_CPU_NAME" in os.environ, reason="this is the imitated CPU")
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="it is an x86 that is imitated")
+@pytest.mark.skipif("NUMBA_CPU_NAME" in os.environ, reason="this is the emulated CPU")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="an x86 CPU is emulated")
 @pytest.mark.parametrize("cpu", KINDS)
-def test_a_cpu_with_less_computes_the_same_products(cpu):
-    """All of these tests again, as on a CPU without bfloat16 products, or without AVX-512."""
+def test_a_cpu_with_fewer_features_computes_the_same_products(cpu):
+    """Run these tests again as on a CPU without bfloat16 products, or without AVX-512."""
     if "avx512" in cpu and not HAS_AVX512:
         pytest.skip("this CPU has no AVX-512")
     environment = os.environ | {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": KINDS[cpu]}
@@ -225,7 +157,7 @@ for dtype in (torch.float32, torch.bfloat16):
 """
 
 
-@pytest.mark.skipif(not HAS_AVX512, reason="only a CPU with AVX-512 imitates both")
+@pytest.mark.skipif(not HAS_AVX512, reason="only a CPU with AVX-512 can emulate both")
 def test_all_cpus_agree_in_float32_and_those_without_bfloat16_products_in_bfloat16():
     def digests(cpu):
         named = {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": KINDS[cpu]} if cpu else {}
@@ -245,19 +177,24 @@ def test_all_cpus_agree_in_float32_and_those_without_bfloat16_products_in_bfloat
     assert (haswell[1] == this[1]) == (not HAS_BF16_DOT)
 
 
-NEON = """
+NEON = f"""
+import sys
+from types import ModuleType
+for name in ("mellmpi.engine", "mellmpi.engine.cpu"):  # packages without their __init__
+    sys.modules[name] = ModuleType(name)
+    sys.modules[name].__path__ = ["{ROOT}/" + name.replace(".", "/")]
 from llvmlite import binding as llvm
 from numba.core.codegen import CPUCodegen
 llvm.initialize_all_targets(); llvm.initialize_all_asmprinters()
 KIND = ("aarch64-unknown-linux-gnu", "neoverse-n1", "+neon,+fp-armv8")
 CPUCodegen.magic_tuple = lambda self: KIND
-from mellmpi.engine.cpu import disk_cache as compiled
-code = {}
-compiled.object_code = lambda module: code.setdefault("ir", module())
-compiled.link = lambda text, symbols: None
-from mellmpi.engine.cpu.features import IS_ARM, MOST_ROWS
-from mellmpi.engine.cpu import gemm as tile
-assert IS_ARM and MOST_ROWS[1] == 6
+from mellmpi.engine.cpu import disk_cache
+code = dict()
+disk_cache.object_code = lambda module: code.setdefault("ir", module())
+disk_cache.link = lambda text, symbols: None
+from mellmpi.engine.cpu.features import IS_ARM, MR
+from mellmpi.engine.cpu import gemm
+assert IS_ARM and MR[1] == 6
 machine = llvm.Target.from_triple("aarch64-unknown-linux-gnu").create_target_machine(
     cpu="neoverse-n1", features="+neon,+fp-armv8", opt=3)
 text = machine.emit_assembly(llvm.parse_assembly(code["ir"]))
@@ -265,7 +202,7 @@ assert text.count("fmla") > 400
 """
 
 
-def test_the_tiles_compile_for_arm_too():
-    """Not run: no such CPU is at hand."""
+def test_the_microkernels_compile_for_arm():
+    """They are compiled only: running them needs an ARM CPU."""
     done = subprocess.run([sys.executable, "-c", NEON], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

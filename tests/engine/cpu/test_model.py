@@ -1,4 +1,4 @@
-"""The compiled model: bits that depend on a request alone, shapes of all kinds, SmolLM2."""
+"""The compiled model: bits that depend on the request only, all kinds of shapes, SmolLM2."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -61,7 +61,7 @@ def bits(tensor):
 
 
 class Served:
-    """A model and its arena; sequences are computed in any pieces, over any blocks."""
+    """A model and its arena: computes sequences in any chunks, over any blocks."""
 
     def __init__(self, model, block_size=16, num_blocks=64, seed=0):
         arch = model.arch
@@ -97,7 +97,7 @@ class Served:
         return self.model.forward(batch, self.arena)
 
     def alone(self, tokens, edges):
-        """Logits after the last token and the sequence's blocks, computed in these pieces."""
+        """Logits after the last token and the sequence's blocks, computed in these chunks."""
         table = self.take(len(tokens))
         for start, end in zip([0, *edges], [*edges, len(tokens)], strict=True):
             logits = self.step((tokens, start, end, table))
@@ -126,14 +126,14 @@ def model(request, dtype):
 # --- the same bits -------------------------------------------------------------------------------
 
 
-def test_a_prompt_has_the_same_bits_at_once_in_pieces_and_one_by_one(model):
+def test_a_prompt_has_the_same_bits_for_any_division_into_chunks(model):
     tokens = prompt(80)
     at_once = Served(model).alone(tokens, [])
     assert same(Served(model, seed=1).alone(tokens, [1, 2, 19, 48, 79]), at_once)
     assert same(Served(model, seed=2).alone(tokens, list(range(1, 80))), at_once)
 
 
-def test_a_sequence_has_the_same_bits_alone_and_in_any_company(model):
+def test_a_sequence_has_the_same_bits_alone_and_in_any_batch(model):
     tokens, others = prompt(50), [prompt(n, seed=n) for n in (1, 5, 16, 33, 64, 70)]
     alone = Served(model).alone(tokens, [20, 49])
     served = Served(model, seed=3)
@@ -161,8 +161,8 @@ def test_logits_do_not_depend_on_the_block_size(dtype):
     assert torch.equal(small, large)
 
 
-def test_garbage_in_unused_slots_is_never_seen(dtype):
-    """A broken request may leave NaN in blocks that the next one takes."""
+def test_garbage_in_unused_slots_does_not_change_logits(dtype):
+    """A broken request may leave NaN in blocks that another request reuses."""
     model = CpuModel(PLAIN, random_weights(PLAIN, dtype), dtype, num_threads=1)
     clean, poisoned = Served(model), Served(model)
     poisoned.arena.tensor.fill_(torch.nan)
@@ -171,18 +171,18 @@ def test_garbage_in_unused_slots_is_never_seen(dtype):
         assert torch.equal(ours, theirs)
 
 
-def test_positions_far_out_do_not_depend_on_how_the_table_of_angles_grew(dtype):
+def test_logits_do_not_depend_on_how_the_rope_table_grew(dtype):
     model = CpuModel(PLAIN, random_weights(PLAIN, dtype), dtype, num_threads=1)
     grown = Served(model, num_blocks=140).alone(prompt(2100), [900, 1100])
     fresh = CpuModel(PLAIN, random_weights(PLAIN, dtype), dtype, num_threads=1)
     assert same(grown, Served(fresh, num_blocks=140).alone(prompt(2100), []))
 
 
-# --- the right ones ------------------------------------------------------------------------------
+# --- correct values ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES.values(), ids=ARCHITECTURES)
-def test_logits_are_those_of_plain_torch(arch):
+def test_logits_equal_those_of_plain_torch(arch):
     kernels = CpuModel(arch, random_weights(arch, torch.float32), torch.float32, num_threads=1)
     plain = TorchModel(arch, random_weights(arch, torch.float32), torch.float32, "cpu")
     for edges in ([], [1, 30, 31]):
@@ -193,14 +193,14 @@ def test_logits_are_those_of_plain_torch(arch):
 # --- weights and limits --------------------------------------------------------------------------
 
 
-def test_weights_are_taken_so_that_they_are_held_once():
+def test_packing_empties_the_dictionary_of_weights():
     arch = ARCHITECTURES["biases and window"]
     tensors = random_weights(arch, torch.float32)
     CpuModel(arch, tensors, torch.float32, num_threads=1)
     assert not tensors
 
 
-def test_what_the_kernels_cannot_do_is_named():
+def test_unsupported_shapes_and_dtypes_are_named():
     assert unsupported(PLAIN, torch.float32, 16) is None
     assert "head_dim" in unsupported(replace(PLAIN, head_dim=24), torch.float32, 16)
     assert "--block-size" in unsupported(PLAIN, torch.float32, 8)
@@ -237,7 +237,7 @@ def test_smollm2_has_the_logits_of_transformers(real, smollm2):
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-3)
 
 
-def test_smollm2_has_the_same_bits_in_any_pieces_and_company(real, dtype):
+def test_smollm2_has_the_same_bits_for_any_chunks_and_batch(real, dtype):
     tokens, other = prompt(150, vocab=49000), prompt(40, seed=1, vocab=49000)
     at_once = Served(real[dtype]).alone(tokens, [])
     served = Served(real[dtype], seed=1)

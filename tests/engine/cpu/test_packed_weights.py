@@ -1,35 +1,37 @@
-"""Packing: every weight where the kernels look for it, padding zero."""
+"""Packing: every weight at the place that the kernels read, padding zero."""
 
 import numpy as np
 import pytest
 import torch
 
 from mellmpi.engine.cpu.packed_weights import (
-    PANEL,
+    NR,
     interleaved,
     packed,
     pad_to,
     padded,
+    padded_stride,
     pair_of,
-    spread,
     storage,
-    to_panels,
+    to_micro_panels,
 )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_element_lies_at_panel_step_column_half(dtype):
+def test_an_element_lies_at_its_micro_panel_step_column_and_half(dtype):
     matrix, pair = torch.arange(96 * 8).view(96, 8).to(dtype), pair_of(dtype)
-    panels = to_panels(matrix)
+    panels = to_micro_panels(matrix)
     for n, k in ((0, 0), (31, 7), (32, 1), (95, 6)):
-        assert panels[n // PANEL, k // pair, n % PANEL, k % pair] == matrix[n, k]
+        assert panels[n // NR, k // pair, n % NR, k % pair] == matrix[n, k]
 
 
 def test_matrices_lie_one_after_the_other():
     matrices = [torch.randn(64, 16), torch.randn(32, 8)]
     memory, begins = packed(iter(matrices), [m.numel() for m in matrices])
     assert begins.tolist() == [0, 1024]
-    assert np.array_equal(memory[1024:1280], to_panels(matrices[1]).contiguous().numpy().ravel())
+    assert np.array_equal(
+        memory[1024:1280], to_micro_panels(matrices[1]).contiguous().numpy().ravel()
+    )
     assert not memory[1280:].any()
 
 
@@ -40,13 +42,13 @@ def test_padding_is_zero_and_sizes_are_rounded_up():
 
 
 @pytest.mark.parametrize("width", [1, 576, 1024, 2048, 4100])
-def test_rows_are_spread_over_the_lines_of_a_cache(width):
+def test_a_padded_stride_is_an_odd_number_of_cache_lines(width):
     for itemsize in (2, 4):
-        stride = spread(width, itemsize)
+        stride = padded_stride(width, itemsize)
         assert width <= stride < width + 128 // itemsize and stride * itemsize // 64 % 2 == 1
 
 
-def test_gate_and_up_take_turns_of_sixteen():
+def test_gate_and_up_alternate_in_groups_of_sixteen():
     gate, up = torch.zeros(32, 4), torch.ones(32, 4)
     assert interleaved(gate, up)[:, 0].tolist() == ([0] * 16 + [1] * 16) * 2
     assert interleaved(gate[:, 0], up[:, 0]).tolist() == ([0] * 16 + [1] * 16) * 2

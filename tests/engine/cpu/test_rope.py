@@ -1,9 +1,9 @@
-"""The table of angles: what transformers computes at each position, however it grew."""
+"""The RoPE table: equal to transformers at each position, however the table grew."""
 
 import numpy as np
 import pytest
 
-from mellmpi.engine.cpu.rope import SEGMENT, RotaryTable
+from mellmpi.engine.cpu.rope import SEGMENT, RopeTable
 from mellmpi.models import Architecture, attention_factor, inv_freq
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
@@ -36,9 +36,9 @@ def architecture(head_dim, scaling):
 
 @pytest.mark.parametrize(("head_dim", "half"), [(64, 32), (48, 32), (16, 16)])
 @pytest.mark.parametrize("scaling", [None, YARN])
-def test_every_position_has_its_own_angles(head_dim, half, scaling):
+def test_every_position_has_its_cosines_and_sines(head_dim, half, scaling):
     arch = architecture(head_dim, scaling)
-    table = RotaryTable(arch).upto(3 * SEGMENT + 1).reshape(-1, 2, half)
+    table = RopeTable(arch).up_to(3 * SEGMENT + 1).reshape(-1, 2, half)
     positions = np.arange(len(table), dtype=np.float32)
     angles = positions[:, None] * inv_freq(arch)
     for found, function in zip((table[:, 0], table[:, 1]), (np.cos, np.sin), strict=True):
@@ -47,9 +47,9 @@ def test_every_position_has_its_own_angles(head_dim, half, scaling):
         assert not found[:, head_dim // 2 :].any()
 
 
-def test_growing_leaves_what_was_there():
-    grown, at_once = RotaryTable(architecture(64, None)), RotaryTable(architecture(64, None))
+def test_growth_does_not_change_earlier_positions():
+    grown, at_once = RopeTable(architecture(64, None)), RopeTable(architecture(64, None))
     for num_positions in (1, SEGMENT, SEGMENT + 1, 5 * SEGMENT):
-        grown.upto(num_positions)
-    found, expected = (table.upto(5 * SEGMENT) for table in (grown, at_once))
+        grown.up_to(num_positions)
+    found, expected = (table.up_to(5 * SEGMENT) for table in (grown, at_once))
     assert len(found) >= 5 * SEGMENT * 64 and np.array_equal(found, expected)

@@ -1,4 +1,4 @@
-"""What is done to single rows, against torch; and KV where `shapes.Heads` says it lies."""
+"""Operations on single rows against torch, and KV in the layout of `shapes.Heads`."""
 
 import numpy as np
 import pytest
@@ -6,9 +6,9 @@ import torch
 from numba import njit
 
 from mellmpi.engine.cpu.attention import items_of
-from mellmpi.engine.cpu.packed_weights import pad_to, pair_of, storage, to_panels
+from mellmpi.engine.cpu.packed_weights import pad_to, pair_of, storage, to_micro_panels
 from mellmpi.engine.cpu.parallel_for import KERNEL
-from mellmpi.engine.cpu.rows import embed, normalise, place
+from mellmpi.engine.cpu.rows import embed, rms_norm, write_kv
 from mellmpi.engine.cpu.shapes import Chunks, Heads
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -19,36 +19,36 @@ def random(*shape, dtype=torch.float32, seed=0):
 
 
 @njit(**KERNEL)
-def run_embed(tokens, matrix, in_panels, size, hidden, x):
-    embed(0, len(tokens), tokens, matrix, 0, in_panels, size, hidden, x)
+def run_embed(tokens, matrix, is_packed, size, hidden, x):
+    embed(0, len(tokens), tokens, matrix, 0, is_packed, size, hidden, x)
 
 
 @njit(**KERNEL)
-def run_normalise(rows, x, size, hidden, weight, eps, out, stride):
-    normalise(0, len(rows), rows, x, size, hidden, weight, 0, eps, out, stride)
+def run_rms_norm(rows, x, size, hidden, weight, eps, out, stride):
+    rms_norm(0, len(rows), rows, x, size, hidden, weight, 0, eps, out, stride)
 
 
 @njit(**KERNEL)
-def run_place(first, last, qkv, stride, rotary, norms, chunks, heads, q, kv, layer_at):
-    place(first, last, qkv, stride, rotary, norms, 0, chunks, heads, q, kv, layer_at)
+def run_write_kv(first, last, qkv, stride, rope, norms, chunks, heads, q, kv, layer_at):
+    write_kv(first, last, qkv, stride, rope, norms, 0, chunks, heads, q, kv, layer_at)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("in_panels", [True, False])
-def test_a_token_becomes_its_row_of_the_embedding(dtype, in_panels):
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_a_token_becomes_its_row_of_the_embedding(dtype, is_packed):
     matrix, tokens = random(90, 40, dtype=dtype), np.array([0, 31, 32, 89, 5], np.int32)
-    flat = to_panels(pad_to(matrix, 96, 64)).contiguous() if in_panels else matrix
+    flat = to_micro_panels(pad_to(matrix, 96, 64)).contiguous() if is_packed else matrix
     x = np.full((5, 64), 9, np.float32)
-    run_embed(tokens, storage(flat).ravel(), in_panels, 40, 64, x.ravel())
+    run_embed(tokens, storage(flat).ravel(), is_packed, 40, 64, x.ravel())
     assert np.array_equal(x[:, :40], matrix[tokens].float().numpy())
     assert (x[:, 40:] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_are_normalised_over_their_true_size(dtype):
+def test_rms_norm_ignores_padding(dtype):
     x, weight = pad_to(random(6, 40), 6, 64), pad_to(random(40, seed=1), 64)
     rows, out = np.array([4, 1], np.int64), torch.zeros(2, 96, dtype=dtype)
-    run_normalise(
+    run_rms_norm(
         rows, x.numpy().ravel(), 40, 64, weight.numpy(), np.float32(1e-5), storage(out).ravel(), 96
     )
     expected = torch.nn.functional.rms_norm(x[rows][:, :40], (40,), weight[:40], 1e-5)
@@ -57,8 +57,8 @@ def test_rows_are_normalised_over_their_true_size(dtype):
     assert not out[:, 40:].any()
 
 
-class Placing:
-    """Two chunks, one of which begins at an odd position, on their way into the arena."""
+class Writing:
+    """Two chunks whose KV is written into an arena; one chunk begins at an odd position."""
 
     heads, kv_heads, size = 4, 2, 16
     spans = ((3, 12), (16, 21))  # positions of each chunk
@@ -73,7 +73,7 @@ class Placing:
         self.qkv = random(self.rows, self.heads + 2 * self.kv_heads, head_dim)
         self.norms, self.angles = random(2, head_dim, seed=1), random(24, head_dim // 2, seed=2)
         half = -(-head_dim // 32) * 16
-        self.rotary = torch.stack(
+        self.rope = torch.stack(
             [pad_to(f(self.angles), 24, half) for f in (torch.cos, torch.sin)], 1
         )
         self.chunks = Chunks(
@@ -89,7 +89,7 @@ class Placing:
 
     def run(self, *ranges):
         layer = self.arena[0, 0].numel()
-        told = Heads(
+        sizes = Heads(
             heads=self.heads,
             kv_heads=self.kv_heads,
             head_dim=self.dim,
@@ -101,23 +101,23 @@ class Placing:
             eps=np.float32(1e-5),
         )
         for first, last in ranges:
-            run_place(
+            run_write_kv(
                 first,
                 last,
                 self.qkv.numpy().ravel(),
                 self.qkv[0].numel(),
-                self.rotary.numpy().ravel(),
+                self.rope.numpy().ravel(),
                 self.norms.numpy().ravel(),
                 self.chunks,
-                told,
+                sizes,
                 storage(self.q).ravel(),
                 storage(self.arena).ravel(),
                 layer,
             )
         return self
 
-    def turned(self, x, norm):
-        """x [rows, heads, head_dim], normed and rotated as transformers does it."""
+    def rotated(self, x, norm):
+        """x [rows, heads, head_dim], normed and rotated as in transformers."""
         if self.qk_norm:
             x = torch.nn.functional.rms_norm(x, (self.dim,), norm, 1e-5)
         angles = self.angles[self.positions][:, None]
@@ -126,7 +126,7 @@ class Placing:
         return x * cos + torch.cat((-high, low), -1) * sin
 
     def found(self):
-        """(keys, values) [rows, kv_heads, head_dim] of layer 1, from where they should be."""
+        """(keys, values) [rows, kv_heads, head_dim] of layer 1, read at their slots."""
         pair, keys, values = pair_of(self.dtype), [], []
         for chunk, position in zip(self.chunks.row_chunks, self.positions, strict=True):
             block, slot = self.tables[chunk][position // self.size], position % self.size
@@ -143,37 +143,37 @@ def dtype(request):
 
 
 @pytest.mark.parametrize(("head_dim", "qk_norm"), [(48, True), (64, False), (16, True)])
-def test_queries_keys_and_values_go_where_attention_reads_them(dtype, head_dim, qk_norm):
-    placing = Placing(dtype, head_dim, qk_norm)
-    placing.run((0, placing.rows))
-    q, k, v = placing.qkv.split((4, 2, 2), dim=1)
+def test_queries_keys_and_values_are_written_where_attention_reads_them(dtype, head_dim, qk_norm):
+    writing = Writing(dtype, head_dim, qk_norm)
+    writing.run((0, writing.rows))
+    q, k, v = writing.qkv.split((4, 2, 2), dim=1)
     tolerance = (
         {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.03, "rtol": 0.01}
     )
-    grouped = placing.q.permute(1, 0, 2, 3).flatten(1, 2).float()
-    torch.testing.assert_close(grouped, placing.turned(q, placing.norms[0]), **tolerance)
-    keys, values = placing.found()
-    torch.testing.assert_close(keys.float(), placing.turned(k, placing.norms[1]), **tolerance)
+    grouped = writing.q.permute(1, 0, 2, 3).flatten(1, 2).float()
+    torch.testing.assert_close(grouped, writing.rotated(q, writing.norms[0]), **tolerance)
+    keys, values = writing.found()
+    torch.testing.assert_close(keys.float(), writing.rotated(k, writing.norms[1]), **tolerance)
     assert torch.equal(values, v.to(dtype))
 
 
 def test_other_layers_blocks_and_slots_stay_as_they_are(dtype):
-    placing = Placing(dtype)
-    placing.run((0, placing.rows))
-    assert (placing.arena[:, 0] == 7).all() and (placing.arena[3] == 7).all()
-    values = placing.arena[2, 1, 1].view(2, 16 // pair_of(dtype), 48, pair_of(dtype))
+    writing = Writing(dtype)
+    writing.run((0, writing.rows))
+    assert (writing.arena[:, 0] == 7).all() and (writing.arena[3] == 7).all()
+    values = writing.arena[2, 1, 1].view(2, 16 // pair_of(dtype), 48, pair_of(dtype))
     earlier = values.transpose(2, 3).flatten(1, 2)[:, :3]  # what an earlier step wrote
     assert (earlier == 7).all()
 
 
-def test_rows_may_be_placed_by_different_threads_in_any_order(dtype):
-    """Two rows whose values share words: one of them writes both, the other none."""
-    whole, pieces = Placing(dtype), Placing(dtype)
+def test_rows_may_be_written_by_different_threads_in_any_order(dtype):
+    """Two rows whose values share words: one row writes both values, the other none."""
+    whole, pieces = Writing(dtype), Writing(dtype)
     whole.run((0, whole.rows))
     pieces.run(*((row, row + 1) for row in reversed(range(pieces.rows))))
     assert torch.equal(whole.arena, pieces.arena) and torch.equal(whole.q, pieces.q)
     if dtype == torch.bfloat16:
-        lone = Placing(dtype).run((2, 3))  # position 5, beside 4
+        lone = Writing(dtype).run((2, 3))  # position 5, beside 4
         assert (lone.arena[:, :, 1] == 7).all()
-        both = Placing(dtype).run((1, 2))  # position 4
+        both = Writing(dtype).run((1, 2))  # position 4
         assert torch.equal(both.found()[1][1:3], whole.found()[1][1:3])

@@ -60,7 +60,7 @@ def test_powers_of_two_are_exact_to_a_few_units_in_the_last_place(rng):
     assert np.array_equal(out[-16:], 2.0 ** np.arange(-8, 8))
 
 
-def test_the_power_of_what_is_hidden_is_exactly_zero():
+def test_the_power_of_a_masked_score_is_exactly_zero():
     x, out = np.full(16, -np.inf, np.float32), np.ones(16, np.float32)
     x[0] = -127
     powers(x, out)

@@ -1,6 +1,6 @@
 """The policy `frugal`: few workers, few bytes moved.
 
-Knows the view of the cluster; returns proposals.
+A pure function of the view of the cluster; returns proposals. Knows no output length in advance.
 """
 
 from mellmpi.scheduler.policies.frugal.policy import place, rebalance

@@ -1,52 +1,51 @@
-"""Workers, emptied: those that hold least, as long as the others are better off for it."""
+"""Draining: empty the workers that hold least, if that lowers the sum of placement costs."""
 
 import numpy as np
 
 from mellmpi.scheduler.ledger import WorkerState
 from mellmpi.scheduler.policies.frugal.forecast import (
     CapacityForecast,
-    least_s,
-    price,
-    scale,
-    sizes,
-    strain_of,
+    cost_params,
+    min_overflow_s,
+    move_price,
+    request_columns,
+    time_scale,
 )
-from mellmpi.scheduler.policies.kernels import emptied, relief
+from mellmpi.scheduler.policies.kernels import best_relief, empty_worker
 from mellmpi.scheduler.view import Drain, MoveProposal, Proposal, View
 
-FLEET_S = 1.5  # no worker is emptied unless the others keep so much time to overflow, together
-WAKES = 2  # both there and on each of them, time for so many wakes is kept besides
-FURTHER = 1.0  # with so many workers' room more, one more is looked at where one cannot be emptied
-LOOKS = 4  # but no more than these
+CLUSTER_OVERFLOW_S = 1.5  # least time to overflow, over all busy workers together, after a drain
+WAKES = 2  # wakes whose time is kept in addition, by the cluster and by each destination
+EXTRA_WORKERS = 1.0  # workers' capacity to be free besides, for each failed attempt to empty one
+MAX_FAILURES = 4  # consecutive failed attempts
 
 
-def go_on_draining(view: View, forecast: CapacityForecast) -> list[Proposal]:
-    """What is still on a draining worker, as far as it fits elsewhere."""
+def continue_draining(view: View, forecast: CapacityForecast) -> list[Proposal]:
+    """Moves of requests that are still on draining workers, where others have room."""
     proposals: list[Proposal] = []
     for worker in view.workers.workers(WorkerState.DRAINING):
-        if forecast.gave[worker]:
-            continue  # an overflow was averted there: one move at a time
-        rows = forecast.on(worker)
-        rows = rows[view.requests.movable[rows]]
-        for row in rows.tolist():
-            size, grow, model = sizes(view, np.array([row]))
-            _, dst = relief(
+        if forecast.is_source[worker]:
+            continue
+        rows = forecast.rows_on(worker)
+        for row in rows[view.requests.movable[rows]].tolist():
+            size, growth, model = request_columns(view, np.array([row]))
+            _, dst = best_relief(
                 size,
-                grow,
+                growth,
                 model,
                 view.workers.runs,
-                forecast.room,
+                forecast.free,
                 forecast.growth,
-                forecast.leaving,
-                forecast.accepting(view),
+                forecast.end_rate,
+                forecast.busy_destinations(view),
                 worker,
-                forecast.leaves,
+                forecast.request_end_rate,
                 0.0,
-                least_s(view),
-                strain_of(view),
+                min_overflow_s(view),
+                cost_params(view),
             )
             if dst:
-                forecast.give(size[0], grow[0], worker, dst)
+                forecast.record_move(size[0], growth[0], worker, dst)
                 proposals.append(
                     MoveProposal(int(view.requests.request_id[row]), int(dst), "drain")
                 )
@@ -54,60 +53,65 @@ def go_on_draining(view: View, forecast: CapacityForecast) -> list[Proposal]:
 
 
 def drain(view: View, forecast: CapacityForecast) -> list[Proposal]:
-    """Empty the workers that hold least, one after the other, as long as that lowers the strain.
+    """Drain proposals, each with moves of all requests of its worker.
 
-    Short answers leave many workers almost empty within a moment: one a round would lag behind.
+    Several workers in a round: with short answers many workers become almost empty at once.
     """
     workers = view.workers
     draining = workers.state == WorkerState.DRAINING
     if view.waiting_bytes or (draining & (workers.num_requests > 0)).any():
         return []
     busy = view.active() & (workers.num_requests > 0)
-    forecast.takes &= busy  # to move into an empty worker would gain nothing
+    forecast.accepts &= busy
     held = np.where(busy, 1 - workers.budget / np.maximum(workers.capacity, 1), np.inf)
-    keep_s = scale(view) * FLEET_S + WAKES * view.cost.wake_s
-    spare, keep = forecast.room[busy].sum(), keep_s * forecast.growth[busy].sum()
+    keep_s = time_scale(view) * CLUSTER_OVERFLOW_S + WAKES * view.cost.wake_s
+    spare, keep = forecast.free[busy].sum(), keep_s * forecast.growth[busy].sum()
     proposals: list[Proposal] = []
-    failed = 0
+    failures = 0
     for victim in np.argsort(held, kind="stable")[: int(busy.sum())].tolist():
-        further = 1 + failed * FURTHER * scale(view)
-        if failed == LOOKS or spare - further * workers.capacity[victim] < keep:
+        needed = 1 + failures * EXTRA_WORKERS * time_scale(view)
+        if failures == MAX_FAILURES or spare - needed * workers.capacity[victim] < keep:
             break
-        took = forecast.seats[victim] != workers.max_requests[victim] - workers.num_requests[victim]
-        rows = None if forecast.gave[victim] or took else forecast.settled(view, victim)
-        moves = [] if rows is None else _empty(view, forecast, victim, rows)
-        failed = 0 if moves else failed + 1
+        moves = _empty(view, forecast, victim)
+        failures = 0 if moves else failures + 1
         if moves:
             spare -= workers.capacity[victim]
             proposals += [Drain(victim), *moves]
     return proposals
 
 
-def _empty(view: View, forecast: CapacityForecast, victim: int, rows: np.ndarray) -> list[Proposal]:
-    """All moves away from this worker, or none."""
-    size, grow, model = sizes(view, rows)
+def _empty(view: View, forecast: CapacityForecast, victim: int) -> list[Proposal]:
+    """Moves of all requests away from a worker; none if that is impossible or costs more.
+
+    Neither a source nor a destination of this round's moves is emptied.
+    """
+    slots = view.workers.max_requests[victim] - view.workers.num_requests[victim]
+    if forecast.is_source[victim] or forecast.slots[victim] != slots:
+        return []
+    if (rows := forecast.movable_rows(view, victim)) is None:
+        return []
+    size, growth, model = request_columns(view, rows)
     order = np.argsort(-size, kind="stable")
     dst = np.zeros(len(rows), np.int64)
-    keep_s = least_s(view) + WAKES * view.cost.wake_s
-    forecast.takes[victim] = False
-    if not emptied(
+    forecast.accepts[victim] = False
+    if not empty_worker(
         size[order],
-        grow[order],
+        growth[order],
         model[order],
         view.workers.runs,
-        forecast.room,
+        forecast.free,
         forecast.growth,
-        forecast.leaving,
-        forecast.seats,
-        forecast.takes,
+        forecast.end_rate,
+        forecast.slots,
+        forecast.accepts,
         victim,
-        forecast.leaves,
-        price(view, victim),
-        keep_s,
-        strain_of(view),
+        forecast.request_end_rate,
+        move_price(view, victim),
+        min_overflow_s(view) + WAKES * view.cost.wake_s,
+        cost_params(view),
         dst,
     ):
-        forecast.takes[victim] = True
+        forecast.accepts[victim] = True
         return []
     ids = view.requests.request_id[rows[order]]
     return [MoveProposal(int(r), int(w), "drain") for r, w in zip(ids, dst, strict=True)]

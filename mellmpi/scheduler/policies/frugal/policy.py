@@ -1,42 +1,47 @@
 """Frugal: as few workers as hold the load, with room for it to grow.
 
-Every worker is under a strain: of the overflow to come, which counts the less the more time is
-left and the likelier somebody leaves before; and of room that lies idle. Each decision is the one
-that leaves least of it.
+The *placement cost* of a worker has two terms: its overflow to come, and its idle memory. With T
+the time to overflow (free bytes / growth) and λ the requests a second expected to end on it,
 
-- An arrival goes to the worker whose strain it raises least.
-- A worker about to overflow gives away the request, to the place, that leave least strain; bytes
-  have a price.
-- A worker is emptied, those that hold least first, if that lowers the sum of strains.
+    cost = 2.0 · exp(-T · (1 / 5.5 s + 2.0 · λ)) + 1 - exp(-T / 8.5 s)
 
-`View.thrift` scales how much time is kept: less time, fewer workers, more moves. The constants
-serve all public traces at once; docs/policies.md has the frontier.
+An overflow counts less the later it is, and the likelier a request ends before. The constants are
+those of `frugal.forecast`, the kernels approximate exp by `kernels.decay`. Every decision minimises
+the sum of the costs:
+
+- An arrival goes to the worker whose cost it raises least.
+- A worker about to overflow gives away one request: the pair of request and destination that costs
+  least, with a price for the bytes moved.
+- Workers are emptied, those that hold least first, if that lowers the sum.
+
+`View.thrift` scales all times: lower times mean fewer workers and more moves. The constants were
+chosen on seven public traces together; docs/policies.md shows the frontier.
 """
 
 import numpy as np
 
-from mellmpi.scheduler.policies.base import idle_workers, room_after
-from mellmpi.scheduler.policies.frugal.draining import drain, go_on_draining
+from mellmpi.scheduler.policies.base import free_after, park_empty
+from mellmpi.scheduler.policies.frugal.draining import continue_draining, drain
 from mellmpi.scheduler.policies.frugal.forecast import (
     CapacityForecast,
-    least_s,
-    leaves,
-    strain_of,
+    cost_params,
+    min_overflow_s,
+    request_end_rate,
 )
-from mellmpi.scheduler.policies.frugal.relief import one_worker_more, relieve
-from mellmpi.scheduler.policies.kernels import place_on
+from mellmpi.scheduler.policies.frugal.relief import activate_worker, relieve
+from mellmpi.scheduler.policies.kernels import best_placement
 from mellmpi.scheduler.view import Proposal, View
 
 
 def place(view: View, row: int, model: str) -> int | None:
-    """The worker whose strain it raises least, with room to grow, while others can be woken.
+    """The busy worker whose cost the request raises least, else an empty one, else None.
 
-    Where every worker is active already, what overflows can only be preempted: then the queue
-    waits, rather than fill the last room of those that run.
+    The worker keeps enough time to wake another one. While no other can be woken it also keeps half
+    an answer free for each of its requests: the queue waits rather than cause preemptions.
     """
     workers, requests, rate = view.workers, view.requests, view.token_rate
-    keep_s = least_s(view) + view.cost.wake_s  # or no other could be woken in time
-    worker = place_on(
+    keep_s = min_overflow_s(view) + view.cost.wake_s
+    worker = best_placement(
         workers.free,
         workers.ordered,
         workers.num_requests,
@@ -49,28 +54,28 @@ def place(view: View, row: int, model: str) -> int | None:
         view.hosting(model),
         requests.need(row),
         rate * float(requests.token_bytes[row]),
-        leaves(view),
+        request_end_rate(view),
         rate,
         view.answer_tokens / 2,
         keep_s,
-        strain_of(view),
+        cost_params(view),
     )
-    return int(worker) or _empty_one(view, row, model)
+    return int(worker) or _place_on_empty(view, row, model)
 
 
 def rebalance(view: View) -> list[Proposal]:
-    """Avert overflow and empty what can be emptied; if there is neither, park the empty ones."""
+    """Avert overflows, then empty workers; park empty ones if there is nothing to move."""
     forecast = CapacityForecast.of(view)
     proposals, lacking = relieve(view, forecast)
     proposals += dict.fromkeys(
-        w for worker in lacking for w in one_worker_more(view, forecast, worker)
+        proposal for worker in lacking for proposal in activate_worker(view, forecast, worker)
     )
-    proposals += go_on_draining(view, forecast) or drain(view, forecast)
-    return proposals if proposals or lacking else idle_workers(view)
+    proposals += continue_draining(view, forecast) or drain(view, forecast)
+    return proposals if proposals or lacking else park_empty(view)
 
 
-def _empty_one(view: View, row: int, model: str) -> int | None:
-    """An empty worker with room for it: all the room there is."""
-    room = np.where(view.workers.num_requests == 0, room_after(view, row, model), -1)
-    worker = int(np.argmax(room))
-    return worker if room[worker] >= 0 else None
+def _place_on_empty(view: View, row: int, model: str) -> int | None:
+    """The empty worker with the most memory, if the request fits; it needs no room to grow."""
+    free = np.where(view.workers.num_requests == 0, free_after(view, row, model), -1)
+    worker = int(np.argmax(free))
+    return worker if free[worker] >= 0 else None

@@ -1,6 +1,6 @@
 """The policy `mell`: the online algorithm of the MELL paper (arXiv 2501.06709, section VI).
 
-Knows the view of the cluster; returns proposals.
+A pure function of the view of the cluster; returns proposals. Knows no output length in advance.
 """
 
 from mellmpi.scheduler.policies.mell.policy import place, rebalance, warm_up

@@ -1,4 +1,5 @@
-"""MELL's T's: they fill what S's, M's and L's leave, and T-GPUs get as few as can be."""
+# mypy: allow-untyped-defs
+"""MELL's T's: they fill what S's, M's and L's leave, so that few T-bins remain."""
 
 import numba
 import numpy as np
@@ -12,55 +13,56 @@ from mellmpi.scheduler.policies.mell.kernels import (
     M,
     S,
     T,
-    bears,
-    lacks,
+    bin_kind,
+    bundles,
+    is_incomplete,
     move,
-    pieces,
 )
 
 
 @numba.njit(cache=True)
-def fill(items, bins):  # type: ignore[no-untyped-def]
-    """While there is a T-GPU that can give, no other T-, M- or L-GPU stays under 75 %.
+def fill(items, bins):
+    """Move T's from the emptiest T-bins to other bins under 75 %, while there are any.
 
-    But for those that lack S's or M's, a few: who arrives fills them.
+    Incomplete S- and M-bins are left to arrivals.
     """
-    giver = _emptiest(bins)
+    giver = _emptiest_t_bin(bins)
     for b in range(len(bins.load)):
-        while giver >= 0 and b != giver and _wants_more(bins, b):
+        while giver >= 0 and b != giver and _is_underfull(bins, b):
             if not _pull(items, bins, giver, b):
                 break
-            if bears(bins.num, giver) == EMPTY:
-                giver = _emptiest(bins)
+            if bin_kind(bins.counts, giver) == EMPTY:
+                giver = _emptiest_t_bin(bins)
 
 
 @numba.njit(cache=True)
-def _wants_more(bins, b):  # type: ignore[no-untyped-def]
-    kind = bears(bins.num, b)
-    rests = kind == EMPTY or (kind in (S, M) and lacks(bins.num, b, kind))
-    return bins.usable[b] and bins.load[b] < FULL_ENOUGH and not rests
+def _is_underfull(bins, b):
+    kind = bin_kind(bins.counts, b)
+    skipped = kind == EMPTY or (kind in (S, M) and is_incomplete(bins.counts, b, kind))
+    return bins.accepts[b] and bins.load[b] < FULL_ENOUGH and not skipped
 
 
 @numba.njit(cache=True)
-def _emptiest(bins):  # type: ignore[no-untyped-def]
-    """The T-GPU with most room, whose T's can leave; then the newest."""
+def _emptiest_t_bin(bins):
+    """The T-bin with the lowest load and a movable T; of equals the newest; -1: none."""
     best = -1
     for b in range(len(bins.load)):
-        if bears(bins.num, b) != T or bins.soft[b] <= 0:
+        if bin_kind(bins.counts, b) != T or bins.movable_t[b] <= 0:
             continue
-        if best < 0 or (bins.load[b], -bins.age[b]) < (bins.load[best], -bins.age[best]):
+        key = bins.load[b], -bins.activated[b]
+        if best < 0 or key < (bins.load[best], -bins.activated[best]):
             best = b
     return best
 
 
 @numba.njit(cache=True)
-def _pull(items, bins, giver, b):  # type: ignore[no-untyped-def]
-    """The largest piece of the giver that fits goes there."""
-    members, bounds, sizes = pieces(items, bins, giver)
+def _pull(items, bins, giver, b):
+    """Move the largest bundle that fits from `giver` to `b`; False if none fits."""
+    members, bounds, sizes = bundles(items, bins, giver)
     best = -1
     for p in range(len(sizes)):
         fits = bins.load[b] + sizes[p] <= 1 + EPSILON
-        if fits and bins.seats[b] >= bounds[p + 1] - bounds[p]:  # noqa: SIM102
+        if fits and bins.slots[b] >= bounds[p + 1] - bounds[p]:  # noqa: SIM102
             if best < 0 or sizes[p] > sizes[best]:
                 best = p
     if best < 0:
@@ -70,17 +72,18 @@ def _pull(items, bins, giver, b):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True)
-def top_up(items, bins):  # type: ignore[no-untyped-def]
-    """The largest piece of the emptiest T-GPU for which another has room goes where it is tightest.
+def top_up(items, bins):
+    """Move the largest bundle that fits somewhere from the emptiest T-bin to the fullest bin.
 
-    The paper's Depart pulls a fitting T for every T that leaves, also from a GPU over 75 %.
+    False if there is none. The paper's Depart moves a fitting T in for every T that departs, also
+    to a GPU over 75 %.
     """
-    giver = _emptiest(bins)
+    giver = _emptiest_t_bin(bins)
     if giver < 0:
         return False
-    members, bounds, sizes = pieces(items, bins, giver)
+    members, bounds, sizes = bundles(items, bins, giver)
     for p in np.argsort(-sizes, kind="mergesort"):
-        dst = _tightest(bins, giver, sizes[p], bounds[p + 1] - bounds[p])
+        dst = _fullest(bins, giver, sizes[p], bounds[p + 1] - bounds[p])
         if dst >= 0:
             move(items, bins, members[bounds[p] : bounds[p + 1]], dst, FILL)
             return True
@@ -88,13 +91,13 @@ def top_up(items, bins):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True)
-def _tightest(bins, giver, size, seats):  # type: ignore[no-untyped-def]
-    """The fullest bin in use that takes so much at once and keeps room to grow, or -1."""
+def _fullest(bins, giver, size, slots):
+    """The fullest bin in use with room now for the size and for growth; -1: none."""
     best = -1
     for b in range(len(bins.load)):
-        if b == giver or not bins.usable[b] or bins.seats[b] < seats:
+        if b == giver or not bins.accepts[b] or bins.slots[b] < slots:
             continue
-        if bears(bins.num, b) == EMPTY or bins.now[b] + size > 1 - ROOM_TO_GROW:
+        if bin_kind(bins.counts, b) == EMPTY or bins.load_now[b] + size > 1 - ROOM_TO_GROW:
             continue
         if best < 0 or bins.load[b] > bins.load[best]:
             best = b

@@ -1,8 +1,12 @@
-"""What MELL's rules are written in: workers as bins, requests as items, classes, pieces, targets.
+# mypy: allow-untyped-defs
+"""Data and primitives of MELL's rules: bins and items, size classes, bundles, and Allocate.
 
-Compiled; plain Python is the twin (NUMBA_DISABLE_JIT=1). A bin bears the class of its largest
-item. T's that are at most 1/8 travel in pieces of (1/8, 1/4]: a multi-item is formed by what moves
-together, so nothing has to be kept when a member grows, ends, or leaves the others.
+Workers are bins, requests are items; sizes and loads are shares of a bin. Size classes: T up to
+1/4, S up to 1/3, M up to 1/2, L above. A bin has the class of its largest item (an L-bin is the
+paper's L-GPU). T's of at most 1/8 move in bundles of (1/8, 1/4], the paper's multi-items; bundles
+are formed at each move, so a member that grows, ends or leaves needs no bookkeeping.
+
+Compiled with numba; plain Python with NUMBA_DISABLE_JIT=1.
 """
 
 from typing import NamedTuple
@@ -10,51 +14,51 @@ from typing import NamedTuple
 import numba
 import numpy as np
 
-from mellmpi.scheduler.policies.kernels import more_can_come
+from mellmpi.scheduler.policies.kernels import can_be_activated
 
 EMPTY, T, S, M, L = 0, 1, 2, 3, 4
 FULL_ENOUGH = 0.75
-SMALL = 1 / 8
+TINY = 1 / 8
 ROOM_TO_GROW = 0.05
-EPSILON = 1e-9  # of rounding in sums of shares
-# Where Allocate puts something, best first; LAST is where it fits although no rule wants it there.
-PARTNER, FILLING, OWN, OPENED, LAST, NOWHERE = 0, 1, 2, 3, 4, 5
-OVERFLOW, PAIR, GATHER, FILL = 0, 1, 2, 3  # rules that move; index of REASONS
+EPSILON = 1e-9  # rounding error of sums of shares
+# Tiers of Allocate, best first. ANY_FIT: it fits, but no rule of the paper allows it.
+PARTNER, FILLING, OWN, NEW_BIN, ANY_FIT, NO_TIER = 0, 1, 2, 3, 4, 5
+OVERFLOW, PAIR, GATHER, FILL = 0, 1, 2, 3  # rules that move items: index of REASONS
 REASONS = "overflow", "pair", "gather", "fill"
 
 
 class Bins(NamedTuple):
-    """Workers of one size, one an entry. Loads are shares of a bin."""
+    """Workers of one capacity."""
 
-    load: np.ndarray  # float64 [bins]: share in use, with what is on its way here
-    soft: np.ndarray  # float64 [bins]: share of T's that can go elsewhere
-    num: np.ndarray  # int64 [classes, bins]: items of each class
-    age: np.ndarray  # int64 [bins]: the higher, the later it was activated
-    seats: np.ndarray  # int64 [bins]: so many items more
-    usable: np.ndarray  # bool [bins]: may take items
-    held: np.ndarray  # bool [bins]: not empty, be it of what is on its way
-    now: np.ndarray  # float64 [bins]: load, but what leaves is there until the next epoch
+    load: np.ndarray  # float64 [bins]: share in use, including incoming items
+    movable_t: np.ndarray  # float64 [bins]: share of the T's that can move
+    counts: np.ndarray  # int64 [classes, bins]: items of each class
+    activated: np.ndarray  # int64 [bins]: order of activation, the newest is highest
+    slots: np.ndarray  # int64 [bins]: items that can still be added
+    accepts: np.ndarray  # bool [bins]: may be a destination
+    occupied: np.ndarray  # bool [bins]: holds or awaits items
+    load_now: np.ndarray  # float64 [bins]: load, still with the items that this epoch moves out
 
 
 class Items(NamedTuple):
-    """Requests that are on a bin; a doubly linked list a bin."""
+    """Requests on bins; the items of a bin are a doubly linked list."""
 
     size: np.ndarray  # float64 [items]: share of a bin
-    kind: np.ndarray  # int64 [items]
-    where: np.ndarray  # int64 [items]: bin
-    pinned: np.ndarray  # bool [items]: stays where it is
-    piece: np.ndarray  # int64 [items]: those of one number were moved as one; 0: never moved
-    after: np.ndarray  # int64 [items]: next one on the same bin, or -1
-    before: np.ndarray  # int64 [items]
-    first: np.ndarray  # int64 [bins], or -1
-    why: np.ndarray  # int64 [items]: which rule moved it last
-    made: np.ndarray  # int64 [1]: pieces moved
-    homeless: np.ndarray  # float64 [1]: share of a bin that had no good place to go to
+    kind: np.ndarray  # int64 [items]: size class
+    bin_of: np.ndarray  # int64 [items]
+    pinned: np.ndarray  # bool [items]: cannot move
+    bundle: np.ndarray  # int64 [items]: number of the last move, common to its members; 0: none
+    next: np.ndarray  # int64 [items]: next item of the same bin, or -1
+    prev: np.ndarray  # int64 [items]: previous item of the same bin, or -1
+    head: np.ndarray  # int64 [bins]: first item, or -1
+    rule: np.ndarray  # int64 [items]: rule of the last move
+    num_moves: np.ndarray  # int64 [1]: bundles moved
+    unplaced: np.ndarray  # float64 [1]: share of a bin that lacks a good destination
 
 
 @numba.njit(cache=True)
-def kind_of(size):  # type: ignore[no-untyped-def]
-    """T to 1/4, S to 1/3, M to 1/2, L above."""
+def kind_of(size):
+    """The size class: T to 1/4, S to 1/3, M to 1/2, L above."""
     if size > 1 / 2:
         return L
     if size > 1 / 3:
@@ -63,73 +67,75 @@ def kind_of(size):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True)
-def bears(num, b):  # type: ignore[no-untyped-def]
-    """The class of a bin: that of its largest item."""
+def bin_kind(counts, b):
+    """The class of a bin: that of its largest item, or EMPTY."""
     for kind in (L, M, S, T):
-        if num[kind, b] > 0:
+        if counts[kind, b] > 0:
             return kind
     return EMPTY
 
 
 @numba.njit(cache=True)
-def whole(kind):  # type: ignore[no-untyped-def]
-    """So many S, M or L make a bin of their class complete."""
+def full_count(kind):
+    """Items of class S, M or L that complete a bin of their class: 3, 2, 1."""
     return L + 1 - kind
 
 
 @numba.njit(cache=True)
-def lacks(num, b, kind):  # type: ignore[no-untyped-def]
-    """Is it an S-GPU (M-GPU) that is not whole?"""
-    return bears(num, b) == kind and num[kind, b] < whole(kind)
+def is_incomplete(counts, b, kind):
+    """True for a bin of this class with too few items of it."""
+    return bin_kind(counts, b) == kind and counts[kind, b] < full_count(kind)
 
 
 @numba.njit(cache=True)
-def tier(num, held, b, kind):  # type: ignore[no-untyped-def]
-    """How much Allocate wants an item of this class on this bin, if it fits."""
-    bin_kind = bears(num, b)
-    if bin_kind == EMPTY:
-        return LAST if held else OPENED
+def tier(counts, occupied, b, kind):
+    """The tier of bin b in Allocate, for an item of this class that fits."""
+    found = bin_kind(counts, b)
+    if found == EMPTY:
+        return ANY_FIT if occupied else NEW_BIN
     if kind == T:
-        if bin_kind == L:
+        if found == L:
             return PARTNER
-        if bin_kind == T:
+        if found == T:
             return OWN
-        return FILLING  # gap 1: without T's on M-GPUs under 75 % the invariants do not hold
+        return FILLING  # gap 1: without T's on M-bins under 75 % the invariants do not hold
     if kind == L:
-        return LAST
-    if bin_kind == L:  # gap 3: one S or M beside an L
-        return PARTNER if num[L, b] == 1 and num[S, b] + num[M, b] == 0 else LAST
-    return OWN if bin_kind == kind and num[kind, b] < whole(kind) else LAST
+        return ANY_FIT
+    if found == L:  # gap 3: one S or M beside an L
+        return PARTNER if counts[L, b] == 1 and counts[S, b] + counts[M, b] == 0 else ANY_FIT
+    return OWN if found == kind and counts[kind, b] < full_count(kind) else ANY_FIT
 
 
 @numba.njit(cache=True)
-def target(bins, size, seats, leave, at_once, last):  # type: ignore[no-untyped-def]
-    """The bin where Allocate puts one item, or the members of one piece; -1: there is none.
+def target(bins, size, slots, src, at_once, worst):
+    """The bin where Allocate puts an item or a bundle; -1: none.
 
-    size, seats  its share of a bin, and how many requests it is
-    leave        not here
-    at_once      there is room now; else T's that can go elsewhere are no obstacle to an S or M
-    last         the worst tier that will do
+    size, slots  its share of a bin, and its number of requests
+    src          excluded
+    at_once      True: there must be room now; False: for an S or M, movable T's do not count
+    worst        the worst tier allowed
     """
-    found, best, best_key, kind = -1, NOWHERE, 0.0, kind_of(size)
+    found, best, best_key, kind = -1, NO_TIER, 0.0, kind_of(size)
     for b in range(len(bins.load)):
-        if b == leave or not bins.usable[b] or bins.seats[b] < seats:
+        if b == src or not bins.accepts[b] or bins.slots[b] < slots:
             continue
-        load = bins.now[b] if at_once else bins.load[b] - (bins.soft[b] if kind > T else 0.0)
+        load = (
+            bins.load_now[b] if at_once else bins.load[b] - (bins.movable_t[b] if kind > T else 0.0)
+        )
         if load + size > 1 + EPSILON:
             continue
-        rank = tier(bins.num, bins.held[b], b, kind)
-        if rank > last or rank > best:
+        rank = tier(bins.counts, bins.occupied[b], b, kind)
+        if rank > worst or rank > best:
             continue
-        key = -float(bins.age[b]) if rank == OWN and kind > T else _tightness(load, size)
+        key = -float(bins.activated[b]) if rank == OWN and kind > T else _tightness(load, size)
         if rank < best or key < best_key:
             found, best, best_key = b, rank, key
     return found
 
 
 @numba.njit(cache=True)
-def _tightness(load, size):  # type: ignore[no-untyped-def]
-    """Lower is better: the fullest bin that keeps room to grow, or else the emptiest.
+def _tightness(load, size):
+    """Sort key: the fullest bin that keeps room to grow, or else the emptiest.
 
     Gap 5: the paper's priority (fewest requests, most free memory) is worst fit.
     """
@@ -137,78 +143,78 @@ def _tightness(load, size):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True)
-def fill_in(items, bins):  # type: ignore[no-untyped-def]
-    """Lists, loads and counts, from `size`, `where` and what `bins.load` already holds."""
-    items.first[:] = -1
+def build(items, bins):
+    """Compute classes, lists, counts and loads from `size`, `bin_of` and the initial `load`."""
+    items.head[:] = -1
     for i in range(len(items.size)):
         items.kind[i] = kind_of(items.size[i])
-        _link(items, bins, i, items.where[i])
-    bins.now[:] = bins.load
+        _link(items, bins, i, items.bin_of[i])
+    bins.load_now[:] = bins.load
 
 
 @numba.njit(cache=True)
-def _link(items, bins, i, b):  # type: ignore[no-untyped-def]
-    items.where[i], items.before[i], items.after[i] = b, -1, items.first[b]
-    if items.first[b] >= 0:
-        items.before[items.first[b]] = i
-    items.first[b] = i
+def _link(items, bins, i, b):
+    items.bin_of[i], items.prev[i], items.next[i] = b, -1, items.head[b]
+    if items.head[b] >= 0:
+        items.prev[items.head[b]] = i
+    items.head[b] = i
     _account(items, bins, i, b, 1)
 
 
 @numba.njit(cache=True)
-def _unlink(items, bins, i):  # type: ignore[no-untyped-def]
-    b = items.where[i]
-    if items.before[i] >= 0:
-        items.after[items.before[i]] = items.after[i]
+def _unlink(items, bins, i):
+    b = items.bin_of[i]
+    if items.prev[i] >= 0:
+        items.next[items.prev[i]] = items.next[i]
     else:
-        items.first[b] = items.after[i]
-    if items.after[i] >= 0:
-        items.before[items.after[i]] = items.before[i]
+        items.head[b] = items.next[i]
+    if items.next[i] >= 0:
+        items.prev[items.next[i]] = items.prev[i]
     _account(items, bins, i, b, -1)
 
 
 @numba.njit(cache=True)
-def _account(items, bins, i, b, sign):  # type: ignore[no-untyped-def]
+def _account(items, bins, i, b, sign):
     bins.load[b] += sign * items.size[i]
-    bins.num[items.kind[i], b] += sign
+    bins.counts[items.kind[i], b] += sign
     if items.kind[i] == T and not items.pinned[i]:
-        bins.soft[b] += sign * items.size[i]
+        bins.movable_t[b] += sign * items.size[i]
 
 
 @numba.njit(cache=True)
-def move(items, bins, members, b, why):  # type: ignore[no-untyped-def]
-    """All of them go there as one."""
-    items.made[0] += 1
+def move(items, bins, members, b, rule):
+    """Move these items to bin b as one bundle."""
+    items.num_moves[0] += 1
     for i in members:
-        bins.seats[items.where[i]] += 1
+        bins.slots[items.bin_of[i]] += 1
         _unlink(items, bins, i)
         _link(items, bins, i, b)
-        items.piece[i], items.why[i] = items.made[0], why
-        bins.now[b] += items.size[i]
-    bins.seats[b] -= len(members)
+        items.bundle[i], items.rule[i] = items.num_moves[0], rule
+        bins.load_now[b] += items.size[i]
+    bins.slots[b] -= len(members)
 
 
 @numba.njit(cache=True)
-def pieces(items, bins, b):  # type: ignore[no-untyped-def]
-    """(members, bounds, sizes): the bin's T's that can move, piece p in bounds[p : p + 2].
+def bundles(items, bins, b):
+    """(members, bounds, sizes) of the bin's movable T's: bundle p is members[bounds[p:p + 2]].
 
-    Alone, or the small ones together, the largest first: all pieces but one are over 1/8.
+    Largest first; a T over 1/8 is its own bundle, smaller ones are joined until they exceed 1/8.
     """
     number = 0
-    i = items.first[b]
-    members = np.empty(bins.num[T, b], np.int64)
+    i = items.head[b]
+    members = np.empty(bins.counts[T, b], np.int64)
     while i >= 0:
         if items.kind[i] == T and not items.pinned[i]:
             members[number] = i
             number += 1
-        i = items.after[i]
+        i = items.next[i]
     members = np.sort(members[:number])
     members = members[np.argsort(-items.size[members], kind="mergesort")]
     bounds, sizes = np.zeros(number + 1, np.int64), np.zeros(number)
     p = 0
     for k in range(number):
         sizes[p] += items.size[members[k]]
-        if sizes[p] > SMALL or k == number - 1:
+        if sizes[p] > TINY or k == number - 1:
             p += 1
             bounds[p] = k + 1
     return members, bounds[: p + 1], sizes[:p]
@@ -216,30 +222,19 @@ def pieces(items, bins, b):  # type: ignore[no-untyped-def]
 
 @numba.njit(cache=True)
 def allocate(
-    capacity,
-    free,
-    ordered,
-    num_requests,
-    max_requests,
-    token_bytes,
-    state,
-    able,  # type: ignore[no-untyped-def]
-    hosting,
-    age,
-    num,
-    need,
-    grown,
-    tokens,
-):
-    """Where Allocate puts `need` bytes that will be `grown`; a worker, or -1.
+    capacity, free, ordered, num_requests, max_requests, token_bytes, state, able, hosting,
+    activated, counts, need, grown, tokens,
+):  # fmt: skip
+    """The worker where Allocate puts a request of `need` bytes; -1: none.
 
-    If there is no worker to open, nor one to come, anywhere they fit. Columns of the ledger, `able`
-    and `hosting` those of the model, and:
-    num     int64 [classes, workers + 1]: requests by class
-    tokens  by so many each request of a worker will have grown
+    While no worker can be activated, ANY_FIT is allowed as well.
+    capacity … activated  columns of the ledger; `able` and `hosting` are those of the model
+    counts                int64 [classes, workers + 1]: requests by class
+    grown                 bytes of the request at the end of the lead time
+    tokens                growth of every request within the lead time
     """
-    found, best, best_key = -1, NOWHERE, 0.0
-    last = OPENED if more_can_come(state, able) else LAST
+    found, best, best_key = -1, NO_TIER, 0.0
+    worst = NEW_BIN if can_be_activated(state, able) else ANY_FIT
     for w in range(len(capacity)):
         left = free[w] - ordered[w]
         if not hosting[w] or left < need or num_requests[w] >= max_requests[w]:
@@ -248,11 +243,11 @@ def allocate(
         if left - growth < size - EPSILON * capacity[w]:
             continue
         load, share = 1 - (left - growth) / capacity[w], size / capacity[w]
-        rank = tier(num, num_requests[w] > 0, w, kind_of(share))
-        if rank > last or rank > best:
+        rank = tier(counts, num_requests[w] > 0, w, kind_of(share))
+        if rank > worst or rank > best:
             continue
         own = rank == OWN and kind_of(share) > T
-        key = -float(age[w]) if own else _tightness(load, share)
+        key = -float(activated[w]) if own else _tightness(load, share)
         if rank < best or key < best_key:
             found, best, best_key = w, rank, key
     return found

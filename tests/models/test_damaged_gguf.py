@@ -1,4 +1,4 @@
-"""A GGUF file that cannot be served is refused by its name, whatever is in it."""
+"""A GGUF file with any damage is refused with its name."""
 
 import struct
 from pathlib import Path
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mellmpi.models import resolve
 from mellmpi.models.gguf import convert
 from mellmpi.models.gguf_file import read_gguf
-from tests.engine import gguf_files as files
+from tests.models import gguf_files as files
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 25464248\n"
 
@@ -31,7 +31,7 @@ def whole(request, tmp_path_factory) -> bytes:
 
 
 def refusal(file: Path, cache_dir: Path) -> str:
-    """What `resolve` says of a file: one line that names it; nothing is left in the cache."""
+    """The message with which `resolve` refuses a file: one line; no file remains in the cache."""
     with pytest.raises(ValueError) as error:
         resolve(str(file), cache_dir)
     said = str(error.value)
@@ -40,7 +40,7 @@ def refusal(file: Path, cache_dir: Path) -> str:
     return said
 
 
-def test_values_are_those_that_the_gguf_package_reads(tmp_path, whole):
+def test_values_equal_those_that_the_gguf_package_reads(tmp_path, whole):
     file = tmp_path / "x.gguf"
     file.write_bytes(whole)
     theirs, ours = GGUFReader(str(file)), read_gguf(file)
@@ -79,7 +79,7 @@ def test_a_changed_file_is_served_or_refused_by_name(tmp_path_factory, whole, da
         assert str(file) in str(error)
 
 
-def test_a_length_beyond_the_file_is_refused_before_anything_is_made_of_it(tmp_path, whole):
+def test_a_length_beyond_the_file_is_refused_before_memory_is_allocated(tmp_path, whole):
     key = b"tokenizer.ggml.token_type"
     place = whole.index(key) + len(key) + 8  # behind the types of the array and of its values
     changed = bytearray(whole)
@@ -114,8 +114,8 @@ def test_a_file_of_another_kind_is_refused_by_name(tmp_path, head, said):
     assert said in refusal(tmp_path / "x.gguf", tmp_path / "cache")
 
 
-def made(tmp_path, name="x.gguf", extra=(), **options) -> str:
-    """What is said of a tiny model with `extra` metadata: (method, value) or (key, value, type)."""
+def refusal_of(tmp_path, name="x.gguf", extra=(), **options) -> str:
+    """The refusal of a tiny model with `extra` metadata: (key, value, type)."""
     file = tmp_path / name
 
     def vocabulary(writer):
@@ -140,7 +140,7 @@ PART = "m-00002-of-00003.gguf"
 
 @pytest.mark.parametrize(("name", "extra"), [(PART, []), ("m.gguf", [("split.count", 3, U16)])])
 def test_a_part_of_a_split_model_says_how_to_join_the_parts(tmp_path, name, extra):
-    said = made(tmp_path, name, extra)
+    said = refusal_of(tmp_path, name, extra)
     first = tmp_path / ("m-00001-of-00003.gguf" if name == PART else name)
     assert f"llama-gguf-split --merge {first} {tmp_path}/m-merged.gguf" in said
 
@@ -177,21 +177,23 @@ def test_a_part_of_a_split_model_says_how_to_join_the_parts(tmp_path, name, extr
     ],
 )
 def test_metadata_of_a_wrong_kind_is_refused_by_its_key(tmp_path, key, value, kind, said):
-    assert said in made(tmp_path, extra=[(key, value, kind)])
+    assert said in refusal_of(tmp_path, extra=[(key, value, kind)])
 
 
 @pytest.mark.parametrize("merge", ["Ġ", "Ġ  t", "Ġ x y", "q Ġ", "zz t"])
-def test_a_merge_that_makes_no_token_is_refused(tmp_path, merge):
+def test_a_merge_that_gives_no_token_is_refused(tmp_path, merge):
     values = gguf.GGUFValueType.ARRAY
-    said = made(tmp_path, extra=[("tokenizer.ggml.merges", [merge], values)])
+    said = refusal_of(tmp_path, extra=[("tokenizer.ggml.merges", [merge], values)])
     assert f"tokenizer.ggml.merges has {merge!r}, which makes no token" in said
 
 
-def test_lists_of_the_tokenizer_are_as_long_as_they_must_be(tmp_path):
+def test_lists_of_the_tokenizer_with_wrong_lengths_are_refused(tmp_path):
     values = gguf.GGUFValueType.ARRAY
-    said = made(tmp_path, extra=[("tokenizer.ggml.token_type", [1, 2], values)])
+    said = refusal_of(tmp_path, extra=[("tokenizer.ggml.token_type", [1, 2], values)])
     assert "tokenizer.ggml.token_type must have one value for each token" in said
-    said = made(tmp_path, extra=[("tokenizer.ggml.tokens", [f"t{n}" for n in range(321)], values)])
+    said = refusal_of(
+        tmp_path, extra=[("tokenizer.ggml.tokens", [f"t{n}" for n in range(321)], values)]
+    )
     assert "has 321 tokens for 320 rows of token_embd.weight" in said
 
 
@@ -267,7 +269,7 @@ def test_a_file_that_contradicts_itself_is_refused(tmp_path, keys, infos, said):
     assert said in refusal(tmp_path / "x.gguf", tmp_path / "cache")
 
 
-def test_a_split_model_of_one_part_is_whole(tmp_path):
+def test_a_split_model_of_one_part_is_accepted(tmp_path):
     file = tmp_path / "m-00001-of-00001.gguf"
     files.write_gguf(file, files.tiny("llama", num_hidden_layers=1))
     assert resolve(str(file), tmp_path / "cache").is_dir()

@@ -1,7 +1,8 @@
-"""The messages of one rank from the start of its job to its end, and the calls that all ranks make.
+"""The messages of one rank from the start of its job to its end, and collective calls made of them.
 
-No rank ever waits inside MPI for another one, where nothing could end the wait: a gather is made of
-messages, and a rank that waits for one also sees that a peer has died, or that the job has failed.
+No rank ever blocks inside MPI to wait for another rank, because nothing could end such a wait.
+Collective calls consist of messages, so a waiting rank also notices that a peer has died or that
+the job has failed.
 """
 
 import os
@@ -15,27 +16,27 @@ import msgpack
 
 from mellmpi.protocol import GatherPart, GatherWhole, RankFailed, WorkerLost
 from mellmpi.transport.channel import PeerChannel
-from mellmpi.transport.messages import Dismissed, Mailbox
+from mellmpi.transport.messages import Mailbox, Terminated
 
-FAULT, USAGE = 1, 2  # exit codes; 2: the user can do something about it
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 100e-6, 5e-3  # between looks during a gather; pauses double
-FLUSH_S = 5.0  # longest wait for messages to leave
-SUSPICION_S = 10.0  # an error of MPI that no lost rank explains by then is raised
-ANSWER_S = 5.0  # longest wait for ranks that were dismissed to confirm, or for rank 0 to dismiss
+FAULT, USAGE = 1, 2  # exit codes; 2: a mistake that the user can correct
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 100e-6, 5e-3  # between polls during a gather; pauses double
+FLUSH_S = 5.0  # longest wait for outgoing messages to be sent
+SUSPICION_S = 10.0  # an MPI error that no lost rank explains within this time is raised
+ANSWER_S = 5.0  # longest wait for terminated ranks to confirm, or for rank 0 to terminate us
 
 
 class PeerFailed(Exception):
-    """Another rank has failed, and the job cannot go on without it."""
+    """Another rank has failed, and the job cannot continue without it."""
 
     def __init__(self, exit_code: int, text: str):
         super().__init__(text)
         self.exit_code, self.text = exit_code, text
 
 
-class Post:
-    """Sends and receives messages of one rank. Used from one thread.
+class ControlPlane:
+    """Sends and receives messages of one rank: gathers, failures, termination. Used by one thread.
 
-    While `starting`, the failure of any rank ends the job; later only the user's mistakes do.
+    While `starting`, the failure of any rank ends the job; later only a mistake of the user does.
     """
 
     def __init__(
@@ -50,47 +51,47 @@ class Post:
         self.starting = True
         self._channel, self._leave = channel, leave
         self._mailbox = Mailbox(channel)
-        self._ready: list[tuple[int, Any]] = []
+        self._received: list[tuple[int, Any]] = []
         self._gathered: dict[int, deque[Any]] = defaultdict(deque)  # by source
-        self._suspicious_s: float | None = None  # since when an error of MPI is unexplained
+        self._suspicious_s: float | None = None  # time of the first unexplained MPI error
 
     @property
     def busy(self) -> bool:
-        """Messages are under way that may need progress."""
+        """Messages are in flight that may need our progress."""
         return self._mailbox.busy
 
     def send(self, dst: int, message: Any) -> None:
-        """Send a message; to a lost rank it is dropped."""
+        """Send a message; a message to a lost rank is dropped."""
         self._mailbox.send(dst, message)
 
     def poll(self) -> list[tuple[int, Any]]:
-        """Take the messages that `look` has found."""
-        ready, self._ready = self._ready, []
-        return ready
+        """Take the messages that `receive` has collected."""
+        received, self._received = self._received, []
+        return received
 
     def unread(self, messages: list[tuple[int, Any]]) -> None:
         """Put messages back: the next `poll` returns them first."""
-        self._ready = messages + self._ready
+        self._received = messages + self._received
 
-    def look(self) -> bool:
-        """Take in what has come; True if there is anything for `poll`.
+    def receive(self) -> bool:
+        """Receive all messages that have arrived; True if there is anything for `poll`.
 
-        A lost rank becomes one WorkerLost, behind the messages that it still got out. Ends this
-        process if the job is being ended. Raises PeerFailed.
+        A lost rank becomes one WorkerLost after the last of its messages. Ends this process if
+        another rank terminates the job. Raises PeerFailed.
         """
         try:
-            came = self._mailbox.look()
-        except Dismissed as order:
+            messages = self._mailbox.receive()
+        except Terminated as order:
             self._end(order)
-        for source, message in came:
+        for source, message in messages:
             self._sort(source, message)
         for rank in self._channel.newly_failed():
-            for source, message in self._mailbox.forget(rank):
+            for source, message in self._mailbox.drop_peer(rank):
                 self._sort(source, message)
             self.lost.add(rank)
-            self._ready.append((rank, WorkerLost(rank)))
+            self._received.append((rank, WorkerLost(rank)))
         self.check(self._channel.error)
-        return bool(self._ready)
+        return bool(self._received)
 
     def _sort(self, source: int, message: Any) -> None:
         if isinstance(message, GatherPart | GatherWhole):
@@ -98,10 +99,10 @@ class Post:
             return
         if isinstance(message, RankFailed) and (self.starting or message.exit_code == USAGE):
             raise PeerFailed(message.exit_code, message.text)
-        self._ready.append((source, message))
+        self._received.append((source, message))
 
     def check(self, error: Exception | None) -> None:
-        """Raise the first error of a channel, unless the loss of a rank explains it in time."""
+        """Raise the first error of a channel, unless a rank is found lost within SUSPICION_S."""
         if error is None or self.lost:
             return
         self._suspicious_s = self._suspicious_s or time.monotonic()
@@ -109,39 +110,40 @@ class Post:
             raise error
 
     def flush(self, limit_s: float = FLUSH_S) -> None:
-        """Wait until all messages have left, `limit_s` at most."""
+        """Wait until all messages have been sent, for `limit_s` at most."""
         stop_s = time.monotonic() + limit_s
-        while self._mailbox.leaving and time.monotonic() < stop_s:
-            self.look()
+        while self._mailbox.sending and time.monotonic() < stop_s:
+            self.receive()
             time.sleep(FIRST_PAUSE_S)
 
-    # --- calls that all ranks make, in the same order --------------------------------------------
+    # --- collective calls: all ranks make them in the same order ---------------------------------
 
     def gather(self, data: bytes) -> list[bytes]:
-        """Exchange data: returns that of every rank, by rank.
+        """Allgather: returns the data of every rank, by rank.
 
-        Raises PeerFailed at rank 0 if a rank has died, elsewhere if rank 0 has.
+        Raises PeerFailed on rank 0 if any rank has died, on other ranks if rank 0 has; once the
+        job serves, on all ranks if any rank has died.
         """
         others = range(1, self.size)
         if self.rank == 0:
-            parts = [data, *(self._hear(rank).data for rank in others)]
+            parts = [data, *(self._next_part(rank).data for rank in others)]
             for rank in others:
                 self.send(rank, GatherWhole(tuple(parts)))
             self.flush()
             return parts
         self.send(0, GatherPart(data))
-        return list(self._hear(0).parts)
+        return list(self._next_part(0).parts)
 
     def share(self, data: Any) -> Any:
-        """Give rank 0's plain data to every rank; the data of other ranks is ignored."""
-        names = "surrogateescape"  # as Python reads names of files that are no UTF-8
+        """Broadcast rank 0's plain data; the argument of other ranks is ignored."""
+        names = "surrogateescape"  # Python decodes file names that are not UTF-8 in this way
         packed = msgpack.packb(data, unicode_errors=names) if self.rank == 0 else b""
         return msgpack.unpackb(self.gather(packed)[0], unicode_errors=names)
 
-    def _hear(self, source: int) -> Any:
+    def _next_part(self, source: int) -> Any:
         pause_s = FIRST_PAUSE_S
         while not self._gathered[source]:
-            self.look()
+            self.receive()
             if self._cannot_gather():
                 raise PeerFailed(FAULT, f"mellmpi: rank {min(self.lost)} has died")
             time.sleep(pause_s)
@@ -149,40 +151,40 @@ class Post:
         return self._gathered[source].popleft()
 
     def _cannot_gather(self) -> bool:
-        # At the start rank 0 ends the job, and tells all other ranks. At the end it just leaves.
+        # At the start rank 0 terminates all other ranks. At the end it only exits.
         return bool(self.lost) if self.rank == 0 or not self.starting else 0 in self.lost
 
-    # --- the hard ends ---------------------------------------------------------------------------
+    # --- failure and termination -----------------------------------------------------------------
 
     def report_failure(self, exit_code: int, text: str) -> None:
         """Tell rank 0 why this rank ends."""
         self.send(0, RankFailed(exit_code, text))
         self.flush(1.0)
 
-    def await_dismissal(self) -> None:
-        """Wait until rank 0 ends this process. Returns if rank 0 does not, or has died."""
+    def await_termination(self) -> None:
+        """Wait until rank 0 ends this process. Returns after ANSWER_S, or if rank 0 has died."""
         stop_s = time.monotonic() + ANSWER_S
         while 0 not in self.lost and time.monotonic() < stop_s:
-            self.look()
+            self.receive()
             time.sleep(LONGEST_PAUSE_S)
 
-    def dismiss(self, exit_code: int) -> bool:
-        """End the processes of all other ranks. False: not all of them have confirmed."""
+    def terminate_others(self, exit_code: int) -> bool:
+        """End the processes of all other ranks. Returns whether all of them have confirmed."""
         waiting = set(range(self.size)) - {self.rank} - self.lost
         for rank in waiting:
-            self._mailbox.dismiss(rank, exit_code)
+            self._mailbox.terminate(rank, exit_code)
         stop_s = time.monotonic() + ANSWER_S
         while waiting and time.monotonic() < stop_s:
             try:
-                self._mailbox.look()
-            except Dismissed as answer:
+                self._mailbox.receive()
+            except Terminated as answer:
                 waiting.discard(answer.source)
             waiting -= set(self._channel.newly_failed())
             time.sleep(FIRST_PAUSE_S)
         return not waiting
 
-    def _end(self, order: Dismissed) -> NoReturn:
-        self._mailbox.dismiss(order.source, order.exit_code)  # confirms
+    def _end(self, order: Terminated) -> NoReturn:
+        self._mailbox.terminate(order.source, order.exit_code)  # confirms
         try:
             self.flush(1.0)
         finally:

@@ -1,4 +1,4 @@
-"""Architectures against transformers' own configurations and rotary frequencies."""
+"""Architectures against transformers: configurations and rotary frequencies."""
 
 import dataclasses
 import json
@@ -64,13 +64,13 @@ def test_rotary_frequencies_equal_transformers(scaling, theta, head_dim):
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
-def test_the_names_of_transformers_5_and_4_mean_the_same(scaling):
+def test_rope_keys_of_transformers_4_and_5_are_equivalent(scaling):
     old = Architecture.from_hf(config(rope_theta=5e5, rope_scaling=scaling))
     new = Architecture.from_hf(config(rope_parameters={"rope_theta": 5e5, **(scaling or {})}))
     assert old == new and old.rope_theta == 5e5
 
 
-def test_an_original_context_beside_the_scaling_counts_more_than_one_within():
+def test_a_top_level_original_context_overrides_that_of_the_scaling():
     given = config(
         rope_theta=1e4, head_dim=64, rope_scaling=YARN, original_max_position_embeddings=512
     )
@@ -80,14 +80,14 @@ def test_an_original_context_beside_the_scaling_counts_more_than_one_within():
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-def test_an_architecture_survives_its_config_json(family):
+def test_an_architecture_equals_the_one_read_from_its_config_json(family):
     arch = Architecture.from_hf(config(model_type=family, rope_scaling=LLAMA3, rope_theta=5e5))
     assert Architecture.from_hf(json.loads(json.dumps(arch.to_hf()))) == arch
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 @pytest.mark.parametrize("bias", [False, True])
-def test_parameters_are_those_of_transformers(family, bias):
+def test_parameters_equal_those_of_transformers(family, bias):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -105,7 +105,7 @@ def test_parameters_are_those_of_transformers(family, bias):
     assert arch.max_position == theirs.config.max_position_embeddings
 
 
-def test_what_a_config_leaves_out_is_what_transformers_assumes():
+def test_defaults_of_absent_keys_equal_those_of_transformers():
     from transformers import AutoConfig
 
     keys = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
@@ -119,7 +119,7 @@ def test_what_a_config_leaves_out_is_what_transformers_assumes():
         assert arch.rope_theta == theirs.rope_parameters["rope_theta"]
 
 
-def test_a_sliding_window_is_one_on_every_layer_or_refused():
+def test_a_sliding_window_is_on_every_layer_or_refused():
     window = Architecture.from_hf(config(model_type="mistral", sliding_window=1024))
     assert window.sliding_window == 1024
     assert Architecture.from_hf(json.loads(json.dumps(window.to_hf()))) == window
@@ -175,6 +175,6 @@ def test_end_tokens_of_the_generation_config_are_added(tmp_path):
     assert Architecture.from_directory(tmp_path).eos_ids == (2, 7, 9)
 
 
-def test_an_architecture_is_fixed():
+def test_an_architecture_is_immutable():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Architecture.from_hf(config()).num_layers = 3

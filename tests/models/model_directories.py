@@ -34,7 +34,7 @@ def tensors() -> dict[str, np.ndarray]:
 
 
 def write_model(directory: Path) -> Path:
-    """A whole model: config.json, generation_config.json, model.safetensors, tokenizer."""
+    """Write a complete model: config.json, generation_config.json, model.safetensors, tokenizer."""
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(CONFIG))
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 3]}))
@@ -44,7 +44,7 @@ def write_model(directory: Path) -> Path:
 
 
 def write_shards(directory: Path, count: int) -> list[Path]:
-    """The weights of a model that `write_model` made in `count` files with an index."""
+    """Split the weights of a model of `write_model` into `count` files with an index."""
     (directory / "model.safetensors").unlink()
     weights = tensors()
     files = [directory / f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)]

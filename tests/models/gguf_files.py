@@ -1,4 +1,4 @@
-"""GGUF files of tiny models, written as llama.cpp's converter writes them."""
+"""GGUF files of tiny models, written as by llama.cpp's converter."""
 
 from pathlib import Path
 
@@ -7,6 +7,8 @@ import numpy as np
 import torch
 import transformers
 from gguf import GGMLQuantizationType as Kind
+
+from mellmpi.models.gguf import convert
 
 SHAPE = dict(
     vocab_size=320,
@@ -40,7 +42,7 @@ NAMES = {
 
 
 def tiny(family: str, **changes) -> transformers.PreTrainedModel:
-    """A random model of transformers', biases and norms not trivial."""
+    """A random model of transformers' with nontrivial biases and norms."""
     config = getattr(transformers, f"{CLASSES[family]}Config")(**{**SHAPE, **changes})
     torch.manual_seed(3)
     model = getattr(transformers, f"{CLASSES[family]}ForCausalLM")(config).eval()
@@ -102,6 +104,15 @@ def write_gguf(
     writer.close()
 
 
+def converted(tmp_path: Path, model: transformers.PreTrainedModel, **options) -> Path:
+    """The directory made from a GGUF file of a model; options of `write_gguf`."""
+    file, target = tmp_path / "tiny.gguf", tmp_path / "out"
+    write_gguf(file, model, **options)
+    target.mkdir(exist_ok=True)
+    convert(file, target, lambda text: None)
+    return target
+
+
 def _add(writer, config, name, values, kind) -> None:
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for part, count in heads.items():
@@ -115,7 +126,7 @@ def _add(writer, config, name, values, kind) -> None:
 
 
 def byte_vocabulary(writer, pre: str = "gpt-2", merges=("Ġ t", "h e"), words=()) -> None:
-    """Three control tokens, all bytes, a few merges, and words that no merge makes."""
+    """Three control tokens, all bytes, a few merges, and words that no merges give."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -132,7 +143,7 @@ def byte_vocabulary(writer, pre: str = "gpt-2", merges=("Ġ t", "h e"), words=()
 
 
 def sentencepiece_vocabulary(writer) -> None:
-    """As Llama 2's: <unk> <s> </s>, 256 bytes, pieces with falling scores."""
+    """A vocabulary like Llama 2's: <unk> <s> </s>, 256 bytes, pieces with scores."""
     pieces = [
         "▁",
         "t",

@@ -1,4 +1,7 @@
-"""The process that started this rank, mpirun or its daemon on another host, and its other ranks."""
+"""Finds and ends the process that started this rank: mpirun, or its daemon on another host.
+
+Needs no MPI: a rank that cannot import it also ends the launcher.
+"""
 
 import os
 import signal
@@ -8,12 +11,12 @@ from pathlib import Path
 
 LAUNCHERS = ("prterun", "mpirun", "orterun", "mpiexec", "mpiexec.hydra")
 DAEMONS = ("prted", "orted", "hydra_pmi_proxy")
-OTHERS_FIRST_S = 1.0
-MOST_ANCESTORS = 6  # a rank may be started by a script that mpirun starts
+GRACE_S = 1.0  # for the launcher to end all ranks, this one included
+MOST_ANCESTORS = 6  # mpirun may start a script that starts the rank
 
 
 def launcher_of(names: tuple[str, ...] = LAUNCHERS + DAEMONS) -> int | None:
-    """Process id of the nearest ancestor that is one of `names`."""
+    """Process id of the nearest ancestor with one of these names; None: there is none."""
     pid = os.getppid()
     for _ in range(MOST_ANCESTORS):
         try:
@@ -28,7 +31,7 @@ def launcher_of(names: tuple[str, ...] = LAUNCHERS + DAEMONS) -> int | None:
 
 
 def ranks_of(launcher: int, job: str) -> int:
-    """Processes of a job, by its PMIX_NAMESPACE, that a launcher has started and that still run."""
+    """Number of running child processes of a launcher with this PMIX_NAMESPACE."""
     return sum(f"PMIX_NAMESPACE={job}\0".encode() in env for env in _environments(launcher))
 
 
@@ -42,14 +45,14 @@ def _environments(launcher: int) -> Iterator[bytes]:
             try:
                 yield Path(f"/proc/{pid}/environ").read_bytes()
             except OSError:
-                continue  # it has just ended
+                continue  # the process has just ended
 
 
 def end_launcher() -> None:
-    """Ask the launcher to end all processes of the job, on all hosts. Does nothing elsewhere.
+    """Make the launcher, if there is one, end all processes of the job on all hosts.
 
-    The last resort where ranks cannot be told: they may be inside MPI_Init, or computing.
+    The last resort if ranks do not receive messages: they may be inside MPI_Init, or computing.
     """
     if (launcher := launcher_of()) is not None:
         os.kill(launcher, signal.SIGTERM)
-        time.sleep(OTHERS_FIRST_S)  # it ends this process as well, unless we leave at once
+        time.sleep(GRACE_S)

@@ -1,0 +1,100 @@
+"""The argparse parser: commands, groups of flags, help."""
+
+import argparse
+import textwrap
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
+
+from mellmpi import __version__
+from mellmpi.cli.flags import BATCH, SERVING, SHORT, Flag, Group
+from mellmpi.cli.simulate_flags import SIMULATE
+from mellmpi.config import UsageError
+
+EXAMPLES = """examples:
+  mpirun -np 3 python -m mellmpi                              the demo: a small model, 2 workers
+  mpirun -np 3 python -m mellmpi run-batch -i in.jsonl -o out.jsonl --model DIR
+  mpirun -np 3 python -m mellmpi run-batch --replay trace.csv --model DIR --report figures.json
+  cat in.jsonl | mpirun -np 3 python -m mellmpi > out.jsonl   requests from a pipe
+Every flag can also be set in a YAML file (--config), or in the environment as MELLMPI_FLAG_NAME;
+the command line overrides the environment, which overrides the file."""
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of a flag's help."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return [part for line in text.splitlines() for part in textwrap.wrap(line, width)]
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises UsageError instead of exiting: only rank 0 prints, and every rank must end."""
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("argument COMMAND"):
+            message += "; write the command first, then its flags"
+        raise UsageError(f"{message}\n  {self.prog} --help shows what there is")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = _Parser(
+        prog="python -m mellmpi",
+        description="Serve LLMs on as few GPUs as hold the load.",
+        epilog=EXAMPLES,
+        formatter_class=_Help,
+    )
+    parser.add_argument("--version", action="version", version=f"mellmpi {__version__}")
+    commands = parser.add_subparsers(
+        title="commands", dest="command", metavar="COMMAND", parser_class=_Parser
+    )
+    _add_config(parser)
+    _add(parser, (*SERVING, *BATCH))
+    for name, help, groups in (
+        ("doctor", "describe ranks, MPI, GPUs and links", SERVING),
+        ("demo", "a small model answers prompts that ship with it", (*SERVING, *BATCH)),
+        ("run-batch", "answer a file of requests", (*SERVING, *BATCH)),
+    ):
+        command = commands.add_parser(name, help=help, formatter_class=_Help)
+        _add_config(command)
+        _add(command, groups)
+    simulated = commands.add_parser(
+        "simulate", help="compare policies on a trace, without GPUs", formatter_class=_Help
+    )
+    _add(simulated, SIMULATE)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config", metavar="FILE.yaml", default=argparse.SUPPRESS, help="flags as YAML keys"
+    )
+
+
+def _add(parser: argparse.ArgumentParser, groups: Iterable[Group]) -> None:
+    for group in groups:
+        section = parser.add_argument_group(group.title)
+        for flag in group.flags:
+            names = [*([SHORT[flag.name]] if flag.name in SHORT else []), f"--{flag.name}"]
+            section.add_argument(
+                *names, help=flag.help, default=argparse.SUPPRESS, **_reading(flag)
+            )
+
+
+def _reading(flag: Flag) -> dict[str, Any]:
+    """Arguments of `add_argument` that say how values are read."""
+    if flag.is_switch:
+        return {"action": argparse.BooleanOptionalAction}
+    read = {"type": _typed(flag), "metavar": flag.metavar}
+    return read | ({"action": "append"} if flag.is_list else {"choices": flag.choices})
+
+
+def _typed(flag: Flag) -> Callable[[str], object]:
+    """The flag's reader; its ValueError becomes argparse's message, which names the flag."""
+
+    def read(text: str) -> object:
+        try:
+            return flag.read(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return read
