@@ -255,10 +255,10 @@ class Worker:
             self._transport.send(SCHEDULER, report)
             if any(self._measured):
                 self._add_step_times(report, now)
+            self._steps, self._step_s, self._reported_s = 0, 0.0, now
 
     def _add_step_times(self, report: StepReport, now: float) -> None:
         self._times.add(self._transport.worker, report)
         if now - self._updated_s >= UPDATE_EVERY_S and self._times.fold():
             self._updated_s = now
             self._update_step_seconds()
-            self._steps, self._step_s, self._reported_s = 0, 0.0, now
