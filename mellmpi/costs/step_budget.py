@@ -26,6 +26,10 @@ class StepBudget:
     max_tokens: int  # prompt and output tokens together
     target_s: float | None = None  # None: twice a step that only decodes, at least 50 ms
 
+    def follows_decodes(self, seconds: StepSeconds) -> bool:
+        """Whether the limit is a multiple of a decode-only step."""
+        return self.target_s is None and seconds[1] > 0
+
     def prompt_s(
         self, seconds: StepSeconds, num_decoding: int, num_prompts: int = 1, closing: bool = False
     ) -> float:

@@ -3,7 +3,10 @@
     step_s = a·steps + b·prefilled + c·decoded + d·attended        (least squares)
 
 Residuals are relative to the step. A coefficient is forgotten only as fast as it is measured
-again: the prefill time stays known through a minute without prompts.
+again: the prefill time stays known through a minute without prompts. Once `a` and `c` are known, a
+step with prompts changes only `b` and `d`: what it takes beyond its decodes is the cost of its
+prompts. Otherwise the fixed cost of a chunk would count as decoding, and the step target would grow
+with it, since it is a multiple of a decode-only step.
 """
 
 import math
@@ -25,14 +28,16 @@ TRUSTED = 16  # reports after which durations are clipped
 KNOWN = 0.5  # reports about a coefficient before which its prior, scaled, is used
 ATTENDED = 8192  # attended positions that cost as much as one prefilled position, in the prior
 EXPECTED = StepBudget(max_tokens=512, target_s=math.inf)  # step limits of an unknown worker
+LEAST_SHARE = 0.05  # of a step with prompts that counts as their cost, however long decodes take
+DECODING, PREFILLED = [0, 2], 1  # columns of x: steps and decoded positions; prefilled positions
 PACE_REPORTS = 5  # newest reports, whose median is the current duration of a step
 
 
 class _Fit:
     """Coefficients relative to a prior: all ones is the prior itself."""
 
-    def __init__(self, prior: np.ndarray):
-        self.prior = prior  # float64 [4], seconds
+    def __init__(self, prior: np.ndarray, calibrated: bool = False):
+        self.prior, self.calibrated = prior, calibrated  # float64 [4], seconds; was it measured?
         self._scale, self._count = 1.0, 0  # of the prior as a whole; reports
         self._factors, self._weights = np.ones(4), np.zeros(4)  # weights: reports, by coefficient
         self._xx = np.zeros((4, 4))
@@ -44,6 +49,7 @@ class _Fit:
 
     def add(self, x: np.ndarray, took_s: np.ndarray) -> None:
         """x float64 [reports, 4], took_s float64 [reports]."""
+        x, took_s = self._without_decodes(x, took_s)
         before = self.factors
         expected = np.maximum(x @ (self.prior * before), 1e-12)
         if self._count >= TRUSTED:
@@ -61,6 +67,17 @@ class _Fit:
         )
         self._weights += shares
         self._rescale(took_s / np.maximum(x @ self.prior, 1e-12))
+
+    def _without_decodes(self, x: np.ndarray, took_s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Reports with prompts without the known cost of their steps and decodes."""
+        if not (self.calibrated or (self._weights[DECODING] >= KNOWN).all()):
+            return x, took_s
+        known_s = x[:, DECODING] @ (self.prior * self.factors)[DECODING]
+        prompts = x[:, PREFILLED] > 0
+        x = x.copy()
+        for column in DECODING:
+            x[prompts, column] = 0.0
+        return x, np.where(prompts, np.maximum(took_s - known_s, LEAST_SHARE * took_s), took_s)
 
     def _rescale(self, ratios: np.ndarray) -> None:
         for ratio in ratios.tolist():
@@ -93,8 +110,8 @@ class StepTimes:
             return
         prior = np.maximum(np.array(measured, np.float64), 1e-12)
         if not self._fits:
-            self._common = _Fit(prior)
-        self._fits[worker] = _Fit(prior)
+            self._common = _Fit(prior, calibrated=True)
+        self._fits[worker] = _Fit(prior, calibrated=True)
 
     def pace_s(self, worker: int) -> float:
         """Current seconds of a step, whatever it computes; 0 before the first report."""

@@ -37,6 +37,10 @@ from mellmpi.worker.report_buffer import ReportBuffer
 from mellmpi.worker.sequence_table import SequenceTable
 from mellmpi.worker.sequences import Phase, Sequence
 
+# While there are prompts, one step in so many only decodes: the step target is a multiple of such
+# steps, and they take longer as contexts grow.
+DECODE_ONLY_EVERY = 12
+
 
 class BatchScheduler:
     """The sequences of one worker, keyed by epoch, and their blocks.
@@ -62,6 +66,7 @@ class BatchScheduler:
         self._limits = batch
         self._budget = StepBudget(batch.max_num_batched_tokens, batch.target_step_s)
         self.step_seconds: StepSeconds = UNKNOWN  # as the driver measures it
+        self._num_mixed = 0  # steps with decodes and prompts since the last that only decoded
         self._planned: list[Sequence] = []
         self._reports = ReportBuffer()
         self._parking = False
@@ -206,6 +211,10 @@ class BatchScheduler:
         num_prompts = len(running) - num_decoding
         handover = self._sender.freezes_after_step or self._receiver.awaits_final_blocks
         num_decoding = min(num_decoding, self._limits.max_num_seqs)
+        if num_decoding and num_prompts and self._budget.follows_decodes(self.step_seconds):
+            self._num_mixed = (self._num_mixed + 1) % DECODE_ONLY_EVERY
+            if not self._num_mixed:
+                return 0.0
         return self._budget.prompt_s(self.step_seconds, num_decoding, num_prompts, handover)
 
     def _chunk(self, sequence: Sequence, end: int) -> Chunk:

@@ -147,3 +147,20 @@ def test_where_the_prior_says_that_steps_take_no_time_the_pace_stays_zero():
     times = StepTimes(replace(PRIOR, step_s=0.0))
     times.add(1, replace(report(), steps=2, step_s=0.08))
     assert times.pace_s(1) == 0.0
+
+
+# --- what a chunk costs beside its positions -----------------------------------------------------
+
+
+def test_a_fixed_cost_of_chunks_does_not_count_as_decoding():
+    """Else the step target, a multiple of a decode-only step, would grow with it."""
+    times = trained(300, prefills=0.0)
+    decode_only_s = times.coefficients(1)[[0, 2]] @ [1, 8]
+    for _ in range(500):
+        took_s = float(np.array([1, 12, 8, 12_000]) @ TRUTH) + 0.05
+        mixed = dict(steps=1, prefill_tokens=12, decode_tokens=8, attended=12_000, step_s=took_s)
+        times.add(1, replace(report(), **mixed))
+        times.fold()
+    assert times.coefficients(1)[[0, 2]] @ [1, 8] == pytest.approx(decode_only_s, rel=0.02)
+    prompts_s = times.coefficients(1)[[1, 3]] @ [12, 12_000]
+    assert prompts_s == pytest.approx(0.05 + float(TRUTH[[1, 3]] @ [12, 12_000]), rel=0.05)

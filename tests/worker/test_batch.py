@@ -29,6 +29,7 @@ from mellmpi.protocol import (
     Unfreeze,
 )
 from mellmpi.worker import BatchScheduler
+from mellmpi.worker.batch import DECODE_ONLY_EVERY
 from mellmpi.worker.sequences import Phase
 from tests.scheduler.stage import KV, request
 
@@ -176,6 +177,17 @@ def test_prompts_get_the_time_of_a_step_that_its_decodes_leave():
     bench.assign(2, num_prompt=9)
     assert prompts(bench) == [(1, 20)], "twice 40 ms"
     assert prompts(bench) == [(1, 10), (2, 9)]
+
+
+@pytest.mark.parametrize("target_step_ms, every", [(None, DECODE_ONLY_EVERY), (50, 99)])
+def test_beside_prompts_some_steps_only_decode_so_that_their_time_is_known(target_step_ms, every):
+    bench = Bench(num_blocks=400, target_step_ms=target_step_ms)
+    bench.assign(50, num_prompt=1, max_tokens=99)
+    bench.step()
+    bench.batch.step_seconds = SECONDS
+    bench.assign(1, num_prompt=900)
+    steps = range(1, 2 * DECODE_ONLY_EVERY + 2)
+    assert [i for i in steps if not prompts(bench)] == [i for i in steps if i % every == 0]
 
 
 def test_a_prompt_limited_by_time_is_the_last_of_its_step():
