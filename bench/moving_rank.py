@@ -29,7 +29,7 @@ class Stamped:
     def __init__(self, engine: Any, stamps: list[tuple[int, float]]):
         self._engine, self._stamps = engine, stamps
         self.arena, self.models, self.release = engine.arena, engine.models, engine.release
-        self.arithmetic = engine.arithmetic
+        self.arithmetic, self.warm_up_s = engine.arithmetic, engine.warm_up_s
 
     def execute(self, plan: Any) -> Any:
         result = self._engine.execute(plan)

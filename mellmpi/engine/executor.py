@@ -29,6 +29,8 @@ class Model(Protocol):
 
     @property
     def arithmetic(self) -> str: ...
+    @property
+    def warm_up_s(self) -> float: ...
 
     def forward(self, batch: PackedBatch, arena: KvArena) -> torch.Tensor:
         """Logits of the sampled rows, float32 [num_sampled, vocab]; writes K and V of all rows."""
@@ -55,6 +57,11 @@ class Executor:
     def arithmetic(self) -> str:
         """Executors with equal `arithmetic` give the same answers, bit for bit."""
         return self.model.arithmetic
+
+    @property
+    def warm_up_s(self) -> float:
+        """Seconds of compiling within the construction: a second one takes less by them."""
+        return self.model.warm_up_s
 
     @property
     def models(self) -> tuple[HostedModel, ...]:

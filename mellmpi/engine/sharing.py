@@ -26,6 +26,11 @@ class SharedEngine:
         return next(iter(self._executors.values())).arithmetic
 
     @property
+    def warm_up_s(self) -> float:
+        """See `Executor.warm_up_s`."""
+        return sum(executor.warm_up_s for executor in self._executors.values())
+
+    @property
     def models(self) -> tuple[HostedModel, ...]:
         """The hosted models, in the order of the executors."""
         return tuple(hosted for executor in self._executors.values() for hosted in executor.models)

@@ -55,6 +55,8 @@ class Engine(Protocol):
     def models(self) -> tuple[HostedModel, ...]: ...
     @property
     def arithmetic(self) -> str: ...
+    @property
+    def warm_up_s(self) -> float: ...
     def execute(self, plan: StepPlan) -> StepResult: ...
     def release(self) -> None: ...
 
@@ -111,13 +113,14 @@ class Worker:
         self._batch = BatchScheduler(
             engine.models, arena.num_blocks, self._acked, self._limits, self._cache
         )
+        wake_s = self._clock() - began_s - engine.warm_up_s  # a later wake compiles nothing
         self._measure_steps(engine)
         ready = WorkerReady(
             models=tuple(m.kv for m in engine.models),
             capacity_bytes=arena.num_blocks * arena.block_bytes,
             max_num_seqs=self._limits.max_num_seqs,
             acked=self._acked,
-            wake_s=self._clock() - began_s,
+            wake_s=max(0.0, wake_s),
             max_batched_tokens=self._limits.max_num_batched_tokens,
             target_step_s=self._limits.target_step_s,
             step_s=self._measured if any(self._measured) else (),

@@ -64,7 +64,6 @@ class WorkerRegistry:
             growth_Bps=np.zeros(num_workers + 1),
             token_rate=0.0,
             answer_tokens=ANSWER_TOKENS,
-            horizon_s=config.horizon_s,
             park_after_s=config.park_after_s,
             seed=config.seed,
             tick=0,
@@ -103,7 +102,7 @@ class WorkerRegistry:
         record.num_placed, record.transfer_failed = len(record.log.tokens), False
         requests = self.view.requests
         self._count_size_class(record.slot, worker)
-        requests.worker[record.slot], requests.placed_s[record.slot] = worker, self.view.now
+        requests.worker[record.slot] = worker
         requests.movable[record.slot] = True
         if record.plan is None:  # prefills of migrations are counted in `in_flight`
             record.queued_tokens = record.num_tokens
@@ -163,7 +162,7 @@ class WorkerRegistry:
         self._changed(worker)
 
     def _learn_wake(self, wake_s: float, woken: bool) -> None:
-        """Update `wake_s`. Starts, which also compile and convert, count until the first wake."""
+        """Update `wake_s`. Starts, which take a little longer, count until the first wake."""
         cost = self.view.cost
         if woken and not self._has_woken:
             self._has_woken, self.view.cost = True, replace(cost, wake_s=wake_s)
@@ -266,9 +265,9 @@ class WorkerRegistry:
 
     # --- rates ----------------------------------------------------------------------------------
 
-    def finished(self, num_prompt: int, num_outputs: int) -> None:
+    def finished(self, num_outputs: int) -> None:
         """Learn output lengths from a finished request (both in tokens)."""
-        self.view.lengths.add(num_prompt, num_outputs)
+        self.view.lengths.add(num_outputs)
         self.view.answer_tokens += LENGTH_BLEND * (num_outputs - self.view.answer_tokens)
 
     def report(self, worker: int, event: StepReport) -> None:

@@ -39,6 +39,7 @@ class HashEngine:
 
     built = 0
     arithmetic = "hashes"
+    warm_up_s = 0.0
 
     def __init__(self, num_blocks: int, models=(KV,)):
         type(self).built += 1

@@ -5,6 +5,7 @@ and any number of threads (see `gemm`).
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
+from time import monotonic
 
 import numpy as np
 import torch
@@ -58,6 +59,7 @@ class CpuModel:
             raise ValueError(reason)
         self.arch, self.dtype, self.num_threads = arch, dtype, num_threads
         self._sizes, self._weights = sizes_of(arch, dtype), take_weights(arch, weights, dtype)
+        self.warm_up_s = 0.0  # seconds that `warm_up` took
         self._rope = RopeTable(arch)
         self._scratch = self._make_scratch(1)
         self._pool = ThreadPoolExecutor(num_threads - 1) if num_threads > 1 else None
@@ -109,8 +111,10 @@ class CpuModel:
         )
         one, zero = np.ones(1, np.int32), np.zeros(1, np.int32)
         batch = PackedBatch(zero, zero, np.array([0, 1], np.int32), one, zero[None], num_sampled=1)
+        began_s = monotonic()
         with compile_lock(step):
             self.forward(batch, KvArena(geometry, 1))
+        self.warm_up_s = monotonic() - began_s
 
     def _run(self, *arguments: object) -> None:
         """Run one step on all threads; a thread that starts late finds no items left."""

@@ -89,6 +89,8 @@ class Step:
 class TorchModel:
     """One decoder on one device; empties `weights`, to hold them in memory once only."""
 
+    warm_up_s = 0.0  # there is none
+
     def __init__(
         self, arch: Architecture, weights: Weights, dtype: torch.dtype, device: torch.device | str
     ):
