@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from mellmpi.config import Options, UsageError
-from mellmpi.frontend import (
+from mellmpi.files import (
     Destination,
     Reader,
     Requests,
@@ -158,7 +158,7 @@ def _output(options: Options) -> Destination | None:
 def _timeline(name: str | None) -> Destination | None:
     if not name:
         return None
-    from mellmpi.telemetry import SUFFIXES
+    from mellmpi.telemetry.pictures import SUFFIXES
 
     if Path(name).suffix.lower() not in SUFFIXES:
         raise UsageError(

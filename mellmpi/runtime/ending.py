@@ -96,7 +96,7 @@ def _end_single(code: int, text: str, reports: bool, stray: bool) -> int:
     if reports or stray:
         _print(text)
     if stray:
-        from mellmpi.transport import end_launcher
+        from mellmpi.launcher import end_launcher
 
         end_launcher()
     return code

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from mellmpi.config import Config, ModelConfig, Options, UsageError
-from mellmpi.frontend import Tokenizer, visible
+from mellmpi.files import visible
+from mellmpi.frontend import Tokenizer
 from mellmpi.models import Architecture, resolve
 from mellmpi.runtime.batch_files import open_files
 from mellmpi.runtime.calibration import measured_steps

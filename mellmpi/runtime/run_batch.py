@@ -7,20 +7,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mellmpi.config import Config, ModelConfig, Options, UsageError
+from mellmpi.files import Destination, Unwritable
 from mellmpi.frontend import (
     BatchJob,
     Counts,
-    Destination,
     ReplayJob,
     ServedModel,
     ServedModels,
     Tokenizer,
-    Unwritable,
 )
 from mellmpi.models import Architecture
 from mellmpi.runtime.batch_files import STDOUT, BatchFiles
 from mellmpi.runtime.batch_front import BatchFront, RequestSource, poisson
-from mellmpi.runtime.demo import demo_load
+from mellmpi.runtime.demo import DemoLoad, demo_arrivals, demo_load
 from mellmpi.runtime.ending import JobFailed
 from mellmpi.runtime.scheduler import SchedulerLoop
 from mellmpi.runtime.terminal import Terminal
@@ -68,9 +67,9 @@ class Rank0:
             terminal.say(f"mellmpi: {warning}")
         if not scheduler.registry.models:
             raise JobFailed("no worker could start")
-        rate = self._demo_rate(scheduler) if self._is_demo else self.options.request_rate
+        arrivals = self._arrivals(scheduler)
         source = self._open(self._served(scheduler), terminal)
-        problems = self._answer(loop, source, terminal, rate)
+        problems = self._answer(loop, source, terminal, arrivals)
         ended_s = time.perf_counter()
         loop.stop()
         problems += shortcomings(self.files, source.counts)
@@ -85,27 +84,38 @@ class Rank0:
     def _is_demo(self) -> bool:
         return self.options.command == "demo"
 
-    def _demo_rate(self, scheduler: ClusterScheduler) -> float:
-        """Limit the demo to a load that suits this machine. Returns the requests per second."""
+    def _arrivals(self, scheduler: ClusterScheduler) -> Iterator[float] | None:
+        """Arrival times of the requests, in seconds; None: all at once."""
+        load = self._demo_load(scheduler) if self._is_demo else None
+        seed, rate = self.config.cluster.seed, self.options.request_rate
+        if rate is not None:
+            return poisson(rate, seed)
+        return None if load is None else demo_arrivals(load, seed)
+
+    def _demo_load(self, scheduler: ClusterScheduler) -> DemoLoad:
+        """Limit the demo's requests to a load that suits this machine."""
         registry, requests = scheduler.registry, self.files.requests
         assert requests is not None and requests.count is not None
         steps = [
             registry.estimates.steps.seconds(w) for w in registry.ledger.workers(WorkerState.ACTIVE)
         ]
         load = demo_load(steps, requests.count)
-        if self.options.request_rate is not None:
-            return self.options.request_rate
-        requests.lines.max_lines = load.count
-        self.files.requests = replace(requests, count=load.count)
-        return load.rate
+        if self.options.request_rate is None:
+            requests.lines.max_lines = load.count
+            self.files.requests = replace(requests, count=load.count)
+        return load
 
     def _answer(
-        self, loop: SchedulerLoop, source: RequestSource, terminal: Terminal, rate: float | None
+        self,
+        loop: SchedulerLoop,
+        source: RequestSource,
+        terminal: Terminal,
+        arrivals: Iterator[float] | None,
     ) -> list[str]:
         """Run the batch to its end, or until answers cannot be written. Returns the problems."""
         try:
             with terminal.progress(self.files.num_requests, source.counts) as advance:
-                front = self._front(source, advance, rate)
+                front = self._front(source, advance, arrivals)
                 self._drive(loop, front, lambda: front.done)
             if self.files.output:
                 self.files.output.flush()
@@ -122,11 +132,13 @@ class Rank0:
                 loop.wait(front)
 
     def _front(
-        self, source: RequestSource, advance: Callable[[int], None], rate: float | None
+        self,
+        source: RequestSource,
+        advance: Callable[[int], None],
+        arrivals: Iterator[float] | None,
     ) -> BatchFront:
         if isinstance(source, ReplayJob):  # unlimited: delaying arrivals would change the load
             return BatchFront(source, source.arrivals(), advance, max_open=float("inf"))
-        arrivals = None if rate is None else poisson(rate, self.config.cluster.seed)
         return BatchFront(source, arrivals, advance)
 
     # --- the source of requests -----------------------------------------------------------------
@@ -204,7 +216,7 @@ class Rank0:
         return problems
 
     def _draw_timeline(self, metrics: Metrics, ended_s: float) -> bytes:
-        from mellmpi.telemetry import draw
+        from mellmpi.telemetry.pictures import draw
 
         return draw(metrics.series(ended_s), Path(self.options.timeline or "").suffix)
 

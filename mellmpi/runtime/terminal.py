@@ -13,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from mellmpi.frontend import Answered, Counts, visible, visible_lines
+from mellmpi.files import visible, visible_lines
+from mellmpi.frontend import Answered, Counts
 
 WIDTH = 100
 STDERR = 2
