@@ -54,7 +54,6 @@ def make_view(num_workers: int, seed: int) -> View:
         growth_Bps=rates,
         token_rate=TOKENS_PER_S,
         answer_tokens=ANSWER_TOKENS,
-        horizon_s=1.0,
         park_after_s=1.0,
         seed=seed,
         tick=1,

@@ -93,7 +93,6 @@ class ClusterConfig:
     migrate: str = "auto"  # never, auto: as the policy decides, stress: at random
     seed: int = 0  # of --migrate stress
     rebalance_every_s: float = 0.1  # shortest time between two looks at the whole cluster
-    horizon_s: float = 2.0  # placement keeps room for this much growth of all sequences
     park_after_s: float = 1.0  # time after which an empty worker may be parked
     migration_limit_s: float = 1.0  # a longer migration is deferred until others have ended
     thrift: float = 0.5  # of `frugal`: 0 moves the fewest bytes, 1 uses the fewest workers

@@ -6,10 +6,9 @@ MEMORY = 4096  # answers
 
 
 class AnswerLengths:
-    """Ring buffer of the last `MEMORY` answers, in two columns."""
+    """Ring buffer of the last `MEMORY` answers."""
 
     def __init__(self) -> None:
-        self.prompt = np.zeros(MEMORY, np.int64)  # tokens
         self.output = np.zeros(MEMORY, np.int64)  # tokens
         self.total = 0  # answers added so far: min(total, MEMORY) rows are valid
         self._output_sum = 0  # tokens, over the valid rows
@@ -21,8 +20,8 @@ class AnswerLengths:
         """Mean output length in tokens; `default` before the first answer has ended."""
         return self._output_sum / len(self) if self.total else default
 
-    def add(self, num_prompt: int, num_outputs: int) -> None:
+    def add(self, num_outputs: int) -> None:
         row = self.total % MEMORY
         self._output_sum += num_outputs - int(self.output[row])
-        self.prompt[row], self.output[row] = num_prompt, num_outputs
+        self.output[row] = num_outputs
         self.total += 1

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from mellmpi.files import Line, LineReader
 from mellmpi.frontend.answers import answer_body
 from mellmpi.frontend.fields import BadRequest
-from mellmpi.frontend.lines import Line, LineReader
 from mellmpi.frontend.openai import CHAT, COMPLETIONS, Call, ServedModels, parse
 from mellmpi.frontend.outputs import Output
 from mellmpi.protocol import Emit, Rejected, Request

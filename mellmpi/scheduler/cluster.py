@@ -151,7 +151,7 @@ class ClusterScheduler:
             return
         model = self.registry.ledger.models.index(request.model)
         kv = self.registry.models[request.model]
-        row = self.registry.view.requests.add(request, now, kv, model)
+        row = self.registry.view.requests.add(request, kv, model)
         record = Record(request, now, row, log=self.log_for(row))
         self.records[request.id] = record
         self.queue.append(record, self.placement.kv_bytes(record), now)
@@ -215,7 +215,7 @@ class ClusterScheduler:
         emit = Emit(request.id, len(outputs) - len(new), new, logprobs, reason)
         self.registry.out.append((FRONT, emit))
         if reason:
-            self.registry.finished(len(request.prompt), len(outputs))
+            self.registry.finished(len(outputs))
             self.placement.forget(record, "finished")
         return len(new)
 

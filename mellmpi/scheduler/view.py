@@ -56,9 +56,6 @@ class RequestColumns:
         self.movable = np.zeros(capacity, bool)  # in state RUNNING: owned, not migrating
         self.num_tokens = np.zeros(capacity, np.int64)  # prompt + output
         self.num_prompt = np.zeros(capacity, np.int64)
-        self.max_tokens = np.zeros(capacity, np.int64)  # most output tokens
-        self.arrival_s = np.zeros(capacity, np.float64)
-        self.placed_s = np.zeros(capacity, np.float64)  # when its worker became the owner
         self.pinned_to = np.zeros(capacity, np.int64)  # may resume on this worker only; 0: on any
         self.token_bytes = np.zeros(capacity, np.float64)  # KV of one position
         self.block_size = np.ones(capacity, np.int64)
@@ -79,15 +76,13 @@ class RequestColumns:
             self._free = list(range(n, 2 * n))[::-1]
         return self._free.pop()
 
-    def add(self, request: Request, now: float, kv: ModelKv, model: int = 0) -> int:
+    def add(self, request: Request, kv: ModelKv, model: int = 0) -> int:
         """Fill a row for a new request of the `model`-th model of the ledger; return the row."""
         row = self.take()
         self.model[row], self.pinned_to[row] = model, 0
         self.token_bytes[row] = kv.block_bytes / kv.block_size
         self.request_id[row], self.live[row] = request.id, True
         self.num_tokens[row] = self.num_prompt[row] = len(request.prompt)
-        self.max_tokens[row] = request.sampling.max_tokens
-        self.arrival_s[row] = self.placed_s[row] = now
         self.block_size[row], self.block_bytes[row] = kv.block_size, kv.block_bytes
         return row
 
@@ -119,7 +114,6 @@ class View:
     growth_Bps: np.ndarray  # float64 [workers + 1]: growth of KV on each worker, bytes a second
     token_rate: float  # output tokens a second of one request, moving average
     answer_tokens: float  # length of an output, moving average over finished requests
-    horizon_s: float  # seconds of growth to keep room for
     park_after_s: float  # seconds after which an empty worker may be parked
     seed: int  # of --migrate stress
     period_s: float  # seconds since the last rebalancing round, bounded

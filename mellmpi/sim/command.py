@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mellmpi.config import UsageError
-from mellmpi.frontend import Destination, Unwritable, check_different, visible
+from mellmpi.files import Destination, Unwritable, check_different, visible
 from mellmpi.protocol import ModelKv
 from mellmpi.sim.bound import Load
 from mellmpi.sim.options import SimulateOptions

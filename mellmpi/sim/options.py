@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mellmpi.costs import CostModel
-from mellmpi.frontend import visible
+from mellmpi.files import visible
 from mellmpi.scheduler.policies import POLICIES
 from mellmpi.sim.profiles import MODELS, PROFILES, cost_from, cost_of
 

@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 
-from mellmpi.frontend import visible
+from mellmpi.files import visible
 from mellmpi.sim.bound import Load
 from mellmpi.sim.replay import Tally, sample_times
 

@@ -7,7 +7,6 @@ transport within one process.
 from mellmpi.transport.base import Arena, Transfer, Transport
 from mellmpi.transport.control_plane import FAULT, USAGE, ControlPlane, PeerFailed
 from mellmpi.transport.endpoint import Endpoint, WaitPolicy
-from mellmpi.transport.launcher import end_launcher
 from mellmpi.transport.local import LocalNetwork
 
 __all__ = [
@@ -21,5 +20,4 @@ __all__ = [
     "Transfer",
     "Transport",
     "WaitPolicy",
-    "end_launcher",
 ]

@@ -3,10 +3,10 @@ from mellmpi.costs import MEMORY, AnswerLengths
 
 def test_the_oldest_answer_is_overwritten_first():
     lengths = AnswerLengths()
-    lengths.add(3, 7)
-    assert (len(lengths), lengths.prompt[0], lengths.output[0]) == (1, 3, 7)
+    lengths.add(7)
+    assert (len(lengths), lengths.output[0]) == (1, 7)
     for i in range(MEMORY):
-        lengths.add(i, i + 1)
+        lengths.add(i + 1)
     assert len(lengths) == MEMORY and lengths.total == MEMORY + 1
     assert sorted(lengths.output) == list(range(1, MEMORY + 1))
 
@@ -15,5 +15,5 @@ def test_the_mean_is_over_the_answers_in_memory():
     lengths = AnswerLengths()
     assert lengths.mean_output(128.0) == 128.0
     for i in range(MEMORY + 100):
-        lengths.add(3, i)
+        lengths.add(i)
     assert lengths.mean_output(128.0) == lengths.output.mean()

@@ -2,8 +2,8 @@
 
 import json
 
+from mellmpi.files import LineReader
 from mellmpi.frontend import BatchJob, ServedModels
-from mellmpi.frontend.lines import LineReader
 from mellmpi.protocol import Emit
 
 

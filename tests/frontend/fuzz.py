@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 from mellmpi.engine.sampler import sample
+from mellmpi.files import LineReader
 from mellmpi.frontend import BatchJob, ServedModel, ServedModels, Tokenizer
 from mellmpi.frontend.fields import CHAT_ONLY, COMPLETIONS_ONLY, SHARED
-from mellmpi.frontend.lines import LineReader
 from mellmpi.frontend.openai import CHAT, COMPLETIONS
 from mellmpi.protocol import Chunk, Emit, Rejected, Request, Submit, decode, encode
 from tests.frontend.tokenizers_of_each_kind import Kind, kinds

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
+from mellmpi.files import LineReader
 from mellmpi.frontend import BatchJob, ServedModels
-from mellmpi.frontend.lines import LineReader
 from mellmpi.protocol import Emit, Rejected
 from tests.frontend.batch_run import Run, entry, errors, text_of, texts
 

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from mellmpi.frontend import BatchJob, Destination, ServedModels, descriptor_reader
-from mellmpi.frontend.lines import LineReader
+from mellmpi.files import Destination, LineReader, descriptor_reader
+from mellmpi.frontend import BatchJob, ServedModels
 from mellmpi.protocol import Emit
 from tests.frontend.batch_run import Run, entry, errors, text_of, texts
 

@@ -6,8 +6,8 @@ from importlib.resources import files
 
 import pytest
 
+from mellmpi.files import LineReader
 from mellmpi.frontend import BatchJob, ServedModel, ServedModels, Tokenizer
-from mellmpi.frontend.lines import LineReader
 
 DEMO = files("mellmpi.frontend").joinpath("demo_prompts.jsonl").read_bytes()
 ENTRIES = [json.loads(line) for line in DEMO.splitlines()]

@@ -182,5 +182,5 @@ def test_longer_answers_lower_the_end_rate():
     v = view([1], answer_tokens=100.0)
     v.token_rate = 10.0
     before = request_end_rate(v)
-    v.lengths.add(5, 1000)
+    v.lengths.add(1000)
     assert request_end_rate(v) == pytest.approx(before / 10)

@@ -16,7 +16,7 @@ ACTIVE, DRAINING, PARKED = WorkerState.ACTIVE, WorkerState.DRAINING, WorkerState
 
 
 def place(v, blocks, model="m"):
-    row = v.requests.add(request(99, num_prompt=4 * blocks), 0.0, KV)
+    row = v.requests.add(request(99, num_prompt=4 * blocks), KV)
     found = mell.place(v, row, model)
     v.requests.drop(row)
     return found

@@ -52,7 +52,7 @@ def test_choosing_mell_compiles_its_kernels():
         assert kernel.signatures
     before = [len(kernel.signatures) for kernel in (epoch, feasible, allocate)]
     v = view([8, 7, 5], [])
-    mell.place(v, v.requests.add(request(99, num_prompt=8), 0.0, KV), "m")
+    mell.place(v, v.requests.add(request(99, num_prompt=8), KV), "m")
     mell.rebalance(v)
     assert [len(kernel.signatures) for kernel in (epoch, feasible, allocate)] == before
 

@@ -16,7 +16,7 @@ PARKING, WAKING, LOST = WorkerState.PARKING, WorkerState.WAKING, WorkerState.LOS
 
 
 def place(policy, view, blocks=1, model="m"):
-    row = view.requests.add(request(99, num_prompt=4 * blocks), 0.0, KV)
+    row = view.requests.add(request(99, num_prompt=4 * blocks), KV)
     found = POLICIES[policy].place(view, row, model)
     view.requests.drop(row)
     return found

@@ -16,9 +16,6 @@ COLUMNS = (
     "movable",
     "num_tokens",
     "num_prompt",
-    "max_tokens",
-    "arrival_s",
-    "placed_s",
     "block_size",
     "block_bytes",
 )
@@ -26,7 +23,7 @@ COLUMNS = (
 
 def test_a_new_row_has_all_values_of_its_request():
     columns = RequestColumns()
-    row = columns.add(request(7, num_prompt=5, max_tokens=9), 2.5, KV)
+    row = columns.add(request(7, num_prompt=5), KV)
     assert {name: getattr(columns, name)[row].item() for name in COLUMNS} == {
         "request_id": 7,
         "live": True,
@@ -34,9 +31,6 @@ def test_a_new_row_has_all_values_of_its_request():
         "movable": False,
         "num_tokens": 5,
         "num_prompt": 5,
-        "max_tokens": 9,
-        "arrival_s": 2.5,
-        "placed_s": 2.5,
         "block_size": 4,
         "block_bytes": 10,
     }
@@ -44,11 +38,11 @@ def test_a_new_row_has_all_values_of_its_request():
 
 def test_a_reused_row_is_reset():
     columns = RequestColumns(capacity=1)
-    row = columns.add(request(7), 0.0, KV)
+    row = columns.add(request(7), KV)
     columns.worker[row], columns.movable[row], columns.num_tokens[row] = 3, True, 99
     columns.drop(row)
     assert not columns.live.any() and not columns.worker.any() and not columns.movable.any()
-    assert columns.add(request(8, num_prompt=2), 1.0, KV) == row
+    assert columns.add(request(8, num_prompt=2), KV) == row
     assert (columns.num_tokens[row], columns.worker[row], columns.movable[row]) == (2, 0, False)
 
 
@@ -67,7 +61,7 @@ def test_each_row_counts_the_new_tokens_of_its_own_run():
 def test_needs_are_whole_blocks_for_one_row_and_for_several():
     columns = RequestColumns()
     other = ModelKv("m", block_size=16, block_bytes=1)
-    rows = [columns.add(request(i, num_prompt=i), 0.0, kv) for i in (1, 4, 5) for kv in (KV, other)]
+    rows = [columns.add(request(i, num_prompt=i), kv) for i in (1, 4, 5) for kv in (KV, other)]
     needs = [columns.need(row) for row in rows]
     assert needs == [10, 1, 10, 1, 20, 1] == columns.kv_bytes(np.array(rows)).tolist()
     assert [kv_need(KV, n) for n in (0, 1, 4, 5)] == [0, 10, 10, 20]
@@ -79,7 +73,7 @@ def test_rows_are_never_shared_and_grow_without_loss(capacity, steps):
     columns, rows, next_id = RequestColumns(capacity), {}, 0
     for step in steps:
         if step == "add":
-            row = columns.add(request(next_id), float(next_id), KV)
+            row = columns.add(request(next_id), KV)
             assert row not in rows
             rows[row], next_id = next_id, next_id + 1
         elif rows:
@@ -88,6 +82,5 @@ def test_rows_are_never_shared_and_grow_without_loss(capacity, steps):
             del rows[row]
         assert set(np.flatnonzero(columns.live)) == set(rows)
         assert all(columns.request_id[row] == id for row, id in rows.items())
-        assert all(columns.arrival_s[row] == id for row, id in rows.items())
         assert (columns.block_size > 0).all()  # it divides
         assert len({len(getattr(columns, name)) for name in COLUMNS}) == 1

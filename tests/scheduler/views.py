@@ -42,7 +42,6 @@ def view(
         growth_Bps=growth_Bps,
         token_rate=0.0,
         answer_tokens=answer_tokens,
-        horizon_s=2.0,
         park_after_s=1.0,
         seed=seed,
         tick=tick,

@@ -71,7 +71,6 @@ def random_history(seed: int, simulation=Simulation) -> tuple[Simulation, list[R
         policy=rng.choice(["best_fit", "worst_fit", "frugal", "frugal"]),
         migrate=rng.choice(["auto", "auto", "stress"]),
         seed=seed,
-        horizon_s=2e-3,
         rebalance_every_s=rng.choice([1e-3, 4e-3]),
         park_after_s=rng.choice([0.0, 5e-3]),
     )

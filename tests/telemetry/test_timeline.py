@@ -4,11 +4,12 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from mellmpi.telemetry import Metrics, draw
-from mellmpi.telemetry.lanes import LANE
+from mellmpi.telemetry import Metrics
+from mellmpi.telemetry.pictures import draw
+from mellmpi.telemetry.pictures.figure import figure
+from mellmpi.telemetry.pictures.lanes import LANE
+from mellmpi.telemetry.pictures.style import MODES
 from mellmpi.telemetry.series import MoveRecord, Series, WorkerSeries
-from mellmpi.telemetry.style import MODES
-from mellmpi.telemetry.timeline import figure
 
 MIB = 2**20
 

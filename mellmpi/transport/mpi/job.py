@@ -9,12 +9,12 @@ import signal
 import sys
 from typing import Any, NoReturn
 
+from mellmpi.launcher import end_launcher
 from mellmpi.protocol import FINGERPRINT, RankFailed
 from mellmpi.transport.blocks import CmaProbe
 from mellmpi.transport.control_plane import FAULT, USAGE, ControlPlane, PeerFailed
 from mellmpi.transport.doorbell import Doorbell
 from mellmpi.transport.endpoint import Endpoint, WaitPolicy
-from mellmpi.transport.launcher import end_launcher
 from mellmpi.transport.mpi.channel import MpiChannel, MpiLock, worker_of
 from mellmpi.transport.mpi.library import MPI
 from mellmpi.transport.mpi.yielding import set_yielding

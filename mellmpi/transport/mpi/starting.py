@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from mellmpi.transport.launcher import launcher_of, ranks_of
+from mellmpi.launcher import launcher_of, ranks_of
 
 POLL_S = 0.25
 ALL_STARTED_S = 2.0  # after this time the launcher has started all ranks of the host

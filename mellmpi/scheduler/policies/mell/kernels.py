@@ -196,7 +196,7 @@ def move(items, bins, members, b, rule):
 
 @numba.njit(cache=True)
 def bundles(items, bins, b):
-    """(members, bounds, sizes) of the bin's movable T's: bundle p is members[bounds[p:p + 2]].
+    """(members, bounds, sizes) of the bin's movable T's; p: members[bounds[p]:bounds[p + 1]].
 
     Largest first; a T over 1/8 is its own bundle, smaller ones are joined until they exceed 1/8.
     """

@@ -6,7 +6,7 @@ import resource
 
 import pytest
 
-from mellmpi.frontend.resume import finished_ids, kept_path
+from mellmpi.files.resume import finished_ids, kept_path
 
 
 def line(custom_id, status=200, end="\n"):

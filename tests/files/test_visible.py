@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mellmpi.frontend import visible, visible_lines
+from mellmpi.files import visible, visible_lines
 
 
 @given(st.text(st.characters(codec=None)))

@@ -7,8 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 
-from mellmpi.telemetry.series import INACTIVE, MoveRecord, Series, WorkerSeries
-from mellmpi.telemetry.style import (
+from mellmpi.telemetry.pictures.style import (
     HATCH,
     INK,
     KV_EDGE,
@@ -20,6 +19,7 @@ from mellmpi.telemetry.style import (
     SHADES,
     hide_frame,
 )
+from mellmpi.telemetry.series import INACTIVE, MoveRecord, Series, WorkerSeries
 
 LANE = 0.8  # height of a lane, as a share of the distance between two
 NARROW = 0.06  # share of the time axis; the state of a shorter span is not written

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mellmpi.frontend import Source
-from mellmpi.frontend.formats import PIECE_BYTES, GzipReader, TextReader, Unreadable
+from mellmpi.files import Source
+from mellmpi.files.formats import PIECE_BYTES, GzipReader, TextReader, Unreadable
 
 LINE = b'{"custom_id": "a", "body": {"prompt": "caf\xc3\xa9"}}\n'
 

@@ -8,9 +8,9 @@ from contextlib import ExitStack
 import pytest
 
 from mellmpi.config import UsageError
-from mellmpi.frontend import Destination, Unwritable, check_different
-from mellmpi.frontend.destination import write_all
-from mellmpi.frontend.resume import kept_path
+from mellmpi.files import Destination, Unwritable, check_different
+from mellmpi.files.destination import write_all
+from mellmpi.files.resume import kept_path
 
 ANSWER = b'{"id": "x", "custom_id": "a", "response": {"status_code": 200}, "error": null}\n'
 
@@ -52,7 +52,7 @@ def test_an_unwritable_output_is_refused_and_nothing_is_left(tmp_path, name, wha
 
 
 def test_a_pipe_without_a_reader_is_refused_with_what_to_type(tmp_path, monkeypatch):
-    monkeypatch.setattr("mellmpi.frontend.destination.READER_S", 0.0)
+    monkeypatch.setattr("mellmpi.files.destination.READER_S", 0.0)
     os.mkfifo(tmp_path / "out put")
     with pytest.raises(UsageError, match=r"first type  cat '.*/out put' > FILE &"):
         checked(tmp_path / "out put")

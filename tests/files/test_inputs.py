@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from mellmpi.config import UsageError
-from mellmpi.frontend import (
+from mellmpi.files import (
     Source,
     check_input,
     descriptor_reader,

@@ -5,7 +5,7 @@ import select
 from collections import deque
 from dataclasses import dataclass
 
-from mellmpi.frontend.formats import BLANK, PIECE_BYTES, Reader, Unreadable
+from mellmpi.files.formats import BLANK, PIECE_BYTES, Reader, Unreadable
 
 MAX_LINE_BYTES = 64 << 20
 

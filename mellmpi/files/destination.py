@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mellmpi.config import UsageError
-from mellmpi.frontend.inputs import kind_of
-from mellmpi.frontend.resume import finished_ids
-from mellmpi.frontend.visible import visible
+from mellmpi.files.inputs import kind_of
+from mellmpi.files.resume import finished_ids
+from mellmpi.files.visible import visible
 
 READER_S = 2.0  # time for an output pipe to get a reader at the start
 

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mellmpi.frontend.visible import visible
+from mellmpi.files.visible import visible
 
 Reader = Callable[[], bytes | None]
 """Returns bytes, b"" at the end, or None if no data is available yet.

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mellmpi.frontend.visible import visible
+from mellmpi.files.visible import visible
 
 BEGINNING = b'{"id": "batch_req_'  # of every answer
 

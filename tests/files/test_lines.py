@@ -5,8 +5,7 @@ import os
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mellmpi.frontend import descriptor_reader
-from mellmpi.frontend.lines import LineReader
+from mellmpi.files import LineReader, descriptor_reader
 
 
 def reader(pieces, **limits):

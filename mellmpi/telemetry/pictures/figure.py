@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from mellmpi.telemetry.lanes import (
+from mellmpi.telemetry.pictures.lanes import (
     byte_text,
     draw_lanes,
     drawn_moves,
@@ -22,8 +22,7 @@ from mellmpi.telemetry.lanes import (
     lanes_height_in,
     visible_spans,
 )
-from mellmpi.telemetry.series import INACTIVE, Series
-from mellmpi.telemetry.style import (
+from mellmpi.telemetry.pictures.style import (
     HATCH,
     INK,
     KV_EDGE,
@@ -34,6 +33,7 @@ from mellmpi.telemetry.style import (
     SHADES,
     hide_frame,
 )
+from mellmpi.telemetry.series import INACTIVE, Series
 
 SUFFIXES = tuple(  # of the pictures that can be drawn
     f".{kind}"

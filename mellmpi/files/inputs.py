@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from mellmpi.config import UsageError
-from mellmpi.frontend.formats import Reader, Source, TextReader, Unreadable
-from mellmpi.frontend.lines import LineReader, count_lines, descriptor_reader
+from mellmpi.files.formats import Reader, Source, TextReader, Unreadable
+from mellmpi.files.lines import LineReader, count_lines, descriptor_reader
 
 KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
     (stat.S_ISDIR, "a directory"),
