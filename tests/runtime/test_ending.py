@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from mellmpi import launcher
 from mellmpi.config import UsageError
 from mellmpi.runtime import ending
 from mellmpi.runtime.ending import FAULT, INTERRUPTED, USAGE, explain, run_job
-from mellmpi.transport import PeerFailed, launcher
+from mellmpi.transport import PeerFailed
 from tests.mpi.harness import FLAGS, ROOT, WITHOUT_ULFM
 from tests.runtime.planted_everywhere import LIMIT_S, cases, run
 
