@@ -100,9 +100,13 @@ def _from_file(name: str | None) -> dict[str, Any]:
         why = " ".join(str(error).split())
         raise UsageError(f"--config {name} cannot be read: {why}") from error
     flags = {flag.name: flag for flag in FLAGS}
+    if isinstance(entries, dict):
+        entries = {str(key).replace("_", "-"): value for key, value in entries.items()}
     if not isinstance(entries, dict) or (unknown := entries.keys() - flags.keys()):
         wrong = ", ".join(sorted(map(str, unknown))) if isinstance(entries, dict) else "no mapping"
-        raise UsageError(f"--config {name}: {wrong}: keys are the names of flags, without dashes")
+        raise UsageError(
+            f"--config {name}: {wrong}: keys are the names of flags, such as max-num-seqs"
+        )
     given = {k: v if isinstance(v, list) else [v] for k, v in entries.items() if v is not None}
     text = {k: ";".join(map(str, v)) for k, v in given.items()}
     return {flags[k].key: _read(flags[k], v, f"{name}: {k}") for k, v in text.items()}

@@ -94,7 +94,9 @@ def parse(url: str, body: dict[str, Any], served: ServedModels, identity: str) -
     model = served.named(fields.get("model", str))
     tokenizer = served.tokenizers[model.name]
     n = fields.integer("n", 1, low=1, high=MAX_CHOICES)
-    texts_or_ids = _messages(fields, tokenizer) if fields.chat else _prompts(fields, tokenizer)
+    texts_or_ids = (
+        _messages(fields, tokenizer, model) if fields.chat else _prompts(fields, tokenizer, model)
+    )
     prompts = [_checked(tokens, model, fields.chat) for tokens in texts_or_ids]
     stops, stop_ids = _stops(fields, tokenizer)
     base = _sampling(fields, model, identity, stop_ids)
@@ -120,7 +122,7 @@ def parse(url: str, body: dict[str, Any], served: ServedModels, identity: str) -
 # --- prompts -------------------------------------------------------------------------------------
 
 
-def _messages(fields: Fields, tokenizer: Tokenizer) -> list[list[int]]:
+def _messages(fields: Fields, tokenizer: Tokenizer, model: ServedModel) -> list[list[int]]:
     messages = fields.get("messages", list)
     if not messages:
         raise BadRequest("messages must be a list of at least one message", "messages")
@@ -131,7 +133,7 @@ def _messages(fields: Fields, tokenizer: Tokenizer) -> list[list[int]]:
         raise BadRequest(f"chat_template_kwargs may not set {name}", "chat_template_kwargs")
     variables.setdefault("add_generation_prompt", fields.boolean("add_generation_prompt", True))
     try:
-        return [tokenizer.encode_chat(plain, variables)]
+        return [tokenizer.encode_chat(plain, variables, model.max_model_len)]
     except ValueError as error:
         raise BadRequest(str(error), "messages") from error
 
@@ -160,12 +162,14 @@ def _text_part(part: Any, where: str) -> str:
 
 def _clean(text: str, where: str) -> str:
     """Refuse lone surrogates, which JSON can escape, but which are not characters."""
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise BadRequest(f"{where} has a lone surrogate, which is not valid text", where)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRequest(f"{where} has a lone surrogate, which is not valid text", where) from error
     return text
 
 
-def _prompts(fields: Fields, tokenizer: Tokenizer) -> list[list[int]]:
+def _prompts(fields: Fields, tokenizer: Tokenizer, model: ServedModel) -> list[list[int]]:
     """Return token ids of each prompt. `prompt` is text, token ids, or a list of either."""
     prompt = fields.get("prompt", (str, list))
     if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
@@ -178,13 +182,13 @@ def _prompts(fields: Fields, tokenizer: Tokenizer) -> list[list[int]]:
             "answers; use several lines",
             "prompt",
         )
-    return [_one_prompt(item, tokenizer) for item in prompt]
+    return [_one_prompt(item, tokenizer, model.max_model_len) for item in prompt]
 
 
-def _one_prompt(item: Any, tokenizer: Tokenizer) -> list[int]:
+def _one_prompt(item: Any, tokenizer: Tokenizer, max_tokens: int) -> list[int]:
     if isinstance(item, str):
         try:
-            return tokenizer.encode(_clean(item, "prompt"))
+            return tokenizer.encode(_clean(item, "prompt"), max_tokens)
         except ValueError as error:
             raise BadRequest(str(error), "prompt") from error
     if isinstance(item, list) and all(type(token) is int for token in item):

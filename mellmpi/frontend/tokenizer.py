@@ -23,6 +23,11 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 ANSWER_MARK = "mellmpi-answer"  # the answer in a trial of a template
+UNCHECKED = 200_000  # characters of a text that is tokenized in any case
+
+
+class TooLong(ValueError):
+    """The text has more tokens than the model's context for certain."""
 
 
 class Tokenizer:
@@ -41,6 +46,7 @@ class Tokenizer:
         self._backend, self._special = backend, special
         self.token_bytes = TokenBytes(backend)
         self._template = _compiled(template)
+        self._longest_token: int | None = None  # characters; computed for the first long text
         self.end_ids = self._end_ids((template, own_template))
 
     @classmethod
@@ -77,27 +83,49 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._template is not None
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, max_tokens: int | None = None) -> list[int]:
         """Return the token ids of plain text, with the model's prefix, such as a BOS token.
 
-        Raises ValueError if the tokenizer cannot process the text.
+        Raises ValueError if the tokenizer cannot process the text, or if the text is so long that
+        it has more than `max_tokens` tokens for certain.
         """
+        self._check_length(text, max_tokens)
         return list(_without_panic(self._backend.encode, text).ids)
 
     def encode_chat(
-        self, messages: list[Message], variables: Mapping[str, Any] | None = None
+        self,
+        messages: list[Message],
+        variables: Mapping[str, Any] | None = None,
+        max_tokens: int | None = None,
     ) -> list[int]:
         """Return the token ids of a conversation, rendered by the chat template.
 
-        Raises ValueError if there is no template, or if the template refuses the messages.
+        Raises ValueError if there is no template, if the template refuses the messages, or if the
+        rendered text is too long: see `encode`.
         """
         if self._template is None:
             raise ValueError("this model has no chat template; use /v1/completions instead")
         try:
             text = self._render(self._template, messages, variables or {})
+            self._check_length(text, max_tokens)
             return list(_without_panic(self._backend.encode, text, add_special_tokens=False).ids)
+        except TooLong:
+            raise
         except Exception as error:  # the template may raise any error
             raise ValueError(f"the chat template refuses these messages: {error}") from error
+
+    def _check_length(self, text: str, max_tokens: int | None) -> None:
+        """Tokenizing megabytes takes seconds, in which no other request is served."""
+        if max_tokens is None or len(text) <= UNCHECKED:
+            return
+        if self._longest_token is None:
+            self._longest_token = max(map(len, self._backend.get_vocab()))
+        # Twice: a normalizer may shorten the text, as by joining spaces.
+        if len(text) > max(UNCHECKED, 2 * max_tokens * self._longest_token):
+            raise TooLong(
+                f"this model's context is {max_tokens} tokens; a text of {len(text)} characters "
+                "does not fit"
+            )
 
     def _render(
         self, template: Template, messages: list[Message], variables: Mapping[str, Any]

@@ -291,3 +291,9 @@ def test_help_explains_each_policy_on_a_line_of_its_own(command, group, monkeypa
     assert all(f"{name}: {meaning}" in lines for name, meaning in POLICIES.items())
     (thrift,) = (line for line in lines if line.startswith("--thrift X"))
     assert thrift.split(maxsplit=2)[2].startswith("0 … 1: how hard to consolidate")
+
+
+def test_a_key_of_a_file_may_have_underscores(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("max_num_seqs: 7\n")
+    assert options("--config", str(file)).config.batch.max_num_seqs == 7

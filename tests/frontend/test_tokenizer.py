@@ -13,6 +13,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from mellmpi.frontend import Tokenizer
+from mellmpi.frontend.tokenizer import UNCHECKED, TooLong
 
 CHATS = [
     [{"role": "user", "content": "hi"}],
@@ -290,3 +291,15 @@ def test_tokens_beyond_the_vocabulary_have_no_text(tokenizer):
     """Random models have more ids than their byte tokenizer has tokens."""
     stream = tokenizer.stream()
     assert stream.push(400) + stream.push(tokenizer.encode("a")[0]) + stream.finish() == "a"
+
+
+@pytest.mark.parametrize("encode", ["encode", "encode_chat"])
+def test_a_text_that_cannot_fit_is_not_tokenized(byte_directory, encode, monkeypatch):
+    tokenizer = Tokenizer.load(byte_directory)
+    text = "ab" * UNCHECKED
+    argument = text if encode == "encode" else [{"role": "user", "content": text}]
+    tokens = getattr(tokenizer, encode)(argument, max_tokens=10**6)
+    assert len(tokens) >= len(text)
+    monkeypatch.setattr("mellmpi.frontend.tokenizer._without_panic", None)  # not reached
+    with pytest.raises(TooLong, match="context is 64 tokens; a text of 400"):
+        getattr(tokenizer, encode)(argument, max_tokens=64)

@@ -24,7 +24,7 @@ def view(
         ledger.ready(w, (KV,), 200, 8, acked=0)
         ledger.free[w] -= 10 * sum(sizes)
         for size in sizes:
-            row = columns.add(request(int(columns.live.sum()) + 1, num_prompt=4 * size), 0.0, KV)
+            row = columns.add(request(int(columns.live.sum()) + 1, num_prompt=4 * size), KV)
             columns.worker[row], columns.movable[row] = w, True
             ledger.add(w)
     for w, state in (states or {}).items():
