@@ -4,12 +4,11 @@ About CONCURRENT requests per worker are open at a time: together more than the 
 worker holds, so that requests migrate, but few enough for answers at reading speed.
 """
 
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
 
 from mellmpi.costs import StepSeconds
+from mellmpi.runtime.batch_front import poisson
 
 CONCURRENT = 4  # open requests per worker
 LOAD_S = 18.0  # duration of the arrivals
@@ -39,10 +38,11 @@ def demo_load(workers: Sequence[StepSeconds], num_prompts: int) -> DemoLoad:
 
 def demo_arrivals(load: DemoLoad, seed: int) -> Iterator[float]:
     """Yield arrival times in seconds: at the end the load falls, and one worker can be emptied."""
-    rng, now = random.Random(seed), 0.0
-    for i in count():
-        yield now
-        now += rng.expovariate(load.rate) * (1.0 if i < BUSY_SHARE * load.count else CALM)
+    busy_until_s = 0.0
+    for i, arrival_s in enumerate(poisson(load.rate, seed)):
+        if i - 1 < BUSY_SHARE * load.count:
+            busy_until_s = arrival_s
+        yield busy_until_s + CALM * (arrival_s - busy_until_s)
 
 
 def _answer_s(seconds: StepSeconds) -> float:

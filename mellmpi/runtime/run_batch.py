@@ -86,11 +86,10 @@ class Rank0:
 
     def _arrivals(self, scheduler: ClusterScheduler) -> Iterator[float] | None:
         """Arrival times of the requests, in seconds; None: all at once."""
-        load = self._demo_load(scheduler) if self._is_demo else None
         seed, rate = self.config.cluster.seed, self.options.request_rate
         if rate is not None:
             return poisson(rate, seed)
-        return None if load is None else demo_arrivals(load, seed)
+        return demo_arrivals(self._demo_load(scheduler), seed) if self._is_demo else None
 
     def _demo_load(self, scheduler: ClusterScheduler) -> DemoLoad:
         """Limit the demo's requests to a load that suits this machine."""
@@ -100,9 +99,8 @@ class Rank0:
             registry.estimates.steps.seconds(w) for w in registry.ledger.workers(WorkerState.ACTIVE)
         ]
         load = demo_load(steps, requests.count)
-        if self.options.request_rate is None:
-            requests.lines.max_lines = load.count
-            self.files.requests = replace(requests, count=load.count)
+        requests.lines.max_lines = load.count
+        self.files.requests = replace(requests, count=load.count)
         return load
 
     def _answer(
