@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,21 +59,9 @@ class Front:
 
 
 def request(request_id: int, prompt: list[int], num_out: int) -> Any:
-    from mellmpi.protocol import Request, Sampling
+    from mellmpi.protocol import GREEDY, Request
 
-    sampling = Sampling(
-        max_tokens=num_out,
-        temperature=0.0,
-        top_k=0,
-        top_p=1.0,
-        min_p=0.0,
-        repetition_penalty=1.0,
-        presence_penalty=0.0,
-        frequency_penalty=0.0,
-        seed=0,
-        stop_token_ids=(),
-        num_logprobs=None,
-    )
+    sampling = replace(GREEDY, max_tokens=num_out)
     return Request(request_id, "m", tuple(prompt), sampling, None)
 
 

@@ -1,14 +1,14 @@
 """Replays a trace as a batch job: its arrival times and lengths, with random prompt tokens."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from mellmpi.frontend.batch import Answered, Counts, batch_line
 from mellmpi.frontend.openai import ServedModel
-from mellmpi.protocol import Emit, Rejected, Request, Sampling
+from mellmpi.protocol import GREEDY, Emit, Rejected, Request
 from mellmpi.workload import Workload
 
 SHOWN_REJECTIONS = 3  # a trace may have thousands
@@ -113,19 +113,7 @@ class ReplayJob:
         length = int(self.workload.prompt_tokens[row])
         model = self._model(row)
         prompt = tuple(rng.integers(0, model.vocab_size, length).tolist())
-        sampling = Sampling(
-            max_tokens=int(self.workload.output_tokens[row]),
-            temperature=0.0,
-            top_k=0,
-            top_p=1.0,
-            min_p=0.0,
-            repetition_penalty=1.0,
-            presence_penalty=0.0,
-            frequency_penalty=0.0,
-            seed=row,
-            stop_token_ids=(),
-            num_logprobs=None,
-        )
+        sampling = replace(GREEDY, max_tokens=int(self.workload.output_tokens[row]), seed=row)
         return Request(row + 1, model.name, prompt, sampling, None)
 
     def _complete(self, row: _Pending) -> None:

@@ -30,6 +30,7 @@ from mellmpi.protocol.placement import (
     StepReport,
 )
 from mellmpi.protocol.request import (
+    GREEDY,
     Cancel,
     Emit,
     Rejected,
@@ -95,6 +96,7 @@ __all__ = [
     "DATA_PLANE",
     "FINGERPRINT",
     "FRONT",
+    "GREEDY",
     "OBSERVER",
     "ROUNDS",
     "SCHEDULER",

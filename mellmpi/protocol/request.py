@@ -1,6 +1,7 @@
 """Requests of clients, and the messages between the front and the scheduler about them."""
 
 from collections.abc import Sequence
+from typing import Final
 
 from mellmpi.protocol.wire import message
 
@@ -20,6 +21,22 @@ class Sampling:
     seed: int  # 0 … 2**64 - 1; with the position, the only source of randomness
     stop_token_ids: tuple[int, ...]  # each of them ends the output and is its last token
     num_logprobs: int | None  # alternatives to report a token; None: no logprobs at all
+
+
+GREEDY: Final = Sampling(
+    max_tokens=1,
+    temperature=0.0,
+    top_k=0,
+    top_p=1.0,
+    min_p=0.0,
+    repetition_penalty=1.0,
+    presence_penalty=0.0,
+    frequency_penalty=0.0,
+    seed=0,
+    stop_token_ids=(),
+    num_logprobs=None,
+)
+"""One token, the likeliest. For other lengths: `dataclasses.replace(GREEDY, max_tokens=…)`."""
 
 
 @message

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from mellmpi.costs import ATTENDED, StepSeconds
-from mellmpi.protocol import Chunk, HostedModel, Sampling, StepPlan, StepResult
+from mellmpi.protocol import GREEDY, Chunk, HostedModel, StepPlan, StepResult
 
 BATCH = 8  # sequences of the decode step
 CHUNK, LONG_CHUNK = 32, 128  # prompt tokens; the long one if the short one takes less than LONG_S
@@ -16,19 +16,6 @@ LONG_S = 0.06
 FAR = 1024  # positions before the chunk far into a context
 LEAST = 1e-3  # lower limit of a coefficient, as a share of the step
 REPEATS = 2  # the fastest counts: the first one includes the warm-up
-GREEDY = Sampling(
-    max_tokens=1,
-    temperature=0.0,
-    top_k=0,
-    top_p=1.0,
-    min_p=0.0,
-    repetition_penalty=1.0,
-    presence_penalty=0.0,
-    frequency_penalty=0.0,
-    seed=0,
-    stop_token_ids=(),
-    num_logprobs=None,
-)
 
 
 class Engine(Protocol):

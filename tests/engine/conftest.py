@@ -1,6 +1,6 @@
 """Tiny models of every family with their transformers twins, and a runner over paged KV."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import pytest
@@ -11,7 +11,7 @@ from mellmpi.engine import KvArena, KvGeometry, pack
 from mellmpi.engine.cpu import CpuModel
 from mellmpi.engine.cuda import TorchModel
 from mellmpi.models import Architecture
-from mellmpi.protocol import Chunk, Sampling, StepPlan
+from mellmpi.protocol import GREEDY, Chunk, Sampling, StepPlan
 
 SHAPE = dict(
     vocab_size=131,
@@ -118,19 +118,7 @@ def get_twin():
 
 @pytest.fixture
 def greedy() -> Sampling:
-    return Sampling(
-        max_tokens=8,
-        temperature=0.0,
-        top_k=0,
-        top_p=1.0,
-        min_p=0.0,
-        repetition_penalty=1.0,
-        presence_penalty=0.0,
-        frequency_penalty=0.0,
-        seed=0,
-        stop_token_ids=(),
-        num_logprobs=None,
-    )
+    return replace(GREEDY, max_tokens=8)
 
 
 @dataclass

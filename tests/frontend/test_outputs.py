@@ -5,21 +5,9 @@ from dataclasses import replace
 import pytest
 
 from mellmpi.frontend.outputs import Output
-from mellmpi.protocol import Emit, Sampling
+from mellmpi.protocol import GREEDY, Emit
 
-SAMPLING = Sampling(
-    max_tokens=9,
-    temperature=0.0,
-    top_k=0,
-    top_p=1.0,
-    min_p=0.0,
-    repetition_penalty=1.0,
-    presence_penalty=0.0,
-    frequency_penalty=0.0,
-    seed=0,
-    stop_token_ids=(2,),
-    num_logprobs=None,
-)
+SAMPLING = replace(GREEDY, max_tokens=9, stop_token_ids=(2,))
 
 
 @pytest.fixture

@@ -1,11 +1,12 @@
 """Seeded fault histories: a small cluster, random load, delays, cancels and up to two crashes."""
 
 import random
+from dataclasses import replace
 from functools import partial
 
 from mellmpi.config import BatchConfig, CacheConfig, ClusterConfig
 from mellmpi.costs import UNKNOWN, CostModel
-from mellmpi.protocol import ModelKv, Request, Sampling
+from mellmpi.protocol import GREEDY, ModelKv, Request
 from mellmpi.sim import Network, Simulation, WorkerSpec
 from mellmpi.sim.executor import HashExecutor, expected_outputs, logprob
 
@@ -19,15 +20,9 @@ COST = CostModel(
 
 def random_request(request_id: int, rng: random.Random, model: str = KV.model) -> Request:
     stop = (7,) if rng.random() < 0.5 else ()
-    sampling = Sampling(
+    sampling = replace(
+        GREEDY,
         max_tokens=rng.randint(1, 24),
-        temperature=0.0,
-        top_k=0,
-        top_p=1.0,
-        min_p=0.0,
-        repetition_penalty=1.0,
-        presence_penalty=0.0,
-        frequency_penalty=0.0,
         seed=rng.randrange(2**64),
         stop_token_ids=stop,
         num_logprobs=rng.choice([None, None, 1]),
