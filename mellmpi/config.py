@@ -176,11 +176,26 @@ class Config:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HttpConfig:
+    """The HTTP server; only rank 0 has it."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000  # 0: any that is free
+    api_server_count: int = 1  # processes that speak HTTP
+    shutdown_timeout: float = 30.0  # seconds in which requests may end after SIGTERM
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.port < 65536, f"--port must be 0 … 65535, not {self.port}")
+        _check(self.api_server_count > 0, "--api-server-count must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Options:
     """A command with its settings and files; only rank 0 has them."""
 
-    command: str  # "run-batch", "demo" or "pipe"
+    command: str  # "serve", "run-batch", "demo" or "pipe"
     config: Config
+    http: HttpConfig = field(default_factory=HttpConfig)
     input_file: str | None = None
     output_file: str | None = None
     request_rate: float | None = None  # requests per second; None: all at once

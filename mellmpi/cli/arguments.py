@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 from mellmpi import __version__
-from mellmpi.cli.flags import BATCH, SERVING, SHORT, Flag, Group
+from mellmpi.cli.flags import BATCH, HTTP, SERVING, SHORT, Flag, Group
 from mellmpi.cli.simulate_flags import SIMULATE
 from mellmpi.config import UsageError
 
 EXAMPLES = """examples:
-  mpirun -np 3 python -m mellmpi                              the demo: a small model, 2 workers
+  mpirun -np 3 python -m mellmpi serve --model DIR            an OpenAI server with 2 workers
+  mpirun -np 3 python -m mellmpi demo                         a small model answers prompts
   mpirun -np 3 python -m mellmpi run-batch -i in.jsonl -o out.jsonl --model DIR
   mpirun -np 3 python -m mellmpi run-batch --replay trace.csv --model DIR --report figures.json
   cat in.jsonl | mpirun -np 3 python -m mellmpi > out.jsonl   requests from a pipe
@@ -48,9 +49,10 @@ def make_parser() -> argparse.ArgumentParser:
         title="commands", dest="command", metavar="COMMAND", parser_class=_Parser
     )
     _add_config(parser)
-    _add(parser, (*SERVING, *BATCH))
+    _add(parser, (*SERVING, HTTP, *BATCH))
     for name, help, groups in (
         ("doctor", "describe ranks, MPI, GPUs and links", SERVING),
+        ("serve", "answer requests over HTTP, as OpenAI's API does", (*SERVING, HTTP)),
         ("demo", "a small model answers prompts that ship with it", (*SERVING, *BATCH)),
         ("run-batch", "answer a file of requests", (*SERVING, *BATCH)),
     ):

@@ -6,11 +6,12 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mellmpi.cli.arguments import make_parser
-from mellmpi.cli.flags import BATCH, SERVING, Flag, flags_of
+from mellmpi.cli.flags import BATCH, HTTP, SERVING, Flag, flags_of
 from mellmpi.cli.launcher import is_first, world_problem
 from mellmpi.config import (
     DEMO_KV_BYTES,
@@ -18,6 +19,7 @@ from mellmpi.config import (
     CacheConfig,
     ClusterConfig,
     Config,
+    HttpConfig,
     ModelConfig,
     Options,
     TransportConfig,
@@ -32,7 +34,7 @@ SECTIONS = {
 }
 STDERR = 2
 AT_ONCE_MS = 1e6  # target of a step where no user waits: only --max-num-batched-tokens limits it
-FLAGS = tuple(flags_of((*SERVING, *BATCH)))  # that the environment and the file may set
+FLAGS = tuple(flags_of((*SERVING, HTTP, *BATCH)))  # that the environment and the file may set
 
 
 def _simulate(arguments: Sequence[str]) -> int:
@@ -69,7 +71,7 @@ def read_options(
         **given,
     }
     if command is None and not {"input_file", "replay"} & values.keys():
-        command = "pipe" if piped() else "demo"
+        command = "pipe" if piped() else "serve"
     try:
         return _options(command or "run-batch", values)
     except ValueError as error:
@@ -135,7 +137,8 @@ def _options(command: str, values: dict[str, Any]) -> Options:
     top = {k: values[k] for k in ("threads", "device", "oversubscribe_gpus") if k in values}
     hosted = [tuple(names.split(",")) for names in values.get("worker_models", [])]
     config = Config(models=_models(values), worker_models=tuple(hosted), **sections, **top)
-    return Options(command=command, config=config, **_fields_of(Options, values))
+    http = HttpConfig(**_fields_of(HttpConfig, values))
+    return Options(command=command, config=config, http=http, **_fields_of(Options, values))
 
 
 def _fields_of(section: type[Any], values: dict[str, Any]) -> dict[str, Any]:
@@ -181,10 +184,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _simulate(arguments) if first else 0
     from mellmpi.runtime.ending import run_job
 
-    play = _doctor if command == "doctor" else _serve
-    return run_job(
-        lambda job: play(job, arguments), lambda size: world_problem(os.environ, size), first
-    )
+    if command == "doctor":
+        run_rank: Callable[[Any], int] = partial(_doctor, arguments=arguments)
+    else:
+        run_rank = _launch(arguments, first)
+    return run_job(run_rank, lambda size: world_problem(os.environ, size), first)
 
 
 def _command(arguments: Sequence[str]) -> str | None:
@@ -199,10 +203,15 @@ def _command(arguments: Sequence[str]) -> str | None:
 # `job`: a `mellmpi.runtime.job.Job`, or None without MPI. Commands load `runtime` when they run.
 
 
-def _serve(job: Any, arguments: Sequence[str]) -> int:
-    from mellmpi.runtime.launch import launch
+def _launch(arguments: Sequence[str], first: bool) -> Callable[[Any], int]:
+    """Begin what the first process does before MPI starts; return the rest, which takes the job."""
+    from mellmpi.runtime.launch import Begun, launch
 
-    return launch(job, lambda piped: read_options(arguments, os.environ, piped))
+    def read(piped: Callable[[], bool]) -> Options:
+        return read_options(arguments, os.environ, piped)
+
+    begun = Begun(read) if first else None
+    return lambda job: launch(job, begun, read)
 
 
 def _doctor(job: Any, arguments: Sequence[str]) -> int:

@@ -50,6 +50,7 @@ class RealNumber:
 
 
 COUNT, NUMBER = WholeNumber(1, 2**31 - 1), WholeNumber(0, 2**31 - 1)
+PORT = WholeNumber(0, 65535)
 SEED, THREADS, GPUS = WholeNumber(0, 2**63 - 1), WholeNumber(1, 1024), WholeNumber(1, 100_000)
 POSITIVE, SECONDS = RealNumber(1e-9, 1e9), RealNumber(0, 1e9)
 TICK = RealNumber(1e-3, 1e9)  # seconds; a simulation with shorter ticks would not end

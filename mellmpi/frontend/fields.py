@@ -93,15 +93,28 @@ class BadRequest(Exception):
     """An error of the client. Becomes an OpenAI error with this HTTP status."""
 
     def __init__(
-        self, message: str, param: str | None = None, code: str | None = None, status: int = 400
+        self,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        status: int = 400,
+        headers: tuple[tuple[str, str], ...] = (),
     ):
         super().__init__(message)
         self.message, self.param, self.code, self.status = message, param, code, status
+        self.headers = headers  # of the HTTP response
 
     @property
     def error(self) -> dict[str, Any]:
         """The value of "error" in the body of the response."""
-        kinds = {404: "not_found_error", 500: "internal_error"}
+        kinds = {
+            401: "authentication_error",
+            403: "permission_error",
+            404: "not_found_error",
+            429: "rate_limit_error",
+            500: "internal_error",
+            503: "overloaded_error",
+        }
         kind = kinds.get(self.status, "invalid_request_error")
         return {"message": self.message, "type": kind, "param": self.param, "code": self.code}
 

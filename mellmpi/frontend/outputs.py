@@ -23,6 +23,7 @@ class Output:
         self.token_bytes: list[bytes] = []  # what each token adds to the text
         self._starts: list[int] = []  # offset of each token's text, stop strings included
         self.text = ""
+        self.passed: list[int] = []  # length of the final text after each token
         self.finish_reason: str | None = None
         self._stream = tokenizer.stream(prompt)
         self._length = 0  # characters so far, stop strings included
@@ -48,11 +49,20 @@ class Output:
             else:
                 self._add(self._stream.push(token))
                 self.token_bytes.append(self._stream.data)
+            self.passed.append(len(self.text))
             if self._stops.found:
                 return self.text[before:]
         if emit.finish_reason is not None:
             self._finish(emit.finish_reason)
         return self.text[before:]
+
+    @property
+    def num_final(self) -> int:
+        """Number of leading tokens whose text is final: no stop string can begin in it."""
+        if self.finish_reason is not None or self._length == len(self.text):
+            return len(self.tokens)
+        ends = itertools.chain(self._starts[1:], (self._length,))
+        return sum(1 for end in ends if end <= len(self.text))
 
     @property
     def offsets(self) -> list[int]:

@@ -1,6 +1,6 @@
 """The wire form of messages, `[tag, *fields]` in msgpack, and the addresses of their receivers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar, dataclass_transform
 
@@ -59,3 +59,19 @@ def decode(data: bytes) -> Any:
     """The message that `encode` wrote; sequences become tuples. KeyError for an unknown tag."""
     tag, *rest = msgpack.unpackb(data, use_list=False, object_hook=_nested)
     return TYPES[tag](*rest)
+
+
+class Decoder:
+    """Decodes messages that arrive back to back in pieces, as from a stream socket."""
+
+    def __init__(self, max_bytes: int = 1 << 30):
+        """`max_bytes`: of one message; a longer one raises msgpack.BufferFull."""
+        self._unpacker = msgpack.Unpacker(
+            use_list=False, object_hook=_nested, max_buffer_size=max_bytes
+        )
+
+    def feed(self, data: bytes) -> Iterator[Any]:
+        """Add received bytes. Yields the messages that are complete."""
+        self._unpacker.feed(data)
+        for tag, *rest in self._unpacker:
+            yield TYPES[tag](*rest)

@@ -56,9 +56,14 @@ class BatchFront:
         self._open: set[int] = set()
         self._has_due = False  # the last `inbox` left requests that are due
 
+    descriptors = ()  # of pipes: they are polled
+
     @property
     def done(self) -> bool:
         return self._source.done and not self._cancels
+
+    def flush(self) -> None:
+        """Do nothing: answers are written as they are delivered."""
 
     def inbox(self, now: float) -> list[Submit | Cancel]:
         if self._start_s is None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from mellmpi.config import Config, ModelConfig, Options, UsageError
 from mellmpi.files import visible
@@ -22,6 +22,7 @@ from mellmpi.runtime.connect import connect
 from mellmpi.runtime.gpus import GpuAssignment, count_gpus
 from mellmpi.runtime.job import Job
 from mellmpi.runtime.run_batch import Rank0
+from mellmpi.runtime.serving import Door, ServingRank0, open_door
 from mellmpi.runtime.standard_input import StandardInput
 from mellmpi.runtime.worker import Engine, Worker
 from mellmpi.transport import LocalNetwork, Transport
@@ -29,27 +30,75 @@ from mellmpi.transport import LocalNetwork, Transport
 ReadOptions = Callable[[Callable[[], bool]], Options]
 
 
-def launch(job: Job | None, read_options: ReadOptions) -> int:
+class Runs(Protocol):
+    """The role of rank 0."""
+
+    def run(self) -> int: ...
+
+
+MakeRank0 = Callable[..., Runs]
+
+
+class Begun:
+    """What the first process of a launch does before MPI starts: it reads the options, and opens
+    the door of a server. Errors are kept until the ranks can be told."""
+
+    def __init__(self, read_options: ReadOptions):
+        self.door: Door | None = None
+        self._options: Options | None = None
+        self._error: BaseException | None = None
+        try:
+            self._options = read_options(StandardInput().is_piped)
+            if self._options.command == "serve":
+                self.door = open_door(self._options)
+        except Exception as error:
+            self._error = error
+
+    @property
+    def options(self) -> Options:
+        """The options. Raises the error of reading them, or of opening the door."""
+        if self._error is not None:
+            raise self._error
+        assert self._options is not None
+        return self._options
+
+
+def launch(job: Job | None, begun: Begun | None, read_options: ReadOptions) -> int:
     """Run this process's role in the job. Returns the exit code. Every rank calls it.
 
     job           None: there is no MPI, and this is the only process
-    read_options  called on rank 0: parses the command line
+    begun         None: by its environment this is not the first process of the launch
+    read_options  parses the command line, on a rank 0 that has not begun
     """
     if job is not None and job.rank > 0:
         return _worker(job, _shared(job, None))
-    options = read_options(StandardInput().is_piped)
+    begun = begun or Begun(read_options)
+    options = begun.options
     if problem := _hosting_problem(options.config, max(1, job.size - 1 if job else 1)):
         raise UsageError(problem)
-    files, prepared = open_files(options), _prepare(options)
-    tokenizers = () if files.workload is not None else _tokenizers(options, prepared)
+    door = begun.door
+    make_rank0, prepared = _batch(options) if door is None else _server(options, door)
     if job is not None:
         prepared = _shared(job, prepared)
-    directories = tuple(map(Path, prepared["directories"]))
-    rank0 = partial(Rank0, options, options.config, files, directories, tokenizers)
+    rank0 = partial(make_rank0, directories=tuple(map(Path, prepared["directories"])))
     if job is None or job.size == 1:
         return _single_process(rank0, options.config, prepared)
     transport = connect(job, options.config)
-    return rank0(transport, run_local_worker=lambda: False, on_ready=job.serve).run()
+    return rank0(transport=transport, run_local_worker=lambda: False, on_ready=job.serve).run()
+
+
+def _batch(options: Options) -> tuple[MakeRank0, dict[str, Any]]:
+    """Return rank 0 of a batch, and what every rank must know."""
+    files, prepared = open_files(options), _prepare(options)
+    tokenizers = () if files.workload is not None else _tokenizers(options, prepared)
+    return partial(Rank0, options, options.config, files, tokenizers=tokenizers), prepared
+
+
+def _server(options: Options, door: Door) -> tuple[MakeRank0, dict[str, Any]]:
+    """Return rank 0 of a server, and what every rank must know."""
+    prepared = _prepare(options)
+    _tokenizers(options, prepared)
+    return partial(ServingRank0, options, options.config, door), prepared
 
 
 def _shared(job: Job, prepared: dict[str, Any] | None) -> dict[str, Any]:
@@ -137,14 +186,14 @@ def _worker(job: Job, prepared: dict[str, Any]) -> int:
     return 0
 
 
-def _single_process(rank0: Callable[..., Rank0], config: Config, prepared: dict[str, Any]) -> int:
+def _single_process(rank0: MakeRank0, config: Config, prepared: dict[str, Any]) -> int:
     """Run scheduler and worker alternately in one process."""
     network = LocalNetwork(1)
     assignment = GpuAssignment(index=0, neighbours=1, num_gpus=count_gpus())
     worker = make_worker(network.transports[1], config, prepared, assignment)
     worker.start()
     return rank0(
-        network.transports[0], run_local_worker=worker.run_once, on_ready=lambda: None
+        transport=network.transports[0], run_local_worker=worker.run_once, on_ready=lambda: None
     ).run()
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mellmpi.config import Config, ModelConfig, Options, UsageError
+from mellmpi.config import Config, Options, UsageError
 from mellmpi.files import Destination, Unwritable
 from mellmpi.frontend import (
     BatchJob,
@@ -16,14 +16,13 @@ from mellmpi.frontend import (
     ServedModels,
     Tokenizer,
 )
-from mellmpi.models import Architecture
 from mellmpi.runtime.batch_files import STDOUT, BatchFiles
 from mellmpi.runtime.batch_front import BatchFront, RequestSource, poisson
 from mellmpi.runtime.demo import DemoLoad, demo_arrivals, demo_load
-from mellmpi.runtime.ending import JobFailed
 from mellmpi.runtime.scheduler import SchedulerLoop
+from mellmpi.runtime.served_models import mixed_arithmetic, served_models
 from mellmpi.runtime.terminal import Terminal
-from mellmpi.scheduler import ClusterScheduler, WorkerRegistry, WorkerState
+from mellmpi.scheduler import ClusterScheduler, WorkerState
 from mellmpi.scheduler.policies import policy_for
 from mellmpi.telemetry import Metrics
 from mellmpi.transport import Transport
@@ -65,10 +64,9 @@ class Rank0:
         self.on_ready()
         if warning := mixed_arithmetic(scheduler.registry.arithmetic):
             terminal.say(f"mellmpi: {warning}")
-        if not scheduler.registry.models:
-            raise JobFailed("no worker could start")
+        served = served_models(self.config, self.directories, scheduler.registry)
         arrivals = self._arrivals(scheduler)
-        source = self._open(self._served(scheduler), terminal)
+        source = self._open(served, terminal)
         problems = self._answer(loop, source, terminal, arrivals)
         ended_s = time.perf_counter()
         loop.stop()
@@ -141,29 +139,6 @@ class Rank0:
 
     # --- the source of requests -----------------------------------------------------------------
 
-    def _served(self, scheduler: ClusterScheduler) -> tuple[ServedModel, ...]:
-        """Return the models with their limits: the smaller of model limit and worker's KV cache."""
-        return tuple(
-            self._served_model(scheduler.registry, model, directory)
-            for model, directory in zip(self.config.models, self.directories, strict=True)
-        )
-
-    def _served_model(
-        self, registry: WorkerRegistry, model: ModelConfig, directory: Path
-    ) -> ServedModel:
-        arch, ledger = Architecture.from_directory(directory), registry.ledger
-        if (kv := registry.models.get(model.name)) is None:
-            raise JobFailed(f"no worker could start {model.name}")
-        largest = int(ledger.capacity[ledger.able(model.name)].max())
-        room = largest // kv.block_bytes * kv.block_size
-        limit = model.max_model_len or arch.max_position
-        return ServedModel(
-            name=model.name,
-            max_model_len=min(limit, room),
-            vocab_size=arch.vocab_size,
-            eos_ids=arch.eos_ids,
-        )
-
     def _open(self, models: tuple[ServedModel, ...], terminal: Terminal) -> RequestSource:
         write = self.files.begin()
         if (workload := self.files.workload) is not None:
@@ -217,19 +192,6 @@ class Rank0:
         from mellmpi.telemetry.pictures import draw
 
         return draw(metrics.series(ended_s), Path(self.options.timeline or "").suffix)
-
-
-def mixed_arithmetic(by_worker: dict[int, str]) -> str:
-    """Return a warning if workers compute in different ways, else ""."""
-    kinds = dict.fromkeys(by_worker.values())
-    if len(kinds) < 2:
-        return ""
-    workers = {k: [str(w) for w, one in by_worker.items() if one == k] for k in kinds}
-    ways = "; ".join(f"{kind}: worker {', '.join(workers[kind])}" for kind in kinds)
-    return (
-        f"workers compute in different ways ({ways}): the answer to a request may depend on "
-        "the worker that computes it"
-    )
 
 
 def shortcomings(files: BatchFiles, counts: Counts) -> Iterator[str]:

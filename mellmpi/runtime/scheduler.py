@@ -1,7 +1,7 @@
 """The main loop of rank 0: passes events to the cluster scheduler, and its commands on."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from mellmpi.protocol import (
@@ -31,6 +31,11 @@ class Front(Protocol):
         """Whether no request is open and none will follow."""
         ...
 
+    @property
+    def descriptors(self) -> Sequence[int]:
+        """File descriptors whose readability means that `inbox` has events."""
+        ...
+
     def inbox(self, now: float) -> list[Submit | Cancel]:
         """Return the events that are due by now."""
         ...
@@ -40,6 +45,10 @@ class Front(Protocol):
         ...
 
     def deliver(self, command: FrontEvent) -> None: ...
+
+    def flush(self) -> None:
+        """Called after the commands of an iteration have been delivered."""
+        ...
 
 
 class SchedulerLoop:
@@ -74,6 +83,8 @@ class SchedulerLoop:
             self._metrics.observe(now, source, event)
             self._execute(self._scheduler.handle(source, event, now), now, front)
         self._execute(self._scheduler.tick(now), now, front)
+        if front is not None:
+            front.flush()
         return bool(events)
 
     def _execute(self, commands: Commands, now: float, front: Front | None) -> None:
@@ -91,7 +102,7 @@ class SchedulerLoop:
         longest_s = AT_REST_S if at_rest else self._scheduler.config.rebalance_every_s
         if front is not None:
             longest_s = min(longest_s, front.due_s(self._clock()))
-        self._transport.wait(longest_s)
+        self._transport.wait(longest_s, () if front is None else front.descriptors)
 
     def starting(self) -> int:
         """Return the number of workers that are neither ready nor lost."""

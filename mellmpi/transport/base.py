@@ -112,9 +112,10 @@ class Transport(Protocol):
         """Advance all transfers for a bounded time. Returns whether anything moved."""
         ...
 
-    def wait(self, timeout_s: float) -> None:
+    def wait(self, timeout_s: float, descriptors: Sequence[int] = ()) -> None:
         """Advance transfers and sleep until a message may have arrived, a transfer has ended,
-        `wake` was called, or `timeout_s` has passed. Spurious returns are allowed."""
+        `wake` was called, one of the file descriptors is readable, or `timeout_s` has passed.
+        Spurious returns are allowed."""
         ...
 
     def wake(self) -> None:

@@ -5,7 +5,7 @@ MPI can only be polled. The datagram carries no data: a woken worker polls MPI.
 
 import select
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def _socket_name(token: str, worker: int) -> bytes:
@@ -51,9 +51,11 @@ class Doorbell:
             return False  # closed, or in another network namespace
         return True
 
-    def sleep(self, timeout_s: float) -> bool:
-        """Sleep until the doorbell rings (True) or `timeout_s` has passed. Clears all rings."""
-        if not select.select([self._socket], [], [], max(0.0, timeout_s))[0]:
+    def sleep(self, timeout_s: float, descriptors: Sequence[int] = ()) -> bool:
+        """Sleep until the doorbell rings or a descriptor is readable (True), or `timeout_s` has
+        passed. Clears all rings."""
+        sources: list[socket.socket | int] = [self._socket, *descriptors]
+        if not select.select(sources, [], [], max(0.0, timeout_s))[0]:
             return False
         while True:
             try:

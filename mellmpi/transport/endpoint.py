@@ -114,12 +114,12 @@ class Endpoint:
 
     # --- waiting --------------------------------------------------------------------------------
 
-    def wait(self, timeout_s: float) -> None:
+    def wait(self, timeout_s: float, descriptors: Sequence[int] = ()) -> None:
         self._mover.set_polling(True)
-        self._wait(timeout_s)
+        self._wait(timeout_s, descriptors)
         self._mover.set_polling(False)
 
-    def _wait(self, timeout_s: float) -> None:
+    def _wait(self, timeout_s: float, descriptors: Sequence[int]) -> None:
         now = time.perf_counter()
         deadline_s = now + timeout_s
         spin_until_s, sleep_s = now + self._spin_s(), FIRST_SLEEP_S
@@ -135,7 +135,8 @@ class Endpoint:
                 os.sched_yield()
                 continue
             self._active = False
-            if self._bell.sleep(min(deadline_s - now, self._limit_s(sleep_s))):
+            limit_s = min(deadline_s - now, self._limit_s(sleep_s))
+            if self._bell.sleep(limit_s, descriptors):
                 return
             sleep_s *= 2
 

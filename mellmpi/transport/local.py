@@ -1,5 +1,6 @@
 """All workers in one process: messages through queues, blocks by memmove from arena to arena."""
 
+import select
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -196,9 +197,12 @@ class LocalTransport:
         if expected is not None and checksum(block) != expected:
             receive.transfer.fail("checksum")
 
-    def wait(self, timeout_s: float) -> None:
+    def wait(self, timeout_s: float, descriptors: Sequence[int] = ()) -> None:
         if not self._inbox.messages and not self.progress():
-            self._inbox.bell.wait(timeout_s)
+            if descriptors and not self._inbox.bell.is_set():  # all peers share this thread
+                select.select(descriptors, [], [], timeout_s)
+            else:
+                self._inbox.bell.wait(timeout_s)
         self._inbox.bell.clear()
 
     def wake(self) -> None:

@@ -1,4 +1,4 @@
-from mellmpi.runtime.run_batch import mixed_arithmetic
+from mellmpi.runtime.served_models import mixed_arithmetic
 
 
 def test_workers_that_compute_alike_give_no_warning():

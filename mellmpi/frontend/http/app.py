@@ -1,0 +1,227 @@
+"""The routes of the API server."""
+
+import json
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from mellmpi import __version__
+from mellmpi.frontend.dialects import OpenAIDialect
+from mellmpi.frontend.fields import BadRequest, Fields
+from mellmpi.frontend.http.calls import LiveCall
+from mellmpi.frontend.http.link import Link
+from mellmpi.frontend.http.responses import CallResponse
+from mellmpi.frontend.http.tokens import tokenized
+from mellmpi.frontend.openai import CHAT, COMPLETIONS
+from mellmpi.frontend.strict_json import json_object
+
+MAX_BODY_BYTES = 32 << 20
+MAX_ID = 128  # characters of a stream's id
+
+
+def make_app(link: Link) -> FastAPI:
+    """Return the application; all its routes answer through this link."""
+    app = FastAPI(
+        title="mellmpi",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url="/openapi.json",
+    )
+    app.add_exception_handler(BadRequest, _bad_request)
+    app.add_exception_handler(HTTPException, _http_error)
+    _add_state(app, link)
+    _add_generation(app, Generation(link))
+    _add_tokens(app, link)
+    return app
+
+
+async def _bad_request(_: Request, error: Any) -> Response:
+    return JSONResponse({"error": error.error}, error.status, dict(error.headers))
+
+
+async def _http_error(_: Request, error: Any) -> Response:
+    kind = "not_found_error" if error.status_code == 404 else "invalid_request_error"
+    body = {"message": error.detail, "type": kind, "param": None, "code": None}
+    return JSONResponse({"error": body}, error.status_code, error.headers)
+
+
+async def read_body(request: Request) -> bytes:
+    """Return the body of a request. Raises BadRequest if it is too long."""
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > MAX_BODY_BYTES:
+            raise BadRequest(
+                f"the body is longer than {MAX_BODY_BYTES >> 20} MB", code="too_large", status=413
+            )
+        parts.append(part)
+    return b"".join(parts)
+
+
+# --- generation ----------------------------------------------------------------------------------
+
+
+class Generation:
+    """Opens calls and continues them."""
+
+    def __init__(self, link: Link):
+        self._link = link
+
+    async def create(self, url: str, request: Request) -> Any:
+        """Answer a body of this URL."""
+        body = await read_body(request)
+        if self._link.state.state == "draining":
+            raise BadRequest("this server is shutting down", code="draining", status=503)
+        call_id = uuid.uuid4().hex
+        live = await self._link.open(url, body, call_id, owner="", now=time.time())
+        return self._response(live, None)
+
+    async def resume(self, call_id: str, last_event_id: str | None) -> Any:
+        """Continue a stream after the event with this id; None: from its beginning."""
+        if len(call_id) > MAX_ID:
+            raise unknown_stream(call_id)
+        live = await self._link.attach(call_id.rpartition("-")[2], owner="")
+        if live is None:
+            raise unknown_stream(call_id)
+        return self._response(live, positions(last_event_id, len(live.outputs)))
+
+    def _response(self, live: LiveCall, at: tuple[int, ...] | None) -> CallResponse:
+        opened = live.opened
+        dialect = OpenAIDialect(live.call, live.tokenizer, opened.call_id, opened.created)
+        return CallResponse(live, dialect, self._progress, self._link.forget, at)
+
+    async def _progress(self, live: LiveCall) -> str:
+        try:
+            return await self._link.ask("progress", request_ids=live.opened.request_ids)
+        except BadRequest as error:
+            return error.message
+
+
+def unknown_stream(call_id: str) -> BadRequest:
+    """Return the error for a stream that cannot be continued."""
+    return BadRequest(
+        f"there is no stream {call_id[:MAX_ID]!r}; streams are kept for a minute after their end",
+        code="stream_not_found",
+        status=404,
+    )
+
+
+def positions(last_event_id: str | None, num_choices: int) -> tuple[int, ...]:
+    """Return the number of tokens of each choice that the event with this id completed."""
+    if last_event_id is None:
+        return (-1,) * num_choices
+    parts = last_event_id.split(",")
+    if len(parts) != num_choices or not all(re.fullmatch("[0-9]{1,9}", part) for part in parts):
+        raise BadRequest("Last-Event-ID must be the id of an event of this stream", "Last-Event-ID")
+    return tuple(map(int, parts))
+
+
+def _add_generation(app: FastAPI, generation: Generation) -> None:
+    def post(url: str) -> Callable[[Request], Awaitable[Any]]:
+        async def create(request: Request) -> Any:
+            return Passed(await generation.create(url, request))
+
+        return create
+
+    for url, summary in ((CHAT, "Answer a conversation"), (COMPLETIONS, "Continue a text")):
+        app.add_api_route(url, post(url), methods=["POST"], summary=summary)
+
+    @app.get("/v1/streams/{call_id}", summary="Continue a stream that was cut off")
+    async def resume(call_id: str, request: Request) -> Any:
+        return Passed(await generation.resume(call_id, request.headers.get("last-event-id")))
+
+
+class Passed(Response):
+    """A `CallResponse` in the class that FastAPI passes on unchanged."""
+
+    def __init__(self, response: CallResponse):
+        super().__init__()
+        self._response = response
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await self._response(scope, receive, send)
+
+
+# --- state ---------------------------------------------------------------------------------------
+
+
+def _add_state(app: FastAPI, link: Link) -> None:
+    @app.get("/v1/models", summary="The models that this server has")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [_model(link, name) for name in link.names]}
+
+    @app.get("/v1/models/{name:path}", summary="One model")
+    async def model(name: str) -> dict[str, Any]:
+        if name not in link.names:
+            raise BadRequest(
+                f"there is no model {name!r} here", "model", "model_not_found", status=404
+            )
+        return _model(link, name)
+
+    @app.get("/live", summary="200 while rank 0 runs")
+    async def live() -> Response:
+        silent = link.silent_s > 10.0
+        return JSONResponse({"silent_s": round(link.silent_s, 1)}, 503 if silent else 200)
+
+    @app.get("/ready", summary="200 while requests are taken and make progress")
+    @app.get("/health", summary="The same as /ready")
+    async def ready() -> Response:
+        problem = link.problem
+        state = link.state.state
+        return JSONResponse({"state": state, "reason": problem}, 503 if problem else 200)
+
+    @app.get("/version", summary="The version of mellmpi")
+    async def version() -> dict[str, str]:
+        return {"version": __version__}
+
+    @app.get("/load", summary="Requests in progress")
+    async def load() -> Any:
+        return json.loads(await link.ask("load"))
+
+    @app.get("/metrics", summary="Prometheus metrics")
+    async def metrics(request: Request) -> Response:
+        accept = request.headers.get("accept", "")
+        answer = json.loads(await link.ask("metrics", accept=accept))
+        return Response(answer["text"], media_type=answer["content_type"])
+
+
+def _model(link: Link, name: str) -> dict[str, Any]:
+    limits = {limit.name: limit for limit in link.state.limits}
+    found = limits.get(name)
+    return {
+        "id": name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "mellmpi",
+        "max_model_len": found.max_model_len if found else None,
+    }
+
+
+# --- tokens --------------------------------------------------------------------------------------
+
+
+def _add_tokens(app: FastAPI, link: Link) -> None:
+    @app.post("/tokenize", summary="Token ids of a text or a conversation")
+    async def tokenize(request: Request) -> dict[str, Any]:
+        body = json_object(await read_body(request))
+        served = await link.wait_started()
+        return tokenized(body, served)
+
+    @app.post("/detokenize", summary="Text of token ids")
+    async def detokenize(request: Request) -> dict[str, str]:
+        body = json_object(await read_body(request))
+        served = await link.wait_started()
+        tokens = body.get("tokens")
+        model = served.named(Fields(body, chat=False).get("model", str))
+        if not isinstance(tokens, list) or not all(
+            type(token) is int and 0 <= token < model.vocab_size for token in tokens
+        ):
+            raise BadRequest("tokens must be a list of token ids of the model", "tokens")
+        return {"prompt": served.tokenizers[model.name].decode(tokens)}

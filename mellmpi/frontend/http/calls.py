@@ -1,0 +1,118 @@
+"""Calls that are being answered: their outputs, and the responses that wait for news of them."""
+
+import asyncio
+from collections.abc import Callable
+
+from mellmpi.frontend.fields import BadRequest
+from mellmpi.frontend.openai import Call
+from mellmpi.frontend.outputs import Output
+from mellmpi.frontend.tokenizer import Tokenizer
+from mellmpi.protocol import Cancel, Emit, OpenCall, Rejected
+
+LONGEST_LAG_S = 0.04  # of tokens on their way to clients, to put more of them into one event
+REST = 4.0  # a busy server lets this multiple of a pass's time go by before the next one
+
+
+class LiveCall:
+    """One call with its outputs. A function of the messages: any API server makes the same."""
+
+    def __init__(
+        self,
+        opened: OpenCall,
+        call: Call,
+        tokenizer: Tokenizer,
+        send: Callable[[Cancel], None],
+    ):
+        self.opened, self.call, self.tokenizer = opened, call, tokenizer
+        self._send = send
+        prompts = [call.prompts[i // call.n] for i in range(len(call.samplings))]
+        self.outputs = [
+            Output(tokenizer, sampling, call.stops, prompt)
+            for sampling, prompt in zip(call.samplings, prompts, strict=True)
+        ]
+        self.error: BadRequest | None = None
+        self.readers: set[asyncio.Event] = set()
+        self._open = set(range(len(self.outputs)))  # choices whose request has not ended
+
+    @property
+    def done(self) -> bool:
+        """Whether there will be no more news."""
+        return self.error is not None or not self._open
+
+    @property
+    def has_news(self) -> bool:
+        """Whether any token or error has arrived."""
+        return self.done or any(output.tokens for output in self.outputs)
+
+    def take(self, emit: Emit) -> None:
+        """Add tokens. Cancels the request if a stop string ends its answer."""
+        index = self.opened.request_ids.index(emit.request_id)
+        output = self.outputs[index]
+        try:
+            output.take(emit)
+        except Exception as error:  # must not affect other calls
+            self.fail(BadRequest(f"an internal error ({error})", code="internal_error", status=500))
+            raise
+        if output.finish_reason is not None and index in self._open:
+            self._open.discard(index)
+            if emit.finish_reason is None:
+                self._send(Cancel(emit.request_id, "stop"))
+
+    def reject(self, rejected: Rejected) -> None:
+        """End the call: one of its requests cannot be served."""
+        index = self.opened.request_ids.index(rejected.request_id)
+        self._open.discard(index)
+        self.fail(refusal(rejected))
+
+    def fail(self, error: BadRequest) -> None:
+        """End the call with an error, and cancel what is still being computed."""
+        self.error = self.error or error
+        self.cancel()
+
+    def cancel(self) -> None:
+        """Tell the scheduler that nobody waits for the rest."""
+        for index in sorted(self._open):
+            self._send(Cancel(self.opened.request_ids[index], "gone"))
+        self._open.clear()
+
+
+def refusal(rejected: Rejected) -> BadRequest:
+    """Return the HTTP error for a request that the scheduler refused."""
+    return BadRequest(rejected.reason, code="rejected", status=503)
+
+
+class Pacer:
+    """Wakes the responses of calls with news: at once in an idle server, in batches in a busy one.
+
+    An event costs the same with one token or with four. A pass over all calls with news is
+    followed by a rest of REST times its duration, of LONGEST_LAG_S at most.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self._loop = loop
+        self._changed: dict[LiveCall, None] = {}
+        self._next_s = 0.0
+        self._scheduled = False
+
+    def changed(self, call: LiveCall) -> None:
+        """There is news of this call."""
+        self._changed[call] = None
+        if not self._scheduled:
+            self._scheduled = True
+            # Even at once means after the messages that are in the pipe already.
+            self._loop.call_at(max(self._next_s, self._loop.time()), self._run)
+
+    def _run(self) -> None:
+        began_s = self._loop.time()
+        for call in self._changed:
+            for reader in call.readers:
+                reader.set()
+        self._changed.clear()
+        self._scheduled = False
+        self._next_s = began_s + LONGEST_LAG_S
+        # The responses run before this call, which stands behind them in the loop's queue.
+        self._loop.call_soon(self._ended, began_s)
+
+    def _ended(self, began_s: float) -> None:
+        took_s = self._loop.time() - began_s
+        self._next_s = began_s + min(LONGEST_LAG_S, REST * took_s)

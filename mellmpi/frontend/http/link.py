@@ -1,0 +1,222 @@
+"""The API server's end of the pipe to rank 0."""
+
+import asyncio
+import itertools
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+from mellmpi.frontend.fields import BadRequest
+from mellmpi.frontend.http.calls import LiveCall, Pacer
+from mellmpi.frontend.openai import Call, ServedModel, ServedModels, parse
+from mellmpi.frontend.strict_json import json_object
+from mellmpi.frontend.tokenizer import Tokenizer
+from mellmpi.protocol import (
+    Answer,
+    Ask,
+    AttachCall,
+    CallUnknown,
+    Decoder,
+    Emit,
+    OpenCall,
+    Rejected,
+    ServerState,
+    StartServer,
+    Submit,
+    encode,
+)
+
+log = logging.getLogger(__name__)
+STARTING = ServerState("starting", "rank 0 is starting", ())
+SILENT_S = 10.0  # without a message of rank 0: it hangs
+
+
+class Link(asyncio.Protocol):
+    """Opens calls, and passes messages of rank 0 to them."""
+
+    def __init__(self, on_lost: Callable[[], None]):
+        self._on_lost = on_lost
+        self._loop = asyncio.get_running_loop()
+        self._decoder, self._pacer = Decoder(), Pacer(self._loop)
+        self._calls: dict[int, LiveCall] = {}  # by request id
+        self._named: dict[str, LiveCall] = {}  # by call id
+        self._attaching: dict[str, list[asyncio.Future[LiveCall | None]]] = {}
+        self._questions: dict[int, asyncio.Future[Answer]] = {}
+        self._question_ids = itertools.count(1)
+        self._request_ids = itertools.count(1)
+        self._tokenizers: dict[str, Tokenizer] = {}
+        self._started = asyncio.Event()  # tokenizers and limits are known
+        self._heard_s = self._loop.time()
+        self.state = STARTING
+        self.names: tuple[str, ...] = ()
+        self.served: ServedModels | None = None
+
+    # --- the pipe --------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._on_lost()
+
+    def data_received(self, data: bytes) -> None:
+        self._heard_s = self._loop.time()
+        for message in self._decoder.feed(data):
+            self._handle(message)
+
+    def send(self, message: Any) -> None:
+        """Send a message to rank 0."""
+        self._transport.write(encode(message))
+
+    def _handle(self, message: Any) -> None:
+        match message:
+            case Emit(request_id) if request_id in self._calls:
+                self._take(self._calls[request_id], message)
+            case Rejected(request_id) if request_id in self._calls:
+                call = self._calls[request_id]
+                call.reject(message)
+                self._changed(call)
+            case ServerState():
+                self._set_state(message)
+            case StartServer():
+                self._start(message)
+            case OpenCall():
+                self._attached(message)
+            case CallUnknown(call_id):
+                self._resolve(call_id, None)
+            case Answer(question):
+                if (future := self._questions.pop(question, None)) and not future.done():
+                    future.set_result(message)
+
+    def _take(self, call: LiveCall, emit: Emit) -> None:
+        try:
+            call.take(emit)
+        except Exception:
+            log.exception("call %s failed", call.opened.call_id)
+        self._changed(call)
+
+    def _changed(self, call: LiveCall) -> None:
+        self._pacer.changed(call)
+        if call.done:
+            self.forget(call)
+
+    def forget(self, call: LiveCall) -> None:
+        """Drop a call. Its responses keep what they need; rank 0 still has its tokens."""
+        self._named.pop(call.opened.call_id, None)
+        for request_id in call.opened.request_ids:
+            self._calls.pop(request_id, None)
+
+    # --- state -----------------------------------------------------------------------------------
+
+    def _start(self, start: StartServer) -> None:
+        self._request_ids = itertools.count(start.first_id, start.id_step)
+        self.names = tuple(model.name for model in start.models)
+        for model in start.models:
+            template = Path(model.chat_template) if model.chat_template else None
+            self._tokenizers[model.name] = Tokenizer.load(Path(model.directory), template)
+
+    def _set_state(self, state: ServerState) -> None:
+        self.state = state
+        if state.limits and self.served is None:
+            models = [
+                ServedModel(
+                    name=limit.name,
+                    max_model_len=limit.max_model_len,
+                    vocab_size=limit.vocab_size,
+                    eos_ids=limit.eos_ids,
+                )
+                for limit in state.limits
+            ]
+            self.served = ServedModels.of(*((m, self._tokenizers[m.name]) for m in models))
+            self._started.set()
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the last message of rank 0, which sends one a second at least."""
+        return self._loop.time() - self._heard_s
+
+    @property
+    def problem(self) -> str:
+        """Why this server cannot take requests now; empty if it can."""
+        if self.silent_s > SILENT_S:
+            return f"rank 0 has been silent for {self.silent_s:.0f} s"
+        return "" if self.state.state == "ready" else self.state.reason
+
+    async def wait_started(self) -> ServedModels:
+        """Wait until the workers have started; return the models."""
+        await self._started.wait()
+        assert self.served is not None
+        return self.served
+
+    # --- calls -----------------------------------------------------------------------------------
+
+    async def open(self, url: str, body: bytes, call_id: str, owner: str, now: float) -> LiveCall:
+        """Check a body, and submit its requests. Raises BadRequest.
+
+        now  unix time, seconds
+        """
+        served = await self.wait_started()
+        call = self._parsed(served, url, body, call_id)
+        requests = call.requests(self._request_ids)
+        ids = tuple(request.id for request in requests)
+        opened = OpenCall(call_id, owner, url, body, int(now), call.stream, ids)
+        live = self._add(opened, call)
+        self.send(opened)
+        for request in requests:
+            self.send(Submit(request))
+        return live
+
+    def _parsed(self, served: ServedModels, url: str, body: bytes, call_id: str) -> Call:
+        return parse(url, json_object(body), served, call_id)
+
+    def _add(self, opened: OpenCall, call: Call) -> LiveCall:
+        live = LiveCall(opened, call, self._tokenizers[call.model], self.send)
+        self._named[opened.call_id] = live
+        for request_id in opened.request_ids:
+            self._calls[request_id] = live
+        return live
+
+    async def attach(self, call_id: str, owner: str) -> LiveCall | None:
+        """Return a call that another connection, or an earlier API server, has opened.
+
+        None: there is none of this owner, or it has ended too long ago.
+        """
+        await self.wait_started()
+        if (live := self._named.get(call_id)) is not None:
+            return live if live.opened.owner == owner else None
+        future: asyncio.Future[LiveCall | None] = self._loop.create_future()
+        waiting = self._attaching.setdefault(call_id, [])
+        waiting.append(future)
+        if len(waiting) == 1:
+            self.send(AttachCall(call_id, owner))
+        live = await future
+        return live if live is None or live.opened.owner == owner else None
+
+    def _attached(self, opened: OpenCall) -> None:
+        assert self.served is not None
+        call = self._parsed(self.served, opened.url, opened.body, opened.call_id)
+        self._resolve(opened.call_id, self._add(opened, call))
+
+    def _resolve(self, call_id: str, live: LiveCall | None) -> None:
+        for future in self._attaching.pop(call_id, ()):
+            if not future.done():
+                future.set_result(live)
+
+    # --- questions -------------------------------------------------------------------------------
+
+    async def ask(self, what: str, limit_s: float = 5.0, **arguments: Any) -> str:
+        """Ask rank 0. Raises BadRequest with its error, or if it does not answer in time."""
+        question = Ask(next(self._question_ids), what, json.dumps(arguments))
+        future: asyncio.Future[Answer] = self._loop.create_future()
+        self._questions[question.id] = future
+        self.send(question)
+        try:
+            answer = await asyncio.wait_for(future, limit_s)
+        except TimeoutError:
+            self._questions.pop(question.id, None)
+            raise BadRequest("rank 0 does not answer", code="stalled", status=503) from None
+        if answer.error:
+            raise BadRequest(answer.error, code=f"{what}_refused")
+        return answer.body

@@ -1,0 +1,95 @@
+"""Messages between rank 0 and its API servers, the child processes that speak HTTP.
+
+`Submit`, `Cancel`, `Emit` and `Rejected` cross the same pipe unchanged.
+"""
+
+from mellmpi.protocol.wire import message
+
+
+@message
+class ModelFiles:
+    """Where an API server finds the tokenizer of a model."""
+
+    name: str
+    directory: str
+    chat_template: str  # a file that replaces the template of the model; empty: none does
+
+
+@message
+class StartServer:
+    """Rank 0 → API server, first message: the models, and the ids that its requests may use."""
+
+    models: tuple[ModelFiles, ...]
+    first_id: int  # of a request; later ones follow in steps of `id_step`
+    id_step: int
+
+
+@message
+class ModelLimits:
+    """What an API server checks requests against."""
+
+    name: str
+    max_model_len: int  # prompt and output tokens together
+    vocab_size: int
+    eos_ids: tuple[int, ...]
+
+
+@message
+class ServerState:
+    """Rank 0 → API server, at each change and at least once a second."""
+
+    state: str  # "starting", "ready", "stalled", "draining"
+    reason: str  # for people: why the state is not "ready"
+    limits: tuple[ModelLimits, ...]  # empty until the workers have started
+
+
+@message
+class OpenCall:
+    """API server → rank 0, before the `Submit`s of a call: keep it, so that it can be continued.
+
+    Another API server computes the same answer from these fields and the tokens.
+    """
+
+    call_id: str
+    owner: str  # name of the API key; only the same key may continue the call
+    url: str
+    body: bytes  # of the HTTP request
+    created: int  # unix time, seconds
+    stream: bool
+    request_ids: tuple[int, ...]  # one per choice
+
+
+@message
+class AttachCall:
+    """API server → rank 0: send this call, its tokens so far, and those to come."""
+
+    call_id: str
+    owner: str
+
+
+@message
+class CallUnknown:
+    """Rank 0 → API server: no such call of this owner, or it ended too long ago.
+
+    Otherwise the answer to `AttachCall` is the `OpenCall`, then `Emit`s from the first token on.
+    """
+
+    call_id: str
+
+
+@message
+class Ask:
+    """API server → rank 0: a question about the cluster, or an operator's command."""
+
+    id: int  # of the question
+    what: str
+    arguments: str  # JSON
+
+
+@message
+class Answer:
+    """Rank 0 → API server: the answer to an `Ask`."""
+
+    id: int
+    error: str  # empty: none
+    body: str

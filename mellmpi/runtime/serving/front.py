@@ -1,0 +1,186 @@
+"""The `Front` of a server: passes messages between API server processes and the scheduler."""
+
+import json
+import logging
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+from mellmpi.protocol import (
+    Answer,
+    Ask,
+    AttachCall,
+    Cancel,
+    Emit,
+    FrontEvent,
+    ModelLimits,
+    OpenCall,
+    Rejected,
+    ServerState,
+    StartServer,
+    Submit,
+)
+from mellmpi.runtime.serving.call_log import CallLog
+from mellmpi.runtime.serving.process import ApiServer
+
+log = logging.getLogger(__name__)
+
+STATE_EVERY_S = 1.0  # so that an API server notices that rank 0 hangs
+RESTART_AFTER_S = 1.0  # between two starts of the same API server, if it dies at once
+
+Questions = dict[str, Callable[..., str]]  # -> the answer; ValueError: why there is none
+
+
+class HttpFront:
+    """Submits the requests of API servers, logs and passes on their tokens, restarts servers."""
+
+    def __init__(self, listener: socket.socket, servers: list[ApiServer]):
+        """`servers` have been started already, before MPI."""
+        self._listener = listener
+        self._servers: dict[int, ApiServer] = {server.index: server for server in servers}
+        self._started_s = dict.fromkeys(self._servers, 0.0)
+        self._restart_s: dict[int, float] = {}  # index -> when to start it again
+        self._calls = CallLog()
+        self._start: StartServer | None = None
+        self._state = ServerState("starting", "the job is starting", ())
+        self._state_sent_s = 0.0
+        self._last_id = 0  # the greatest of all requests
+        self._expire_s = 0.0
+        self._is_closing = False
+        self.questions: Questions = {}
+
+    # --- state -----------------------------------------------------------------------------------
+
+    def start(self, start: StartServer) -> None:
+        """Tell the API servers which models there are."""
+        self._start = start
+        for server in self._servers.values():
+            self._introduce(server)
+
+    def set_state(self, state: str, reason: str, limits: tuple[ModelLimits, ...] = ()) -> None:
+        """Tell the API servers whether requests can be served."""
+        self._state = ServerState(state, reason, limits or self._state.limits)
+        self._send_state()
+
+    def _introduce(self, server: ApiServer) -> None:
+        if self._start is not None:
+            step = len(self._started_s)  # so that servers never use the same id
+            first = (self._last_id // step + 1) * step + server.index
+            server.send(StartServer(self._start.models, first, step))
+        server.send(self._state)
+        server.flush()
+
+    def _send_state(self) -> None:
+        self._state_sent_s = time.monotonic()
+        for server in self._servers.values():
+            server.send(self._state)
+            server.flush()
+
+    @property
+    def descriptors(self) -> list[int]:
+        """Descriptors whose readability means that `inbox` has events."""
+        return [server.fileno() for server in self._servers.values()]
+
+    @property
+    def done(self) -> bool:
+        """Whether the server is shutting down and every call has been answered."""
+        return self._is_closing and not self._calls.num_open
+
+    def drain(self) -> None:
+        """Take no new requests."""
+        self._is_closing = True
+        self.set_state("draining", "this server is shutting down")
+
+    # --- Front -----------------------------------------------------------------------------------
+
+    def inbox(self, now: float) -> list[Submit | Cancel]:
+        events: list[Submit | Cancel] = []
+        for server in list(self._servers.values()):
+            try:
+                messages = server.receive()
+            except EOFError:
+                events += self._died(server, now)
+                continue
+            for message in messages:
+                self._take(server, message, now, events)
+            server.flush()
+        if now >= self._expire_s:
+            self._expire_s = now + STATE_EVERY_S
+            events += self._calls.expire(now)
+            self._send_state()
+            self._restart(now)
+        return events
+
+    def _take(
+        self, server: ApiServer, message: Any, now: float, events: list[Submit | Cancel]
+    ) -> None:
+        match message:
+            case Submit():
+                events.append(message)
+            case Cancel(request_id, _):
+                self._calls.cancelled(request_id, now)
+                events.append(message)
+            case OpenCall():
+                self._last_id = max(self._last_id, *message.request_ids)
+                self._calls.open(server.index, message)
+            case AttachCall():
+                for reply in self._calls.attach(server.index, message):
+                    server.send(reply)
+            case Ask():
+                server.send(self._answer(message))
+            case _:
+                raise TypeError(message)
+
+    def _answer(self, ask: Ask) -> Answer:
+        try:
+            return Answer(ask.id, "", self.questions[ask.what](**json.loads(ask.arguments)))
+        except KeyError:
+            return Answer(ask.id, f"rank 0 does not know {ask.what!r}", "")
+        except ValueError as error:
+            return Answer(ask.id, str(error), "")
+
+    def due_s(self, now: float) -> float:
+        return max(0.0, self._expire_s - now)
+
+    def deliver(self, command: FrontEvent) -> None:
+        now = time.perf_counter()
+        servers = self._calls.servers(command.request_id)
+        if isinstance(command, Emit):
+            self._calls.emitted(command, now)
+        elif isinstance(command, Rejected):
+            self._calls.rejected(command, now)
+        for index in servers:
+            if (server := self._servers.get(index)) is not None:
+                server.send(command)
+
+    def flush(self) -> None:
+        """Write what has been delivered."""
+        for server in self._servers.values():
+            server.flush()
+
+    # --- processes -------------------------------------------------------------------------------
+
+    def _died(self, server: ApiServer, now: float) -> list[Cancel]:
+        server.close()
+        del self._servers[server.index]
+        log.warning("API server %d ended with code %s", server.index, server.process.returncode)
+        self._restart_s[server.index] = self._started_s[server.index] + RESTART_AFTER_S
+        cancels = self._calls.server_died(server.index, now)
+        self._restart(now)
+        return cancels
+
+    def _restart(self, now: float) -> None:
+        for index, due_s in list(self._restart_s.items()):
+            if now >= due_s:
+                del self._restart_s[index]
+                self._started_s[index] = now
+                server = self._servers[index] = ApiServer(self._listener, index)
+                self._introduce(server)
+
+    def close(self) -> None:
+        """End all API servers in an orderly way."""
+        for server in self._servers.values():
+            server.flush()
+            server.close()
+        self._listener.close()

@@ -1,0 +1,149 @@
+"""Rank 0's part of a server: begins before MPI starts, runs until it is told to end."""
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from mellmpi.config import Config, Options
+from mellmpi.frontend import ServedModel
+from mellmpi.protocol import ModelFiles, ModelLimits, StartServer
+from mellmpi.runtime.ending import JobFailed
+from mellmpi.runtime.scheduler import SchedulerLoop
+from mellmpi.runtime.served_models import mixed_arithmetic, served_models
+from mellmpi.runtime.serving.front import HttpFront
+from mellmpi.runtime.serving.listener import listen, url_of
+from mellmpi.runtime.serving.process import ApiServer
+from mellmpi.scheduler import ClusterScheduler
+from mellmpi.scheduler.policies import policy_for
+from mellmpi.telemetry import Metrics
+from mellmpi.transport import Transport
+
+
+@dataclass
+class Door:
+    """The open port and the API servers, which exist before MPI has started."""
+
+    listener: socket.socket
+    servers: list[ApiServer]
+
+    @property
+    def url(self) -> str:
+        return url_of(self.listener)
+
+
+def open_door(options: Options) -> Door:
+    """Open the port and start the API servers. Raises UsageError.
+
+    Before MPI starts: a child that is started later could inherit its connections.
+    """
+    listener = listen(options.http)
+    servers = [ApiServer(listener, index) for index in range(options.http.api_server_count)]
+    door = Door(listener, servers)
+    say(f"serving on {door.url} (API: {door.url}/docs); the model is loading")
+    return door
+
+
+def say(text: str) -> None:
+    """Print a line for the user."""
+    sys.stderr.write(f"mellmpi: {text}\n")
+    sys.stderr.flush()
+
+
+@dataclass
+class ServingRank0:
+    """The scheduler's rank of a server, from the start of the workers to the end of the job."""
+
+    options: Options
+    config: Config
+    door: Door
+    directories: tuple[Path, ...]  # one per model
+    transport: Transport
+    run_local_worker: Callable[[], bool]  # one iteration of a worker in this process, if any
+    on_ready: Callable[[], None]  # called when all workers have started
+
+    def run(self) -> int:
+        """Serve until a signal, or until no worker is left. Returns the exit code."""
+        cluster, self._metrics = self.config.cluster, Metrics()
+        self._scheduler = ClusterScheduler(
+            self.transport.num_workers, cluster, policy_for(cluster.policy, cluster.migrate)
+        )
+        self._loop = SchedulerLoop(
+            self.transport, self._scheduler, self._metrics, time.perf_counter
+        )
+        self._front = HttpFront(self.door.listener, self.door.servers)
+        self._front.questions = {"load": self._load, "progress": self._progress}
+        self._until_s = float("inf")
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        try:
+            self._start()
+            self._drive(lambda: self._front.done or self._loop.all_lost())
+            if self._loop.all_lost():
+                raise JobFailed("no worker is left")
+        finally:
+            self._loop.stop()
+            self._front.close()
+        return 0
+
+    def _start(self) -> None:
+        began_s = time.perf_counter()
+        template = self.config.model.chat_template
+        files = [
+            ModelFiles(model.name, str(directory), os.path.abspath(template) if template else "")
+            for model, directory in zip(self.config.models, self.directories, strict=True)
+        ]
+        self._front.start(StartServer(tuple(files), 0, 1))
+        self._front.set_state("starting", "the workers are loading the model")
+        self._drive(lambda: not self._loop.starting())
+        self.on_ready()
+        registry = self._scheduler.registry
+        if warning := mixed_arithmetic(registry.arithmetic):
+            say(warning)
+        served = served_models(self.config, self.directories, registry)
+        self._front.set_state("ready", "", tuple(map(_limits, served)))
+        names = ", ".join(model.name for model in served)
+        took_s = time.perf_counter() - began_s
+        say(f"ready: {names} on {self.transport.num_workers} worker(s), after {took_s:.1f} s")
+
+    def _drive(self, done: Callable[[], bool]) -> None:
+        loop, front = self._loop, self._front
+        while not done() and time.perf_counter() < self._until_s:
+            busy = loop.run_once(front)
+            if not (self.run_local_worker() or busy) and not done():
+                loop.wait(front)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Finish the open calls; a second signal ends at once."""
+        if self._until_s < float("inf"):
+            raise KeyboardInterrupt
+        limit_s = self.options.http.shutdown_timeout
+        self._until_s = time.perf_counter() + limit_s
+        self._front.drain()
+        say(f"shutting down; requests in progress may end within {limit_s:.0f} s")
+
+    # --- questions of API servers ----------------------------------------------------------------
+
+    def _load(self) -> str:
+        return json.dumps({"server_load": len(self._scheduler.records)})
+
+    def _progress(self, request_ids: list[int]) -> str:
+        """Return the state of the first of these requests that has no token yet, in words."""
+        records = self._scheduler.records
+        for request_id in request_ids:
+            if (record := records.get(request_id)) is not None and not record.log.tokens:
+                ahead = len(self._scheduler.queue)
+                if record.worker is None:
+                    return f"waiting, {ahead} in the queue"
+                return f"prefilling {len(record.request.prompt)} tokens"
+        return "working"
+
+
+def _limits(model: ServedModel) -> ModelLimits:
+    return ModelLimits(model.name, model.max_model_len, model.vocab_size, model.eos_ids)
