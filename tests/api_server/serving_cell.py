@@ -1,0 +1,110 @@
+"""A server without workers: a real API server process, rank 0's front, and a model made of arithmetic.
+
+The model answers token by token, with printable bytes that depend on prompt and position alone.
+"""
+
+import select
+import threading
+import time
+from dataclasses import replace
+
+from mellmpi.config import HttpConfig
+from mellmpi.protocol import (
+    Cancel,
+    Emit,
+    ModelFiles,
+    ModelLimits,
+    Rejected,
+    StartServer,
+    Submit,
+    finish_reason,
+)
+from mellmpi.runtime.serving.front import HttpFront
+from mellmpi.runtime.serving.listener import listen, url_of
+from mellmpi.runtime.serving.process import ApiServer
+
+FIRST_PRINTABLE, NUM_PRINTABLE = 35, 91  # token ids of the byte tokenizer with readable text
+REFUSED = 666  # a prompt of this many tokens is refused by the scheduler
+
+
+def token_at(request, index: int) -> int:
+    """The token at this index of the answer."""
+    seed = request.sampling.seed if request.sampling.temperature else 0
+    return FIRST_PRINTABLE + (sum(request.prompt) * 31 + index * 17 + seed) % NUM_PRINTABLE
+
+
+class ServingCell:
+    """Use as a context manager; `url` is the server's."""
+
+    def __init__(self, directory, token_s=0.0, tokens_a_step=1, max_model_len=100_000):
+        self.token_s, self.tokens_a_step = token_s, tokens_a_step
+        listener = listen(HttpConfig(port=0))
+        self.url = url_of(listener)
+        self.front = HttpFront(listener, [ApiServer(listener, 0)])
+        self.front.questions = {"load": lambda: '{"server_load": 0}', "progress": lambda **_: "ok"}
+        self.front.start(StartServer((ModelFiles("tiny", str(directory), ""),), 0, 1))
+        limits = (ModelLimits("tiny", max_model_len, 512, (2,)),)
+        self.front.set_state("ready", "", limits)
+        self.open, self.cancelled, self.submitted = {}, [], 0
+        self.hold = threading.Event()  # set: the model pauses
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._stopped.set()
+        self._thread.join()
+        self.front.close()
+
+    @property
+    def server(self) -> ApiServer:
+        return self.front._servers[0]
+
+    def _run(self):
+        while not self._stopped.is_set():
+            busy = bool(self.open) and not self.hold.is_set()
+            wait_s = self.token_s if busy else 0.02
+            if self.front.descriptors and wait_s:
+                select.select(self.front.descriptors, [], [], wait_s)
+            for event in self.front.inbox(time.perf_counter()):
+                self._handle(event)
+            if not self.hold.is_set():
+                self._step()
+            self.front.flush()
+
+    def _handle(self, event):
+        match event:
+            case Submit(request) if len(request.prompt) == REFUSED:
+                self.front.deliver(Rejected(request.id, "it needs more than there is"))
+            case Submit(request):
+                self.submitted += 1
+                self.open[request.id] = (request, [])
+            case Cancel(request_id, reason):
+                self.open.pop(request_id, None)
+                self.cancelled.append((request_id, reason))
+
+    def _step(self):
+        for request_id, (request, outputs) in list(self.open.items()):
+            first = len(outputs)
+            while (reason := finish_reason(request, outputs)) is None:
+                if len(outputs) - first == self.tokens_a_step:
+                    break
+                outputs.append(token_at(request, len(outputs)))
+            new = tuple(outputs[first:])
+            logprobs = ()
+            if request.sampling.num_logprobs is not None:
+                logprobs = tuple((-0.5, (token,), (-0.5,)) for token in new)
+            self.front.deliver(Emit(request_id, first, new, logprobs, reason))
+            if reason:
+                del self.open[request_id]
+
+
+def expected_text(tokenizer, prompt, num_tokens, **sampling):
+    """The text of the answer that the model gives to a completion."""
+    from mellmpi.protocol import GREEDY, Request
+
+    request = Request(0, "tiny", tuple(prompt), replace(GREEDY, **sampling), None)
+    return tokenizer.decode([token_at(request, index) for index in range(num_tokens)])
