@@ -96,6 +96,7 @@ LINES_OF_A_FUNCTION, LINES_OF_A_FILE = 40, 300
 LONGER: set[str] = set()
 READS_THE_ENVIRONMENT = {
     "cli/parser.py",
+    "runtime/serving/process.py",  # hands it to a child
     "transport/blocks/devices.py",  # hands it to a child
     "transport/mpi/library.py",  # MPI takes some settings from there alone
     "transport/mpi/starting.py",  # before MPI has started only the launcher's variables tell ranks

@@ -1,4 +1,4 @@
-"""A server without workers: a real API server process, rank 0's front, and a model made of arithmetic.
+"""A server without workers: a real API server process, rank 0's front, and a fake model.
 
 The model answers token by token, with printable bytes that depend on prompt and position alone.
 """

@@ -31,6 +31,11 @@ def until(condition, limit_s=10.0):
         time.sleep(0.005)
 
 
+def is_replaced(cell, process):
+    """Whether another process has taken the place of this one."""
+    return 0 in cell.front._servers and cell.server.process is not process
+
+
 def read(response, most=None):
     """Return the text, the id of the stream and of the last event, of the first `most` events."""
     text, last = "", None
@@ -131,4 +136,4 @@ def test_a_restarted_server_takes_new_requests(slow, byte_tokenizer):
             assert answer["choices"][0]["text"] == expected_text(byte_tokenizer, PROMPT, 5)
             process = slow.server.process
             process.kill()
-            until(lambda: 0 in slow.front._servers and slow.server.process is not process)
+            until(lambda killed=process: is_replaced(slow, killed))

@@ -76,8 +76,8 @@ def test_flags_may_precede_or_follow_the_command():
     assert before == after and before.command == "run-batch"
 
 
-def test_without_a_command_the_demo_or_the_piped_requests_run():
-    assert options().command == "demo"
+def test_without_a_command_the_server_or_the_piped_requests_run():
+    assert options().command == "serve"
     assert options(piped=True).command == "pipe"
     assert options("-i", "a", "-o", "b").command == "run-batch"
     assert options("--replay", "a", piped=True).command == "run-batch"

@@ -47,6 +47,7 @@ class HttpFront:
         self._state_sent_s = 0.0
         self._last_id = 0  # the greatest of all requests
         self._expire_s = 0.0
+        self._now = 0.0  # of the iteration
         self._is_closing = False
         self.questions: Questions = {}
 
@@ -95,6 +96,7 @@ class HttpFront:
     # --- Front -----------------------------------------------------------------------------------
 
     def inbox(self, now: float) -> list[Submit | Cancel]:
+        self._now = now
         events: list[Submit | Cancel] = []
         for server in list(self._servers.values()):
             try:
@@ -144,12 +146,11 @@ class HttpFront:
         return max(0.0, self._expire_s - now)
 
     def deliver(self, command: FrontEvent) -> None:
-        now = time.perf_counter()
         servers = self._calls.servers(command.request_id)
         if isinstance(command, Emit):
-            self._calls.emitted(command, now)
+            self._calls.emitted(command, self._now)
         elif isinstance(command, Rejected):
-            self._calls.rejected(command, now)
+            self._calls.rejected(command, self._now)
         for index in servers:
             if (server := self._servers.get(index)) is not None:
                 server.send(command)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from mellmpi.protocol import Decoder, encode
+from mellmpi.protocol import Decoder, Encoder
 
 PIECE_BYTES = 1 << 20
 MAX_UNSENT_BYTES = 256 << 20  # a child that reads so little hangs
@@ -20,7 +20,7 @@ class ApiServer:
 
     def __init__(self, listener: socket.socket, index: int):
         self.index = index
-        self._decoder = Decoder()
+        self._decoder, self._encoder = Decoder(), Encoder()
         self._unsent = bytearray()
         self.pipe, childs = socket.socketpair()
         with childs:
@@ -36,10 +36,11 @@ class ApiServer:
 
     def send(self, message: Any) -> None:
         """Add a message to those that `flush` writes."""
-        self._unsent += encode(message)
+        self._encoder.add(message)
 
     def flush(self) -> bool:
         """Write as much as the pipe takes. Returns whether anything is left."""
+        self._unsent += self._encoder.take()
         while self._unsent:
             try:
                 del self._unsent[: self.pipe.send(self._unsent)]
