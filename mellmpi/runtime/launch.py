@@ -3,6 +3,7 @@
 import errno
 import gc
 import os
+import signal
 import struct
 import sys
 import time
@@ -98,6 +99,7 @@ def _server(options: Options, door: Door) -> tuple[MakeRank0, dict[str, Any]]:
     """Return rank 0 of a server, and what every rank must know."""
     prepared = _prepare(options)
     _tokenizers(options, prepared)
+    prepared["serves"] = True
     return partial(ServingRank0, options, options.config, door), prepared
 
 
@@ -175,6 +177,9 @@ def _show_progress(text: str) -> None:
 
 def _worker(job: Job, prepared: dict[str, Any]) -> int:
     config = Config.from_dict(prepared["config"])
+    if prepared.get("serves"):  # rank 0 ends the job once open requests are answered
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
     transport = connect(job, config)
     assignment = GpuAssignment.of(job.rank, job.local_ranks, count_gpus())
     worker = make_worker(transport, config, prepared, assignment)
