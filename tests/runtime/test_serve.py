@@ -53,9 +53,24 @@ class Server(Run):
         return self.wait(60)
 
 
-def test_answers_are_the_same_while_requests_move_and_when_a_worker_dies(tmp_path):
+@pytest.fixture
+def serve(tmp_path):
+    """Start servers; kill those that still run at the end of the test."""
+    started = []
+
+    def start(num_ranks, *args):
+        started.append(Server(num_ranks, *args, directory=tmp_path))
+        return started[-1]
+
+    yield start
+    for server in started:
+        if server.job.poll() is None:
+            server.kill()
+
+
+def test_answers_are_the_same_while_requests_move_and_when_a_worker_dies(serve):
     flags = (*TINY, *STRESS, "--kv-cache-memory-bytes", "8M")
-    server = Server(4, *flags, directory=tmp_path)
+    server = serve(4, *flags)
     expected = server.complete()  # requests before the workers are ready wait for them
     assert "".join(server.stream()) == expected
     pieces = server.stream(max_tokens=2000)
@@ -67,15 +82,15 @@ def test_answers_are_the_same_while_requests_move_and_when_a_worker_dies(tmp_pat
     assert done.code == 0, done.err
 
 
-def test_one_process_serves_too(tmp_path):
-    server = Server(1, *TINY, directory=tmp_path)
+def test_one_process_serves_too(serve):
+    server = serve(1, *TINY)
     assert "".join(server.stream()) == server.complete()
     assert server.client.get("/ready").status_code == 200
     assert server.end(signal.SIGINT).code == 0
 
 
-def test_requests_in_progress_end_before_the_server_does(tmp_path):
-    server = Server(2, *TINY, directory=tmp_path)
+def test_requests_in_progress_end_before_the_server_does(serve):
+    server = serve(2, *TINY)
     expected = server.complete(max_tokens=1000)
     pieces = server.stream(max_tokens=1000)
     text = next(pieces)
