@@ -31,6 +31,7 @@ class _Answer:
     finish_reason: str | None = None
     rejected: Rejected | None = None
     ended: bool = False
+    cut_off: bool = False  # it ended because its client left
 
 
 @dataclass(slots=True)
@@ -83,12 +84,15 @@ class CallLog:
             answer.rejected = rejected
             self._end(answer, now)
 
-    def cancelled(self, request_id: int, now: float) -> None:
-        """Log that no more tokens of a request are needed."""
+    def cancelled(self, request_id: int, now: float, reason: str = "gone") -> None:
+        """Log that no more tokens of a request are needed. `reason`: see `Cancel`."""
         if (answer := self._answers.get(request_id)) is not None:
+            answer.cut_off |= reason == "gone" and not answer.ended
             self._end(answer, now)
 
     def _end(self, answer: _Answer, now: float) -> None:
+        if answer.ended:
+            return
         answer.ended = True
         call = answer.call
         if all(self._answers[request_id].ended for request_id in call.request_ids):
@@ -113,7 +117,7 @@ class CallLog:
             yield Emit(request_id, 0, tokens, logprobs, answer.finish_reason)
         if answer.rejected is not None:
             yield answer.rejected
-        elif answer.ended and answer.finish_reason is None:
+        elif answer.cut_off:
             yield Rejected(request_id, "the client that began this stream left before its end")
 
     def server_died(self, server: int, now: float) -> list[Cancel]:

@@ -120,8 +120,8 @@ class HttpFront:
         match message:
             case Submit():
                 events.append(message)
-            case Cancel(request_id, _):
-                self._calls.cancelled(request_id, now)
+            case Cancel(request_id, reason):
+                self._calls.cancelled(request_id, now, reason)
                 events.append(message)
             case OpenCall():
                 self._last_id = max(self._last_id, *message.request_ids)
