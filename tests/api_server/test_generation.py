@@ -1,6 +1,7 @@
 """Answers over HTTP: bodies, streams, errors, and the clients that users have."""
 
 import json
+import re
 
 import openai
 import pytest
@@ -150,6 +151,14 @@ def test_state_routes(http):
     assert http.get("/v1/models/other").json()["error"]["code"] == "model_not_found"
     assert http.get("/nothing").json()["error"]["type"] == "not_found_error"
     assert http.get("/version").json()["version"]
+
+
+def test_documents_need_no_other_host(http):
+    page = http.get("/docs").text
+    assets = re.findall(r'(?:src|href)="([^"#]+)"', page)
+    assert assets and all(asset.startswith("/") for asset in assets)
+    assert all(http.get(asset).status_code == 200 for asset in assets)
+    assert "/v1/chat/completions" in http.get("/openapi.json").json()["paths"]
 
 
 def test_tokenize_and_detokenize(http, byte_tokenizer):

@@ -1,4 +1,4 @@
-"""The log of calls: what can be continued, by which key, for how long; nothing is left of the rest."""
+"""The log of calls: what can be continued, by which key, for how long. Nothing is left."""
 
 from hypothesis import given
 from hypothesis import strategies as st

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
 from mellmpi import __version__
@@ -27,13 +28,7 @@ MAX_ID = 128  # characters of a stream's id
 
 def make_app(link: Link) -> FastAPI:
     """Return the application; all its routes answer through this link."""
-    app = FastAPI(
-        title="mellmpi",
-        version=__version__,
-        docs_url=None,
-        redoc_url=None,
-        openapi_url="/openapi.json",
-    )
+    app = FastAPIOffline(title="mellmpi", version=__version__, redoc_url=None)
     app.add_exception_handler(BadRequest, _bad_request)
     app.add_exception_handler(HTTPException, _http_error)
     _add_state(app, link)
