@@ -1,11 +1,18 @@
 """Finds stop strings in text that arrives in pieces."""
 
+import re
+from collections import defaultdict
+from functools import lru_cache
+
+Beginnings = dict[str, list[tuple[int, str]]]  # last character -> (length, stop string)
+
 
 class StopStrings:
     """Passes text on up to the first stop string; holds back text that may begin a stop string."""
 
     def __init__(self, stops: tuple[str, ...]):
         self._stops = stops
+        self._whole, self._begun = _searches(stops)
         self._held = ""
         self.found = False
 
@@ -14,10 +21,9 @@ class StopStrings:
         if not self._stops:
             return text
         self._held += text
-        starts = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
-        if starts:
+        if (match := self._whole.search(self._held)) is not None:
             self.found = True
-            return self._take(min(starts))
+            return self._take(match.start())
         return self._take(len(self._held) - self._partial_stop_length())
 
     def finish(self) -> str:
@@ -30,8 +36,20 @@ class StopStrings:
 
     def _partial_stop_length(self) -> int:
         """Return the length of the longest suffix of the held text that begins a stop string."""
-        longest = min(len(self._held), max(len(stop) for stop in self._stops) - 1)
-        for length in range(longest, 0, -1):
-            if any(stop.startswith(self._held[-length:]) for stop in self._stops):
+        for length, stop in self._begun.get(self._held[-1:], ()):
+            if self._held.endswith(stop[:length]):
                 return length
         return 0
+
+
+@lru_cache(maxsize=256)
+def _searches(stops: tuple[str, ...]) -> tuple[re.Pattern[str], Beginnings]:
+    """Return a pattern of the stop strings, and their beginnings by last character, longest first.
+
+    Most text ends in a character that ends no beginning, and is passed on after one look.
+    """
+    begun: Beginnings = defaultdict(list)
+    lengths = [(length, stop) for stop in stops for length in range(1, len(stop))]
+    for length, stop in sorted(lengths, reverse=True):
+        begun[stop[length - 1]].append((length, stop))
+    return re.compile("|".join(map(re.escape, stops))), dict(begun)
