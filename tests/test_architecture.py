@@ -48,6 +48,7 @@ MAY_IMPORT = {  # part of the package -> what of ours it may import, beside itse
     "cli": ROOMS,
 }
 COMMANDS = {  # (file, module) past a door: the command line loads the one command that it runs
+    ("cli/parser.py", "runtime/begin"),
     ("cli/parser.py", "runtime/doctor"),
     ("cli/parser.py", "runtime/ending"),
     ("cli/parser.py", "runtime/launch"),
@@ -89,6 +90,7 @@ WITHOUT = {  # imports with these modules missing
     "mellmpi.telemetry": {"torch", "mpi4py", "matplotlib"},
     "mellmpi.runtime.scheduler": {"torch", "matplotlib"},  # rank 0 needs no engine
     "mellmpi.runtime.launch": {"torch", "matplotlib"},
+    "mellmpi.runtime.begin": {"numpy", "numba", "torch", "mpi4py"},  # the URL is there at once
     "mellmpi.runtime.ending": {"numpy", "msgpack", "mpi4py"},  # tells of what is missing
     "mellmpi.cli.parser": {"torch", "mpi4py"},
 }

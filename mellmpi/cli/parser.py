@@ -205,13 +205,19 @@ def _command(arguments: Sequence[str]) -> str | None:
 
 def _launch(arguments: Sequence[str], first: bool) -> Callable[[Any], int]:
     """Begin what the first process does before MPI starts; return the rest, which takes the job."""
-    from mellmpi.runtime.launch import Begun, launch
+    from mellmpi.runtime.begin import Begun
 
     def read(piped: Callable[[], bool]) -> Options:
         return read_options(arguments, os.environ, piped)
 
     begun = Begun(read) if first else None
-    return lambda job: launch(job, begun, read)
+
+    def run_rank(job: Any) -> int:
+        from mellmpi.runtime.launch import launch
+
+        return launch(job, begun, read)
+
+    return run_rank
 
 
 def _doctor(job: Any, arguments: Sequence[str]) -> int:

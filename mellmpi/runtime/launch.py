@@ -18,17 +18,16 @@ from mellmpi.files import visible
 from mellmpi.frontend import Tokenizer
 from mellmpi.models import Architecture, resolve
 from mellmpi.runtime.batch_files import open_files
+from mellmpi.runtime.begin import Begun, ReadOptions
 from mellmpi.runtime.calibration import measured_steps
 from mellmpi.runtime.connect import connect
 from mellmpi.runtime.gpus import GpuAssignment, count_gpus
 from mellmpi.runtime.job import Job
 from mellmpi.runtime.run_batch import Rank0
-from mellmpi.runtime.serving import Door, ServingRank0, open_door
-from mellmpi.runtime.standard_input import StandardInput
+from mellmpi.runtime.serve import ServingRank0
+from mellmpi.runtime.serving import Door
 from mellmpi.runtime.worker import Engine, Worker
 from mellmpi.transport import LocalNetwork, Transport
-
-ReadOptions = Callable[[Callable[[], bool]], Options]
 
 
 class Runs(Protocol):
@@ -38,30 +37,6 @@ class Runs(Protocol):
 
 
 MakeRank0 = Callable[..., Runs]
-
-
-class Begun:
-    """What the first process of a launch does before MPI starts: it reads the options, and opens
-    the door of a server. Errors are kept until the ranks can be told."""
-
-    def __init__(self, read_options: ReadOptions):
-        self.door: Door | None = None
-        self._options: Options | None = None
-        self._error: BaseException | None = None
-        try:
-            self._options = read_options(StandardInput().is_piped)
-            if self._options.command == "serve":
-                self.door = open_door(self._options)
-        except Exception as error:
-            self._error = error
-
-    @property
-    def options(self) -> Options:
-        """The options. Raises the error of reading them, or of opening the door."""
-        if self._error is not None:
-            raise self._error
-        assert self._options is not None
-        return self._options
 
 
 def launch(job: Job | None, begun: Begun | None, read_options: ReadOptions) -> int:

@@ -3,6 +3,7 @@
 Knows no HTTP: API servers turn it into messages. Decides nothing about requests.
 """
 
-from mellmpi.runtime.serving.serve import Door, ServingRank0, open_door
+from mellmpi.runtime.serving.door import Door, open_door, say
+from mellmpi.runtime.serving.front import HttpFront
 
-__all__ = ["Door", "ServingRank0", "open_door"]
+__all__ = ["Door", "HttpFront", "open_door", "say"]

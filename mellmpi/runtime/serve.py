@@ -1,10 +1,8 @@
-"""Rank 0's part of a server: begins before MPI starts, runs until it is told to end."""
+"""Rank 0's part of a server: runs until a signal ends it, or no worker is left."""
 
 import json
 import os
 import signal
-import socket
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,43 +15,11 @@ from mellmpi.protocol import ModelFiles, ModelLimits, StartServer
 from mellmpi.runtime.ending import JobFailed
 from mellmpi.runtime.scheduler import SchedulerLoop
 from mellmpi.runtime.served_models import mixed_arithmetic, served_models
-from mellmpi.runtime.serving.front import HttpFront
-from mellmpi.runtime.serving.listener import listen, url_of
-from mellmpi.runtime.serving.process import ApiServer
+from mellmpi.runtime.serving import Door, HttpFront, say
 from mellmpi.scheduler import ClusterScheduler
 from mellmpi.scheduler.policies import policy_for
 from mellmpi.telemetry import Metrics
 from mellmpi.transport import Transport
-
-
-@dataclass
-class Door:
-    """The open port and the API servers, which exist before MPI has started."""
-
-    listener: socket.socket
-    servers: list[ApiServer]
-
-    @property
-    def url(self) -> str:
-        return url_of(self.listener)
-
-
-def open_door(options: Options) -> Door:
-    """Open the port and start the API servers. Raises UsageError.
-
-    Before MPI starts: a child that is started later could inherit its connections.
-    """
-    listener = listen(options.http)
-    servers = [ApiServer(listener, index) for index in range(options.http.api_server_count)]
-    door = Door(listener, servers)
-    say(f"serving on {door.url} (API: {door.url}/docs); the model is loading")
-    return door
-
-
-def say(text: str) -> None:
-    """Print a line for the user."""
-    sys.stderr.write(f"mellmpi: {text}\n")
-    sys.stderr.flush()
 
 
 @dataclass
