@@ -82,12 +82,13 @@ ONLY_IN = {  # module -> the only places that may import it
     "mpi4py": {"transport/mpi/library.py"},
     "torch": {"engine/", "transport/blocks/devices.py", "transport/probes/device_buffers.py"},
     "pickle": set(),
+    "prometheus_client": {"telemetry/prometheus/"},
 }
 WITHOUT = {  # imports with these modules missing
     "mellmpi.worker.batch": {"torch", "mpi4py"},
     "mellmpi.scheduler.cluster": {"torch", "mpi4py"},
     "mellmpi.sim": {"torch", "mpi4py", "jinja2", "tokenizers", "matplotlib", "tqdm"},
-    "mellmpi.telemetry": {"torch", "mpi4py", "matplotlib"},
+    "mellmpi.telemetry": {"torch", "mpi4py", "matplotlib", "prometheus_client"},
     "mellmpi.runtime.scheduler": {"torch", "matplotlib"},  # rank 0 needs no engine
     "mellmpi.runtime.launch": {"torch", "matplotlib"},
     "mellmpi.runtime.begin": {"numpy", "numba", "torch", "mpi4py"},  # the URL is there at once

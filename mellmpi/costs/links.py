@@ -73,6 +73,10 @@ class Links:
         samples = self._links.get(self.hosts(src, dst))
         return samples.link if samples is not None else self.guess
 
+    def bandwidths(self) -> list[tuple[int, int, float]]:
+        """(source host, destination host, bytes a second) of every link with a sample."""
+        return [(src, dst, s.link.Bps) for (src, dst), s in sorted(self._links.items())]
+
     def record_transfer(
         self, src: int, dst: int, num_bytes: int, transfer_s: float, now: float
     ) -> None:

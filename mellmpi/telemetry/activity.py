@@ -85,6 +85,16 @@ class Activity:
         by_worker = sorted(self._workers.items())
         return [w.ready_at - start_s for _, w in by_worker if w.ready_at is not None]
 
+    @property
+    def active(self) -> int:
+        """Workers that hold their device."""
+        return self._active
+
+    def usage(self) -> dict[int, float]:
+        """{worker: share of its KV cache in use}, of all workers that have been ready."""
+        known = ((w, s.capacity_bytes, s.kv.values) for w, s in sorted(self._workers.items()))
+        return {w: used[-1] / capacity for w, capacity, used in known if capacity and used}
+
     def kv(self) -> dict[str, Any]:
         """Bytes of the largest arena, and block sizes of each model."""
         capacity = max((w.capacity_bytes for w in self._workers.values()), default=0)

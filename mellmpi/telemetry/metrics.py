@@ -16,28 +16,15 @@ TTFT, TPOT, ITL and E2E are the terms of vLLM's serving benchmark.
 """
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from mellmpi import protocol as p
 from mellmpi.telemetry.activity import Activity
-from mellmpi.telemetry.predictions import Predictions
-from mellmpi.telemetry.series import Distribution, MoveRecord, NormalEquations, Sample, Series
-
-
-@dataclass(slots=True)
-class _Live:
-    """One request between Submit and its end."""
-
-    submit_s: float
-    num_prompt: int
-    num_tokens: int = 0
-    first_s: float = 0.0
-    last_s: float = 0.0
-    reported_s: float | None = None  # time of the last token in a StepReport
-    src: int | None = None  # source of the migration under way
-    migration: p.MigrationStarted | None = None  # the newest one
-    moved_to: int | None = None  # destination of a migration, until its first token
+from mellmpi.telemetry.cells import QUEUE, Cells, Rows
+from mellmpi.telemetry.moves import Live, Moves
+from mellmpi.telemetry.series import Distribution, NormalEquations, Sample, Series
 
 
 class Metrics:
@@ -50,23 +37,16 @@ class Metrics:
 
     def __init__(self) -> None:
         self._start_s: float | None = None
-        self._live: dict[int, _Live] = {}
-        self._activity = Activity()
-        self._migrating: dict[int, tuple[float, p.MigrationStarted]] = {}
-        self._moves = Sample[MoveRecord]()
+        self._live: dict[int, Live] = {}
+        self._activity, self._cells, self.moves = Activity(), Cells(), Moves()
         self._preempted = Sample[tuple[float, int]]()  # (time, worker)
-        self._predictions = Predictions()
         self._reporter: int | None = None  # worker whose StepReport is being handled
         self._counts: Counter[str] = Counter()
-        self._outcomes: Counter[str] = Counter()
-        self._moved: Counter[str] = Counter()
         self._ttft, self._tpot, self._itl = Distribution(), Distribution(), Distribution()
-        self._e2e, self._downtime = Distribution(), Distribution()
+        self._e2e = Distribution()
         # Fits of seconds by these counts:
         self._steps = NormalEquations("steps", "prefill_tokens", "decode_tokens")
-        self._transfers = NormalEquations("transfers", "bytes")
         self._wakes = NormalEquations("wakes")
-        self._output_tokens = 0
 
     # --- input ---
 
@@ -81,19 +61,20 @@ class Metrics:
             case p.Submit():
                 self._submitted(now, event.request)
             case p.Cancel(request_id, "stop") if request_id in self._live:
-                self._finished(request_id, self._live[request_id])
+                self._finished(request_id, self._live[request_id], "stop")
             case p.Cancel():
-                self._counts["cancelled"] += self._forget(event.request_id) is not None
+                self._cancelled(event.request_id)
             case p.WorkerReady() if isinstance(source, int):
                 if self._activity.state(source) == "waking":
                     # A first start is no sample: it may convert weights, beside other starts.
                     self._wakes.add((1,), event.wake_s)
                 self._activity.ready(now, source, event)
+                self._cells.announce(source, (kv.model for kv in event.models))
             case p.Parked() if isinstance(source, int):
                 self._activity.enter(now, source, "parked")
             case p.WorkerLost():
                 self._activity.enter(now, event.worker, "lost")
-                self._lose_destination(event.worker)
+                self._lost(event.worker)
 
     def commands(self, now: float, commands: list[tuple[p.Address, Any]]) -> None:
         """Call `command` with each of them."""
@@ -108,6 +89,8 @@ class Metrics:
         match command:
             case p.Emit():
                 self._emitted(now, command)
+            case p.Assign() if isinstance(destination, int):
+                self._assigned(now, destination, command.request.id)
             case p.Rejected():
                 self._rejected(command.request_id)
             case p.Park() if isinstance(destination, int):
@@ -117,13 +100,13 @@ class Metrics:
             case p.WorkerChanged():
                 self._activity.enter(now, command.worker, command.state)
             case p.MigrationStarted():
-                self._migration_started(now, command)
+                self.moves.started(now, self._live.get(command.request_id), command)
             case p.MigrationEnded():
                 self._migration_ended(now, command)
             case p.Preempted():
                 self._counts["preemptions"] += 1
                 self._preempted.add((now, command.worker))
-                self._queued(command.request_id)
+                self._queued(command)
 
     # --- steps ---
 
@@ -138,96 +121,94 @@ class Metrics:
         if self._start_s is None:
             self._start_s = now
             self._activity.begin(now)
-        self._live[request.id] = _Live(now, len(request.prompt))
+        model = self._cells.known(request.model)
+        cell = self._cells.of(model, QUEUE)
+        self._live[request.id] = Live(now, len(request.prompt), model, cell)
         self._counts["requests"] += 1
         self._counts["prompt_tokens"] += len(request.prompt)
 
-    def _forget(self, request_id: int) -> _Live | None:
-        self._migrating.pop(request_id, None)
-        return self._live.pop(request_id, None)
+    def _assigned(self, now: float, worker: int, request_id: int) -> None:
+        if (live := self._live.get(request_id)) is None:
+            return
+        self._own(live, worker)
+        if not live.placed:
+            live.placed = True
+            live.cell.queue_time.add(now - live.submit_s)
+            live.cell.prompt_tokens += live.num_prompt
+
+    def _own(self, live: Live, worker: int) -> None:
+        live.worker, live.cell = worker, self._cells.of(live.model, worker)
+
+    def _cancelled(self, request_id: int) -> None:
+        if (live := self._live.pop(request_id, None)) is not None:
+            self._counts["cancelled"] += 1
+            live.cell.finished["abort"] += 1
 
     def _rejected(self, request_id: int) -> None:
-        live = self._forget(request_id)
+        live = self._live.pop(request_id, None)
         if live is None:  # refused by the frontend before a Submit
             self._counts["requests"] += 1
         else:
             self._counts["prompt_tokens"] -= live.num_prompt
         self._counts["failed"] += 1
+        cell = live.cell if live is not None else self._cells.of("", QUEUE)
+        cell.finished["error"] += 1
 
     def _emitted(self, now: float, emit: p.Emit) -> None:
         live = self._live.get(emit.request_id)
         if live is None:
             return
         if emit.tokens:
+            cell = live.cell
             if live.num_tokens:
-                self._itl.add(now - live.last_s)
+                gap_s = now - live.last_s
+                self._itl.add(gap_s)
+                cell.itl.add(gap_s)
             else:
                 live.first_s = now
                 self._ttft.add(now - live.submit_s)
+                cell.ttft.add(now - live.submit_s)
             if self._reporter is not None:
                 if live.src is not None or live.moved_to is not None:
-                    self._computed(now, live, self._reporter)
+                    self.moves.computed(now, live, self._reporter)
                 live.reported_s = now
             live.last_s = now
             live.num_tokens += len(emit.tokens)
-            self._output_tokens += len(emit.tokens)
+            cell.generation_tokens += len(emit.tokens)
         if emit.finish_reason is not None:
-            self._finished(emit.request_id, live)
+            self._finished(emit.request_id, live, emit.finish_reason)
 
-    def _computed(self, now: float, live: _Live, worker: int) -> None:
-        """Tokens of a migrating request from `worker`: end its downtime, unless from its source."""
-        if live.moved_to is None and worker == live.src:
-            return
-        if live.reported_s is not None:
-            downtime_s = now - live.reported_s
-            self._downtime.add(downtime_s)
-            if (started := live.migration) is not None:
-                predicted_s = started.predicted_downtime_s
-                self._predictions.add(started.mode, "downtime_s", predicted_s, downtime_s)
-        live.moved_to, live.src = None, None
-
-    def _finished(self, request_id: int, live: _Live) -> None:
+    def _finished(self, request_id: int, live: Live, reason: str) -> None:
         self._counts["completed"] += 1
-        self._e2e.add(live.last_s - live.submit_s)
+        took_s, cell = live.last_s - live.submit_s, live.cell
+        self._e2e.add(took_s)
+        cell.e2e.add(took_s)
+        cell.prompts.add(live.num_prompt)
+        cell.outputs.add(live.num_tokens)
+        cell.finished[reason] += 1
         if live.num_tokens > 1:
             self._tpot.add((live.last_s - live.first_s) / (live.num_tokens - 1))
         del self._live[request_id]
 
-    # --- migrations ---
+    # --- changes of the owner ---
 
-    def _migration_started(self, now: float, started: p.MigrationStarted) -> None:
-        self._migrating[started.request_id] = (now, started)
-        if live := self._live.get(started.request_id):
-            live.src, live.migration = started.src, started
+    def _migration_ended(self, now: float, ended: p.MigrationEnded) -> None:
+        live = self._live.get(ended.request_id)
+        self.moves.ended(now, live, ended)
+        if live is not None and ended.outcome == "moved":
+            self._own(live, ended.dst)
 
-    def _migration_ended(self, now: float, e: p.MigrationEnded) -> None:
-        self._outcomes[e.outcome] += 1
-        start_s, started = self._migrating.pop(e.request_id, (now, None))
-        self._moves.add(
-            MoveRecord(e.request_id, e.mode, e.src, e.dst, start_s, now, e.num_bytes, e.outcome)
-        )
-        live = self._live.get(e.request_id)
-        if e.outcome != "moved":
-            if live is not None:
-                live.src = None
-            return
-        self._moved[e.mode] += 1
-        if started is not None:
-            self._predictions.add(e.mode, "seconds", started.predicted_s, now - start_s)
-            self._predictions.add(e.mode, "bytes", started.num_bytes, e.num_bytes)
-        self._counts["migrated_bytes"] += e.num_bytes
-        if e.num_bytes:
-            self._transfers.add((1, e.num_bytes), e.transfer_s)
-        if live is not None and live.src is not None:  # None: the first token came before
-            live.moved_to = e.dst
-
-    def _queued(self, request_id: int) -> None:
-        """Preempted: the wait in the queue is no downtime."""
-        if live := self._live.get(request_id):
+    def _queued(self, preempted: p.Preempted) -> None:
+        """The wait in the queue is no downtime."""
+        if live := self._live.get(preempted.request_id):
+            self._cells.of(live.model, preempted.worker).preemptions += 1
+            self._own(live, QUEUE)
             live.src, live.moved_to = None, None
 
-    def _lose_destination(self, worker: int) -> None:
+    def _lost(self, worker: int) -> None:
         for live in self._live.values():
+            if live.worker == worker:
+                self._own(live, QUEUE)
             if live.moved_to == worker:  # the next token ends a recovery, not a migration
                 live.src, live.moved_to = None, None
 
@@ -237,6 +218,7 @@ class Metrics:
         """The run so far, as plain data for JSON. Percentiles are None without samples."""
         wall_s = 0.0 if self._start_s is None else now - self._start_s
         activity, count = self._activity, self._counts
+        output_tokens = sum(cell.generation_tokens for cell in self._cells.all())
         active_s = 0.0 if self._start_s is None else activity.active_s(now)
         return {
             "requests": count["requests"],
@@ -245,19 +227,14 @@ class Metrics:
             "cancelled": count["cancelled"],
             "wall_s": wall_s,
             "prompt_tokens": count["prompt_tokens"],  # of all but rejected requests
-            "output_tokens": self._output_tokens,
-            "output_throughput": self._output_tokens / wall_s if wall_s else 0.0,
+            "output_tokens": output_tokens,
+            "output_throughput": output_tokens / wall_s if wall_s else 0.0,
             "gpu_seconds_active": active_s,
             "gpu_seconds_total": len(activity) * wall_s,
             "workers": len(activity),
             "active_workers_mean": active_s / wall_s if wall_s else 0.0,
             "active_workers_peak": activity.peak,
-            "migrations": self._migrations(),
-            "migration_outcomes": dict(self._outcomes),
-            "migrated_bytes": count["migrated_bytes"],
-            "migration_prediction_error": self._predictions.error("seconds"),
-            "migration_predictions": self._predictions.to_dict(),
-            "downtime_ms": self._downtime.percentiles_ms(),
+            **self.moves.report(),
             "ttft_ms": self._ttft.percentiles_ms(),
             "tpot_ms": self._tpot.percentiles_ms(),
             "itl_ms": self._itl.percentiles_ms(),
@@ -273,13 +250,28 @@ class Metrics:
 
     def _costs(self) -> dict[str, Any]:
         """Input of `CostModel.fitted`."""
-        fits = {"steps": self._steps, "transfers": self._transfers, "wakes": self._wakes}
+        fits = {"steps": self._steps, "transfers": self.moves.transfers, "wakes": self._wakes}
         return {name: fit.to_dict() for name, fit in fits.items()}
 
-    def _migrations(self) -> dict[str, int]:
-        failed = sum(self._outcomes.values()) - self._outcomes["moved"]
-        return {mode: self._moved[mode] for mode in ("transfer", "recompute", "split")} | {
-            "failed": failed  # every outcome but "moved"; see `migration_outcomes`
+    def samples(self, now: float, links: Iterable[tuple[int, int, float]] = ()) -> dict[str, Rows]:
+        """{metric: samples}, plain data for `prometheus.render`, also in another process.
+
+        links  (source host, destination host, bytes a second)
+        """
+        activity, start_s = self._activity, self._start_s
+        active_s = 0.0 if start_s is None else activity.active_s(now)
+        wall_s = 0.0 if start_s is None else now - start_s
+        owners = Counter((live.model, live.worker) for live in self._live.values())
+        return {
+            **self._cells.rows(owners, activity.usage()),
+            **self.moves.rows(),
+            "link_bandwidth_bytes_per_second": [
+                ((str(src), str(dst), "network" if src != dst else "host"), Bps)
+                for src, dst, Bps in links
+            ],
+            "active_gpus": [((), activity.active)],
+            "gpu_seconds": [((), active_s)],
+            "gpu_seconds_all_on": [((), len(activity) * wall_s)],
         }
 
     def series(self, now: float) -> Series:
@@ -290,7 +282,7 @@ class Metrics:
             workers=self._activity.series(start_s),
             moves=[
                 replace(m, start_s=m.start_s - start_s, end_s=m.end_s - start_s)
-                for m in self._moves.items
+                for m in self.moves.records.items
             ],
             preemptions=[(t - start_s, worker) for t, worker in self._preempted.items],
             report=self.report(now),

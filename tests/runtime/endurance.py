@@ -82,7 +82,7 @@ def draw_hashed(request_id: int, rng: random.Random) -> tuple[Request, list[int]
 
 
 def moves(metrics: Any) -> int:
-    return sum(metrics._moved.values())
+    return sum(metrics.moves.moved.values())
 
 
 def endure(num_moves: int, seed: int = 0) -> dict[str, Any]:

@@ -99,7 +99,9 @@ def test_requests_move_to_a_worker_of_another_layout_by_recompute_only():
     cell = Cell([engine, engine, other], migrate="stress", policy="worst_fit", seed=3)
     outcomes = serve(cell)
     assert outcomes["failed: KV layout"] > 2
-    moves = [m for m in cell.metrics._moves.items if 3 in (m.src, m.dst) and m.outcome == "moved"]
+    moves = [
+        m for m in cell.metrics.moves.records.items if 3 in (m.src, m.dst) and m.outcome == "moved"
+    ]
     assert moves and {m.mode for m in moves if m.num_bytes} == set()
 
 
