@@ -205,6 +205,7 @@ class Options:
     max_requests: int | None = None
     report: str | None = None
     timeline: str | None = None
+    trace_out: str | None = None
     show: int = 0  # number of answers to print
     cache_dir: str | None = None  # None: the user's cache directory
 

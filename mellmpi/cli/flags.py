@@ -269,6 +269,13 @@ REPORTS = Group(
             "draw the run: each worker's KV over time, migrations, parked workers",
             "FILE.png",
         ),
+        Flag(
+            "trace-out",
+            str,
+            "write what happens as trace events, for ui.perfetto.dev or chrome://tracing: steps, "
+            "requests, migrations",
+            "FILE.json",
+        ),
         Flag("show", NUMBER, "print the first N answers (default: 0)", "N"),
     ),
 )

@@ -25,7 +25,7 @@ class Unwritable(Exception):
 
 @dataclass
 class Destination:
-    """The output of the answers, the report or the picture.
+    """The output of the answers, the report, the picture or the trace.
 
     A regular file is opened by the first write; `check_writable` opens everything else.
     """
@@ -76,23 +76,25 @@ class Destination:
             raise UsageError(f"{self.flag} {error}") from error
 
     def append(self, data: bytes) -> None:
-        """Write complete lines after `resume`. Raises Unwritable."""
-        assert self.descriptor is not None, "resume must be called first"
+        """Write complete lines after `resume` or `begin`. Raises Unwritable."""
+        assert self.descriptor is not None, "resume or begin must be called first"
         try:
             write_all(self.descriptor, data)
         except OSError as error:
             raise self._unwritable(error) from error
 
-    def replace(self, data: bytes) -> None:
-        """Replace the contents of the file by `data`. Raises Unwritable."""
+    def begin(self) -> None:
+        """Open the file and remove its contents. Raises Unwritable."""
         try:
             if self.descriptor is None:
                 self.descriptor = self._open(os.O_TRUNC)
-            write_all(self.descriptor, data)
-        except OSError as error:
-            raise self._unwritable(error) from error
         except UsageError as error:
             raise Unwritable(str(error)) from error
+
+    def replace(self, data: bytes) -> None:
+        """Replace the contents of the file by `data`. Raises Unwritable."""
+        self.begin()
+        self.append(data)
         self.flush()
 
     def flush(self) -> None:

@@ -38,6 +38,7 @@ class BatchFiles:
     output: Destination | None
     report: Destination | None
     timeline: Destination | None
+    trace: Destination | None
     finished: frozenset[str] = field(default_factory=frozenset)  # custom_ids of an earlier run
 
     @property
@@ -73,8 +74,9 @@ def open_files(options: Options) -> BatchFiles:
             "run-batch needs -i requests.jsonl and -o answers.jsonl, or --replay trace.csv"
         )
     output, report = _output(options), _destination("--report", options.report)
-    found = BatchFiles(None, None, output, report, _timeline(options.timeline))
-    outputs = [file for file in (output, report, found.timeline) if file]
+    timeline, trace = _timeline(options.timeline), _destination("--trace-out", options.trace_out)
+    found = BatchFiles(None, None, output, report, timeline, trace)
+    outputs = [file for file in (output, report, timeline, trace) if file]
     if options.replay:
         _check_trace(options.replay, output)
         _check_outputs(f"--replay {visible(options.replay)}", os.stat(options.replay), outputs)

@@ -22,6 +22,7 @@ from mellmpi.runtime.demo import DemoLoad, demo_arrivals, demo_load
 from mellmpi.runtime.scheduler import SchedulerLoop
 from mellmpi.runtime.served_models import mixed_arithmetic, served_models
 from mellmpi.runtime.terminal import Terminal
+from mellmpi.runtime.tracing import Tracing
 from mellmpi.scheduler import ClusterScheduler, WorkerState
 from mellmpi.scheduler.policies import policy_for
 from mellmpi.telemetry import Metrics
@@ -51,11 +52,12 @@ class Rank0:
     def run(self) -> int:
         """Run the command. Returns the exit code."""
         num_workers = self.transport.num_workers
-        cluster, metrics = self.config.cluster, Metrics()
+        cluster, metrics, tracing = self.config.cluster, Metrics(), Tracing(self.files.trace)
         scheduler = ClusterScheduler(
             num_workers, cluster, policy_for(cluster.policy, cluster.migrate)
         )
-        loop = SchedulerLoop(self.transport, scheduler, metrics, time.perf_counter)
+        observer = tracing.beside(metrics)
+        loop = SchedulerLoop(self.transport, scheduler, observer, time.perf_counter)
         show = 3 if self._is_demo and not self.options.show else self.options.show
         terminal = Terminal(self.files.is_quiet, show)
         names = ", ".join(model.name for model in self.config.models)
@@ -71,6 +73,7 @@ class Rank0:
         ended_s = time.perf_counter()
         loop.stop()
         problems += shortcomings(self.files, source.counts)
+        problems += tracing.close(ended_s)
         problems += self._conclude(terminal, source, metrics, ended_s)
         if not problems and not source.counts.lines:
             terminal.say("mellmpi: there were no requests in the input")
@@ -182,6 +185,7 @@ class Rank0:
                     written.append((kind, file))
             except Unwritable as error:
                 problems.append(str(error))
+        written += [("trace", files.trace)] if files.trace else []
         named = [(kind, file.name) for kind, file in written if file.descriptor != STDOUT]
         terminal.summary(report, named)
         if self._is_demo:

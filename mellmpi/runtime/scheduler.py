@@ -16,7 +16,7 @@ from mellmpi.protocol import (
     Submit,
 )
 from mellmpi.scheduler import ClusterScheduler, Commands, WorkerState
-from mellmpi.telemetry import Metrics
+from mellmpi.telemetry import Observer
 from mellmpi.transport import Transport
 
 log = logging.getLogger(__name__)
@@ -61,11 +61,11 @@ class SchedulerLoop:
         self,
         transport: Transport,
         scheduler: ClusterScheduler,
-        metrics: Metrics,
+        observer: Observer,
         clock: Callable[[], float],
     ):
         self._transport, self._scheduler = transport, scheduler
-        self._metrics, self._clock = metrics, clock
+        self._observer, self._clock = observer, clock
 
     def run_once(self, front: Front | None) -> bool:
         """Handle all events that have arrived. Returns whether there were any."""
@@ -80,7 +80,7 @@ class SchedulerLoop:
                 )
                 continue
             now = self._clock()
-            self._metrics.observe(now, source, event)
+            self._observer.observe(now, source, event)
             self._execute(self._scheduler.handle(source, event, now), now, front)
         self._execute(self._scheduler.tick(now), now, front)
         if front is not None:
@@ -88,7 +88,7 @@ class SchedulerLoop:
         return bool(events)
 
     def _execute(self, commands: Commands, now: float, front: Front | None) -> None:
-        self._metrics.commands(now, commands)
+        self._observer.commands(now, commands)
         for destination, command in commands:
             if isinstance(command, FrontEvent):
                 assert front is not None, f"{command} without a front"

@@ -73,6 +73,16 @@ def test_a_pipe_whose_reader_comes_a_little_later_is_written(tmp_path):
     assert read == [b"a" * (1 << 18)]
 
 
+def test_a_file_that_begins_anew_is_empty_and_grows_by_what_is_appended(tmp_path):
+    (tmp_path / "out").write_text("of an earlier run")
+    out = destination(tmp_path / "out")
+    out.begin()
+    assert (tmp_path / "out").read_bytes() == b""
+    out.append(b"a")
+    out.append(b"b")
+    assert (tmp_path / "out").read_bytes() == b"ab"
+
+
 def test_a_pipe_whose_reader_has_ended_is_reported():
     source, sink = os.pipe()
     os.close(source)

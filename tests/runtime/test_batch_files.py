@@ -53,6 +53,11 @@ def test_a_new_output_is_created_when_answers_begin(place):
         ({"input_file": "in", "output_file": "out", "timeline": "t.xyz"}, "must end with"),
         ({"input_file": "in", "output_file": "out", "timeline": "t"}, "one of .*png"),
         ({"input_file": "in", "output_file": "out", "report": "."}, "is a directory"),
+        (
+            {"input_file": "in", "output_file": "out", "trace_out": "no/t"},
+            "there is no dir",
+        ),
+        ({"input_file": "in", "output_file": "out", "trace_out": "out"}, "are the same file"),
         ({"input_file": "in", "output_file": "-", "report": "/dev/stdout"}, "both go to standard"),
         ({"input_file": "cut.gz", "output_file": "out"}, "ends in the middle"),
         ({"replay": "none"}, "--replay none cannot be read"),

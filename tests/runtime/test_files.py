@@ -84,6 +84,24 @@ def test_a_failed_report_affects_neither_answers_nor_picture(place):
     assert answered(place / "out") == ["a", "b", "c"] and "<svg" in (place / "t.svg").read_text()
 
 
+def test_a_failed_trace_affects_neither_answers_nor_report(place):
+    files = "-o out --report r --trace-out /dev/full"
+    code, _, err = shell(place, 1, f"mellmpi run-batch -i in {files}")
+    assert code == 1 and err.count("--trace-out /dev/full cannot be written") == 1
+    assert answered(place / "out") == ["a", "b", "c"] and (place / "r").read_text()
+
+
+@sizes
+def test_a_trace_shows_every_request_and_the_steps_of_workers(place, num_ranks):
+    code, _, err = shell(place, num_ranks, "mellmpi run-batch -i in -o out --trace-out t.json")
+    assert code == 0 and "trace: t.json" in err
+    events = json.loads((place / "t.json").read_text())
+    ends = [e for e in events if e["ph"] == "e" and e["cat"] == "request"]
+    assert [e["args"]["finish_reason"] for e in ends] == ["length"] * 3
+    stepped = {e["pid"] for e in events if e["ph"] == "X"}
+    assert stepped and stepped <= set(range(1, max(2, num_ranks)))
+
+
 @sizes
 def test_a_batch_whose_lines_all_fail_has_code_1_and_names_the_reason(place, num_ranks):
     bad = line("x", prompt="x", model="other") + "\n" + line("y", prompt="x", model="other")
