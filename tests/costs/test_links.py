@@ -83,3 +83,13 @@ def test_noise_of_a_factor_two_leaves_the_estimate_within_a_factor_one_and_a_hal
         links.record_transfer(1, 3, 10**8, 2.0 * rng.choice([0.5, 0.8, 1.0, 1.25, 2.0]), 0.0)
         wrong += not 1 / 1.5 < links.between(1, 3).Bps / 5e7 < 1.5
     assert wrong < 40
+
+
+def test_bandwidths_are_those_of_the_estimates(links):
+    before = {(src, dst): Bps for src, dst, Bps in links.bandwidths()}
+    assert before[links.hosts(1, 3)] == links.between(1, 3).Bps
+    for _ in range(WINDOW):
+        links.record_transfer(1, 3, 10**8, 10.0, now=0.0)
+    after = {(src, dst): Bps for src, dst, Bps in links.bandwidths()}
+    changed = {hosts for hosts in before if after[hosts] != before[hosts]}
+    assert changed == {links.hosts(1, 3)} and after[links.hosts(1, 3)] == links.between(1, 3).Bps
