@@ -46,3 +46,5 @@ class StepReport:
     logprobs: tuple[tuple[int, tuple[TokenLogprob, ...]], ...]  # (run index, one a token), sparse
     preempted: tuple[tuple[int, int], ...]  # (request id, epoch): handed back, blocks freed
     attended: int  # (query, key) pairs: earlier positions that prefilled positions attended to
+    cached: tuple[tuple[int, int], ...]  # (request id, prompt tokens found in the prefix cache) of
+    #                                      requests placed here without outputs; () if it is off

@@ -251,6 +251,7 @@ class IdealWorkers:
             logprobs=(),
             preempted=preempted,
             attended=0,
+            cached=(),
         )
 
     def progress(self, requests: RequestColumns) -> Progress:

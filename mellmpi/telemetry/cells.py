@@ -19,7 +19,7 @@ class Cell:
     prompt_tokens: int = 0  # of requests placed here first
     generation_tokens: int = 0
     preemptions: int = 0
-    prefix_queries: int = 0  # tokens of prompts and outputs that were looked up in the cache
+    prefix_queries: int = 0  # tokens of prompts that were looked up in the prefix cache
     prefix_hits: int = 0  # of these, found
     finished: Counter[str] = field(default_factory=Counter)  # by reason
     ttft: Histogram = field(default_factory=lambda: Histogram(TTFT_S))

@@ -57,7 +57,7 @@ class Metrics:
             case p.StepReport() if isinstance(source, int):
                 self._reporter = source
                 self._activity.used(now, source, event.free_bytes)
-                self._stepped(event)
+                self._stepped(source, event)
             case p.Submit():
                 self._submitted(now, event.request)
             case p.Cancel(request_id, "stop") if request_id in self._live:
@@ -110,10 +110,15 @@ class Metrics:
 
     # --- steps ---
 
-    def _stepped(self, report: p.StepReport) -> None:
+    def _stepped(self, worker: int, report: p.StepReport) -> None:
         if report.steps:
             x = (report.steps, report.prefill_tokens, report.decode_tokens)
             self._steps.add(x, report.step_s, weight=1 / report.steps)
+        for request_id, num_cached in report.cached:
+            if live := self._live.get(request_id):
+                cell = self._cells.of(live.model, worker)
+                cell.prefix_queries += live.num_prompt
+                cell.prefix_hits += num_cached
 
     # --- requests ---
 

@@ -130,6 +130,8 @@ class BatchScheduler:
         sequence.num_reported = len(order.outputs)
         self.sequences[order.epoch] = sequence
         self.tables.reuse_prefix(sequence)
+        if self.tables.prefix_caching and not order.outputs:
+            self._reports.placed(sequence)
         if not self.tables.grow(sequence, sequence.num_tokens):
             self._preempt(sequence)
 

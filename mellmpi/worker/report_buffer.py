@@ -16,6 +16,7 @@ class ReportBuffer:
     def _clear(self) -> None:
         self._runs: dict[int, Sequence] = {}  # with new tokens, by epoch; some have ended
         self._preempted: list[tuple[int, int]] = []
+        self._cached: list[tuple[int, int]] = []
         self._prefill_tokens = self._decode_tokens = self._attended = 0
 
     def token(self, sequence: Sequence) -> None:
@@ -26,6 +27,10 @@ class ReportBuffer:
         """Record output tokens and as many decoded positions."""
         self._runs[sequence.epoch] = sequence
         self._decode_tokens += num_tokens
+
+    def placed(self, sequence: Sequence) -> None:
+        """Record how much of a new request the prefix cache has."""
+        self._cached.append((sequence.request.id, sequence.num_computed))
 
     def preempted(self, sequence: Sequence) -> None:
         self._preempted.append((sequence.request.id, sequence.epoch))
@@ -39,7 +44,10 @@ class ReportBuffer:
 
     def report(self, steps: int, step_s: float, free_bytes: int, acked: int) -> StepReport | None:
         """Return everything collected as one message and clear the buffer; None if no change."""
-        if not (self._runs or self._preempted) and self._last_state == (acked, free_bytes):
+        if not (self._runs or self._preempted or self._cached) and self._last_state == (
+            acked,
+            free_bytes,
+        ):
             return None
         runs = list(self._runs.values())
         new_tokens = [s.outputs[s.num_reported :] for s in runs]
@@ -58,6 +66,7 @@ class ReportBuffer:
             logprobs=_logprobs(runs),
             preempted=tuple(self._preempted),
             attended=self._attended,
+            cached=tuple(self._cached),
         )
         for sequence in runs:
             sequence.num_reported = len(sequence.outputs)

@@ -68,6 +68,7 @@ def report(
         logprobs=logprobs,
         preempted=preempted,
         attended=0,
+        cached=(),
     )
 
 

@@ -11,7 +11,7 @@ from mellmpi.costs import CostModel
 from mellmpi.telemetry import Metrics, series
 from mellmpi.telemetry.series import EXACT_SAMPLES, Distribution, Sample, StepFunction
 
-NO_RUNS = ((), (), (), (), (), (), (), 0)  # and nothing attended
+NO_RUNS = ((), (), (), (), (), (), (), 0, ())  # nothing attended, nothing cached
 GREEDY = p.Sampling(9, 0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, (), None)
 
 

@@ -167,10 +167,18 @@ def test_gpu_seconds_saved_are_the_difference_of_two_counters():
 def test_a_parked_worker_uses_no_kv():
     m = Metrics()
     ready(m, 0.0, 1, capacity=1000)
-    m.observe(1.0, 1, p.StepReport(1, 0.1, 0, 1, 250, 0, *((),) * 7, 0))
+    m.observe(1.0, 1, p.StepReport(1, 0.1, 0, 1, 250, 0, *((),) * 7, 0, ()))
     assert values(parsed(m, 2.0), "kv_cache_usage_perc") == {("1",): 0.75}
     state(m, 3.0, 1, "parked")
     assert values(parsed(m, 4.0), "kv_cache_usage_perc") == {("1",): 0}
+
+
+def test_hits_of_the_prefix_cache_count_where_the_worker_found_them():
+    m = busy()
+    m.observe(2.7, 2, p.StepReport(1, 0.1, 0, 1, 250, 0, *((),) * 7, 0, ((1, 4), (2, 0), (99, 3))))
+    found = parsed(m, 3.0)
+    assert values(found, "prefix_cache_queries")[("2",)] == 10
+    assert values(found, "prefix_cache_hits") == {("0",): 0, ("1",): 0, ("2",): 4}
 
 
 def test_links_have_hosts_and_the_path_between_them():
@@ -247,6 +255,7 @@ def test_counters_agree_with_the_report(seed):
     assert total("request_success", "abort") == report["cancelled"]
     assert total("request_success", "error") == report["failed"]
     assert total("num_preemptions") == report["preemptions"]
+    assert total("prefix_cache_hits") <= total("prefix_cache_queries")
     assert of("time_to_first_token_seconds", "count") == len(sim.outcome.outputs)
     for mode, moves in report["migrations"].items():
         if mode != "failed":

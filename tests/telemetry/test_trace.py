@@ -32,7 +32,7 @@ def of(events, phase, **fields):
 
 
 def report(now, w, steps=1, step_s=0.1, free=0):
-    return now, w, p.StepReport(steps, step_s, 5, 2, free, 0, *((),) * 7, 0)
+    return now, w, p.StepReport(steps, step_s, 5, 2, free, 0, *((),) * 7, 0, ())
 
 
 def ready(now, worker):

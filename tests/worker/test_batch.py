@@ -721,10 +721,20 @@ def test_blocks_that_are_not_computed_yet_are_not_reused():
     assert caching.batch.sequences[2].num_computed == 8
 
 
+def test_a_report_says_how_much_of_each_new_request_was_cached(caching):
+    caching.assign(1, num_prompt=9)
+    caching.step()
+    caching.assign(2, num_prompt=9)
+    caching.assign(3, num_prompt=3, outputs=(100, 101))  # not new
+    assert caching.batch.report(1, 0.1).cached == ((1, 0), (2, 8))
+    assert caching.batch.report(0, 0.0) is None
+
+
 def test_without_the_option_nothing_is_reused(bench):
     bench.assign(1, num_prompt=9)
     bench.step()
     bench.assign(2, num_prompt=9)
+    assert bench.batch.report(1, 0.1).cached == ()
     assert bench.chunks()[1] == (2, 0, 9, True)
     assert not any(
         s.keys for s in bench.batch.sequences.values()

@@ -19,7 +19,7 @@ class BlockTables:
         [self.block_bytes] = {kv.block_bytes for kv in models}
         sizes = {kv.model: kv.block_size for kv in models}
         self.pool = BlockPool(num_blocks)
-        self._size, self._prefix_caching = sizes, prefix_caching
+        self._size, self.prefix_caching = sizes, prefix_caching
         self._root = {model: root_key(model) for model in sizes}
 
     def block_size(self, sequence: Sequence) -> int:
@@ -47,7 +47,7 @@ class BlockTables:
 
     def reuse_prefix(self, sequence: Sequence) -> None:
         """Begin the block table of a new sequence with blocks that hold its prefix already."""
-        if not self._prefix_caching:
+        if not self.prefix_caching:
             return
         # At least one position must be computed: the next token is sampled from its logits.
         self._extend_keys(sequence, sequence.num_tokens - 1)
@@ -57,7 +57,7 @@ class BlockTables:
 
     def register(self, sequence: Sequence) -> None:
         """Record the content of the sequence's full blocks, for prefix reuse."""
-        if not self._prefix_caching:
+        if not self.prefix_caching:
             return
         self._extend_keys(sequence, sequence.num_computed)
         full = sequence.num_computed // self._size[sequence.request.model]
