@@ -130,7 +130,7 @@ class Trace:
 
     def _enter(self, us: float, worker: int, state: str) -> None:
         known = self._worker(worker)
-        if known.state in (state, "lost"):
+        if known.state == state:
             return
         self._end(us, worker, "state", "state", {})
         known.state = state

@@ -142,13 +142,49 @@ def test_requests_count_where_they_are():
     assert values(found, "migrations") == {("2", "transfer", "moved", "drain", "1"): 1}
 
 
+def sums(metrics, name, label="engine"):
+    family = metrics[f"mellmpi:{name}"]
+    found = {s.labels[label]: s.value for s in family.samples if s.name.endswith("_sum")}
+    return pytest.approx(found)
+
+
 def test_a_histogram_has_its_samples_with_their_worker():
-    family = parsed(busy(), 3.0)["mellmpi:request_queue_time_seconds"]
-    sums = {s.labels["engine"]: s.value for s in family.samples if s.name.endswith("_sum")}
-    assert sums == {"0": 0, "1": 0.5, "2": 1.5}
-    downtime = parsed(busy(), 3.0)["mellmpi:migration_downtime_seconds"].samples
+    found = parsed(busy(), 3.0)
+    assert sums(found, "request_queue_time_seconds") == {"0": 0, "1": 0.5, "2": 1.5}
+    assert sums(found, "time_to_first_token_seconds") == {"0": 0, "1": 1.0, "2": 1.6}
+    assert sums(found, "inter_token_latency_seconds") == {"0": 0, "1": 0, "2": 0.5}
+    assert sums(found, "e2e_request_latency_seconds") == {"0": 0, "1": 0, "2": 1.6}
+    assert sums(found, "migration_seconds", "mode") == {"transfer": 0.3}
+    assert sums(found, "migration_predicted_seconds", "mode") == {"transfer": 1.0}
+    downtime = found["mellmpi:migration_downtime_seconds"].samples
     below = {s.labels["le"]: s.value for s in downtime if s.name.endswith("_bucket")}
     assert below["0.3"] == 0 and below["0.5"] == 1 == below["+Inf"]
+
+
+def test_a_request_that_is_placed_again_counts_once():
+    m = busy()
+    m.command(2.7, p.OBSERVER, p.Preempted(1, 2))
+    assert values(parsed(m, 2.8), "num_requests_waiting") == {("0",): 2}
+    assigned(m, 2.9, 1)
+    found = parsed(m, 3.0)
+    assert values(found, "prompt_tokens") == {("0",): 0, ("1",): 5, ("2",): 5}
+    assert sums(found, "request_queue_time_seconds") == {"0": 0, "1": 0.5, "2": 1.5}
+    assert values(found, "num_preemptions") == {("0",): 0, ("1",): 0, ("2",): 1}
+
+
+def test_counters_begin_at_0_before_the_first_request():
+    m = Metrics()
+    ready(m, 0.0, 1)
+    found = parsed(m, 1.0)
+    assert values(found, "num_requests_waiting") == {("0",): 0}
+    assert values(found, "generation_tokens") == {("0",): 0, ("1",): 0}
+
+
+def test_a_worker_that_is_lost_before_it_is_ready_has_no_kv():
+    m = Metrics()
+    state(m, 0.0, 1, "starting")
+    state(m, 1.0, 1, "lost")
+    assert values(parsed(m, 2.0), "kv_cache_usage_perc") == {}
 
 
 def test_gpu_seconds_saved_are_the_difference_of_two_counters():
@@ -252,6 +288,10 @@ def test_counters_agree_with_the_report(seed):
     assert total("generation_tokens") == sum(map(len, sim.outcome.outputs.values()))
     completed = total("request_success", "stop") + total("request_success", "length")
     assert completed == report["completed"] == of("e2e_request_latency_seconds", "count")
+    assert of("request_prompt_tokens", "count") == completed
+    ended_by_token = [i for i, why in sim.outcome.finished.items() if why != "cancelled"]
+    tokens_of_ended = sum(len(sim.outcome.outputs[i]) for i in ended_by_token)
+    assert of("request_generation_tokens", "sum") == tokens_of_ended
     assert total("request_success", "abort") == report["cancelled"]
     assert total("request_success", "error") == report["failed"]
     assert total("num_preemptions") == report["preemptions"]

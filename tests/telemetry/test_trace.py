@@ -135,7 +135,7 @@ def test_kv_in_use_is_written_when_it_changes():
     assert used == [(0, 0), (1, 600), (3, 0)]
 
 
-def test_a_lost_workers_requests_are_in_the_queue_and_it_stays_lost():
+def test_the_requests_of_a_lost_worker_are_in_the_queue():
     run = Written()
     run.trace.observe(*ready(0.0, 1))
     run.trace.commands(0.0, [(p.OBSERVER, p.WorkerChanged(1, "active"))])
