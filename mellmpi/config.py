@@ -183,6 +183,7 @@ class HttpConfig:
     port: int = 8000  # 0: any that is free
     api_server_count: int = 1  # processes that speak HTTP
     shutdown_timeout: float = 30.0  # seconds in which requests may end after SIGTERM
+    metrics_vllm_names: bool = False  # /metrics has vLLM's names beside ours
 
     def __post_init__(self) -> None:
         _check(0 <= self.port < 65536, f"--port must be 0 … 65535, not {self.port}")

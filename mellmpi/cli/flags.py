@@ -269,13 +269,7 @@ REPORTS = Group(
             "draw the run: each worker's KV over time, migrations, parked workers",
             "FILE.png",
         ),
-        Flag(
-            "trace-out",
-            str,
-            "write what happens as trace events, for ui.perfetto.dev or chrome://tracing: steps, "
-            "requests, migrations",
-            "FILE.json",
-        ),
+        Flag("trace-out", str, "write steps, requests and moves for ui.perfetto.dev", "FILE.json"),
         Flag("show", NUMBER, "print the first N answers (default: 0)", "N"),
     ),
 )
@@ -291,6 +285,7 @@ HTTP = Group(
             "after SIGTERM, requests in progress may end within S (default: 30)",
             "S",
         ),
+        Flag("metrics-vllm-names", switch, "metrics under vLLM's names, too", is_switch=True),
     ),
 )
 SERVING = (MODEL, DEVICES, CACHE, BATCHING, POLICY, TRANSPORT)

@@ -44,7 +44,11 @@ class ServingRank0:
             self.transport, self._scheduler, self._metrics, time.perf_counter
         )
         self._front = HttpFront(self.door.listener, self.door.servers)
-        self._front.questions = {"load": self._load, "progress": self._progress}
+        self._front.questions = {
+            "load": self._load,
+            "progress": self._progress,
+            "metrics": self._samples,
+        }
         self._until_s = float("inf")
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
@@ -98,6 +102,12 @@ class ServingRank0:
 
     def _load(self) -> str:
         return json.dumps({"server_load": len(self._scheduler.records)})
+
+    def _samples(self) -> str:
+        """Return the samples of `/metrics`; API servers render them."""
+        links = self._scheduler.registry.estimates.links.bandwidths()
+        samples = self._metrics.samples(time.perf_counter(), links)
+        return json.dumps({"samples": samples, "vllm": self.options.http.metrics_vllm_names})
 
     def _progress(self, request_ids: list[int]) -> str:
         """Return the state of the first of these requests that has no token yet, in words."""

@@ -86,6 +86,11 @@ def test_one_process_serves_too(serve):
     server = serve(1, *TINY)
     assert "".join(server.stream()) == server.complete()
     assert server.client.get("/ready").status_code == 200
+    metrics = server.client.get("/metrics")
+    assert metrics.headers["content-type"].startswith("text/plain")
+    assert 'mellmpi:generation_tokens_total{engine="1",model_name="random:tiny-llama"} 600.0' in (
+        metrics.text.splitlines()
+    )
     assert server.end(signal.SIGINT).code == 0
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from fastapi_offline import FastAPIOffline
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from mellmpi import __version__
@@ -21,6 +22,7 @@ from mellmpi.frontend.http.responses import CallResponse
 from mellmpi.frontend.http.tokens import tokenized
 from mellmpi.frontend.openai import CHAT, COMPLETIONS
 from mellmpi.frontend.strict_json import json_object
+from mellmpi.telemetry.prometheus import render
 
 MAX_BODY_BYTES = 32 << 20
 MAX_ID = 128  # characters of a stream's id
@@ -182,9 +184,11 @@ def _add_state(app: FastAPI, link: Link) -> None:
 
     @app.get("/metrics", summary="Prometheus metrics")
     async def metrics(request: Request) -> Response:
+        found = json.loads(await link.ask("metrics"))
         accept = request.headers.get("accept", "")
-        answer = json.loads(await link.ask("metrics", accept=accept))
-        return Response(answer["text"], media_type=answer["content_type"])
+        # In a thread: with many workers it takes longer than streams may pause.
+        kind, body = await run_in_threadpool(render, found["samples"], accept, found["vllm"])
+        return Response(body, media_type=kind)
 
 
 def _model(link: Link, name: str) -> dict[str, Any]:
