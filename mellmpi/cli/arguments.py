@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 from mellmpi import __version__
-from mellmpi.cli.flags import BATCH, HTTP, SERVING, SHORT, Flag, Group
+from mellmpi.cli.flags import BATCH, HTTP, SERVING, SHORT, TRACE, Flag, Group
 from mellmpi.cli.simulate_flags import SIMULATE
 from mellmpi.config import UsageError
 
@@ -52,7 +52,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add(parser, (*SERVING, HTTP, *BATCH))
     for name, help, groups in (
         ("doctor", "describe ranks, MPI, GPUs and links", SERVING),
-        ("serve", "answer requests over HTTP, as OpenAI's API does", (*SERVING, HTTP)),
+        ("serve", "answer requests over HTTP, as OpenAI's API does", (*SERVING, HTTP, TRACE)),
         ("demo", "a small model answers prompts that ship with it", (*SERVING, *BATCH)),
         ("run-batch", "answer a file of requests", (*SERVING, *BATCH)),
     ):

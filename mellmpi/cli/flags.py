@@ -269,7 +269,6 @@ REPORTS = Group(
             "draw the run: each worker's KV over time, migrations, parked workers",
             "FILE.png",
         ),
-        Flag("trace-out", str, "write steps, requests and moves for ui.perfetto.dev", "FILE.json"),
         Flag("show", NUMBER, "print the first N answers (default: 0)", "N"),
     ),
 )
@@ -288,6 +287,10 @@ HTTP = Group(
         Flag("metrics-vllm-names", switch, "metrics under vLLM's names, too", is_switch=True),
     ),
 )
+TRACE = Group(
+    "trace",
+    (Flag("trace-out", str, "write steps, requests and moves for ui.perfetto.dev", "FILE.json"),),
+)
 SERVING = (MODEL, DEVICES, CACHE, BATCHING, POLICY, TRANSPORT)
-BATCH = (FILES, REPLAY, REPORTS)
+BATCH = (FILES, REPLAY, REPORTS, TRACE)
 SHORT = {"input-file": "-i", "output-file": "-o"}

@@ -91,6 +91,15 @@ def open_files(options: Options) -> BatchFiles:
     return found
 
 
+def trace_file(options: Options) -> Destination | None:
+    """The file of --trace-out of a job without other files. Raises UsageError."""
+    trace = _destination("--trace-out", options.trace_out)
+    if trace is not None:
+        with ExitStack() as created:
+            trace.check_writable(created)
+    return trace
+
+
 def _check_outputs(name: str, status: os.stat_result, outputs: list[Destination]) -> None:
     """Raise UsageError unless all outputs can be written and differ from the input."""
     to_stdout = [str(output) for output in outputs if output.descriptor == STDOUT]

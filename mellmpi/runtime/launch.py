@@ -17,7 +17,7 @@ from mellmpi.config import Config, ModelConfig, Options, UsageError
 from mellmpi.files import visible
 from mellmpi.frontend import Tokenizer
 from mellmpi.models import Architecture, resolve
-from mellmpi.runtime.batch_files import open_files
+from mellmpi.runtime.batch_files import open_files, trace_file
 from mellmpi.runtime.begin import Begun, ReadOptions
 from mellmpi.runtime.calibration import measured_steps
 from mellmpi.runtime.connect import connect
@@ -72,10 +72,10 @@ def _batch(options: Options) -> tuple[MakeRank0, dict[str, Any]]:
 
 def _server(options: Options, door: Door) -> tuple[MakeRank0, dict[str, Any]]:
     """Return rank 0 of a server, and what every rank must know."""
-    prepared = _prepare(options)
+    trace, prepared = trace_file(options), _prepare(options)
     _tokenizers(options, prepared)
     prepared["serves"] = True
-    return partial(ServingRank0, options, options.config, door), prepared
+    return partial(ServingRank0, options, options.config, door, trace), prepared
 
 
 def _shared(job: Job, prepared: dict[str, Any] | None) -> dict[str, Any]:

@@ -10,12 +10,14 @@ from pathlib import Path
 from types import FrameType
 
 from mellmpi.config import Config, Options
+from mellmpi.files import Destination
 from mellmpi.frontend import ServedModel
 from mellmpi.protocol import ModelFiles, ModelLimits, StartServer
 from mellmpi.runtime.ending import JobFailed
 from mellmpi.runtime.scheduler import SchedulerLoop
 from mellmpi.runtime.served_models import mixed_arithmetic, served_models
 from mellmpi.runtime.serving import Door, HttpFront, say
+from mellmpi.runtime.tracing import Tracing
 from mellmpi.scheduler import ClusterScheduler
 from mellmpi.scheduler.policies import policy_for
 from mellmpi.telemetry import Metrics
@@ -29,6 +31,7 @@ class ServingRank0:
     options: Options
     config: Config
     door: Door
+    trace: Destination | None
     directories: tuple[Path, ...]  # one per model
     transport: Transport
     run_local_worker: Callable[[], bool]  # one iteration of a worker in this process, if any
@@ -40,9 +43,9 @@ class ServingRank0:
         self._scheduler = ClusterScheduler(
             self.transport.num_workers, cluster, policy_for(cluster.policy, cluster.migrate)
         )
-        self._loop = SchedulerLoop(
-            self.transport, self._scheduler, self._metrics, time.perf_counter
-        )
+        tracing = Tracing(self.trace)
+        observer = tracing.beside(self._metrics)
+        self._loop = SchedulerLoop(self.transport, self._scheduler, observer, time.perf_counter)
         self._front = HttpFront(self.door.listener, self.door.servers)
         self._front.questions = {
             "load": self._load,
@@ -60,6 +63,8 @@ class ServingRank0:
         finally:
             self._loop.stop()
             self._front.close()
+            for problem in tracing.close(time.perf_counter()):
+                say(problem)
         return 0
 
     def _start(self) -> None:

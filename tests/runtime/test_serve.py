@@ -82,8 +82,8 @@ def test_answers_are_the_same_while_requests_move_and_when_a_worker_dies(serve):
     assert done.code == 0, done.err
 
 
-def test_one_process_serves_too(serve):
-    server = serve(1, *TINY)
+def test_one_process_serves_too(serve, tmp_path):
+    server = serve(1, *TINY, "--trace-out", str(tmp_path / "trace.json"))
     assert "".join(server.stream()) == server.complete()
     assert server.client.get("/ready").status_code == 200
     metrics = server.client.get("/metrics")
@@ -92,6 +92,9 @@ def test_one_process_serves_too(serve):
         metrics.text.splitlines()
     )
     assert server.end(signal.SIGINT).code == 0
+    events = json.loads((tmp_path / "trace.json").read_text())
+    ends = [e["args"] for e in events if e["ph"] == "e" and e["cat"] == "request"]
+    assert ends == [{"finish_reason": "length", "tokens": 300}] * 2
 
 
 def test_requests_in_progress_end_before_the_server_does(serve):
@@ -118,7 +121,9 @@ def test_a_port_in_use_is_said_before_the_model_loads(tmp_path):
     assert done.err.count("mellmpi:") == 1
 
 
-@pytest.mark.parametrize("flag", [("--port", "70000"), ("--host", "no.such.host.example")])
+@pytest.mark.parametrize(
+    "flag", [("--port", "70000"), ("--host", "no.such.host.example"), ("--trace-out", "/no/t")]
+)
 def test_misuse_is_one_line(tmp_path, flag):
     done = Run(1, "serve", *TINY, *flag, directory=tmp_path).wait(60)
     assert done.code == 2 and flag[0] in done.err and "Traceback" not in done.err
