@@ -22,6 +22,7 @@ ROOMS = {
     "files",
     "frontend",
     "launcher",
+    "loadgen",
     "runtime",
     "telemetry",
     "workload",
@@ -42,9 +43,10 @@ MAY_IMPORT = {  # part of the package -> what of ours it may import, beside itse
     "workload": {"protocol"},
     "files": {"config"},
     "launcher": set(),
+    "loadgen": {"config", "files", "telemetry", "workload"},
     "frontend": {"files", "protocol", "config", "telemetry", "workload"},
     "sim": {"config", "costs", "files", "protocol", "scheduler", "worker", "workload"},
-    "runtime": ROOMS - {"sim", "cli"},
+    "runtime": ROOMS - {"sim", "cli", "loadgen"},
     "cli": ROOMS,
 }
 COMMANDS = {  # (file, module) past a door: the command line loads the one command that it runs
@@ -89,6 +91,7 @@ WITHOUT = {  # imports with these modules missing
     "mellmpi.scheduler.cluster": {"torch", "mpi4py"},
     "mellmpi.sim": {"torch", "mpi4py", "jinja2", "tokenizers", "matplotlib", "tqdm"},
     "mellmpi.telemetry": {"torch", "mpi4py", "matplotlib", "prometheus_client"},
+    "mellmpi.loadgen": {"torch", "mpi4py", "aiohttp", "tokenizers", "matplotlib", "tqdm"},
     "mellmpi.runtime.scheduler": {"torch", "matplotlib"},  # rank 0 needs no engine
     "mellmpi.runtime.launch": {"torch", "matplotlib"},
     "mellmpi.runtime.begin": {"numpy", "numba", "torch", "mpi4py"},  # the URL is there at once

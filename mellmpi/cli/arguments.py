@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 from mellmpi import __version__
+from mellmpi.cli.bench_flags import BENCH_SERVE, EXAMPLES_OF_BENCH, TEXT_OF_BENCH
 from mellmpi.cli.flags import BATCH, HTTP, SERVING, SHORT, TRACE, Flag, Group
 from mellmpi.cli.simulate_flags import SIMULATE
 from mellmpi.config import UsageError
@@ -15,6 +16,7 @@ EXAMPLES = """examples:
   mpirun -np 3 python -m mellmpi demo                         a small model answers prompts
   mpirun -np 3 python -m mellmpi run-batch -i in.jsonl -o out.jsonl --model DIR
   mpirun -np 3 python -m mellmpi run-batch --replay trace.csv --model DIR --report figures.json
+  python -m mellmpi bench serve --base-url http://host:8000   measure a server under load
   cat in.jsonl | mpirun -np 3 python -m mellmpi > out.jsonl   requests from a pipe
 Every flag can also be set in a YAML file (--config), or in the environment as MELLMPI_FLAG_NAME;
 the command line overrides the environment, which overrides the file."""
@@ -63,7 +65,23 @@ def make_parser() -> argparse.ArgumentParser:
         "simulate", help="compare policies on a trace, without GPUs", formatter_class=_Help
     )
     _add(simulated, SIMULATE)
+    _add_bench(commands)
     return parser
+
+
+def _add_bench(commands: Any) -> None:
+    bench = commands.add_parser("bench", help="measure a server under load", formatter_class=_Help)
+    kinds = bench.add_subparsers(
+        title="commands", dest="bench", metavar="COMMAND", parser_class=_Parser, required=True
+    )
+    serve = kinds.add_parser(
+        "serve",
+        help="send requests to any OpenAI server",
+        description=TEXT_OF_BENCH,
+        epilog=EXAMPLES_OF_BENCH,
+        formatter_class=_Help,
+    )
+    _add(serve, BENCH_SERVE)
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
@@ -87,6 +105,8 @@ def _reading(flag: Flag) -> dict[str, Any]:
     if flag.is_switch:
         return {"action": argparse.BooleanOptionalAction}
     read = {"type": _typed(flag), "metavar": flag.metavar}
+    if flag.takes_several:
+        return read | {"nargs": "+", "action": "extend"}
     return read | ({"action": "append"} if flag.is_list else {"choices": flag.choices})
 
 

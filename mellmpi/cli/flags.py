@@ -44,6 +44,7 @@ class Flag:
     choices: Sequence[str] | None = None
     is_switch: bool = False
     is_list: bool = False  # may be repeated; in the environment values are separated by ;
+    takes_several: bool = False  # one or more values after the flag
 
     @property
     def key(self) -> str:

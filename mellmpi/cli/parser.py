@@ -56,6 +56,20 @@ def _simulate(arguments: Sequence[str]) -> int:
         return 2
 
 
+def _bench(arguments: Sequence[str]) -> int:
+    """Run `bench serve`, which needs neither MPI nor torch; its exit code."""
+    from mellmpi.loadgen import BenchOptions, bench_serve
+
+    try:
+        given = vars(make_parser().parse_args(list(arguments)))
+        if [given.pop("command"), given.pop("bench")] != list(arguments[:2]):
+            raise UsageError("write the command first: python -m mellmpi bench serve --model …")
+        return bench_serve(BenchOptions(api_key=os.environ.get("OPENAI_API_KEY"), **given))
+    except (UsageError, ValueError) as error:
+        sys.stderr.write(f"mellmpi: {error}\n")
+        return 2
+
+
 def read_options(
     arguments: Sequence[str], environment: Mapping[str, str], piped: Callable[[], bool]
 ) -> Options:
@@ -182,6 +196,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = _command(arguments)
     if command == "simulate":
         return _simulate(arguments) if first else 0
+    if command == "bench":
+        return _bench(arguments) if first else 0
     from mellmpi.runtime.ending import run_job
 
     if command == "doctor":

@@ -1,6 +1,9 @@
 """Readers of flag values: text in, a checked value out; ValueError says what is allowed."""
 
+import json
+import math
 from dataclasses import dataclass
+from typing import Any
 
 LARGEST_TOKEN_BYTES = 2**30  # times the tokens of the longest request, it fits into 63 bits
 SWITCHES = {
@@ -95,3 +98,34 @@ def switch(text: str) -> bool:
     if (value := SWITCHES.get(text.strip().lower())) is None:
         raise ValueError(f"{text!r} is neither true nor false")
     return value
+
+
+def pair(text: str) -> tuple[str, str]:
+    """A KEY=VALUE pair."""
+    key, sign, value = text.partition("=")
+    if not sign or not key.strip():
+        raise ValueError(f"{text!r:.60} is not KEY=VALUE")
+    return key.strip(), value.strip()
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """A JSON object."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{text!r:.60} is no JSON object such as '{{\"top_k\": 20}}'")
+    return found
+
+
+def positive_or_inf(text: str) -> float:
+    """A number over 0, or inf."""
+    return math.inf if text.strip().lower() == "inf" else POSITIVE(text)
+
+
+def one_of(names: tuple[str, ...], text: str) -> str:
+    """One of these names."""
+    if text.strip() not in names:
+        raise ValueError(f"{text!r:.60} is not one of {', '.join(names)}")
+    return text.strip()

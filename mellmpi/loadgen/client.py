@@ -1,0 +1,148 @@
+"""The HTTP client: sends one request to an OpenAI server and reads its stream.
+
+One session without a limit of connections. An event costs the generator some 20 µs of one core,
+`bench/loadgen.py` measures it.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import aiohttp
+
+from mellmpi.loadgen.answers import Answer, Count, Failed, Outcome, message_of
+from mellmpi.loadgen.datasets import Prompt
+from mellmpi.loadgen.options import SAMPLING, BenchOptions
+from mellmpi.loadgen.sse import EventStream
+
+LONGEST_S = 6 * 3600.0  # of one request
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+class Unreachable(Exception):
+    """Nothing answers at the URL of the server. The text says why."""
+
+
+@dataclass
+class Client:
+    """Sends requests. `count` counts tokens where the server does not; None: there is no way."""
+
+    session: aiohttp.ClientSession
+    options: BenchOptions
+    model: str
+    count: Count | None = None
+    clock: Callable[[], float] = time.perf_counter
+
+    async def ask(self, prompt: Prompt, begin_s: float, name: str = "") -> Outcome:
+        """Send a request and read its answer to the end. Failures are outcomes, too.
+
+        begin_s  start of the run; times of the outcome are since then
+        name     x-request-id
+        """
+        payload = json.dumps(self.body(prompt)).encode()
+        headers = {"x-request-id": name} if name else None
+        answer, start_s = Answer(), self.clock()
+        try:
+            await self._read(payload, headers, answer)
+            outcome = answer.outcome(start_s, prompt.prompt_tokens, self.count)
+        except Failed as error:
+            reason, detail = error.reason, error.detail
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+            reason, detail = described(error)
+        else:
+            return replace(outcome, start_s=start_s - begin_s)
+        text, spent_s = "".join(answer.texts), self.clock() - start_s
+        return Outcome(
+            start_s - begin_s,
+            prompt.prompt_tokens,
+            spent_s,
+            text=text,
+            reason=reason,
+            detail=detail,
+        )
+
+    async def _read(self, payload: bytes, headers: Any, answer: Answer) -> None:
+        async with self.session.post(self.options.url, data=payload, headers=headers) as response:
+            if response.status != 200:
+                raise Failed(f"HTTP {response.status}", _error_text(await response.text()))
+            if "text/event-stream" not in response.headers.get("Content-Type", ""):
+                answer.take(await response.text(), self.clock())  # one body, not a stream
+                answer.is_done = True
+                return
+            stream = EventStream()
+            async for piece in response.content.iter_any():
+                now = self.clock()
+                for data in stream.feed(piece):
+                    answer.take(data, now)
+            for data in stream.finish():
+                answer.take(data, self.clock())
+
+    def body(self, prompt: Prompt) -> dict[str, Any]:
+        """Return the body of a request. A null in --extra-body removes a field."""
+        given: dict[str, Any] = {"model": self.model}
+        if self.options.is_chat:
+            given["messages"] = [{"role": "user", "content": prompt.prompt}]
+        else:
+            given["prompt"] = prompt.prompt
+        given |= {
+            "max_tokens": prompt.output_tokens,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        if self.options.sends_ignore_eos:
+            given["ignore_eos"] = True
+        given |= {name: getattr(self.options, name) for name in SAMPLING}
+        given |= self.options.extra_body
+        return {name: value for name, value in given.items() if value is not None}
+
+
+def open_session(options: BenchOptions) -> aiohttp.ClientSession:
+    """Return a session with the headers of the options. Needs a running event loop."""
+    headers = {"Content-Type": "application/json"}
+    if options.api_key:
+        headers["Authorization"] = f"Bearer {options.api_key}"
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, ssl=not options.insecure, keepalive_timeout=60),
+        timeout=aiohttp.ClientTimeout(total=LONGEST_S),
+        headers=headers | dict(options.header),
+        trust_env=not any(f"//{host}" in options.server for host in LOOPBACK),  # proxies
+    )
+
+
+async def first_model(session: aiohttp.ClientSession, options: BenchOptions) -> str | None:
+    """Return the first model that the server lists; None if it lists none.
+
+    Raises Unreachable if nothing answers.
+    """
+    try:
+        async with session.get(f"{options.server}/v1/models") as response:
+            listed = json.loads(await response.text())
+            return str(listed["data"][0]["id"])
+    except (aiohttp.ClientConnectionError, TimeoutError, OSError) as error:
+        raise Unreachable(": ".join(filter(None, described(error)))) from error
+    except (aiohttp.ClientError, ValueError, LookupError, TypeError):
+        return None
+
+
+def described(error: Exception) -> tuple[str, str]:
+    """Return the reason of a failed connection, alike for alike failures, and its details."""
+    if isinstance(error, aiohttp.ClientConnectorError) and isinstance(
+        error.os_error, ConnectionRefusedError
+    ):
+        return "connection refused", ""
+    if isinstance(error, TimeoutError):
+        return "no answer in time", ""
+    if isinstance(error, aiohttp.ServerDisconnectedError | aiohttp.ClientPayloadError):
+        return "the server closed the connection", ""
+    if isinstance(error, ConnectionResetError):
+        return "the server reset the connection", ""
+    return type(error).__name__, " ".join(str(error).split())
+
+
+def _error_text(body: str) -> str:
+    try:
+        return message_of(json.loads(body))
+    except (ValueError, RecursionError):
+        return " ".join(body.split())[:200]
