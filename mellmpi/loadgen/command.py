@@ -1,6 +1,7 @@
 """The command `bench serve`: dataset, server, run, then banner, JSON and picture."""
 
 import asyncio
+import gc
 import json
 import math
 import os
@@ -83,6 +84,9 @@ def _measure(
     _allow_connections()
     session = Session(options, dataset.prompts, arrival_s, vocabulary, _say)
 
+    gc.collect()
+    gc.freeze()  # a collection during the run need not look at the prompts
+
     async def interruptible() -> Run:
         stop, loop = asyncio.Event(), asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -92,6 +96,7 @@ def _measure(
 
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         run = runner.run(interruptible())
+    gc.unfreeze()
     return Measured(run, session.model, tokenizer)
 
 

@@ -79,22 +79,23 @@ def _distribution(axes: Axes, metric: str, values_s: list[float]) -> None:
     ordered = np.sort(values_s)
     scale, unit = (1.0, "s") if ordered[-1] >= 10 else (1000.0, "ms")
     shares = np.arange(1, len(ordered) + 1) / len(ordered)
+    end = max(1.05 * scale * float(ordered[-1]), 1e-6)
     axes.step(scale * ordered, shares, where="post", color=KV_EDGE, lw=1.6)
     for share, name in ((0.5, "median"), (0.99, "P99")):
         at = scale * float(np.percentile(ordered, 100 * share))
-        axes.plot([at], [share], "o", ms=5, color=INK, zorder=4)
+        is_left = at < end / 2
+        axes.plot([at], [share], "o", ms=5, color=INK, zorder=4, clip_on=False)
         axes.annotate(
-            f"{name} {at:,.3g} ",
+            f"{name} {at:,.3g}",
             (at, share),
-            xytext=(-5, -4),
+            xytext=(6 if is_left else -6, -5),
             textcoords="offset points",
-            ha="right",
+            ha="left" if is_left else "right",
             va="top",
             fontsize=9,
             color=INK,
-            bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none"},
         )
-    axes.set_xlim(0, max(1.05 * scale * float(ordered[-1]), 1e-6))
+    axes.set_xlim(0, end)
     axes.set_xlabel(unit, color=MUTED, fontsize=9)
 
 

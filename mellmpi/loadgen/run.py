@@ -5,7 +5,6 @@ part of every TTFT that it measures.
 """
 
 import asyncio
-import gc
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import nullcontext
@@ -59,8 +58,6 @@ class Generator:
         arrival_s  of each prompt, ascending
         """
         run = Run()
-        gc.collect()
-        gc.freeze()  # prompts need not be looked at again
         begin_s = self.clock()
         sending = asyncio.create_task(self._send(prompts, arrival_s, begin_s, run))
         beating = asyncio.create_task(self._beat(run))
@@ -74,7 +71,6 @@ class Generator:
             for task in others:
                 task.cancel()
             ends = await asyncio.gather(*others, return_exceptions=True)
-            gc.unfreeze()
         if isinstance(ends[0], Exception):
             raise ends[0]
         return run
