@@ -1,7 +1,7 @@
 """How many events of streams can `bench serve` take on one core, and what does an event cost it?
 
-A server in a process of its own writes prepared events, each in a chunk of its own: first as fast as
-the generator reads, then at given rates. The time of the CPU does not depend on what else runs on
+A server in a process of its own writes prepared events, each in a chunk of its own: first as fast
+as the generator reads, then at given rates. The time of the CPU depends little on what else runs on
 the machine, the lag of the generator's event loop does.
 """
 

@@ -37,15 +37,28 @@ AT_ONCE_MS = 1e6  # target of a step where no user waits: only --max-num-batched
 FLAGS = tuple(flags_of((*SERVING, HTTP, *BATCH)))  # that the environment and the file may set
 
 
-def _simulate(arguments: Sequence[str]) -> int:
-    """Run `simulate`, which needs neither MPI nor torch; its exit code."""
+def _simulate(given: dict[str, Any]) -> int:
     from mellmpi.sim import SimulateOptions, simulate
 
+    return simulate(SimulateOptions(**given))
+
+
+def _bench_serve(given: dict[str, Any]) -> int:
+    from mellmpi.loadgen import BenchOptions, bench_serve
+
+    return bench_serve(BenchOptions(api_key=os.environ.get("OPENAI_API_KEY"), **given))
+
+
+def _alone(command: Callable[[dict[str, Any]], int], arguments: Sequence[str]) -> int:
+    """Run a command that needs neither MPI nor torch; its exit code."""
     try:
         given = vars(make_parser().parse_args(list(arguments)))
-        if given.pop("command") != arguments[0]:
-            raise UsageError("write the command first: python -m mellmpi simulate --trace FILE …")
-        code = simulate(SimulateOptions(**given))
+        words = [given.pop(name) for name in ("command", "bench") if name in given]
+        if words != list(arguments[: len(words)]):
+            raise UsageError(
+                f"write the command first: python -m mellmpi {' '.join(words)}, then its flags"
+            )
+        code = command(given)
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # as with `| head`; the files are written
@@ -54,20 +67,11 @@ def _simulate(arguments: Sequence[str]) -> int:
     except (UsageError, ValueError) as error:
         sys.stderr.write(f"mellmpi: {error}\n")
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
-def _bench(arguments: Sequence[str]) -> int:
-    """Run `bench serve`, which needs neither MPI nor torch; its exit code."""
-    from mellmpi.loadgen import BenchOptions, bench_serve
-
-    try:
-        given = vars(make_parser().parse_args(list(arguments)))
-        if [given.pop("command"), given.pop("bench")] != list(arguments[:2]):
-            raise UsageError("write the command first: python -m mellmpi bench serve --model …")
-        return bench_serve(BenchOptions(api_key=os.environ.get("OPENAI_API_KEY"), **given))
-    except (UsageError, ValueError) as error:
-        sys.stderr.write(f"mellmpi: {error}\n")
-        return 2
+ALONE = {"simulate": _simulate, "bench": _bench_serve}  # commands of one process
 
 
 def read_options(
@@ -194,10 +198,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if {"-h", "--help", "--version"} & set(arguments):
         return _help(arguments) if first else 0
     command = _command(arguments)
-    if command == "simulate":
-        return _simulate(arguments) if first else 0
-    if command == "bench":
-        return _bench(arguments) if first else 0
+    if command in ALONE:
+        return _alone(ALONE[command], arguments) if first else 0
     from mellmpi.runtime.ending import run_job
 
     if command == "doctor":

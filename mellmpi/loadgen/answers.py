@@ -87,7 +87,7 @@ class Answer:
 
     def _chunk(self, chunk: dict[str, Any], now: float) -> None:
         if error := chunk.get("error"):
-            raise Failed("error in the stream", message_of(error))
+            raise Failed("error in the answer", message_of(error))
         if usage := chunk.get("usage"):
             self.prompt_tokens = _whole(usage.get("prompt_tokens"), self.prompt_tokens)
             self.output_tokens = _whole(usage.get("completion_tokens"), self.output_tokens)

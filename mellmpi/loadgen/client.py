@@ -1,15 +1,18 @@
 """The HTTP client: sends one request to an OpenAI server and reads its stream.
 
-One session without a limit of connections. An event costs 28 µs of one core if it comes alone (36,000
-events/s), 12 µs where events come faster than they are read, so that one read has several (80,000
-events/s). `bench/loadgen.py` measures both.
+One session without a limit of connections. An event costs 28 µs of one core if it comes alone
+(36,000 events/s), 12 µs where events come faster than they are read, so that one read has several
+(80,000 events/s). `bench/loadgen.py` measures both.
 """
 
 import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any
+from urllib.parse import urlsplit
+from uuid import uuid4
 
 import aiohttp
 
@@ -19,6 +22,7 @@ from mellmpi.loadgen.options import SAMPLING, BenchOptions
 from mellmpi.loadgen.sse import EventStream
 
 LONGEST_S = 6 * 3600.0  # of one request
+LISTING_S, CONNECTING_S = 30.0, 10.0  # of the list of models
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -28,26 +32,30 @@ class Unreachable(Exception):
 
 @dataclass
 class Client:
-    """Sends requests. `count` counts tokens where the server does not; None: there is no way."""
+    """Sends requests. `tokens` counts tokens where the server does not; None: there is no way.
+
+    Each request has an x-request-id of its own.
+    """
 
     session: aiohttp.ClientSession
     options: BenchOptions
     model: str
-    count: Count | None = None
+    tokens: Count | None = None
     clock: Callable[[], float] = time.perf_counter
+    prefix: str = field(default_factory=lambda: f"bench-{uuid4().hex[:8]}-")
+    numbers: Iterator[int] = field(default_factory=count)
 
-    async def ask(self, prompt: Prompt, begin_s: float, name: str = "") -> Outcome:
+    async def ask(self, prompt: Prompt, begin_s: float) -> Outcome:
         """Send a request and read its answer to the end. Failures are outcomes, too.
 
         begin_s  start of the run; times of the outcome are since then
-        name     x-request-id
         """
         payload = json.dumps(self.body(prompt)).encode()
-        headers = {"x-request-id": name} if name else None
+        headers = {"x-request-id": f"{self.prefix}{next(self.numbers)}"}
         answer, start_s = Answer(), self.clock()
         try:
             await self._read(payload, headers, answer)
-            outcome = answer.outcome(start_s, prompt.prompt_tokens, self.count)
+            outcome = answer.outcome(start_s, prompt.prompt_tokens, self.tokens)
         except Failed as error:
             reason, detail = error.reason, error.detail
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
@@ -64,11 +72,11 @@ class Client:
             detail=detail,
         )
 
-    async def _read(self, payload: bytes, headers: Any, answer: Answer) -> None:
+    async def _read(self, payload: bytes, headers: dict[str, str], answer: Answer) -> None:
         async with self.session.post(self.options.url, data=payload, headers=headers) as response:
             if response.status != 200:
                 raise Failed(f"HTTP {response.status}", _error_text(await response.text()))
-            if "text/event-stream" not in response.headers.get("Content-Type", ""):
+            if response.content_type == "application/json":
                 answer.take(await response.text(), self.clock())  # one body, not a stream
                 answer.is_done = True
                 return
@@ -108,22 +116,23 @@ def open_session(options: BenchOptions) -> aiohttp.ClientSession:
         connector=aiohttp.TCPConnector(limit=0, ssl=not options.insecure, keepalive_timeout=60),
         timeout=aiohttp.ClientTimeout(total=LONGEST_S),
         headers=headers | dict(options.header),
-        trust_env=not any(f"//{host}" in options.server for host in LOOPBACK),  # proxies
+        trust_env=urlsplit(options.server).hostname not in LOOPBACK,  # proxies
     )
 
 
 async def first_model(session: aiohttp.ClientSession, options: BenchOptions) -> str | None:
     """Return the first model that the server lists; None if it lists none.
 
-    Raises Unreachable if nothing answers.
+    Raises Unreachable if nothing listens.
     """
+    timeout = aiohttp.ClientTimeout(total=LISTING_S, sock_connect=CONNECTING_S)
     try:
-        async with session.get(f"{options.server}/v1/models") as response:
+        async with session.get(f"{options.server}/v1/models", timeout=timeout) as response:
             listed = json.loads(await response.text())
             return str(listed["data"][0]["id"])
-    except (aiohttp.ClientConnectionError, TimeoutError, OSError) as error:
+    except aiohttp.ClientConnectionError as error:
         raise Unreachable(": ".join(filter(None, described(error)))) from error
-    except (aiohttp.ClientError, ValueError, LookupError, TypeError):
+    except (aiohttp.ClientError, TimeoutError, ValueError, LookupError, TypeError):
         return None
 
 

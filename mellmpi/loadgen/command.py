@@ -1,6 +1,7 @@
 """The command `bench serve`: dataset, server, run, then banner, JSON and picture."""
 
 import asyncio
+import errno
 import gc
 import json
 import math
@@ -36,6 +37,7 @@ class Measured:
     run: Run
     model: str
     tokenizer: str | None
+    num_prompts: int
 
 
 def bench_serve(options: BenchOptions) -> int:
@@ -49,6 +51,8 @@ def bench_serve(options: BenchOptions) -> int:
     began = datetime.now()
     with ExitStack() as created:
         picture = _picture(options, created)
+        if options.save_result:
+            _make_result_directory(options)
         name = _tokenizer_name(options)
         try:
             vocabulary = Vocabulary.load(name) if name else None
@@ -97,7 +101,7 @@ def _measure(
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         run = runner.run(interruptible())
     gc.unfreeze()
-    return Measured(run, session.model, tokenizer)
+    return Measured(run, session.model, tokenizer, len(dataset.prompts))
 
 
 def _tokenizer_name(options: BenchOptions) -> str | None:
@@ -188,6 +192,19 @@ def _picture(options: BenchOptions, created: ExitStack) -> Destination | None:
     return picture
 
 
+def _make_result_directory(options: BenchOptions) -> None:
+    """Make the directory of the result before a long run. UsageError if it cannot be written to."""
+    directory = Path(options.result_dir or "", options.result_filename or "x").parent
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if not os.access(directory, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise UsageError(
+            f"--result-dir: {visible(str(directory))} cannot be written: {error.strerror}"
+        ) from error
+
+
 def _draw(
     picture: Destination, options: BenchOptions, measured: Measured, found: dict[str, Any]
 ) -> None:
@@ -210,7 +227,7 @@ def _save(
         "label": options.label,
         "model_id": measured.model,
         "tokenizer_id": measured.tokenizer,
-        "num_prompts": measured.run.sent,
+        "num_prompts": measured.num_prompts,
         **dict(options.metadata),
         "request_rate": rate,
         "burstiness": options.burstiness,
@@ -222,10 +239,6 @@ def _save(
     model = measured.model.rstrip("/").rpartition("/")[2]
     default = f"{options.label or options.backend}-{rate}qps{most}-{model}-{date}.json"
     path = Path(options.result_dir or "", options.result_filename or default)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--result-dir {path.parent}: {error.strerror}") from error
     _write(
         Destination("--result-filename", str(path), str(path)), json.dumps(result).encode() + b"\n"
     )

@@ -1,6 +1,7 @@
 """Made-up prompts of a given number of tokens, and the tokenizer that counts them."""
 
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ TEXT = (
 WORDS = TEXT.split()
 PLAIN_IDS = range(300, 1000)  # neither bytes nor special tokens in the usual vocabularies
 TRIES = 10
+FEW = 100  # tokens; a vocabulary with fewer words is used as a whole
+WORD = re.compile("[Ġ▁][A-Za-z]{2,}")  # with a space before it: byte-level BPE, SentencePiece
 
 
 class Vocabulary:
@@ -27,8 +30,11 @@ class Vocabulary:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
-        special = backend.get_added_tokens_decoder()
-        self.ids = [i for i in range(backend.get_vocab_size(False)) if i not in special]
+        added = backend.get_added_tokens_decoder()
+        ordinary = {text: i for text, i in backend.get_vocab(False).items() if i not in added}
+        words = [i for text, i in ordinary.items() if WORD.fullmatch(text)]
+        # A text of words nearly always has the tokens that it was made of.
+        self.ids = sorted(words if len(words) >= FEW else ordinary.values())
 
     @classmethod
     def load(cls, name: str) -> "Vocabulary":

@@ -13,9 +13,7 @@ ENDPOINTS = {  # backend -> path; "vllm" is vLLM's own name of "openai"
     "vllm": "/v1/completions",
     "openai-chat": "/v1/chat/completions",
 }
-DATASETS = ("random", "sharegpt", "custom", "trace")
 METRICS = ("ttft", "tpot", "itl", "e2el")
-OBJECTIVES = ("ttft", "tpot", "e2el")
 PICTURES = (".png", ".pdf", ".svg", ".jpg")
 SAMPLING = (
     "temperature",
@@ -27,6 +25,18 @@ SAMPLING = (
     "repetition_penalty",
     "logprobs",
 )
+GOES_WITH = {  # flag -> datasets that it is for
+    "random_input_len": ("random",),
+    "random_output_len": ("random",),
+    "random_range_ratio": ("random",),
+    "random_prefix_len": ("random",),
+    "sharegpt_output_len": ("sharegpt",),
+    "custom_output_len": ("custom",),
+    "disable_shuffle": ("sharegpt", "custom"),
+    "no_oversample": ("sharegpt", "custom"),
+    "rate_scale": ("trace",),
+    "length_scale": ("trace",),
+}
 DEFAULT_PROMPTS = 1000
 
 
@@ -118,17 +128,12 @@ class BenchOptions:
                 if name == "random"
                 else f"--dataset-name {name} needs --dataset-path FILE"
             )
-        goes_with = {
-            "random": ("random_input_len", "random_output_len", "random_prefix_len"),
-            "sharegpt": ("sharegpt_output_len",),
-            "custom": ("custom_output_len",),
-            "trace": ("rate_scale", "length_scale"),
-        }
-        for dataset, flags in goes_with.items():
-            for flag in flags:
-                is_given = getattr(self, flag) != type(self).__dataclass_fields__[flag].default
-                if dataset != name and is_given:
-                    raise ValueError(f"--{_typed(flag)} goes with --dataset-name {dataset}")
+        for flag, datasets in GOES_WITH.items():
+            is_given = getattr(self, flag) != type(self).__dataclass_fields__[flag].default
+            if name not in datasets and is_given:
+                raise ValueError(
+                    f"--{_typed(flag)} goes with --dataset-name {' or '.join(datasets)}"
+                )
         if self.prompt_form == "ids" and (name not in ("random", "trace") or self.is_chat):
             raise ValueError(
                 "--prompt-form ids goes with --dataset-name random or trace and --backend openai"

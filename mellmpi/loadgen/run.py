@@ -20,7 +20,7 @@ BEAT_S = 0.02  # time between two looks at the lag of the event loop
 class Asking(Protocol):
     """What a run needs of a client: see `Client.ask`."""
 
-    def __call__(self, prompt: Prompt, begin_s: float, name: str) -> Awaitable[Outcome]: ...
+    def __call__(self, prompt: Prompt, begin_s: float) -> Awaitable[Outcome]: ...
 
 
 @dataclass
@@ -80,19 +80,19 @@ class Generator:
     ) -> None:
         room = asyncio.Semaphore(self.max_concurrency) if self.max_concurrency else nullcontext()
 
-        async def one(prompt: Prompt, name: str) -> None:
+        async def one(prompt: Prompt) -> None:
             async with room:
                 run.sent += 1
                 self.on_change(run)
-                run.outcomes.append(await self.ask(prompt, begin_s, name))
+                run.outcomes.append(await self.ask(prompt, begin_s))
                 self.on_change(run)
 
         async with asyncio.TaskGroup() as group:
-            for i, (prompt, at_s) in enumerate(zip(prompts, arrival_s, strict=True)):
+            for prompt, at_s in zip(prompts, arrival_s, strict=True):
                 if (wait_s := begin_s + at_s - self.clock()) > 0:
                     await self.sleep(wait_s)
                 run.send_lag_s.append(self.clock() - begin_s - at_s)
-                group.create_task(one(prompt, f"bench-{i}"))
+                group.create_task(one(prompt))
 
     async def _beat(self, run: Run) -> None:
         """Measure how late the event loop wakes a task."""

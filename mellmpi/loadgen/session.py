@@ -73,7 +73,7 @@ class Session:
         first = self._prompts[0]
         until_s = loop.time() + options.ready_check_timeout_sec
         while options.ready_check_timeout_sec:
-            outcome = await client.ask(first, 0.0, "bench-ready")
+            outcome = await client.ask(first, 0.0)
             if not outcome.reason:
                 break
             if loop.time() >= until_s:

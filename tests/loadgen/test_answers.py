@@ -109,8 +109,8 @@ def test_an_answer_without_text_has_its_end_as_first_token():
         (event(choices=["x"]), "an event is no OpenAI chunk"),
         (event(choices=[{"delta": {"content": 3}}]), "an event is no OpenAI chunk"),
         (event(choices=[], usage=[1]), "an event is no OpenAI chunk"),
-        (event(error={"message": "full", "code": 503}), "error in the stream"),
-        (event(error="full"), "error in the stream"),
+        (event(error={"message": "full", "code": 503}), "error in the answer"),
+        (event(error="full"), "error in the answer"),
     ],
 )
 def test_an_event_of_another_kind_is_a_failure(data, reason):

@@ -165,6 +165,7 @@ def test_chat_bodies_have_messages_and_the_key_is_sent(fake, monkeypatch):
 def test_token_ids_are_sent_as_ids(fake):
     assert bench(fake, "--prompt-form", "ids") == 0
     assert all(len(body["prompt"]) == 5 for body in fake.bodies)
+    assert len({headers["x-request-id"] for headers in fake.headers}) == 8
 
 
 def test_a_trace_is_played(fake, tmp_path, capsys):
@@ -186,7 +187,7 @@ def test_a_trace_is_played(fake, tmp_path, capsys):
     [
         ({"status": lambda n: 503}, "8 of 8 requests failed: HTTP 503 (no, "),
         ({"cut_after": 2}, "8 of 8 requests failed: the server closed the connection"),
-        ({"error_after": 2}, "8 of 8 requests failed: error in the stream (out of blocks)"),
+        ({"error_after": 2}, "8 of 8 requests failed: error in the answer (out of blocks)"),
     ],
 )
 def test_a_run_in_which_all_fails_says_why_and_exits_with_1(fake, behaviour, said, capsys):
@@ -293,6 +294,8 @@ def test_an_interrupt_before_the_run_ends_the_wait_for_the_server():
         (["--burstiness", "2"], "goes with --request-rate"),
         (["--save-detailed"], "goes with --save-result"),
         (["--plot", "x.txt"], "one of .png"),
+        (["--save-result", "--result-dir", "/proc/no"], "/proc/no cannot be written"),
+        (["--dataset-name", "trace", "--dataset-path", "x", "--disable-shuffle"], "or custom"),
         (["--plot", "/no/such/x.png"], "no directory"),
         (["--base-url", "host:8000"], "http://127.0.0.1:8000"),
         (["--base-url", "http://h:x"], "http://127.0.0.1:8000"),

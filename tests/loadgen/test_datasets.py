@@ -1,14 +1,16 @@
 """Prompts and lengths of each kind of dataset."""
 
 import json
+import re
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mellmpi.loadgen import BenchOptions
+from mellmpi.loadgen import BenchOptions, made_up
 from mellmpi.loadgen.datasets import read_dataset
 from mellmpi.loadgen.made_up import WORDS, MadeUp, Vocabulary
 
+WORD = re.compile(" [A-Za-z]+")
 TEXT = ["the quick brown fox jumps over the lazy dog", "naïve 日本 — the time of people"] * 50
 
 
@@ -76,6 +78,15 @@ def test_made_up_text_has_the_tokens_that_it_says(vocabulary):
 def test_ids_of_a_vocabulary_are_not_special(vocabulary):
     ids = set(MadeUp(vocabulary, True, 0).tokens(5_000))
     assert not ids & {0, 1} and max(ids) < 400
+
+
+def test_prompts_are_made_of_the_words_of_a_vocabulary_that_has_some(directory, monkeypatch):
+    monkeypatch.setattr(made_up, "FEW", 3)
+    vocabulary = Vocabulary.load(str(directory))
+    assert len(vocabulary.ids) >= 3
+    assert all(WORD.fullmatch(vocabulary.decode([i])) for i in vocabulary.ids)
+    text, found = MadeUp(vocabulary, False, 0).prompt([], 200)
+    assert found == vocabulary.count(text) == len(text.split()) == 200
 
 
 def test_the_words_of_made_up_text_differ():

@@ -42,7 +42,7 @@ class Server:
         self.takes_s, self.blocks_s, self.loop = takes_s, blocks_s, loop
         self.sent_s, self.active, self.most = [], 0, 0
 
-    async def ask(self, prompt, begin_s, name):
+    async def ask(self, prompt, begin_s):
         self.sent_s.append(self.loop.time() - begin_s)
         self.loop.jumping.now_s += self.blocks_s
         self.active += 1
@@ -108,7 +108,7 @@ def test_an_interrupt_ends_the_run_with_what_was_measured():
 
 
 def test_an_error_of_the_generator_itself_is_raised():
-    async def ask(prompt, begin_s, name):
+    async def ask(prompt, begin_s):
         raise KeyError("bug")
 
     server = Server()
