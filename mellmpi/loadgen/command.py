@@ -219,7 +219,7 @@ def _save(
     options: BenchOptions, measured: Measured, found: dict[str, Any], began: datetime
 ) -> None:
     date = began.strftime("%Y%m%d-%H%M%S")
-    rate = options.request_rate if math.isfinite(options.request_rate) else "inf"
+    rate = _finite(options.request_rate)
     result = {
         "date": date,
         "endpoint_type": options.backend,
@@ -230,7 +230,7 @@ def _save(
         "num_prompts": measured.num_prompts,
         **dict(options.metadata),
         "request_rate": rate,
-        "burstiness": options.burstiness,
+        "burstiness": _finite(options.burstiness),
         "max_concurrency": options.max_concurrency,
         **found,
         **(detailed(measured.run) if options.save_detailed else {}),
@@ -243,6 +243,11 @@ def _save(
         Destination("--result-filename", str(path), str(path)), json.dumps(result).encode() + b"\n"
     )
     _say(f"figures: {visible(str(path))}")
+
+
+def _finite(value: float) -> float | str:
+    """Return the number, or "inf", which JSON has no number for."""
+    return value if math.isfinite(value) else "inf"
 
 
 def _write(destination: Destination, data: bytes) -> None:

@@ -1,6 +1,7 @@
 """`bench serve` against a small server: flags, banner, JSON, failures."""
 
 import asyncio
+import io
 import json
 import os
 import signal
@@ -220,6 +221,28 @@ def test_the_picture_of_a_run_without_answers_is_drawn(fake, tmp_path):
     fake.status = lambda number: 500
     assert bench(fake, "--plot", str(tmp_path / "run.png")) == 1
     assert (tmp_path / "run.png").stat().st_size > 1000
+
+
+def test_equal_gaps_are_saved_as_json(fake, tmp_path):
+    out = tmp_path / "r.json"
+    gaps = ["--request-rate", "1000", "--burstiness", "inf"]
+    assert bench(fake, *gaps, "--save-result", "--result-filename", str(out)) == 0
+    assert json.loads(out.read_text(), parse_constant=pytest.fail)["burstiness"] == "inf"
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("more", [[], ["--disable-tqdm"]])
+def test_a_terminal_shows_progress(fake, monkeypatch, more):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    fake.status = lambda number: 500 if number == 0 else 200
+    assert bench(fake, "--max-concurrency", "1", *more) == 0
+    assert ("8/8" in terminal.getvalue()) == (not more)
+    assert ("1 failed" in terminal.getvalue()) == (not more)
 
 
 def test_no_server_is_an_error_that_says_what_to_type(capsys, tmp_path):
