@@ -1,6 +1,6 @@
 """The HTTP client: sends one request to an OpenAI server and reads its stream.
 
-One session without a limit of connections. An event costs 28 µs of one core if it comes alone
+One session without a limit of connections. An event costs some 28 µs of one core if it comes alone
 (36,000 events/s), 12 µs where events come faster than they are read, so that one read has several
 (80,000 events/s). `bench/loadgen.py` measures both.
 """

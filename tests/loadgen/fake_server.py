@@ -25,6 +25,7 @@ class Fake:
     streams: bool = True
     hangs_from: int | None = None  # number of the first request that gets no answer
     line_end: bytes = b"\n"
+    ends_bare: bool = False  # without a finish reason, and without a blank line after [DONE]
     bodies: list = field(default_factory=list)
     headers: list = field(default_factory=list)
     url: str = ""
@@ -60,12 +61,12 @@ class Fake:
                 await self._event(response, {"error": {"message": "out of blocks"}})
                 return response
             number = min(self.per_chunk, wanted - first)
-            is_last = first + number == wanted
+            is_last = first + number == wanted and not self.ends_bare
             await self._event(response, self._chunk("a " * number, is_chat, is_last))
         if self.with_usage and body.get("stream_options", {}).get("include_usage"):
             usage = {"prompt_tokens": 7, "completion_tokens": wanted, "total_tokens": 7 + wanted}
             await self._event(response, {"choices": [], "usage": usage})
-        await response.write(b"data: [DONE]" + 2 * self.line_end)
+        await response.write(b"data: [DONE]" + (b"" if self.ends_bare else 2 * self.line_end))
         return response
 
     async def _event(self, response, chunk):

@@ -93,6 +93,16 @@ def test_the_newest_usage_counts_and_null_changes_nothing():
     assert (found.prompt_tokens, found.output_tokens) == (3, 2)
 
 
+def test_a_usage_that_is_no_number_is_ignored():
+    odd = event(choices=[], usage={"prompt_tokens": "3", "completion_tokens": True})
+    found = answered([(text("a", "stop"), 1.0), (odd, 2.0)])
+    assert (found.prompt_tokens, found.output_tokens, found.counted_by) == (5, 1, "chunks")
+
+
+def test_a_finish_reason_is_kept_when_more_follows():
+    assert answered([(text("a", "stop"), 1.0), (text(""), 2.0)]).latency_s == 2.0
+
+
 def test_an_answer_without_text_has_its_end_as_first_token():
     found = answered([(text("", "stop"), 2.0), (usage(3, 1), 2.0)])
     assert (found.ttft_s, found.latency_s, found.output_tokens) == (2.0, 2.0, 1)

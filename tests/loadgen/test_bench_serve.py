@@ -116,6 +116,7 @@ def test_details_are_saved_for_each_request(fake, tmp_path, monkeypatch):
     assert found.keys() == KEYS | OURS | DETAILS
     assert found["output_lens"] == [6] * 8 and found["generated_texts"] == ["a " * 6] * 8
     assert all(len(found[key]) == 8 for key in DETAILS)
+    assert all(0 <= start_s <= found["duration"] for start_s in found["start_times"])
 
 
 @pytest.mark.parametrize("line_end", [b"\n", b"\r\n", b"\r"])
@@ -137,6 +138,16 @@ def test_a_server_that_does_not_stream_is_measured_by_whole_answers(fake, capsys
     fake.streams = False
     assert bench(fake) == 0
     assert f"{'Total generated tokens:':<40} {16:<10}" in capsys.readouterr().out
+
+
+def test_a_stream_may_end_without_a_finish_reason_and_a_blank_line(fake):
+    fake.ends_bare = True
+    assert bench(fake) == 0
+
+
+def test_a_server_on_this_host_is_not_asked_by_a_proxy(fake, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    assert bench(fake) == 0
 
 
 def test_bodies_have_the_fields_of_the_flags(fake):

@@ -88,6 +88,11 @@ def test_no_token_is_lost_over_time(ended, bin_s):
     assert total == pytest.approx(sum(one.output_tokens for one in ended))
 
 
+def test_tokens_are_counted_when_they_come():
+    done = Outcome(2.0, 1, 3.0, 1.0, (2.0,), 6)
+    assert tokens_per_second([done]).tolist() == [0, 0, 0, 3, 0, 3]
+
+
 @given(st.lists(outcomes(), max_size=20))
 def test_the_most_in_flight_is_found_at_the_start_of_a_request(ended):
     def at_once(now):

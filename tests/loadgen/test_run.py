@@ -19,7 +19,7 @@ PROMPT = Prompt("a", 1, 1)
 class JumpingSelector(selectors.SelectSelector):
     """Instead of waiting it moves the clock on."""
 
-    now_s = 0.0
+    now_s = 1000.0  # a clock begins anywhere
 
     def select(self, timeout=None):
         self.now_s += timeout or 0.0
