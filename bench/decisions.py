@@ -10,6 +10,7 @@ and a rebalancing pass (`rebalance`, median).
 import argparse
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 from record import add_json_option, finish
 
 from mellmpi.costs import CostModel
-from mellmpi.protocol import ModelKv, Request, Sampling
+from mellmpi.protocol import GREEDY, ModelKv, Request
 from mellmpi.scheduler import Ledger, RequestColumns, View, WorkerState
 from mellmpi.scheduler.policies import POLICIES, policy_for
 
@@ -78,7 +79,7 @@ def make_columns(num_workers: int, rng: np.random.Generator) -> RequestColumns:
     """`REQUESTS` on each worker; the first `PLACEMENTS` rows are requests that wait."""
     placed = num_workers * REQUESTS
     columns = RequestColumns(placed + PLACEMENTS)
-    sampling = Sampling(4096, 0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, (), None)
+    sampling = replace(GREEDY, max_tokens=4096)
     for i in range(placed + PLACEMENTS):
         columns.add(Request(i, KV.model, (0,), sampling, None), KV)
     tokens = np.maximum(16, rng.exponential(MEAN_TOKENS, placed + PLACEMENTS)).astype(np.int64)

@@ -2,9 +2,10 @@
 
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 
-from mellmpi.protocol import Chunk, Sampling, StepPlan
+from mellmpi.protocol import GREEDY, Chunk, StepPlan
 from mellmpi.transport import Transport
 
 REQUESTS, CONTEXT = 8, 500  # decoded in every step; tokens of each
@@ -27,7 +28,7 @@ class Decoder:
             device="cpu",
             num_threads=num_threads,
         )
-        greedy = Sampling(999, 0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, (), None)
+        greedy = replace(GREEDY, max_tokens=999)
         used = -(-CONTEXT // 16)
         self.plan = StepPlan(
             self.executor.models[0].kv.model,

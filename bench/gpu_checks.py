@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,7 @@ def answer(
     from mellmpi.config import BatchConfig, CacheConfig, ModelConfig
     from mellmpi.engine import build_executor
     from mellmpi.models import resolve
-    from mellmpi.protocol import SCHEDULER, Assign, Request, Sampling
+    from mellmpi.protocol import GREEDY, SCHEDULER, Assign, Request
     from mellmpi.worker import BatchScheduler
 
     executor = build_executor(
@@ -147,7 +148,7 @@ def answer(
     batch = BatchScheduler(
         executor.models, executor.arena.num_blocks, 0, BatchConfig(), CacheConfig()
     )
-    sampling = Sampling(num_out, 0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, (), None)
+    sampling = replace(GREEDY, max_tokens=num_out)
     name = executor.models[0].kv.model
     for i, prompt in enumerate(prompts):
         request = Request(i, name, tuple(prompt), sampling, None)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,11 +125,11 @@ class Mover:
                 self.loop.wait(self)
 
     def submit(self, num_prompt: int, worker: int, max_tokens: int) -> int:
-        from mellmpi.protocol import Request, Sampling, Submit
+        from mellmpi.protocol import GREEDY, Request, Submit
 
         self.next_id += 1
         prompt = tuple((7 * i + self.next_id) % SHAPE["vocab_size"] for i in range(num_prompt))
-        sampling = Sampling(max_tokens, 0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, (), None)
+        sampling = replace(GREEDY, max_tokens=max_tokens)
         self.place_at, self.tokens[self.next_id] = worker, 0
         model = next(iter(self.scheduler.registry.models))
         self._inbox.append(Submit(Request(self.next_id, model, prompt, sampling, None)))

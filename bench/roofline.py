@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,9 +125,9 @@ class Steps:
         self.kv = self.executor.models[0].kv
 
     def plan(self, sequences: int, start: int, num_tokens: int) -> Any:
-        from mellmpi.protocol import Chunk, Sampling, StepPlan
+        from mellmpi.protocol import GREEDY, Chunk, StepPlan
 
-        greedy = Sampling(9999, 0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, (), None)
+        greedy = replace(GREEDY, max_tokens=9999)
         used = -(-(start + num_tokens) // self.kv.block_size)
         return StepPlan(
             self.kv.model,

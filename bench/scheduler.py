@@ -13,13 +13,14 @@ import random
 import statistics
 import time
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 from record import add_json_option, finish
 
 from mellmpi.config import BatchConfig, CacheConfig, ClusterConfig
 from mellmpi.costs import CostModel
-from mellmpi.protocol import ModelKv, Request, Sampling, StepReport, Submit, decode, encode
+from mellmpi.protocol import GREEDY, ModelKv, Request, StepReport, Submit, decode, encode
 from mellmpi.scheduler import ClusterScheduler
 from mellmpi.sim import Network, SilentExecutor, Simulation, WorkerSpec
 from mellmpi.telemetry import Metrics
@@ -88,7 +89,7 @@ class Meter:
 
 
 def request(request_id: int, num_outputs: int) -> Request:
-    sampling = Sampling(num_outputs, 0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, (), None)
+    sampling = replace(GREEDY, max_tokens=num_outputs)
     return Request(request_id, KV.model, tuple(range(PROMPT)), sampling, None)
 
 

@@ -8,7 +8,7 @@ reference's two greatest logits differ by less than 1e-4; such near ties are cou
 import argparse
 import json
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mellmpi.config import BatchConfig, CacheConfig, ModelConfig
 from mellmpi.engine import Executor, build_executor
 from mellmpi.models import resolve
-from mellmpi.protocol import SCHEDULER, Assign, Request, Sampling
+from mellmpi.protocol import GREEDY, SCHEDULER, Assign, Request
 from mellmpi.worker import BatchScheduler
 
 NEAR_TIE = 1e-4
@@ -59,7 +59,7 @@ def decode(
     executor: Executor, submitted: list[tuple[int, ...]], num_out: int, batch: int
 ) -> list[Answer]:
     """Answers to all prompts, at most `batch` at a time, by the batch scheduler."""
-    sampling = Sampling(num_out, 0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, (), None)
+    sampling = replace(GREEDY, max_tokens=num_out)
     answers = [Answer(prompt) for prompt in submitted]
     limits = BatchConfig(max_num_seqs=batch, max_num_batched_tokens=512)
     scheduler = BatchScheduler(executor.models, executor.arena.num_blocks, 0, limits, CacheConfig())

@@ -2,7 +2,7 @@
 
 import dataclasses
 import typing
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 from hypothesis import given, settings
@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from mellmpi import protocol
 from mellmpi.protocol import (
+    GREEDY,
     TYPES,
     Assign,
     Emit,
@@ -63,7 +64,7 @@ def test_every_message_survives_the_wire(name):
     survives()
 
 
-SAMPLING = Sampling(1, 0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, 2**64 - 1, (), None)
+SAMPLING = replace(GREEDY, seed=2**64 - 1)
 REQUEST = Request(1, "m", (5, 6), SAMPLING, None)
 
 

@@ -1,6 +1,7 @@
 """mellmpi's worker loop (batch scheduler and engine) in one process, without MPI."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from answer import answer, channel
 import mellmpi
 from mellmpi.config import BatchConfig, CacheConfig, ModelConfig
 from mellmpi.engine import Executor, build_executor
-from mellmpi.protocol import SCHEDULER, Assign, Request, Sampling
+from mellmpi.protocol import GREEDY, SCHEDULER, Assign, Request
 from mellmpi.worker import BatchScheduler
 
 
@@ -23,7 +24,7 @@ class Worker:
 
     def run(self, prompts: list[list[int]], num_out: int) -> list[list[int]]:
         first = self._epoch + 1
-        sampling = Sampling(num_out, 0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, (), None)
+        sampling = replace(GREEDY, max_tokens=num_out)
         for prompt in prompts:
             self._epoch += 1
             request = Request(self._epoch, self.name, tuple(prompt), sampling, None)

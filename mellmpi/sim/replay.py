@@ -11,6 +11,7 @@ from mellmpi.config import ClusterConfig
 from mellmpi.costs import CostModel
 from mellmpi.protocol import (
     FRONT,
+    GREEDY,
     Address,
     Emit,
     FrontEvent,
@@ -20,7 +21,6 @@ from mellmpi.protocol import (
     Preempted,
     Rejected,
     Request,
-    Sampling,
     SchedulerEvent,
     Submit,
     WorkerChanged,
@@ -119,7 +119,7 @@ class Replay:
         kv, prompt = self._kv[self.load.models[i]], int(self.load.prompts[i])
         # The limit that a client would set; the length of the answer is not known in advance.
         most = self.load.capacity // kv.block_bytes * kv.block_size - prompt
-        sampling = Sampling(most, 0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, (STOP,), None)
+        sampling = replace(GREEDY, max_tokens=most, stop_token_ids=(STOP,))
         return Request(i, kv.model, zeros(prompt), sampling, None)
 
     def _park_all(self) -> Commands:

@@ -1,12 +1,14 @@
 """Several models share one arena: each gives the same answers as alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from mellmpi.config import BatchConfig, CacheConfig, ModelConfig
 from mellmpi.engine import build_engine
 from mellmpi.models import checkpoint
-from mellmpi.protocol import SCHEDULER, Assign, Request, Sampling
+from mellmpi.protocol import GREEDY, SCHEDULER, Assign, Request
 from mellmpi.worker import BatchScheduler
 
 NAMES = ("tiny-llama", "tiny-qwen3")  # the heads of the second are twice as wide
@@ -35,7 +37,7 @@ def requests(model, first_id):
     generator = torch.Generator().manual_seed(7)
     for i, (num_prompt, num_outputs) in enumerate(LENGTHS):
         prompt = torch.randint(3, 500, (num_prompt,), generator=generator).tolist()
-        sampling = Sampling(num_outputs, 0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, (), None)
+        sampling = replace(GREEDY, max_tokens=num_outputs)
         yield Request(first_id + i, model, tuple(prompt), sampling, None)
 
 

@@ -5,13 +5,14 @@ The cell of these tests is one scheduler with its workers.
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from mellmpi.config import BatchConfig, CacheConfig, ClusterConfig
-from mellmpi.protocol import Emit, HostedModel, ModelKv, Rejected, Request, Sampling, Submit
+from mellmpi.protocol import GREEDY, Emit, HostedModel, ModelKv, Rejected, Request, Submit
 from mellmpi.runtime.scheduler import SchedulerLoop
 from mellmpi.runtime.worker import Worker
 from mellmpi.scheduler import ClusterScheduler
@@ -87,7 +88,7 @@ class ListFront:
 
 
 def request(request_id: int, num_prompt: int, max_tokens: int, model: str = "hash") -> Request:
-    sampling = Sampling(max_tokens, 0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, request_id, (), None)
+    sampling = replace(GREEDY, max_tokens=max_tokens, seed=request_id)
     return Request(request_id, model, tuple(range(num_prompt)), sampling, None)
 
 

@@ -1,15 +1,16 @@
 """A cluster scheduler under the control of a test, and the invariants of its state."""
 
+from dataclasses import replace
 from typing import Any
 
 from mellmpi.config import ClusterConfig
 from mellmpi.protocol import (
     FRONT,
+    GREEDY,
     KvReceived,
     KvReserved,
     ModelKv,
     Request,
-    Sampling,
     StepReport,
     Submit,
     WorkerReady,
@@ -25,22 +26,8 @@ NUM_BLOCKS, MAX_SEQS = 20, 8
 
 def request(request_id: int, num_prompt: int = 3, max_tokens: int = 10, **sampling: Any) -> Request:
     """A greedy request; `sampling` replaces sampling parameters."""
-    fields = {
-        "max_tokens": max_tokens,
-        "temperature": 0.0,
-        "top_k": 0,
-        "top_p": 1.0,
-        "min_p": 0.0,
-        "repetition_penalty": 1.0,
-        "presence_penalty": 0.0,
-        "frequency_penalty": 0.0,
-        "seed": 0,
-        "stop_token_ids": (),
-        "num_logprobs": None,
-    }
-    return Request(
-        request_id, KV.model, tuple(range(num_prompt)), Sampling(**(fields | sampling)), None
-    )
+    parameters = replace(GREEDY, max_tokens=max_tokens, **sampling)
+    return Request(request_id, KV.model, tuple(range(num_prompt)), parameters, None)
 
 
 def report(

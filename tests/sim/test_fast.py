@@ -2,6 +2,7 @@
 
 import random
 from collections import defaultdict
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from mellmpi.config import BatchConfig, CacheConfig
 from mellmpi.costs import CostModel
 from mellmpi.protocol import (
     DATA_PLANE,
+    GREEDY,
     SCHEDULER,
     Assign,
     KvReceived,
@@ -18,7 +20,6 @@ from mellmpi.protocol import (
     ReceiveKv,
     Release,
     Request,
-    Sampling,
     SendKv,
     StepReport,
     Unfreeze,
@@ -192,7 +193,7 @@ def history(seed, moves):
     for i in range(rng.randint(3, 12)):
         lengths.append(rng.randint(1, 60))
         prompt = (0,) * rng.randint(1, 40)
-        sampling = Sampling(lengths[i], 0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, (1,), None)
+        sampling = replace(GREEDY, max_tokens=lengths[i], stop_token_ids=(1,))
         request = Request(i, rng.choice(names), prompt, sampling, None)
         epoch, at_s, w = epoch + 1, rng.uniform(0, 0.2), rng.choice((1, 2))
         script.append((at_s, w, Assign(request, epoch, (0,) * rng.choice([0, 0, lengths[i] // 2]))))

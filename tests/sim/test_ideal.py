@@ -1,9 +1,10 @@
 """IdealWorkers against BatchScheduler with blocks of one token, step by step."""
 
 import random
+from dataclasses import replace
 
 from mellmpi.config import BatchConfig, CacheConfig
-from mellmpi.protocol import SCHEDULER, Assign, ModelKv, Release, Request, Sampling
+from mellmpi.protocol import GREEDY, SCHEDULER, Assign, ModelKv, Release, Request
 from mellmpi.sim import SimWorker, WorkerSpec
 from mellmpi.sim.fast import CountingExecutor
 from mellmpi.sim.ideal import IdealWorkers
@@ -28,7 +29,7 @@ class Reported:
 
 def order(rng, request_id, epoch, length):
     prompt = (0,) * rng.randint(1, 30)
-    sampling = Sampling(length, 0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, (1,), None)
+    sampling = replace(GREEDY, max_tokens=length, stop_token_ids=(1,))
     request = Request(request_id, "m", prompt, sampling, None)
     return Assign(request, epoch, (0,) * rng.choice([0, 0, length // 2]))
 

@@ -1,7 +1,7 @@
 """Metrics: one hand-made history per rule; all durations of a history differ."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from mellmpi.telemetry import Metrics, series
 from mellmpi.telemetry.series import EXACT_SAMPLES, Distribution, Sample, StepFunction
 
 NO_RUNS = ((), (), (), (), (), (), (), 0, ())  # nothing attended, nothing cached
-GREEDY = p.Sampling(9, 0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, (), None)
+GREEDY = replace(p.GREEDY, max_tokens=9)
 
 
 def submit(m, now, request_id=1, num_prompt=5):

@@ -2,15 +2,16 @@
 
 import random
 import time
+from dataclasses import replace
 
-from mellmpi.protocol import Cancel, KvReserved, Request, Sampling, Submit
+from mellmpi.protocol import GREEDY, Cancel, KvReserved, Request, Submit
 from tests.transport.participant import LIMIT_S, Participant
 
 
 def _request(id: int, num_tokens: int) -> Request:
     rng = random.Random(id)
     prompt = tuple(rng.randrange(50_000) for _ in range(num_tokens))
-    sampling = Sampling(1, 0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, 2**64 - 1, (), None)
+    sampling = replace(GREEDY, seed=2**64 - 1)
     return Request(id, "model", prompt, sampling, None)
 
 
