@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from mellmpi.config import CacheConfig, ModelConfig
@@ -15,7 +16,7 @@ from mellmpi.engine.cuda import TorchModel
 from mellmpi.engine.device import choose_device, kv_budget_bytes, synchronize
 from mellmpi.engine.kv_arena import KvArena, KvGeometry
 from mellmpi.engine.packing import PackedBatch, pack
-from mellmpi.engine.sampler import sample
+from mellmpi.engine.sampler import sample, score
 from mellmpi.models import Architecture
 from mellmpi.protocol import HostedModel, ModelKv, StepPlan, StepResult
 
@@ -34,6 +35,10 @@ class Model(Protocol):
 
     def forward(self, batch: PackedBatch, arena: KvArena) -> torch.Tensor:
         """Logits of the sampled rows, float32 [num_sampled, vocab]; writes K and V of all rows."""
+        ...
+
+    def logits_of(self, rows: np.ndarray) -> torch.Tensor:
+        """Logits of rows int32 [n] of the last batch, which `is_scored`: float32 [n, vocab]."""
         ...
 
 
@@ -83,7 +88,12 @@ class Executor:
         logits = self.model.forward(batch, self.arena)
         if not batch.num_sampled:
             synchronize(self.arena.device)
-        return sample(logits, plan.chunks[: batch.num_sampled])
+        result = sample(logits, plan.chunks[: batch.num_sampled])
+        if not batch.is_scored:
+            return result
+        rows = zip(plan.chunks, batch.cu_chunks.tolist(), strict=False)
+        scored = tuple(score(self.model.logits_of, c, row) for c, row in rows if c.targets)
+        return replace(result, prompt_logprobs=scored)
 
     def release(self) -> None:
         """Free weights and arena; this executor can run no more plans."""

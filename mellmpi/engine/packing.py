@@ -18,6 +18,7 @@ class PackedBatch:
     context_lens  int32 [C]               positions that the last row of chunk c attends to
     block_tables  int32 [C, max_blocks]   physical block of each logical block, padded with 0
     num_sampled   int                     chunks that need logits of their last row; they are first
+    is_scored     bool                    logits of further rows will be asked for after the step
     """
 
     tokens: np.ndarray
@@ -26,6 +27,7 @@ class PackedBatch:
     context_lens: np.ndarray
     block_tables: np.ndarray
     num_sampled: int
+    is_scored: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -54,6 +56,7 @@ def pack(plan: StepPlan, block_size: int) -> PackedBatch:
         context_lens=contexts,
         block_tables=_tables(plan.chunks, -(-contexts // block_size)),
         num_sampled=_num_sampled(plan.chunks),
+        is_scored=any(chunk.targets for chunk in plan.chunks),
     )
 
 

@@ -4,7 +4,7 @@ A row's token does not depend on the other rows of the batch, bit for bit: other
 could change the answer of a request.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -18,7 +18,9 @@ from mellmpi.engine.random_sampling import (
     sample_rows,
     uniforms,
 )
-from mellmpi.protocol import Chunk, Sampling, StepResult, TokenLogprob
+from mellmpi.protocol import Chunk, PromptLogprob, Sampling, StepResult, TokenLogprob
+
+SCORED_ROWS = 64  # whose logits are computed together: 64 MB with a vocabulary of 256,000
 
 
 def sample(logits: torch.Tensor, chunks: Sequence[Chunk]) -> StepResult:
@@ -140,6 +142,31 @@ def token_logprob(logits: np.ndarray, token: int, num_top: int) -> TokenLogprob:
 
     top = _greatest(logits, min(num_top, len(logits)))
     return float(logprob(token)), tuple(top.tolist()), tuple(logprob(top).tolist())
+
+
+def score(
+    logits_of: Callable[[np.ndarray], torch.Tensor], chunk: Chunk, row: int
+) -> tuple[PromptLogprob, ...]:
+    """Logprobs and ranks of the chunk's targets, a slice of rows at a time.
+
+    logits_of  int32 [n] rows of the batch -> float32 [n, vocab]
+    row        of the chunk's first token in the batch
+    """
+    scored: list[PromptLogprob] = []
+    for first in range(0, len(chunk.targets), SCORED_ROWS):
+        targets = chunk.targets[first : first + SCORED_ROWS]
+        rows = np.arange(row + first, row + first + len(targets), dtype=np.int32)
+        for values, token in zip(logits_of(rows).cpu().numpy(), targets, strict=True):
+            row_logprobs = token_logprob(values, token, chunk.num_target_logprobs)
+            scored.append((row_logprobs, rank(values, token)))
+    return tuple(scored)
+
+
+def rank(logits: np.ndarray, token: int) -> int:
+    """The place of `token` among all tokens by logit, from 1; of equal ones the lower id first."""
+    value = logits[token]
+    before = np.count_nonzero(logits > value) + np.count_nonzero(logits[:token] == value)
+    return 1 + int(before)
 
 
 def _greatest(values: np.ndarray, n: int) -> np.ndarray:

@@ -256,6 +256,7 @@ def _sampling(
         seed=_seed(fields, identity),
         stop_token_ids=tuple(dict.fromkeys((*ends, *extra, *stop_ids))),
         num_logprobs=_num_logprobs(fields),
+        num_prompt_logprobs=None,
     )
 
 

@@ -1,6 +1,6 @@
 """Messages about the ownership of a request and the results of a worker's steps."""
 
-from mellmpi.protocol.request import Request, TokenLogprob
+from mellmpi.protocol.request import PromptLogprob, Request, TokenLogprob
 from mellmpi.protocol.wire import message
 
 
@@ -48,3 +48,5 @@ class StepReport:
     attended: int  # (query, key) pairs: earlier positions that prefilled positions attended to
     cached: tuple[tuple[int, int], ...]  # (request id, prompt tokens found in the prefix cache) of
     #                                      requests placed here without outputs; () if it is off
+    prompt_logprobs: tuple[tuple[int, tuple[PromptLogprob, ...]], ...]  # (run index, of the whole
+    # prompt), sparse: with the run that begins at output 0

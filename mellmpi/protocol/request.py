@@ -21,6 +21,7 @@ class Sampling:
     seed: int  # 0 … 2**64 - 1; with the position, the only source of randomness
     stop_token_ids: tuple[int, ...]  # each of them ends the output and is its last token
     num_logprobs: int | None  # alternatives to report a token; None: no logprobs at all
+    num_prompt_logprobs: int | None  # the same for the tokens of the prompt
 
 
 GREEDY: Final = Sampling(
@@ -35,6 +36,7 @@ GREEDY: Final = Sampling(
     seed=0,
     stop_token_ids=(),
     num_logprobs=None,
+    num_prompt_logprobs=None,
 )
 """One token, the likeliest. For other lengths: `dataclasses.replace(GREEDY, max_tokens=…)`."""
 
@@ -52,6 +54,9 @@ class Request:
 
 TokenLogprob = tuple[float, tuple[int, ...], tuple[float, ...]]
 """(logprob of the token, ids of the likeliest tokens, their logprobs); natural logarithms."""
+
+PromptLogprob = tuple[TokenLogprob, int]
+"""(logprobs of a token of the prompt, its rank in the vocabulary: 1 is the likeliest)."""
 
 
 @message
@@ -78,6 +83,7 @@ class Emit:
     tokens: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...]  # one a token, or empty
     finish_reason: str | None  # "stop" or "length" with the last tokens
+    prompt_logprobs: tuple[PromptLogprob, ...]  # with `first` 0: one a token from the second on
 
 
 @message

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mellmpi.protocol.request import Sampling, TokenLogprob
+from mellmpi.protocol.request import PromptLogprob, Sampling, TokenLogprob
 from mellmpi.protocol.workers import ModelKv
 
 
@@ -24,6 +24,8 @@ class Chunk:
     block_table: list[int]  # physical block of each logical block; owned by the batch scheduler
     sampling: Sampling | None  # None: nothing is sampled, as the prompt ends in a later chunk
     history: tuple[tuple[int, ...], list[int]]  # (prompt, outputs): for penalties
+    targets: tuple[int, ...] = ()  # known tokens after each of the first positions, to be scored
+    num_target_logprobs: int = 0  # alternatives to report for each of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,8 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """The result of a forward pass: one token for each sampled chunk, in plan order."""
+    """The result of a forward pass: one token for each sampled chunk; all in plan order."""
 
     tokens: tuple[int, ...]
     logprobs: tuple[TokenLogprob | None, ...]  # None where the request asked for none
+    prompt_logprobs: tuple[tuple[PromptLogprob, ...], ...] = ()  # of each chunk with targets

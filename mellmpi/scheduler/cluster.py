@@ -21,6 +21,7 @@ from mellmpi.protocol import (
     OfferAnswer,
     Parked,
     Preempted,
+    PromptLogprob,
     Rejected,
     Release,
     Request,
@@ -173,6 +174,7 @@ class ClusterScheduler:
     def _report(self, worker: int, report: StepReport) -> None:
         self.registry.report(worker, report)
         logprobs, records, tokens = dict(report.logprobs), self.records, report.tokens
+        prompt_logprobs = dict(report.prompt_logprobs)
         runs = zip(report.request_ids, report.epochs, report.firsts, report.counts, strict=True)
         rows, added, end, now = [], [], 0, self.registry.view.now
         for i, (request_id, epoch, first, num_tokens) in enumerate(runs):
@@ -183,7 +185,8 @@ class ClusterScheduler:
                 if record.completed_plan is not None:
                     self.handover.resumed(record)
                 record.last_token_s = now
-                added.append(self._tokens(record, first, tokens[start:end], logprobs.get(i, ())))
+                rest = tokens[start:end], logprobs.get(i, ()), prompt_logprobs.get(i, ())
+                added.append(self._tokens(record, first, *rest))
         if rows:
             self._count(rows, added)
         # After the runs, so that all tokens before a preemption are in the log.
@@ -199,7 +202,12 @@ class ClusterScheduler:
         self.registry.view.requests.num_tokens[np.array(rows)] += np.array(added)
 
     def _tokens(
-        self, record: Record, first: int, run: tuple[int, ...], logprobs: tuple[TokenLogprob, ...]
+        self,
+        record: Record,
+        first: int,
+        run: tuple[int, ...],
+        logprobs: tuple[TokenLogprob, ...],
+        prompt_logprobs: tuple[PromptLogprob, ...] = (),
     ) -> int:
         """Log and emit the new part of a run; return its length, which the caller counts."""
         new = record.log.merge(first, run)
@@ -212,7 +220,8 @@ class ClusterScheduler:
         reason = finish_reason(request, outputs)
         if logprobs:
             logprobs = aligned(logprobs, len(run), len(new))
-        emit = Emit(request.id, len(outputs) - len(new), new, logprobs, reason)
+        first = len(outputs) - len(new)
+        emit = Emit(request.id, first, new, logprobs, reason, prompt_logprobs)
         self.registry.out.append((FRONT, emit))
         if reason:
             self.registry.finished(len(outputs))

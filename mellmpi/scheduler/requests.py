@@ -96,6 +96,11 @@ class Record:
         return self.worker, self.epoch
 
     @property
+    def awaits_prompt_logprobs(self) -> bool:
+        """True if logprobs of the prompt are to come, with the first token."""
+        return self.request.sampling.num_prompt_logprobs is not None and not self.log.tokens
+
+    @property
     def has_progressed(self) -> bool:
         """True if the log has grown since the owner was assigned."""
         return len(self.log.tokens) > self.num_placed

@@ -8,7 +8,15 @@ from zlib import crc32
 
 import numpy as np
 
-from mellmpi.protocol import Chunk, ModelKv, Request, StepPlan, StepResult, TokenLogprob
+from mellmpi.protocol import (
+    Chunk,
+    ModelKv,
+    PromptLogprob,
+    Request,
+    StepPlan,
+    StepResult,
+    TokenLogprob,
+)
 
 VOCABULARY = 50
 _A, _B = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9)
@@ -49,6 +57,11 @@ def logprob(token: int, position: int) -> TokenLogprob:
     return value, (token,), (value,)
 
 
+def prompt_logprobs(tokens: Sequence[int], start: int) -> tuple[PromptLogprob, ...]:
+    """Logprobs that the executor reports for tokens of a prompt from position `start` on."""
+    return tuple((logprob(token, start + i), 1) for i, token in enumerate(tokens))
+
+
 class HashExecutor:
     """Executes step plans on an arena of uint64 [num_blocks, width].
 
@@ -66,7 +79,9 @@ class HashExecutor:
         tokens = [self._chunk(plan.model, chunk) for chunk in plan.chunks]
         sampled = [(t, c) for t, c in zip(tokens, plan.chunks, strict=True) if c.sampling]
         return StepResult(
-            tuple(t for t, _ in sampled), tuple(self._logprob(t, c) for t, c in sampled)
+            tuple(t for t, _ in sampled),
+            tuple(self._logprob(t, c) for t, c in sampled),
+            tuple(prompt_logprobs(c.targets, c.start + 1) for c in plan.chunks if c.targets),
         )
 
     def _logprob(self, token: int, chunk: Chunk) -> TokenLogprob | None:

@@ -252,6 +252,7 @@ class IdealWorkers:
             preempted=preempted,
             attended=0,
             cached=(),
+            prompt_logprobs=(),
         )
 
     def progress(self, requests: RequestColumns) -> Progress:

@@ -129,7 +129,10 @@ class BatchScheduler:
         sequence = Sequence(order.request, order.epoch, list(order.outputs), [])
         sequence.num_reported = len(order.outputs)
         self.sequences[order.epoch] = sequence
-        self.tables.reuse_prefix(sequence)
+        if order.request.sampling.num_prompt_logprobs is not None and not order.outputs:
+            sequence.prompt_logprobs = []  # of all positions: none comes from the prefix cache
+        else:
+            self.tables.reuse_prefix(sequence)
         if self.tables.prefix_caching and not order.outputs:
             self._reports.placed(sequence)
         if not self.tables.grow(sequence, sequence.num_tokens):
@@ -228,16 +231,21 @@ class BatchScheduler:
             block_table=sequence.block_table,
             sampling=sequence.request.sampling if caught_up else None,
             history=(sequence.request.prompt, sequence.outputs),
+            targets=sequence.targets(sequence.num_computed, end),
+            num_target_logprobs=sequence.request.sampling.num_prompt_logprobs or 0,
         )
 
     def commit(self, plan: StepPlan, result: StepResult) -> Outbox:
         """Apply the result of `plan`, the last plan made. Returns the messages to send."""
         outbox: Outbox = []
         sampled = zip(result.tokens, result.logprobs, strict=True)
+        scored = iter(result.prompt_logprobs)
         for sequence, chunk in zip(self._planned, plan.chunks, strict=True):
             sequence.num_computed += len(chunk.tokens)
             self.tables.register(sequence)
             self._reports.computed(chunk.start, len(chunk.tokens), chunk.sampling is not None)
+            if chunk.targets and sequence.prompt_logprobs is not None:
+                sequence.prompt_logprobs += next(scored)
             if chunk.sampling is not None:
                 self._append(sequence, *next(sampled))
             outbox += self._receiver.activate_if_complete(sequence)

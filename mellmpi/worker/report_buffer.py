@@ -2,7 +2,7 @@
 
 from itertools import chain
 
-from mellmpi.protocol import StepReport, TokenLogprob
+from mellmpi.protocol import PromptLogprob, StepReport, TokenLogprob
 from mellmpi.worker.sequences import Sequence
 
 
@@ -67,9 +67,11 @@ class ReportBuffer:
             preempted=tuple(self._preempted),
             attended=self._attended,
             cached=tuple(self._cached),
+            prompt_logprobs=_prompt_logprobs(runs),
         )
         for sequence in runs:
             sequence.num_reported = len(sequence.outputs)
+            sequence.prompt_logprobs = None
         self._clear()
         self._last_state = (acked, free_bytes)
         return report
@@ -78,3 +80,8 @@ class ReportBuffer:
 def _logprobs(runs: list[Sequence]) -> tuple[tuple[int, tuple[TokenLogprob, ...]], ...]:
     """(run index, logprobs of its tokens), for sequences that have logprobs."""
     return tuple((i, s.logprobs_from(s.num_reported)) for i, s in enumerate(runs) if s.logprobs)
+
+
+def _prompt_logprobs(runs: list[Sequence]) -> tuple[tuple[int, tuple[PromptLogprob, ...]], ...]:
+    """(run index, logprobs of its prompt), for sequences that have them: their first runs."""
+    return tuple((i, tuple(s.prompt_logprobs)) for i, s in enumerate(runs) if s.prompt_logprobs)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
-from mellmpi.protocol import ROUNDS, Request, TokenLogprob
+from mellmpi.protocol import ROUNDS, PromptLogprob, Request, TokenLogprob
 from mellmpi.worker.kvcache import BlockKey
 
 
@@ -59,6 +59,7 @@ class Sequence:
     num_computed: int = 0  # positions whose KV is in place
     num_reported: int = 0  # outputs that the scheduler knows
     logprobs: dict[int, TokenLogprob] = field(default_factory=dict)  # by output index, if asked for
+    prompt_logprobs: list[PromptLogprob] | None = None  # to report with output 0; None: nothing
     keys: list[BlockKey] = field(default_factory=list)  # of the leading full blocks
     num_registered: int = 0  # leading blocks whose content the pool knows
     sending: set[int] = field(default_factory=set)  # tags of transfers that still read the blocks
@@ -96,6 +97,10 @@ class Sequence:
         if not self.logprobs:
             return ()
         return tuple(self.logprobs[i] for i in range(first, len(self.outputs)))
+
+    def targets(self, start: int, end: int) -> tuple[int, ...]:
+        """Tokens of the prompt that follow positions [start, end), if they are to be scored."""
+        return () if self.prompt_logprobs is None else self.request.prompt[start + 1 : end + 1]
 
     def token_range(self, start: int, end: int) -> tuple[int, ...]:
         """Tokens at positions [start, end) of prompt and outputs concatenated."""

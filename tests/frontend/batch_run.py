@@ -43,9 +43,9 @@ class Run:
     def answer(self, request, finish="length"):
         tokens = request.prompt[::-1][: request.sampling.max_tokens]
         for index, token in enumerate(tokens[:-1]):
-            if self.job.emit(Emit(request.id, index, (token,), (), None)):
+            if self.job.emit(Emit(request.id, index, (token,), (), None, ())):
                 return
-        self.job.emit(Emit(request.id, len(tokens) - 1, tokens[-1:], (), finish))
+        self.job.emit(Emit(request.id, len(tokens) - 1, tokens[-1:], (), finish, ()))
 
     def run(self):
         for request in self.job.requests():

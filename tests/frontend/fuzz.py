@@ -213,7 +213,7 @@ class Fuzzer:
             rows = [self.token(request, first + i) for i in range(count)]
             ended = rng.choice(("stop", "length")) if first + count == length else None
             logprobs = tuple(row for _, row in rows) if rows[0][1] is not None else ()
-            self.deliver(Emit(request.id, first, tuple(t for t, _ in rows), logprobs, ended))
+            self.deliver(Emit(request.id, first, tuple(t for t, _ in rows), logprobs, ended, ()))
             first += count
 
     def deliver(self, event: Emit | Rejected) -> None:
@@ -252,7 +252,7 @@ class Fuzzer:
         tokens = tuple(self.kind.backend.encode("the x").ids[:3])
         for request in self.job.requests():
             if request.prompt == (9, 10) and request.sampling.max_tokens == 3:
-                self.deliver(Emit(request.id, 0, tokens, (), "length"))
+                self.deliver(Emit(request.id, 0, tokens, (), "length", ()))
             else:
                 self.answer(request)
         self.check(num_lines)

@@ -21,7 +21,7 @@ def answer(tokenizer, model):
         outputs = []
         for request, (text, rows) in zip(call.requests(itertools.count()), texts, strict=True):
             output = Output(tokenizer, request.sampling, call.stops)
-            output.take(Emit(request.id, 0, tuple(tokenizer.encode(text)), tuple(rows), reason))
+            output.take(Emit(request.id, 0, tuple(tokenizer.encode(text)), tuple(rows), reason, ()))
             outputs.append(output)
         body = answer_body(call, outputs, tokenizer, "17", 1234)
         return json.loads(json.dumps(body, allow_nan=False))

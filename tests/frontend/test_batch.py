@@ -131,7 +131,7 @@ def test_an_internal_error_of_one_choice_cancels_the_other_choices(run, monkeypa
         raise RuntimeError
 
     monkeypatch.setattr("mellmpi.frontend.outputs.Output.take", fails)
-    assert job.job.emit(Emit(second.id, 0, (1,), (), None)) == (first.id, second.id, third.id)
+    assert job.job.emit(Emit(second.id, 0, (1,), (), None, ())) == (first.id, second.id, third.id)
     assert job.job.done and len(errors(job.lines)) == 1
 
 
@@ -143,7 +143,7 @@ def test_an_internal_error_in_a_last_token_does_not_cancel_that_choice(run, monk
         raise RuntimeError
 
     monkeypatch.setattr("mellmpi.frontend.outputs.Output.take", fails)
-    assert job.job.emit(Emit(second.id, 0, (1,), (), "length")) == (first.id,)
+    assert job.job.emit(Emit(second.id, 0, (1,), (), "length", ())) == (first.id,)
 
 
 def test_an_error_is_in_the_response_and_beside_it(run):
@@ -199,12 +199,13 @@ def test_a_stop_string_ends_the_text_and_cancels_the_request(run, tokenizer):
     job = run([entry(stop="END", max_tokens=50)])
     (request,) = job.job.requests()
     tokens = tuple(tokenizer.encode("one END two"))
-    assert job.job.emit(Emit(request.id, 0, tokens[:5], (), None)) == ()
-    assert job.job.emit(Emit(request.id, 5, tokens[5:], (), None)) == (request.id,)
+    assert job.job.emit(Emit(request.id, 0, tokens[:5], (), None, ())) == ()
+    assert job.job.emit(Emit(request.id, 5, tokens[5:], (), None, ())) == (request.id,)
     (choice,) = job.lines[0]["response"]["body"]["choices"]
     assert (choice["text"], choice["finish_reason"]) == ("one ", "stop")
     assert job.lines[0]["response"]["body"]["usage"]["completion_tokens"] == len("one END")
-    assert job.job.emit(Emit(request.id, 11, tokens, (), "length")) == ()  # sent before the cancel
+    late = Emit(request.id, 11, tokens, (), "length", ())  # sent before the cancel
+    assert job.job.emit(late) == ()
     assert len(job.lines) == 1
 
 
@@ -212,7 +213,7 @@ def test_a_stop_string_in_the_last_tokens_needs_no_cancel(run, tokenizer):
     job = run([entry(stop="END")])
     (request,) = job.job.requests()
     tokens = tuple(tokenizer.encode("one END"))
-    assert job.job.emit(Emit(request.id, 0, tokens, (), "length")) == ()
+    assert job.job.emit(Emit(request.id, 0, tokens, (), "length", ())) == ()
     assert job.lines[0]["response"]["body"]["choices"][0]["finish_reason"] == "stop"
 
 
@@ -269,7 +270,7 @@ def test_a_line_goes_to_the_model_that_it_names_or_else_to_the_first(tokenizer, 
     asked = list(job.requests())
     assert [request.model for request in asked] == ["other", "tiny", "tiny"]
     for request in asked:
-        job.emit(Emit(request.id, 0, request.prompt, (), "length"))
+        job.emit(Emit(request.id, 0, request.prompt, (), "length", ()))
     said = {line["custom_id"]: line["response"] for line in map(json.loads, written)}
     assert said["a"]["body"]["model"] == "other" and said["b"]["body"]["model"] == "tiny"
     assert said["d"]["status_code"] == 404

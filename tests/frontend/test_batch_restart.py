@@ -79,7 +79,7 @@ def test_requests_of_a_pipe_are_answered_before_it_is_closed(tokenizer, model):
     assert list(job.requests()) == [] and not job.exhausted
     os.write(writer, text_of([entry("a", prompt="abc")]))
     (request,) = job.requests()
-    job.emit(Emit(request.id, 0, request.prompt, (), "length"))
+    job.emit(Emit(request.id, 0, request.prompt, (), "length", ()))
     assert json.loads(os.read(reader, 1 << 16))["custom_id"] == "a"
     assert not job.done
     os.close(writer)

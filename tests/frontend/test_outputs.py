@@ -16,7 +16,7 @@ def output(tokenizer):
 
 
 def emit(tokenizer, first, text, finish_reason=None, tokens=()):
-    return Emit(1, first, (*tokenizer.encode(text), *tokens), (), finish_reason)
+    return Emit(1, first, (*tokenizer.encode(text), *tokens), (), finish_reason, ())
 
 
 def test_text_grows_with_the_tokens(output, tokenizer):
@@ -39,7 +39,7 @@ def test_tokens_after_a_stop_string_are_dropped_with_their_logprobs(output, toke
     out = output("END")
     tokens = tuple(tokenizer.encode("one END two"))
     rows = tuple((-float(n), (), ()) for n in range(len(tokens)))
-    assert out.take(Emit(1, 0, tokens, rows, None)) == "one "
+    assert out.take(Emit(1, 0, tokens, rows, None, ())) == "one "
     assert (out.text, out.finish_reason) == ("one ", "stop")
     assert len(out.tokens) == len(out.logprobs) == len("one END")
     assert out.take(emit(tokenizer, 99, "late", "length")) == ""
@@ -62,7 +62,7 @@ def test_an_incomplete_stop_string_belongs_to_the_text(output, tokenizer):
 def test_an_incomplete_character_at_the_end_becomes_a_replacement_mark(output, tokenizer):
     out = output("never")
     tokens = tuple(tokenizer.encode("ok é"))
-    out.take(Emit(1, 0, tokens[:-1], (), "length"))
+    out.take(Emit(1, 0, tokens[:-1], (), "length", ()))
     assert out.text == "ok �"
 
 

@@ -70,8 +70,8 @@ def test_answers_are_lines_of_openais_format_with_token_ids():
     lines = []
     replay = job((0.0, 4, 3), write=lines.append)
     (request,) = replay.requests()
-    assert replay.emit(Emit(request.id, 0, (5, 6), (), None)) == () and not replay.done
-    replay.emit(Emit(request.id, 2, (7,), (), "length"))
+    assert replay.emit(Emit(request.id, 0, (5, 6), (), None, ())) == () and not replay.done
+    replay.emit(Emit(request.id, 2, (7,), (), "length", ()))
     assert replay.done and replay.counts.completed == 1
     body = json.loads(lines[0])["response"]["body"]
     assert body["choices"][0]["token_ids"] == [5, 6, 7]

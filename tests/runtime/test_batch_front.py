@@ -64,7 +64,7 @@ def test_poisson_arrivals_are_seeded_and_have_the_rate():
 def test_a_request_that_a_stop_string_ended_is_cancelled_as_complete():
     front = BatchFront(Source(2, unwanted=[1]), None)
     front.inbox(0.0)
-    front.deliver(Emit(1, 0, (5,), (), None))
+    front.deliver(Emit(1, 0, (5,), (), None, ()))
     assert not front.done and front.due_s(0.0) == 0.0
     assert front.inbox(0.0) == [Cancel(1, "stop")] and front.done
 

@@ -36,6 +36,7 @@ def report(
     free_blocks: int = 20,
     preempted: tuple[tuple[int, int], ...] = (),
     logprobs: Any = (),
+    prompt_logprobs: Any = (),
     decode_tokens: int = 0,
 ) -> StepReport:
     """Runs are (request id, epoch, first, tokens)."""
@@ -56,6 +57,7 @@ def report(
         preempted=preempted,
         attended=0,
         cached=(),
+        prompt_logprobs=prompt_logprobs,
     )
 
 

@@ -57,7 +57,7 @@ def stage():
 def test_tokens_are_emitted_once_and_in_order_however_runs_overlap(stage):
     record = stage.running(tokens=(5, 6))
     commands = stage.handle(1, report((7, record.epoch, 1, (6, 8, 9))))
-    assert commands == [(FRONT, Emit(7, 2, (8, 9), (), None))]
+    assert commands == [(FRONT, Emit(7, 2, (8, 9), (), None, ()))]
     assert stage.handle(1, report((7, record.epoch, 2, (8, 9)))) == []
 
 
@@ -72,21 +72,24 @@ def test_each_run_of_a_report_goes_to_its_own_request(stage):
     commands = stage.handle(
         1, report((1, a.epoch, 0, (5,)), (99, 99, 0, (1, 2)), (2, b.epoch, 0, (6, 7)))
     )
-    assert commands == [(FRONT, Emit(1, 0, (5,), (), None)), (FRONT, Emit(2, 0, (6, 7), (), None))]
+    assert commands == [
+        (FRONT, Emit(1, 0, (5,), (), None, ())),
+        (FRONT, Emit(2, 0, (6, 7), (), None, ())),
+    ]
 
 
 def test_logprobs_stay_with_their_tokens_when_a_run_overlaps(stage):
     record = stage.running(num_logprobs=0)
     probs = ((-1.0, (), ()), (-2.0, (), ()), (-3.0, (), ()))
     run = report((99, 99, 0, (1,)), (7, record.epoch, 0, (5, 6, 7)), logprobs=((1, probs),))
-    assert of_type(stage.handle(1, run), Emit) == [Emit(7, 1, (6, 7), probs[1:], None)]
+    assert of_type(stage.handle(1, run), Emit) == [Emit(7, 1, (6, 7), probs[1:], None, ())]
 
 
 def test_tokens_computed_before_a_preemption_are_emitted(stage):
     record = stage.running()
     both = report((7, record.epoch, 1, (6, 7)), preempted=((7, record.epoch),))
     commands = stage.handle(1, both)
-    assert commands[0] == (FRONT, Emit(7, 1, (6, 7), (), None))
+    assert commands[0] == (FRONT, Emit(7, 1, (6, 7), (), None, ()))
     assert commands[1] == (OBSERVER, Preempted(7, 1))
     assert of_type(commands, Assign)[0].outputs == (5, 6, 7)
 
@@ -94,14 +97,14 @@ def test_tokens_computed_before_a_preemption_are_emitted(stage):
 def test_a_stop_token_ends_the_request_with_reason_stop(stage):
     record = stage.running(tokens=(), stop_token_ids=(9,))
     commands = stage.handle(1, report((7, record.epoch, 0, (8, 9))))
-    assert commands == [(FRONT, Emit(7, 0, (8, 9), (), "stop"))]
+    assert commands == [(FRONT, Emit(7, 0, (8, 9), (), "stop", ()))]
     assert_nothing_left(stage.scheduler)
 
 
 def test_the_last_tokens_may_come_with_the_kv(stage):
     record = stage.sending(max_tokens=3)
     commands = stage.handle(2, received(record, first=1, tokens=(6, 7)))
-    assert of_type(commands, Emit) == [Emit(7, 1, (6, 7), (), "length")]
+    assert of_type(commands, Emit) == [Emit(7, 1, (6, 7), (), "length", ())]
     assert_nothing_left(stage.scheduler)
 
 
@@ -109,7 +112,7 @@ def test_logprobs_come_with_the_kv(stage):
     record = stage.sending(num_logprobs=0)
     probs = ((-1.0, (), ()), (-2.0, (), ()))
     commands = stage.handle(2, received(record, first=0, tokens=(5, 6), logprobs=probs))
-    assert of_type(commands, Emit) == [Emit(7, 1, (6,), probs[1:], None)]
+    assert of_type(commands, Emit) == [Emit(7, 1, (6,), probs[1:], None, ())]
 
 
 # --- submission ----------------------------------------------------------------------------------

@@ -137,7 +137,7 @@ def test_its_destination_lost_it_runs_on_and_is_unfrozen_if_it_was_sending(stage
 def test_with_the_last_token_it_is_gone_and_the_destination_is_released(stage, state, released):
     record = getattr(stage, state)(max_tokens=2)
     commands = stage.handle(1, report((7, EPOCH, 1, (6,))))
-    assert of_type(commands, Emit) == [Emit(7, 1, (6,), (), "length")]
+    assert of_type(commands, Emit) == [Emit(7, 1, (6,), (), "length", ())]
     assert to_workers(commands) == released
     assert stage.state(record) is None
 

@@ -11,7 +11,7 @@ from mellmpi.costs import CostModel
 from mellmpi.telemetry import Metrics, series
 from mellmpi.telemetry.series import EXACT_SAMPLES, Distribution, Sample, StepFunction
 
-NO_RUNS = ((), (), (), (), (), (), (), 0, ())  # nothing attended, nothing cached
+NO_RUNS = ((), (), (), (), (), (), (), 0, (), ())  # nothing attended, cached, scored
 GREEDY = replace(p.GREEDY, max_tokens=9)
 
 
@@ -21,7 +21,7 @@ def submit(m, now, request_id=1, num_prompt=5):
 
 
 def emit(m, now, n, request_id=1, finish=None):
-    m.command(now, p.FRONT, p.Emit(request_id, 0, (7,) * n, (), finish))
+    m.command(now, p.FRONT, p.Emit(request_id, 0, (7,) * n, (), finish, ()))
 
 
 def report(m, now, worker, free_bytes=0):
@@ -443,7 +443,7 @@ def test_commands_in_one_call_count_as_in_calls_of_their_own():
         submit(m, 1.0, request_id=1)
         submit(m, 1.5, request_id=2)
         report(m, 2.0, 1)
-    emits = [p.Emit(1, 0, (7, 7), (), None), p.Emit(2, 0, (7,), (), "length")]
+    emits = [p.Emit(1, 0, (7, 7), (), None, ()), p.Emit(2, 0, (7,), (), "length", ())]
     commands = [(p.FRONT, emits[0]), (p.OBSERVER, p.Preempted(1, 1)), (p.FRONT, emits[1])]
     together.commands(2.0, commands)
     for destination, command in commands:

@@ -5,6 +5,7 @@ and any number of threads (see `gemm`).
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from time import monotonic
 
 import numpy as np
@@ -62,6 +63,7 @@ class CpuModel:
         self.warm_up_s = 0.0  # seconds that `warm_up` took
         self._rope = RopeTable(arch)
         self._scratch = self._make_scratch(1)
+        self._head_inputs: tuple[object, ...] | None = None  # of a step without tokens
         self._pool = ThreadPoolExecutor(num_threads - 1) if num_threads > 1 else None
 
     @property
@@ -83,19 +85,24 @@ class CpuModel:
         rows, sizes = len(batch.tokens), self._sizes
         if rows * sizes.hidden > len(self._scratch.residual):
             self._scratch = self._make_scratch(rows)
-        logits = np.empty((batch.num_sampled, sizes.vocabulary), np.float32)
-        self._run(
-            batch.tokens,
-            batch.last_rows,
-            _chunks(batch, self.arch.num_kv_heads),
-            self._weights,
-            sizes,
-            self._heads(arena),
-            self._rope.up_to(int(batch.context_lens.max())),
-            storage(arena.elements),
-            self._scratch,
-            logits.ravel(),
-        )
+        chunks, heads = _chunks(batch, self.arch.num_kv_heads), self._heads(arena)
+        rope = self._rope.up_to(int(batch.context_lens.max()))
+        inputs = chunks, self._weights, sizes, heads, rope, storage(arena.elements), self._scratch
+        # After the step, `logits_of` finds the residual stream in the scratch memory.
+        self._head_inputs = (_no_chunks(batch), *inputs[1:]) if batch.is_scored else None
+        return self._logits(batch.tokens, batch.last_rows, inputs)
+
+    def logits_of(self, rows: np.ndarray) -> torch.Tensor:
+        """Logits of rows int32 [n] of the last batch, which `is_scored`: float32 [n, vocab]."""
+        assert self._head_inputs is not None, "the last batch is not scored"
+        return self._logits(np.zeros(0, np.int32), rows, self._head_inputs)
+
+    def _logits(
+        self, tokens: np.ndarray, rows: np.ndarray, inputs: tuple[object, ...]
+    ) -> torch.Tensor:
+        """Run a step over `tokens`, which may be none; logits of `rows` of the residual stream."""
+        logits = np.empty((len(rows), self._sizes.vocabulary), np.float32)
+        self._run(tokens, rows, *inputs, logits.ravel())
         return torch.from_numpy(logits)[:, : self.arch.vocab_size]
 
     def warm_up(self) -> None:
@@ -163,6 +170,19 @@ class CpuModel:
             attended=stored(sizes.attended_stride),
             inner=stored(sizes.inner_stride),
         )
+
+
+def _no_chunks(batch: PackedBatch) -> Chunks:
+    """The chunks of a step without tokens."""
+    nothing = replace(
+        batch,
+        tokens=batch.tokens[:0],
+        positions=batch.positions[:0],
+        cu_chunks=batch.cu_chunks[:1],
+        context_lens=batch.context_lens[:0],
+        block_tables=batch.block_tables[:0],
+    )
+    return _chunks(nothing, 1)
 
 
 def _chunks(batch: PackedBatch, kv_heads: int) -> Chunks:

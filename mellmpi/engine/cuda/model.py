@@ -107,6 +107,7 @@ class TorchModel:
         self.head = self.embedding if arch.tie_embeddings else weights.pop("lm_head.weight")
         self._inv_freq = torch.from_numpy(inv_freq(arch)).to(self.device)
         self._cos_scale = attention_factor(arch)
+        self._scored: torch.Tensor | None = None  # [T, hidden] of the last batch if it `is_scored`
 
     @torch.inference_mode()
     def forward(self, batch: PackedBatch, arena: KvArena) -> torch.Tensor:
@@ -121,7 +122,18 @@ class TorchModel:
             x = x + self._attend(layer, self._norm(x, layer.attention_norm), index, step, arena)
             gate, up = layer.gate_up(self._norm(x, layer.mlp_norm)).chunk(2, dim=-1)
             x = x + layer.down(F.silu(gate) * up)
-        return F.linear(self._norm(x[step.last_rows], self.norm), self.head).float()
+        self._scored = x if batch.is_scored else None
+        return self._logits(x[step.last_rows])
+
+    @torch.inference_mode()
+    def logits_of(self, rows: np.ndarray) -> torch.Tensor:
+        """Logits of rows int32 [n] of the last batch, which `is_scored`: float32 [n, vocab]."""
+        assert self._scored is not None, "the last batch is not scored"
+        return self._logits(self._scored[torch.from_numpy(rows).to(self.device)])
+
+    def _logits(self, x: torch.Tensor) -> torch.Tensor:
+        """[n, hidden] -> float32 [n, vocab]"""
+        return F.linear(self._norm(x, self.norm), self.head).float()
 
     def _prepare(self, batch: PackedBatch, block_size: int) -> Step:
         """The inputs that depend on the plan only: the one host → device copy of a step."""

@@ -40,7 +40,9 @@ def _modes(record: Record, move: MoveProposal) -> tuple[str, ...]:
     """The modes that are possible for the request."""
     if not record.has_progressed:
         # No recompute: without a new token in between, recomputes could follow each other forever.
-        return () if record.transfer_failed else (TRANSFER,)
+        # No transfer without the logprobs of the prompt, which are not part of the KV.
+        stays = record.transfer_failed or record.awaits_prompt_logprobs
+        return () if stays else (TRANSFER,)
     if record.transfer_failed:
         return (RECOMPUTE,)
     return (move.mode,) if move.mode is not None else ALL_MODES
