@@ -19,6 +19,7 @@ from mellmpi.protocol import (
     Emit,
     FrontEvent,
     Observation,
+    PromptLogprob,
     Rejected,
     Request,
     SchedulerCommand,
@@ -43,6 +44,7 @@ class Outcome:
 
     outputs: dict[int, list[int]] = field(default_factory=dict)
     logprobs: dict[int, list[TokenLogprob]] = field(default_factory=dict)
+    prompt_logprobs: dict[int, list[PromptLogprob]] = field(default_factory=dict)
     finished: dict[int, str] = field(default_factory=dict)  # request -> reason
     rejected: dict[int, str] = field(default_factory=dict)  # request -> reason
     observed: list[tuple[float, Observation]] = field(default_factory=list)  # with its time
@@ -167,11 +169,12 @@ class Simulation:
 
     def _front(self, event: FrontEvent) -> None:
         match event:
-            case Emit(request_id, first, tokens, logprobs, reason):
+            case Emit(request_id, first, tokens, logprobs, reason, prompt_logprobs):
                 outputs = self.outcome.outputs.setdefault(request_id, [])
                 assert first == len(outputs), f"request {request_id}: token lost or repeated"
                 outputs += tokens
                 self.outcome.logprobs.setdefault(request_id, []).extend(logprobs)
+                self.outcome.prompt_logprobs.setdefault(request_id, []).extend(prompt_logprobs)
                 if reason:
                     self.outcome.finished[request_id] = reason
                     self._live -= 1

@@ -78,6 +78,15 @@ def test_each_run_of_a_report_goes_to_its_own_request(stage):
     ]
 
 
+def test_logprobs_of_a_prompt_are_emitted_with_the_first_tokens(stage):
+    record = stage.running(tokens=(), num_prompt_logprobs=0)
+    rows = (((-0.5, (), ()), 3), ((-1.5, (), ()), 9))
+    first = report((7, record.epoch, 0, (5, 6)), prompt_logprobs=((0, rows),))
+    assert of_type(stage.handle(1, first), Emit) == [Emit(7, 0, (5, 6), (), None, rows)]
+    second = report((7, record.epoch, 2, (7,)))
+    assert of_type(stage.handle(1, second), Emit) == [Emit(7, 2, (7,), (), None, ())]
+
+
 def test_logprobs_stay_with_their_tokens_when_a_run_overlaps(stage):
     record = stage.running(num_logprobs=0)
     probs = ((-1.0, (), ()), (-2.0, (), ()), (-3.0, (), ()))
@@ -495,6 +504,15 @@ def test_a_move_beyond_the_time_limit_is_deferred_until_it_fits():
 def test_before_its_first_token_a_request_is_not_recomputed_elsewhere(stage):
     stage.running(tokens=())
     [started] = of_type(stage.tick(MoveProposal(7, 2, "test", "recompute")), MigrationStarted)
+    assert started.mode == "transfer"
+
+
+def test_a_request_whose_prompt_is_scored_does_not_move_before_its_first_token(stage):
+    record = stage.running(tokens=(), num_prompt_logprobs=0)
+    for mode in ("transfer", "recompute", "split", None):
+        assert stage.tick(MoveProposal(7, 2, "test", mode)) == []
+    stage.handle(1, report((7, record.epoch, 0, (5,))))
+    [started] = of_type(stage.tick(MoveProposal(7, 2, "test", "transfer")), MigrationStarted)
     assert started.mode == "transfer"
 
 

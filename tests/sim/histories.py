@@ -8,7 +8,7 @@ from mellmpi.config import BatchConfig, CacheConfig, ClusterConfig
 from mellmpi.costs import UNKNOWN, CostModel
 from mellmpi.protocol import GREEDY, ModelKv, Request
 from mellmpi.sim import Network, Simulation, WorkerSpec
-from mellmpi.sim.executor import HashExecutor, expected_outputs, logprob
+from mellmpi.sim.executor import HashExecutor, expected_outputs, logprob, prompt_logprobs
 
 KV = ModelKv("hash", block_size=4, block_bytes=64)
 OTHERS = [ModelKv("other", size, block_bytes=64) for size in (4, 6)]
@@ -26,6 +26,7 @@ def random_request(request_id: int, rng: random.Random, model: str = KV.model) -
         seed=rng.randrange(2**64),
         stop_token_ids=stop,
         num_logprobs=rng.choice([None, None, 1]),
+        num_prompt_logprobs=1 if request_id % 4 == 3 else None,
     )
     # Few different prefixes, so that some are reused.
     prompt = tuple([rng.randint(0, 2)] * rng.randint(0, 12) + [rng.randint(3, 49)])
@@ -96,6 +97,9 @@ def check(sim: Simulation, requests: list[Request]) -> None:
         if request.sampling.num_logprobs is not None:
             expected = [logprob(t, len(request.prompt) + i) for i, t in enumerate(outputs)]
             assert outcome.logprobs.get(request.id, []) == expected, f"request {request.id}"
+        if request.sampling.num_prompt_logprobs is not None and outputs:
+            expected = list(prompt_logprobs(request.prompt[1:], 1))
+            assert outcome.prompt_logprobs[request.id] == expected, f"prompt of {request.id}"
     check_no_state_left(sim)
 
 

@@ -15,7 +15,7 @@ from mellmpi.sim import Network
 from mellmpi.worker import BatchScheduler
 from mellmpi.worker.kv_receiver import KvReceiver
 from mellmpi.worker.kv_sender import KvSender
-from mellmpi.worker.kvcache import BlockPool, block_tables
+from mellmpi.worker.kvcache import BlockPool, BlockTables, block_tables
 from mellmpi.worker.report_buffer import ReportBuffer
 from mellmpi.worker.sequence_table import SequenceTable
 from mellmpi.worker.sequences import OutgoingKv, Phase
@@ -450,6 +450,50 @@ def logprobs_are_forgotten_once_reported(monkeypatch):
         return message
 
     monkeypatch.setattr(ReportBuffer, "report", forgetful)
+
+
+@fault
+def a_request_moves_without_the_logprobs_of_its_prompt(monkeypatch):
+    monkeypatch.setattr(Record, "awaits_prompt_logprobs", property(lambda self: False))
+
+
+@fault
+def logprobs_of_a_prompt_are_reported_with_every_run(monkeypatch):
+    report = ReportBuffer.report
+
+    def repeating(self, *args):
+        found = {s: s.prompt_logprobs for s in self._runs.values()}
+        message = report(self, *args)
+        for sequence, logprobs in found.items():
+            sequence.prompt_logprobs = logprobs
+        return message
+
+    monkeypatch.setattr(ReportBuffer, "report", repeating)
+
+
+@fault
+def a_resumed_request_is_scored_again(monkeypatch):
+    assign = BatchScheduler._assign
+
+    def scoring(self, order):
+        assign(self, order)
+        sequence = self.sequences.get(order.epoch)
+        if sequence and order.request.sampling.num_prompt_logprobs is not None:
+            sequence.prompt_logprobs = []
+
+    monkeypatch.setattr(BatchScheduler, "_assign", scoring)
+
+
+@fault
+def positions_of_a_cached_prefix_are_not_scored(monkeypatch):
+    grow = BlockTables.grow
+
+    def sharing(self, sequence, num_tokens):
+        if sequence.prompt_logprobs == [] and not sequence.block_table:
+            self.reuse_prefix(sequence)
+        return grow(self, sequence, num_tokens)
+
+    monkeypatch.setattr(BlockTables, "grow", sharing)
 
 
 @fault

@@ -434,6 +434,29 @@ def test_logprobs_are_reported_once_with_their_run(bench):
     assert bench.batch.report(1, 0.1).logprobs == ((0, (LOGPROB,) * 2), (1, (LOGPROB,) * 2))
 
 
+def test_every_chunk_of_a_prompt_has_the_tokens_to_score(bench):
+    bench = Bench(max_num_batched_tokens=8)
+    bench.assign(1, num_prompt=18, num_prompt_logprobs=2)
+    chunks = []
+    for _ in range(4):
+        plan = bench.batch.plan()
+        chunks += plan.chunks
+        scored = [((LOGPROB, 1),) * len(c.targets) for c in plan.chunks if c.targets]
+        sampled = [c for c in plan.chunks if c.sampling is not None]
+        result = StepResult((5,) * len(sampled), (None,) * len(sampled), tuple(scored))
+        bench.batch.commit(plan, result)
+    assert [c.targets for c in chunks] == [tuple(range(1, 9)), tuple(range(9, 17)), (17,), ()]
+    assert {c.num_target_logprobs for c in chunks} == {2}
+    assert bench.batch.report(4, 0.1).prompt_logprobs == ((0, ((LOGPROB, 1),) * 17),)
+
+
+def test_a_request_with_outputs_is_not_scored_again(bench):
+    bench.assign(1, num_prompt=6, num_prompt_logprobs=2, outputs=(5,))
+    [chunk] = bench.step().chunks
+    assert len(chunk.tokens) == 7 and chunk.targets == ()
+    assert bench.batch.report(1, 0.1).prompt_logprobs == ()
+
+
 # --- sending -------------------------------------------------------------------------------------
 
 
