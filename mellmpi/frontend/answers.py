@@ -4,10 +4,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from mellmpi.frontend.echo import Echo
 from mellmpi.frontend.openai import CHAT, Call
 from mellmpi.frontend.outputs import Output
 from mellmpi.frontend.tokenizer import Tokenizer
-from mellmpi.protocol import TokenLogprob
+from mellmpi.protocol import PromptLogprob, TokenLogprob
 
 Json = dict[str, Any]
 
@@ -32,6 +33,7 @@ def answer_body(
         "model": call.model,
         "choices": choices,
         "usage": usage(call, outputs),
+        **(_prompt_logprobs(0, call, outputs[0], tokenizer) if chat else {}),
     }
 
 
@@ -47,13 +49,20 @@ def usage(call: Call, outputs: Sequence[Output]) -> dict[str, int]:
 
 
 def _completion_choice(index: int, call: Call, output: Output, tokenizer: Tokenizer) -> Json:
-    wanted = call.samplings[index].num_logprobs is not None
+    num_logprobs = call.samplings[index].num_logprobs
+    logprobs = None
+    if num_logprobs is not None:
+        logprobs = completion_logprobs(output, tokenizer)
+        if output.echo is not None:
+            before = echo_logprobs(output, output.echo, num_logprobs, tokenizer)
+            logprobs = {name: column + logprobs[name] for name, column in before.items()}
     return {
         "index": index,
-        "text": output.text,
-        "logprobs": completion_logprobs(output, tokenizer) if wanted else None,
+        "text": (output.echo.text if output.echo is not None else "") + output.text,
+        "logprobs": logprobs,
         "finish_reason": output.finish_reason,
         **_token_ids(index, call, output),
+        **_prompt_logprobs(index, call, output, tokenizer),
     }
 
 
@@ -78,14 +87,60 @@ def _token_ids(index: int, call: Call, output: Output) -> Json:
 
 
 def completion_logprobs(output: Output, tokenizer: Tokenizer) -> Json:
-    """Return four lists with one entry per token. The tokens joined are the text of the answer."""
-    texts = output.token_texts
+    """Return four lists with one entry per token. The tokens joined are the text of the answer.
+
+    Offsets are in the text with the echo of the prompt, if there is one.
+    """
+    texts, begin = output.token_texts, len(output.echo.text) if output.echo is not None else 0
     rows = list(zip(output.tokens, texts, output.logprobs, strict=True))
     return {
         "tokens": texts,
         "token_logprobs": [_finite(logprob) for _, _, (logprob, _, _) in rows],
         "top_logprobs": [_alternatives(*row, tokenizer) for row in rows],
-        "text_offset": output.offsets[:-1],
+        "text_offset": [begin + offset for offset in output.offsets[:-1]],
+    }
+
+
+def echo_logprobs(output: Output, echo: Echo, num_logprobs: int, tokenizer: Tokenizer) -> Json:
+    """Return `completion_logprobs` of the prompt: null for its first token, which follows none."""
+    texts = echo.texts
+    rows = [_with(num_logprobs, row) for row, _ in output.prompt_logprobs]
+    following = list(zip(echo.tokens[1:], texts[1:], rows, strict=True))
+    return {
+        "tokens": texts,
+        "token_logprobs": [None, *(_finite(logprob) for _, _, (logprob, _, _) in following)],
+        "top_logprobs": [None, *(_alternatives(*row, tokenizer) for row in following)],
+        "text_offset": echo.offsets,
+    }
+
+
+def _with(num_top: int, row: TokenLogprob) -> TokenLogprob:
+    """Return a row with its `num_top` likeliest alternatives; the worker may report more."""
+    return row[0], row[1][:num_top], row[2][:num_top]
+
+
+def _prompt_logprobs(index: int, call: Call, output: Output, tokenizer: Tokenizer) -> Json:
+    """Return the field `prompt_logprobs` in the form of vLLM, if it is asked for.
+
+    A list: null for the first token; for each other one its logprob and those of its alternatives,
+    by token id.
+    """
+    num_top = call.about_prompts.num_logprobs
+    if num_top is None:
+        return {}
+    tokens = call.prompts[index // call.n][1:]
+    rows = zip(tokens, output.prompt_logprobs, strict=True)
+    return {"prompt_logprobs": [None, *(_ranked(t, row, num_top, tokenizer) for t, row in rows)]}
+
+
+def _ranked(token: int, scored: PromptLogprob, num_top: int, tokenizer: Tokenizer) -> Json:
+    row, rank = scored
+    values = {token: (_finite(row[0]), rank)}
+    for place, (other, value) in enumerate(_top(_with(num_top, row)), start=1):
+        values.setdefault(other, (value, place))
+    return {
+        str(i): {"logprob": value, "rank": place, "decoded_token": tokenizer.token_bytes.label(i)}
+        for i, (value, place) in values.items()
     }
 
 

@@ -14,7 +14,7 @@ from mellmpi.files import Line, LineReader
 from mellmpi.frontend.answers import answer_body
 from mellmpi.frontend.fields import BadRequest
 from mellmpi.frontend.openai import CHAT, COMPLETIONS, Call, ServedModels, parse
-from mellmpi.frontend.outputs import Output
+from mellmpi.frontend.outputs import Output, outputs_of
 from mellmpi.protocol import Emit, Rejected, Request
 
 log = logging.getLogger(__name__)
@@ -183,7 +183,7 @@ class BatchJob:
             raise BadRequest("a batch cannot stream; leave stream out", "stream")
         requests = call.requests(self._ids)
         tokenizer = self.served.tokenizers[call.model]
-        outputs = [Output(tokenizer, r.sampling, call.stops, r.prompt) for r in requests]
+        outputs = outputs_of(call, tokenizer)
         ids = tuple(r.id for r in requests)
         pending = _Pending(number, custom_id, prompt_text(body), call, ids, outputs)
         self._open |= {request_id: (pending, choice) for choice, request_id in enumerate(ids)}

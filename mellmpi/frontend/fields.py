@@ -23,6 +23,7 @@ SHARED = (
     "frequency_penalty",
     "repetition_penalty",
     "logprobs",
+    "prompt_logprobs",
     "stream",
     "stream_options",
     "return_token_ids",
@@ -34,7 +35,7 @@ CHAT_ONLY = (
     "add_generation_prompt",
     "chat_template_kwargs",
 )
-COMPLETIONS_ONLY = ("prompt",)
+COMPLETIONS_ONLY = ("prompt", "echo")
 IGNORED = (  # bookkeeping of the client; no influence on the answer
     "user",
     "metadata",
@@ -73,7 +74,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "prediction": (),
     "priority": (0,),
-    "prompt_logprobs": (),
     "reasoning_effort": (),
     "response_format": ({"type": "text"},),
     "skip_special_tokens": (True,),

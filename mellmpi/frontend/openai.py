@@ -6,14 +6,20 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mellmpi.frontend.fields import BadRequest, Fields
+from mellmpi.frontend.prompt_options import (
+    MAX_LOGPROBS,
+    PromptOptions,
+    max_tokens,
+    num_scored,
+    prompt_options,
+)
 from mellmpi.frontend.tokenizer import Message, Tokenizer
 from mellmpi.protocol import Request, Sampling
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-DEFAULT_MAX_TOKENS = 16  # of /v1/completions, OpenAI's value; a chat may fill the context
 MAX_ANSWERS = 2048  # per call: prompts times n
 RESERVED = {"messages", "tools", "documents", "self"}  # template variables that users cannot set
-MAX_STOPS, MAX_LOGPROBS, MAX_CHOICES = 4, 20, 128
+MAX_STOPS, MAX_CHOICES = 4, 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +76,7 @@ class Call:
     stream: bool
     include_usage: bool  # at the end of a stream
     return_token_ids: bool
+    about_prompts: PromptOptions
 
     @property
     def n(self) -> int:
@@ -100,11 +107,12 @@ def parse(url: str, body: dict[str, Any], served: ServedModels, identity: str) -
     prompts = [_checked(tokens, model, fields.chat) for tokens in texts_or_ids]
     stops, stop_ids = _stops(fields, tokenizer)
     base = _sampling(fields, model, identity, stop_ids)
-    max_tokens = [_max_tokens(fields, len(prompt), model) for prompt in prompts for _ in range(n)]
+    limit = model.max_model_len
+    counts = [max_tokens(fields, len(prompt), limit) for prompt in prompts for _ in range(n)]
     samplings = tuple(
         # Choices of one call differ in their seeds; the first one has the requested seed.
         replace(base, max_tokens=count, seed=(base.seed + index) % 2**64)
-        for index, count in enumerate(max_tokens)
+        for index, count in enumerate(counts)
     )
     options = fields.get("stream_options", dict) or {}
     return Call(
@@ -116,6 +124,7 @@ def parse(url: str, body: dict[str, Any], served: ServedModels, identity: str) -
         stream=fields.boolean("stream"),
         include_usage=bool(options.get("include_usage")),
         return_token_ids=fields.boolean("return_token_ids"),
+        about_prompts=prompt_options(fields),
     )
 
 
@@ -210,31 +219,6 @@ def _checked(tokens: list[int], model: ServedModel, chat: bool) -> tuple[int, ..
 # --- sampling ------------------------------------------------------------------------------------
 
 
-def _max_tokens(fields: Fields, prompt_len: int, model: ServedModel) -> int:
-    name, asked = "max_tokens", fields.integer("max_tokens", None, low=1)
-    if fields.chat and (newer := fields.integer("max_completion_tokens", None, low=1)) is not None:
-        name, asked = "max_completion_tokens", newer
-    left, limit = model.max_model_len - prompt_len, model.max_model_len
-    param = "messages" if fields.chat else "prompt"
-    if left < 1:
-        raise BadRequest(
-            f"this model's context is {limit} tokens, and the prompt alone has {prompt_len}; "
-            "at least one must be left for the answer",
-            param,
-            "context_length_exceeded",
-        )
-    if asked is None:
-        return left if fields.chat else min(DEFAULT_MAX_TOKENS, left)
-    if asked > left:
-        raise BadRequest(
-            f"this model's context is {limit} tokens, but {prompt_len + asked} were asked for: "
-            f"{prompt_len} in the prompt and {name} {asked}",
-            param,
-            "context_length_exceeded",
-        )
-    return asked
-
-
 def _sampling(
     fields: Fields, model: ServedModel, identity: str, stop_ids: tuple[int, ...]
 ) -> Sampling:
@@ -243,6 +227,7 @@ def _sampling(
     extra = fields.get("stop_token_ids", list) or []
     if not all(type(token) is int and 0 <= token < model.vocab_size for token in extra):
         raise BadRequest("stop_token_ids must be token ids of the model", "stop_token_ids")
+    num_logprobs = _num_logprobs(fields)
     ends = () if fields.boolean("ignore_eos") else model.eos_ids
     return Sampling(
         max_tokens=0,
@@ -255,8 +240,8 @@ def _sampling(
         frequency_penalty=fields.number("frequency_penalty", 0.0, low=-2.0, high=2.0),
         seed=_seed(fields, identity),
         stop_token_ids=tuple(dict.fromkeys((*ends, *extra, *stop_ids))),
-        num_logprobs=_num_logprobs(fields),
-        num_prompt_logprobs=None,
+        num_logprobs=num_logprobs,
+        num_prompt_logprobs=num_scored(fields, num_logprobs),
     )
 
 

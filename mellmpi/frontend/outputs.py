@@ -3,9 +3,11 @@
 import itertools
 from collections.abc import Sequence
 
+from mellmpi.frontend.echo import Echo
+from mellmpi.frontend.openai import Call
 from mellmpi.frontend.stops import StopStrings
 from mellmpi.frontend.tokenizer import Tokenizer
-from mellmpi.protocol import Emit, Sampling, TokenLogprob
+from mellmpi.protocol import Emit, PromptLogprob, Sampling, TokenLogprob
 
 
 class Output:
@@ -17,7 +19,15 @@ class Output:
         sampling: Sampling,
         stops: tuple[str, ...],
         prompt: Sequence[int] = (),
+        echo: Echo | None = None,
+        alone: bool = False,
     ):
+        """
+        echo   of the prompt, which precedes the text
+        alone  there is no answer: the first token is dropped, and ends it
+        """
+        self.echo, self._alone = echo, alone
+        self.prompt_logprobs: tuple[PromptLogprob, ...] = ()  # from the second token on
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprob] = []
         self.token_bytes: list[bytes] = []  # what each token adds to the text
@@ -25,7 +35,7 @@ class Output:
         self.text = ""
         self.passed: list[int] = []  # length of the final text after each token
         self.finish_reason: str | None = None
-        self._stream = tokenizer.stream(prompt)
+        self._stream = tokenizer.stream(prompt) if echo is None else echo.stream
         self._length = 0  # characters so far, stop strings included
         self._stops = StopStrings(stops)
         self._stop_tokens = frozenset(sampling.stop_token_ids)
@@ -38,6 +48,10 @@ class Output:
         if self.finish_reason is not None:
             return ""
         assert emit.first == len(self.tokens), f"tokens out of order: {emit}"
+        self.prompt_logprobs += emit.prompt_logprobs
+        if self._alone:
+            self.finish_reason = "length"
+            return ""
         before = len(self.text)
         for index, token in enumerate(emit.tokens):
             self.tokens.append(token)
@@ -55,6 +69,11 @@ class Output:
         if emit.finish_reason is not None:
             self._finish(emit.finish_reason)
         return self.text[before:]
+
+    @property
+    def begun(self) -> bool:
+        """Whether the first tokens have come, and the logprobs of the prompt with them."""
+        return bool(self.tokens) or self.finish_reason is not None
 
     @property
     def num_final(self) -> int:
@@ -88,3 +107,15 @@ class Output:
         self.finish_reason = reason
         self._add(self._stream.finish())
         self.text += self._stops.finish()
+
+
+def outputs_of(call: Call, tokenizer: Tokenizer) -> list[Output]:
+    """Return an output for each choice of a call."""
+    about, outputs = call.about_prompts, []
+    for index, sampling in enumerate(call.samplings):
+        which = index // call.n
+        prompt, echo = call.prompts[which], None
+        if about.echo:
+            echo = Echo(tokenizer, prompt, about.texts[which], about.alone)
+        outputs.append(Output(tokenizer, sampling, call.stops, prompt, echo, about.alone))
+    return outputs

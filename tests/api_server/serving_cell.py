@@ -97,7 +97,10 @@ class ServingCell:
             logprobs = ()
             if request.sampling.num_logprobs is not None:
                 logprobs = tuple((-0.5, (token,), (-0.5,)) for token in new)
-            self.front.deliver(Emit(request_id, first, new, logprobs, reason))
+            scored = ()
+            if request.sampling.num_prompt_logprobs is not None and not first:
+                scored = tuple(((-0.25, (token,), (-0.25,)), 1) for token in request.prompt[1:])
+            self.front.deliver(Emit(request_id, first, new, logprobs, reason, scored))
             if reason:
                 del self.open[request_id]
 

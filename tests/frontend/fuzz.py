@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mellmpi.engine.sampler import sample
+from mellmpi.engine.sampler import rank, sample, token_logprob
 from mellmpi.files import LineReader
 from mellmpi.frontend import BatchJob, ServedModel, ServedModels, Tokenizer
 from mellmpi.frontend.fields import CHAT_ONLY, COMPLETIONS_ONLY, SHARED
@@ -86,7 +86,6 @@ NUMBERS = (
 )
 OTHER_NAMES = (
     "tools",
-    "echo",
     "user",
     "logit_bias",
     "response_format",
@@ -162,7 +161,10 @@ class Fuzzer:
             "stop_token_ids": [5, 3],
             "return_token_ids": True,
             "presence_penalty": 1.0,
+            "prompt_logprobs": rng.randint(0, 20),
         }
+        if not chat:
+            optional |= {"echo": True, "max_tokens": rng.randint(0, 30)}
         return body | {
             name: optional[name] for name in rng.sample(list(optional), rng.randrange(5))
         }
@@ -213,7 +215,8 @@ class Fuzzer:
             rows = [self.token(request, first + i) for i in range(count)]
             ended = rng.choice(("stop", "length")) if first + count == length else None
             logprobs = tuple(row for _, row in rows) if rows[0][1] is not None else ()
-            self.deliver(Emit(request.id, first, tuple(t for t, _ in rows), logprobs, ended, ()))
+            tokens, scored = tuple(t for t, _ in rows), () if first else self.scored(request)
+            self.deliver(Emit(request.id, first, tokens, logprobs, ended, scored))
             first += count
 
     def deliver(self, event: Emit | Rejected) -> None:
@@ -221,6 +224,19 @@ class Fuzzer:
             self.job.emit(event)
         else:
             self.job.rejected(event)
+
+    def scored(self, request: Request) -> tuple[Any, ...]:
+        num_top = request.sampling.num_prompt_logprobs
+        if num_top is None:
+            return ()
+        return tuple(self.score(token, num_top) for token in request.prompt[1:])
+
+    def score(self, token: int, num_top: int) -> Any:
+        rng = self.rng
+        logits = np.array([rng.gauss(0, 3) for _ in range(self.vocab_size)], np.float32)
+        if rng.random() < 0.1:
+            logits[rng.randrange(self.vocab_size)] = rng.choice((math.nan, math.inf, -math.inf))
+        return token_logprob(logits, token, num_top), rank(logits, token)
 
     def token(self, request: Request, position: int) -> tuple[int, Any]:
         rng, size = self.rng, self.vocab_size

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from mellmpi.frontend import ServedModels
-from mellmpi.frontend.fields import UNSUPPORTED, BadRequest
+from mellmpi.frontend.fields import COMPLETIONS_ONLY, UNSUPPORTED, BadRequest
 from mellmpi.frontend.openai import CHAT, COMPLETIONS, parse
 from mellmpi.protocol import decode, encode
 
@@ -211,6 +211,8 @@ def test_every_sampling_field_arrives(completion):
         ("seed", [1.5, "x", 2**64, -(2**63) - 1]),
         ("n", [0, -1, 129, 1.0]),
         ("logprobs", [-1, 21, 1.5, True]),
+        ("prompt_logprobs", [-1, 21, 1.5, True]),
+        ("echo", ["yes", 1]),
         ("stop", [5, [""], ["a"] * 5, [None], "", {}]),
         ("stop_token_ids", [5, [512], [-1], ["a"], [True]]),
         ("ignore_eos", ["yes", 1]),
@@ -225,6 +227,28 @@ def test_values_out_of_range_are_refused_by_their_field(completion, field, value
         assert error.param == field, value
         assert set(error.error) == {"message", "type", "param", "code"}
         assert error.error["type"] == "invalid_request_error"
+
+
+def test_an_echo_scores_its_prompt_if_there_are_logprobs(completion, chat):
+    scored = lambda **body: completion(**body).samplings[0].num_prompt_logprobs  # noqa: E731
+    assert scored() is scored(logprobs=3) is scored(echo=True) is None
+    assert scored(echo=True, logprobs=3) == 3
+    assert scored(prompt_logprobs=0) == 0
+    assert scored(echo=True, logprobs=3, prompt_logprobs=2) == 3
+    assert scored(echo=True, logprobs=1, prompt_logprobs=2) == 2
+    assert chat(prompt_logprobs=2, logprobs=True).samplings[0].num_prompt_logprobs == 2
+    assert refused(chat, echo=True).param == "echo"
+    assert refused(completion, stream=True, prompt_logprobs=1).param == "prompt_logprobs"
+    assert completion(stream=True, echo=True, logprobs=1).about_prompts.echo
+
+
+def test_an_echo_may_have_no_answer(completion):
+    alone = completion("x" * 100, echo=True, max_tokens=0)  # all of the context
+    assert alone.about_prompts.alone and alone.samplings[0].max_tokens == 1
+    assert not completion(echo=True, max_tokens=1).about_prompts.alone
+    assert refused(completion, max_tokens=0).param == "max_tokens"
+    for body in (dict(prompt="x" * 101, max_tokens=0), dict(prompt="x" * 100, max_tokens=1)):
+        assert refused(completion, echo=True, **body).code == "context_length_exceeded"
 
 
 def test_null_means_absent(completion):
@@ -284,11 +308,12 @@ def test_another_model_is_not_found(completion, chat):
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
-def test_unsupported_fields_are_refused_unless_they_have_no_effect(completion, name):
-    completion(**{name: None})
+def test_unsupported_fields_are_refused_unless_they_have_no_effect(completion, chat, name):
+    call = chat if name in COMPLETIONS_ONLY else completion
+    call(**{name: None})
     for value in UNSUPPORTED[name]:
-        completion(**{name: value})
-    error = refused(completion, **{name: {"something": 1}})
+        call(**{name: value})
+    error = refused(call, **{name: {"something": 1}})
     assert error.param == name and error.code == "unsupported" and name in str(error)
 
 

@@ -5,8 +5,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mellmpi.frontend.answers import answer_body, chat_logprobs, completion_logprobs, usage
+from mellmpi.frontend.answers import (
+    answer_body,
+    chat_logprobs,
+    completion_logprobs,
+    echo_logprobs,
+    usage,
+)
 from mellmpi.frontend.dialects.sse import DONE, event
+from mellmpi.frontend.echo import Echo
 from mellmpi.frontend.openai import CHAT, Call
 from mellmpi.frontend.outputs import Output
 from mellmpi.frontend.tokenizer import Tokenizer
@@ -63,7 +70,11 @@ class OpenAIDialect:
     def _new_of(self, index: int, cursors: Sequence[Cursor], output: Output) -> bytes:
         cursor, events = cursors[index], []
         if cursor.num_tokens == NEW:
+            if output.echo is not None and not output.begun:
+                return b""
             cursor.num_tokens = 0
+            if output.echo is not None:
+                events.append(self._echo(index, cursors, output, output.echo))
             if self._chat:
                 opening = {"role": "assistant", "content": ""}
                 events.append(self._chunk(index, cursors, opening, None, {}))
@@ -71,6 +82,13 @@ class OpenAIDialect:
         if num_final > cursor.num_tokens or output.finish_reason is not None:
             events.append(self._grown(index, cursors, output, num_final))
         return b"".join(events)
+
+    def _echo(self, index: int, cursors: Sequence[Cursor], output: Output, echo: Echo) -> bytes:
+        """Return the event that precedes the answer: the text and the logprobs of the prompt."""
+        num_logprobs, logprobs = self._call.samplings[index].num_logprobs, None
+        if num_logprobs is not None:
+            logprobs = echo_logprobs(output, echo, num_logprobs, self._tokenizer)
+        return self._chunk(index, cursors, echo.text, None, {}, logprobs)
 
     def _grown(self, index: int, cursors: Sequence[Cursor], output: Output, end: int) -> bytes:
         cursor = cursors[index]

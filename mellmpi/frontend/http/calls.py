@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from mellmpi.frontend.fields import BadRequest
 from mellmpi.frontend.openai import Call
-from mellmpi.frontend.outputs import Output
+from mellmpi.frontend.outputs import outputs_of
 from mellmpi.frontend.tokenizer import Tokenizer
 from mellmpi.protocol import Cancel, Emit, OpenCall, Rejected
 
@@ -25,11 +25,7 @@ class LiveCall:
     ):
         self.opened, self.call, self.tokenizer = opened, call, tokenizer
         self._send = send
-        prompts = [call.prompts[i // call.n] for i in range(len(call.samplings))]
-        self.outputs = [
-            Output(tokenizer, sampling, call.stops, prompt)
-            for sampling, prompt in zip(call.samplings, prompts, strict=True)
-        ]
+        self.outputs = outputs_of(call, tokenizer)
         self.error: BadRequest | None = None
         self.readers: set[asyncio.Event] = set()
         self._open = set(range(len(self.outputs)))  # choices whose request has not ended

@@ -13,6 +13,7 @@ from mellmpi.protocol import (
     Cancel,
     Emit,
     OpenCall,
+    PromptLogprob,
     Rejected,
     TokenLogprob,
 )
@@ -28,6 +29,7 @@ class _Answer:
     call: OpenCall
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: tuple[PromptLogprob, ...] = ()
     finish_reason: str | None = None
     rejected: Rejected | None = None
     ended: bool = False
@@ -74,6 +76,7 @@ class CallLog:
             return
         answer.tokens += emit.tokens
         answer.logprobs += emit.logprobs
+        answer.prompt_logprobs += emit.prompt_logprobs
         if emit.finish_reason is not None:
             answer.finish_reason = emit.finish_reason
             self._end(answer, now)
@@ -114,7 +117,8 @@ class CallLog:
     def _replay(self, request_id: int, answer: _Answer) -> Iterator[Emit | Rejected]:
         if answer.tokens or answer.finish_reason:
             tokens, logprobs = tuple(answer.tokens), tuple(answer.logprobs)
-            yield Emit(request_id, 0, tokens, logprobs, answer.finish_reason)
+            reason, scored = answer.finish_reason, answer.prompt_logprobs
+            yield Emit(request_id, 0, tokens, logprobs, reason, scored)
         if answer.rejected is not None:
             yield answer.rejected
         elif answer.cut_off:
