@@ -12,7 +12,16 @@ from typing import Any
 import numpy as np
 
 from mellmpi.config import BatchConfig, CacheConfig, ClusterConfig
-from mellmpi.protocol import GREEDY, Emit, HostedModel, ModelKv, Rejected, Request, Submit
+from mellmpi.protocol import (
+    GREEDY,
+    Emit,
+    HostedModel,
+    ModelKv,
+    PromptLogprob,
+    Rejected,
+    Request,
+    Submit,
+)
 from mellmpi.runtime.scheduler import SchedulerLoop
 from mellmpi.runtime.worker import Worker
 from mellmpi.scheduler import ClusterScheduler
@@ -64,6 +73,7 @@ class ListFront:
         self._new = [Submit(request) for request in requests]
         self.outputs: dict[int, list[int]] = {request.id: [] for request in requests}
         self.ended: dict[int, str] = {}
+        self.prompt_logprobs: dict[int, list[PromptLogprob]] = {i: [] for i in self.outputs}
 
     @property
     def done(self):
@@ -78,18 +88,21 @@ class ListFront:
 
     def deliver(self, command):
         match command:
-            case Emit(request_id, first, tokens, _, reason):
+            case Emit(request_id, first, tokens, _, reason, prompt_logprobs):
                 assert first == len(self.outputs[request_id])
                 self.outputs[request_id] += tokens
+                self.prompt_logprobs[request_id] += prompt_logprobs
                 if reason:
                     self.ended[request_id] = reason
             case Rejected(request_id, reason):
                 self.ended[request_id] = reason
 
 
-def request(request_id: int, num_prompt: int, max_tokens: int, model: str = "hash") -> Request:
-    sampling = replace(GREEDY, max_tokens=max_tokens, seed=request_id)
-    return Request(request_id, model, tuple(range(num_prompt)), sampling, None)
+def request(
+    request_id: int, num_prompt: int, max_tokens: int, model: str = "hash", **sampling: Any
+) -> Request:
+    parameters = replace(GREEDY, max_tokens=max_tokens, seed=request_id, **sampling)
+    return Request(request_id, model, tuple(range(num_prompt)), parameters, None)
 
 
 def hashing(num_workers: int, num_blocks: int, **cluster) -> "Cell":

@@ -6,16 +6,21 @@ import pytest
 
 from mellmpi.protocol import ROUNDS, Assign, KvPayload, ReceiveKv, SendKv, StepReport
 from mellmpi.runtime import worker as worker_module
-from mellmpi.sim.executor import expected_outputs
+from mellmpi.sim.executor import expected_outputs, prompt_logprobs
 from mellmpi.transport import Transfer
 from tests.runtime.cell import ListFront, hashing, request
 
-REQUESTS = [request(i, num_prompt=3 + i % 7, max_tokens=10 + 5 * (i % 9)) for i in range(40)]
+REQUESTS = [
+    request(i, 3 + i % 7, 10 + 5 * (i % 9), num_prompt_logprobs=0 if i % 3 == 0 else None)
+    for i in range(40)
+]
 
 
 def answers_are_right(front):
     for r in REQUESTS:
         assert front.outputs[r.id] == expected_outputs(r), f"request {r.id}"
+        scored = prompt_logprobs(r.prompt[1:], 1) if r.id % 3 == 0 else ()
+        assert front.prompt_logprobs[r.id] == list(scored), f"prompt of {r.id}"
 
 
 @pytest.mark.parametrize("policy", ["best_fit", "worst_fit", "frugal"])
