@@ -86,6 +86,9 @@ class ListFront:
     def due_s(self, now):
         return 1e6
 
+    def flush(self):
+        pass
+
     def deliver(self, command):
         match command:
             case Emit(request_id, first, tokens, _, reason, prompt_logprobs):
