@@ -5,15 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mellmpi.config import BatchConfig, CacheConfig
 from mellmpi.engine import KvArena, KvGeometry
 from mellmpi.engine.cpu.step import step
 from mellmpi.engine.executor import Executor, with_layout
 from mellmpi.engine.sampler import SCORED_ROWS, rank
-from mellmpi.protocol import GREEDY, SCHEDULER, Assign, Request
-from mellmpi.worker import BatchScheduler
+from mellmpi.protocol import GREEDY, Request
 from tests.engine.conftest import BLOCK_SIZES, MAKERS, twin
-from tests.engine.decoding import random_prompts
+from tests.engine.decoding import Rank0, random_prompts
 
 NUM_TOP = 3
 TOLERANCE = 3e-5  # float32 logprobs of transformers are as far from those in float64
@@ -44,50 +42,6 @@ def executors():
 @pytest.fixture
 def executor(executors, model_class):
     return executors[model_class]
-
-
-class Rank0:
-    """Assigns requests to one worker, logs its reports and resumes what it preempts."""
-
-    def __init__(self, executor, num_blocks=200, num_tokens=64, prefix_caching=False):
-        limits = BatchConfig(max_num_seqs=min(8, num_tokens), max_num_batched_tokens=num_tokens)
-        cache = CacheConfig(enable_prefix_caching=prefix_caching)
-        self.executor = executor
-        self.batch = BatchScheduler(executor.models, num_blocks, 0, limits, cache)
-        self.requests, self.outputs, self.scored = {}, {}, {}
-        self.num_preempted = self.num_steps = self.epoch = 0
-
-    def run(self, requests):
-        """Compute these requests together. Returns their prompts' logprobs by request id."""
-        for request in requests:
-            self.requests[request.id], self.outputs[request.id] = request, []
-            self.assign(request.id)
-        while (plan := self.batch.plan()) is not None:
-            self.batch.commit(plan, self.executor.execute(plan))
-            self.num_steps += 1
-            if (report := self.batch.report(1, 0.1)) is not None:
-                self.take(report)
-        return {r.id: self.scored.pop(r.id, None) for r in requests}
-
-    def assign(self, request_id):
-        self.epoch += 1
-        known = tuple(self.outputs[request_id])
-        order = Assign(self.requests[request_id], self.epoch, known)
-        self.batch.handle(SCHEDULER, order)
-
-    def take(self, report):
-        tokens, prompt_logprobs = list(report.tokens), dict(report.prompt_logprobs)
-        for run, (request_id, count) in enumerate(
-            zip(report.request_ids, report.counts, strict=True)
-        ):
-            self.outputs[request_id] += [tokens.pop(0) for _ in range(count)]
-            if run in prompt_logprobs:
-                assert request_id not in self.scored, "logprobs of a prompt reported twice"
-                assert report.firsts[run] == 0
-                self.scored[request_id] = prompt_logprobs[run]
-        for request_id, _ in report.preempted:
-            self.num_preempted += 1
-            self.assign(request_id)
 
 
 def scoring(prompts=PROMPTS, sampling=SCORING):

@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mellmpi.config import CacheConfig, ModelConfig
 from mellmpi.engine import build_executor
-from tests.engine.decoding import ChunkScheduler, LiveRequest
+from mellmpi.protocol import GREEDY, Request
+from tests.engine.decoding import ChunkScheduler, LiveRequest, Rank0
 
 TEXT = (
     "The old lighthouse keeper had counted ships for forty years, and in all that time he had "
@@ -42,3 +43,29 @@ def test_smollm2_decodes_greedily_as_transformers_does(plain_torch, num_tokens, 
         expected = logits.log_softmax(-1).gather(-1, torch.tensor(live.outputs)[:, None])[:, 0]
         ours = torch.tensor([logprob[0] for logprob in live.logprobs])
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [("float32", 1e-4), ("bfloat16", 0.15)])
+def test_smollm2_scores_a_prompt_as_transformers_does(dtype, atol, smollm2):
+    """The reference is in float32; `atol` is about twice the greatest error."""
+    reference = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+    prompt = AutoTokenizer.from_pretrained(smollm2)(TEXT).input_ids
+    with torch.inference_mode():
+        rows = reference(torch.tensor([prompt])).logits[0, :-1].log_softmax(-1)
+    expected = rows.gather(-1, torch.tensor(prompt[1:])[:, None])[:, 0]
+    cache = CacheConfig(kv_cache_memory_bytes=1 << 28)
+    executor = build_executor(smollm2, ModelConfig(model="smollm2", dtype=dtype), cache)
+    request = Request(0, "smollm2", tuple(prompt), replace(GREEDY, num_prompt_logprobs=1), None)
+    scored = Rank0(executor, num_tokens=48).run([request])[0]
+    ours = torch.tensor([row[0] for row, _ in scored])
+    print(
+        dtype,
+        (ours - expected).abs().max(),
+        (ours - expected).abs().mean(),
+        ours.sum(),
+        expected.sum(),
+        len(ours),
+    )
+    torch.testing.assert_close(ours, expected, rtol=0, atol=atol)
+    assert (ours - expected).abs().mean() < atol / 5
+    assert ours.sum().item() == pytest.approx(expected.sum().item(), rel=0.01)
