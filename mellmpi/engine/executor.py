@@ -92,7 +92,11 @@ class Executor:
         if not batch.is_scored:
             return result
         rows = zip(plan.chunks, batch.cu_chunks.tolist(), strict=False)
-        scored = tuple(score(self.model.logits_of, c, row) for c, row in rows if c.targets)
+        scored = tuple(
+            score(self.model.logits_of, chunk.scoring, row)
+            for chunk, row in rows
+            if chunk.scoring is not None
+        )
         return replace(result, prompt_logprobs=scored)
 
     def release(self) -> None:

@@ -56,7 +56,7 @@ def pack(plan: StepPlan, block_size: int) -> PackedBatch:
         context_lens=contexts,
         block_tables=_tables(plan.chunks, -(-contexts // block_size)),
         num_sampled=_num_sampled(plan.chunks),
-        is_scored=any(chunk.targets for chunk in plan.chunks),
+        is_scored=any(chunk.scoring is not None for chunk in plan.chunks),
     )
 
 

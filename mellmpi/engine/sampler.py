@@ -18,7 +18,7 @@ from mellmpi.engine.random_sampling import (
     sample_rows,
     uniforms,
 )
-from mellmpi.protocol import Chunk, PromptLogprob, Sampling, StepResult, TokenLogprob
+from mellmpi.protocol import Chunk, PromptLogprob, Sampling, Scoring, StepResult, TokenLogprob
 
 SCORED_ROWS = 64  # whose logits are computed together: 64 MB with a vocabulary of 256,000
 
@@ -145,19 +145,19 @@ def token_logprob(logits: np.ndarray, token: int, num_top: int) -> TokenLogprob:
 
 
 def score(
-    logits_of: Callable[[np.ndarray], torch.Tensor], chunk: Chunk, row: int
+    logits_of: Callable[[np.ndarray], torch.Tensor], scoring: Scoring, row: int
 ) -> tuple[PromptLogprob, ...]:
-    """Logprobs and ranks of the chunk's targets, a slice of rows at a time.
+    """Logprobs and ranks of tokens of one chunk, a slice of rows at a time.
 
     logits_of  int32 [n] rows of the batch -> float32 [n, vocab]
     row        of the chunk's first token in the batch
     """
     scored: list[PromptLogprob] = []
-    for first in range(0, len(chunk.targets), SCORED_ROWS):
-        targets = chunk.targets[first : first + SCORED_ROWS]
-        rows = np.arange(row + first, row + first + len(targets), dtype=np.int32)
-        for values, token in zip(logits_of(rows).cpu().numpy(), targets, strict=True):
-            row_logprobs = token_logprob(values, token, chunk.num_target_logprobs)
+    for first in range(0, len(scoring.tokens), SCORED_ROWS):
+        tokens = scoring.tokens[first : first + SCORED_ROWS]
+        rows = np.arange(row + first, row + first + len(tokens), dtype=np.int32)
+        for values, token in zip(logits_of(rows).cpu().numpy(), tokens, strict=True):
+            row_logprobs = token_logprob(values, token, scoring.num_logprobs)
             scored.append((row_logprobs, rank(values, token)))
     return tuple(scored)
 

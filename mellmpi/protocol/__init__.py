@@ -55,6 +55,7 @@ from mellmpi.protocol.serving import (
 from mellmpi.protocol.steps import (
     Chunk,
     HostedModel,
+    Scoring,
     StepPlan,
     StepResult,
 )
@@ -164,6 +165,7 @@ __all__ = [
     "Sampling",
     "SchedulerCommand",
     "SchedulerEvent",
+    "Scoring",
     "SendBlocks",
     "SendKv",
     "ServerState",

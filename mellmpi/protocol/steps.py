@@ -15,6 +15,14 @@ class HostedModel:
 
 
 @dataclass(frozen=True, slots=True)
+class Scoring:
+    """The tokens of a prompt whose logprobs a step reports."""
+
+    tokens: tuple[int, ...]  # that follow the first positions of the chunk; at least one
+    num_logprobs: int  # alternatives to report for each of them
+
+
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """The tokens of one sequence that one step computes."""
 
@@ -24,8 +32,7 @@ class Chunk:
     block_table: list[int]  # physical block of each logical block; owned by the batch scheduler
     sampling: Sampling | None  # None: nothing is sampled, as the prompt ends in a later chunk
     history: tuple[tuple[int, ...], list[int]]  # (prompt, outputs): for penalties
-    targets: tuple[int, ...] = ()  # known tokens after each of the first positions, to be scored
-    num_target_logprobs: int = 0  # alternatives to report for each of them
+    scoring: Scoring | None = None  # None: nothing is scored
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,4 +50,4 @@ class StepResult:
 
     tokens: tuple[int, ...]
     logprobs: tuple[TokenLogprob | None, ...]  # None where the request asked for none
-    prompt_logprobs: tuple[tuple[PromptLogprob, ...], ...] = ()  # of each chunk with targets
+    prompt_logprobs: tuple[tuple[PromptLogprob, ...], ...] = ()  # of each scored chunk

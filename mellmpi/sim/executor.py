@@ -81,7 +81,7 @@ class HashExecutor:
         return StepResult(
             tuple(t for t, _ in sampled),
             tuple(self._logprob(t, c) for t, c in sampled),
-            tuple(prompt_logprobs(c.targets, c.start + 1) for c in plan.chunks if c.targets),
+            tuple(prompt_logprobs(c.scoring.tokens, c.start + 1) for c in plan.chunks if c.scoring),
         )
 
     def _logprob(self, token: int, chunk: Chunk) -> TokenLogprob | None:

@@ -223,16 +223,17 @@ class BatchScheduler:
         return self._budget.prompt_s(self.step_seconds, num_decoding, num_prompts, handover)
 
     def _chunk(self, sequence: Sequence, end: int) -> Chunk:
-        caught_up = end == sequence.num_tokens
+        request, start, scoring = sequence.request, sequence.num_computed, None
+        if sequence.prompt_logprobs is not None:
+            scoring = sequence.scoring(start, end)
         return Chunk(
-            request_id=sequence.request.id,
-            start=sequence.num_computed,
-            tokens=sequence.token_range(sequence.num_computed, end),
+            request_id=request.id,
+            start=start,
+            tokens=sequence.token_range(start, end),
             block_table=sequence.block_table,
-            sampling=sequence.request.sampling if caught_up else None,
-            history=(sequence.request.prompt, sequence.outputs),
-            targets=sequence.targets(sequence.num_computed, end),
-            num_target_logprobs=sequence.request.sampling.num_prompt_logprobs or 0,
+            sampling=request.sampling if end == sequence.num_tokens else None,
+            history=(request.prompt, sequence.outputs),
+            scoring=scoring,
         )
 
     def commit(self, plan: StepPlan, result: StepResult) -> Outbox:
@@ -244,7 +245,7 @@ class BatchScheduler:
             sequence.num_computed += len(chunk.tokens)
             self.tables.register(sequence)
             self._reports.computed(chunk.start, len(chunk.tokens), chunk.sampling is not None)
-            if chunk.targets and sequence.prompt_logprobs is not None:
+            if chunk.scoring is not None and sequence.prompt_logprobs is not None:
                 sequence.prompt_logprobs += next(scored)
             if chunk.sampling is not None:
                 self._append(sequence, *next(sampled))

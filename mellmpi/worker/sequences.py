@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
-from mellmpi.protocol import ROUNDS, PromptLogprob, Request, TokenLogprob
+from mellmpi.protocol import ROUNDS, PromptLogprob, Request, Scoring, TokenLogprob
 from mellmpi.worker.kvcache import BlockKey
 
 
@@ -98,9 +98,10 @@ class Sequence:
             return ()
         return tuple(self.logprobs[i] for i in range(first, len(self.outputs)))
 
-    def targets(self, start: int, end: int) -> tuple[int, ...]:
-        """Tokens of the prompt that follow positions [start, end), if they are to be scored."""
-        return () if self.prompt_logprobs is None else self.request.prompt[start + 1 : end + 1]
+    def scoring(self, start: int, end: int) -> Scoring | None:
+        """Return the tokens of the prompt that follow positions [start, end), or None."""
+        tokens = self.request.prompt[start + 1 : end + 1]
+        return Scoring(tokens, self.request.sampling.num_prompt_logprobs or 0) if tokens else None
 
     def token_range(self, start: int, end: int) -> tuple[int, ...]:
         """Tokens at positions [start, end) of prompt and outputs concatenated."""

@@ -23,6 +23,7 @@ from mellmpi.protocol import (
     ReceiveBlocks,
     ReceiveKv,
     Release,
+    Scoring,
     SendBlocks,
     SendKv,
     StepResult,
@@ -441,19 +442,19 @@ def test_every_chunk_of_a_prompt_has_the_tokens_to_score(bench):
     for _ in range(4):
         plan = bench.batch.plan()
         chunks += plan.chunks
-        scored = [((LOGPROB, 1),) * len(c.targets) for c in plan.chunks if c.targets]
+        scored = [((LOGPROB, 1),) * len(c.scoring.tokens) for c in plan.chunks if c.scoring]
         sampled = [c for c in plan.chunks if c.sampling is not None]
         result = StepResult((5,) * len(sampled), (None,) * len(sampled), tuple(scored))
         bench.batch.commit(plan, result)
-    assert [c.targets for c in chunks] == [tuple(range(1, 9)), tuple(range(9, 17)), (17,), ()]
-    assert {c.num_target_logprobs for c in chunks} == {2}
+    expected = [tuple(range(1, 9)), tuple(range(9, 17)), (17,)]
+    assert [c.scoring for c in chunks] == [*(Scoring(tokens, 2) for tokens in expected), None]
     assert bench.batch.report(4, 0.1).prompt_logprobs == ((0, ((LOGPROB, 1),) * 17),)
 
 
 def test_a_request_with_outputs_is_not_scored_again(bench):
     bench.assign(1, num_prompt=6, num_prompt_logprobs=2, outputs=(5,))
     [chunk] = bench.step().chunks
-    assert len(chunk.tokens) == 7 and chunk.targets == ()
+    assert len(chunk.tokens) == 7 and chunk.scoring is None
     assert bench.batch.report(1, 0.1).prompt_logprobs == ()
 
 
