@@ -51,6 +51,32 @@ def test_a_stream_has_the_text_of_the_body(http, byte_tokenizer):
     assert int(events[-2][0]) == 50
 
 
+def test_a_harness_gets_the_logprobs_of_a_prompt(client, byte_tokenizer):
+    given = {"model": "tiny", "prompt": [PROMPT], "echo": True, "logprobs": 1, "temperature": 0}
+    text = byte_tokenizer.decode(PROMPT)
+    [alone] = client.completions.create(**given, max_tokens=0).choices
+    assert (alone.text, alone.finish_reason) == (text, "length")
+    assert alone.logprobs.token_logprobs == [None] + [-0.25] * 9
+    [one] = client.completions.create(**given, max_tokens=1).choices
+    assert one.logprobs.token_logprobs == [None] + [-0.25] * 9 + [-0.5]
+    assert one.logprobs.text_offset == list(range(11))
+    [ranked] = client.completions.create(
+        model="tiny", prompt=PROMPT, extra_body={"prompt_logprobs": 0}
+    ).choices
+    assert ranked.prompt_logprobs[1][str(PROMPT[1])]["rank"] == 1
+
+
+def test_an_echo_streams_before_the_answer(client):
+    given = {"model": "tiny", "prompt": PROMPT, "echo": True, "logprobs": 1, "max_tokens": 30}
+    [body] = client.completions.create(**given, temperature=0).choices
+    chunks = [
+        chunk.choices[0] for chunk in client.completions.create(**given, temperature=0, stream=True)
+    ]
+    assert "".join(chunk.text for chunk in chunks) == body.text
+    values = [value for chunk in chunks for value in chunk.logprobs.token_logprobs]
+    assert values == body.logprobs.token_logprobs
+
+
 def test_usage_is_null_in_all_chunks_but_the_last(client):
     chunks = list(
         client.chat.completions.create(

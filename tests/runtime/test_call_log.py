@@ -12,7 +12,7 @@ def opened(call_id="c", ids=(1,), stream=True, owner="") -> OpenCall:
 
 
 def emit(request_id, first, *tokens, finish=None) -> Emit:
-    return Emit(request_id, first, tokens, (), finish)
+    return Emit(request_id, first, tokens, (), finish, ())
 
 
 def attach(log, call_id="c", owner="", server=1):
@@ -27,6 +27,15 @@ def test_a_call_can_be_continued_with_all_its_tokens():
     log.emitted(emit(1, 2, 8, finish="stop"), now=2.0)
     assert attach(log) == [call, emit(1, 0, 5, 6, 8, finish="stop"), emit(2, 0, 7)]
     assert log.servers(2) == {0, 1}
+
+
+def test_a_continued_call_has_the_logprobs_of_prompt_and_answer():
+    log, call = CallLog(), opened()
+    rows, scored = ((-0.5, (), ()), (-1.5, (), ())), (((-2.5, (), ()), 7),)
+    log.open(0, call)
+    log.emitted(Emit(1, 0, (5,), rows[:1], None, scored), now=1.0)
+    log.emitted(Emit(1, 1, (6,), rows[1:], None, ()), now=1.0)
+    assert attach(log) == [call, Emit(1, 0, (5, 6), rows, None, scored)]
 
 
 def test_only_its_owner_can_continue_a_call():
