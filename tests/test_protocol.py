@@ -75,7 +75,7 @@ def test_nested_messages_keep_their_types():
 
 
 def test_sequences_come_back_as_tuples():
-    report = StepReport(1, 0.1, 0, 2, 100, 3, [1], [2], [0], [2], [7, 8], [], [[1, 2]], 0, [])
+    report = StepReport(1, 0.1, 0, 2, 100, 3, [1], [2], [0], [2], [7, 8], [], [[1, 2]], 0, [], [])
     back = decode(encode(report))
     assert back.tokens == (7, 8) and back.preempted == ((1, 2),)
 
