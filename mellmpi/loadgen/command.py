@@ -49,20 +49,18 @@ def bench_serve(options: BenchOptions) -> int:
     if find_spec("aiohttp") is None:
         raise UsageError("bench serve needs aiohttp: pip install 'mellmpi[bench]'")
     began = datetime.now()
-    with ExitStack() as created:
-        picture = _picture(options, created)
-        if options.save_result:
-            _make_result_directory(options)
-        name = _tokenizer_name(options)
-        try:
-            vocabulary = Vocabulary.load(name) if name else None
-            dataset = read_dataset(options, vocabulary)
-        except ValueError as error:
-            raise UsageError(str(error)) from error
-        if dataset.source:
-            _say(visible(dataset.source))
-        measured = _measure(options, dataset, vocabulary, name)
-        created.pop_all()  # the picture's file stays
+    picture = _picture(options)
+    if options.save_result:
+        _make_result_directory(options)
+    name = _tokenizer_name(options)
+    try:
+        vocabulary = Vocabulary.load(name) if name else None
+        dataset = read_dataset(options, vocabulary)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if dataset.source:
+        _say(visible(dataset.source))
+    measured = _measure(options, dataset, vocabulary, name)
     found = figures(measured.run, options.goodput, options.metric_percentiles)
     sys.stdout.write(banner(found, options))
     sys.stdout.flush()
@@ -177,18 +175,19 @@ def _remark(run: Run, found: dict[str, Any]) -> None:
 # --- files ---------------------------------------------------------------------------------------
 
 
-def _picture(options: BenchOptions, created: ExitStack) -> Destination | None:
+def _picture(options: BenchOptions) -> Destination | None:
     """Return the destination of the picture, proved writable before a long run."""
     if options.plot is None:
         return None
     if find_spec("matplotlib") is None:
         raise UsageError("--plot needs matplotlib: pip install 'mellmpi[bench]'")
     picture = Destination("--plot", options.plot, options.plot)
-    found = [(str(picture), picture.check_writable(created))]
-    if options.dataset_path and Path(options.dataset_path).exists():
-        name = f"--dataset-path {visible(options.dataset_path)}"
-        found.append((name, os.stat(options.dataset_path)))
-    check_different(found)
+    with ExitStack() as created:
+        found = [(str(picture), picture.check_writable(created))]
+        if options.dataset_path and Path(options.dataset_path).exists():
+            name = f"--dataset-path {visible(options.dataset_path)}"
+            found.append((name, os.stat(options.dataset_path)))
+        check_different(found)
     return picture
 
 
