@@ -126,7 +126,7 @@ class Executor:
         now = time.perf_counter()
         emits = []
         for row in self._open[group :: self._groups]:
-            emits.append(Emit(row[0], row[1], (35 + (row[1] * 7 + row[2]) % 90,), (), None))
+            emits.append(Emit(row[0], row[1], (35 + (row[1] * 7 + row[2]) % 90,), (), None, ()))
             row[1] += 1
             self.emitted[row[0]].append(now)
         began_s = time.thread_time()

@@ -55,9 +55,11 @@ def reported(now: float, worker: int, done: dict[int, int]) -> Event:
     for request_id, first in done.items():
         done[request_id] = first + PER_REPORT
         reason = "length" if done[request_id] >= OUTPUTS else None
-        emits.append((p.FRONT, p.Emit(request_id, first, (7,) * PER_REPORT, (), reason)))
+        emits.append((p.FRONT, p.Emit(request_id, first, (7,) * PER_REPORT, (), reason, ())))
     free = 1 << 19
-    report = p.StepReport(4, REPORT_S, 0, len(emits), free, 0, (), (), (), (), (), (), (), 0, ())
+    report = p.StepReport(
+        4, REPORT_S, 0, len(emits), free, 0, (), (), (), (), (), (), (), 0, (), ()
+    )
     return now, worker, report, emits
 
 

@@ -203,7 +203,7 @@ def test_gpu_seconds_saved_are_the_difference_of_two_counters():
 def test_a_parked_worker_uses_no_kv():
     m = Metrics()
     ready(m, 0.0, 1, capacity=1000)
-    m.observe(1.0, 1, p.StepReport(1, 0.1, 0, 1, 250, 0, *((),) * 7, 0, ()))
+    m.observe(1.0, 1, p.StepReport(1, 0.1, 0, 1, 250, 0, *((),) * 7, 0, (), ()))
     assert values(parsed(m, 2.0), "kv_cache_usage_perc") == {("1",): 0.75}
     state(m, 3.0, 1, "parked")
     assert values(parsed(m, 4.0), "kv_cache_usage_perc") == {("1",): 0}
@@ -211,7 +211,9 @@ def test_a_parked_worker_uses_no_kv():
 
 def test_hits_of_the_prefix_cache_count_where_the_worker_found_them():
     m = busy()
-    m.observe(2.7, 2, p.StepReport(1, 0.1, 0, 1, 250, 0, *((),) * 7, 0, ((1, 4), (2, 0), (99, 3))))
+    m.observe(
+        2.7, 2, p.StepReport(1, 0.1, 0, 1, 250, 0, *((),) * 7, 0, ((1, 4), (2, 0), (99, 3)), ())
+    )
     found = parsed(m, 3.0)
     assert values(found, "prefix_cache_queries")[("2",)] == 10
     assert values(found, "prefix_cache_hits") == {("0",): 0, ("1",): 0, ("2",): 4}

@@ -32,7 +32,7 @@ def of(events, phase, **fields):
 
 
 def report(now, w, steps=1, step_s=0.1, free=0):
-    return now, w, p.StepReport(steps, step_s, 5, 2, free, 0, *((),) * 7, 0, ())
+    return now, w, p.StepReport(steps, step_s, 5, 2, free, 0, *((),) * 7, 0, (), ())
 
 
 def ready(now, worker):
@@ -57,10 +57,10 @@ def moved_once(outcome="moved"):
     trace.observe(11.0, p.FRONT, p.Submit(REQUEST))
     trace.commands(11.5, [(1, p.Assign(REQUEST, 1, ()))])
     trace.observe(*report(12.0, 1))
-    trace.commands(12.0, [(p.FRONT, p.Emit(7, 0, (5, 5), (), None))])
+    trace.commands(12.0, [(p.FRONT, p.Emit(7, 0, (5, 5), (), None, ()))])
     trace.commands(12.5, [(p.OBSERVER, started())])
     trace.commands(13.0, [(p.OBSERVER, ended(outcome))])
-    trace.commands(14.0, [(p.FRONT, p.Emit(7, 2, (5,), (), "stop"))])
+    trace.commands(14.0, [(p.FRONT, p.Emit(7, 2, (5,), (), "stop", ()))])
     return run.close(15.0)
 
 
@@ -199,5 +199,5 @@ def test_several_observers_see_the_same():
     for m in (alone, both):
         m.observe(*ready(0.0, 1))
         m.observe(1.0, p.FRONT, p.Submit(REQUEST))
-        m.commands(2.0, [(p.FRONT, p.Emit(7, 0, (5,), (), "stop"))])
+        m.commands(2.0, [(p.FRONT, p.Emit(7, 0, (5,), (), "stop", ()))])
     assert alone.report(3.0) == first.report(3.0) == second.report(3.0)
