@@ -81,7 +81,7 @@ def make_columns(num_workers: int, rng: np.random.Generator) -> RequestColumns:
     columns = RequestColumns(placed + PLACEMENTS)
     sampling = replace(GREEDY, max_tokens=4096)
     for i in range(placed + PLACEMENTS):
-        columns.add(Request(i, KV.model, (0,), sampling, None), KV)
+        columns.add(Request(i, KV.model, (0,), sampling, None, 0, None), KV)
     tokens = np.maximum(16, rng.exponential(MEAN_TOKENS, placed + PLACEMENTS)).astype(np.int64)
     columns.num_tokens[:] = tokens
     columns.num_prompt[:] = np.maximum(1, tokens // 2)

@@ -151,7 +151,7 @@ def answer(
     sampling = replace(GREEDY, max_tokens=num_out)
     name = executor.models[0].kv.model
     for i, prompt in enumerate(prompts):
-        request = Request(i, name, tuple(prompt), sampling, None)
+        request = Request(i, name, tuple(prompt), sampling, None, 0, None)
         batch.handle(SCHEDULER, Assign(request, i + 1, ()))
     found: list[list[int]] = [[] for _ in prompts]
     while (plan := batch.plan()) is not None:

@@ -132,7 +132,7 @@ class Mover:
         sampling = replace(GREEDY, max_tokens=max_tokens)
         self.place_at, self.tokens[self.next_id] = worker, 0
         model = next(iter(self.scheduler.registry.models))
-        self._inbox.append(Submit(Request(self.next_id, model, prompt, sampling, None)))
+        self._inbox.append(Submit(Request(self.next_id, model, prompt, sampling, None, 0, None)))
         return self.next_id
 
     def cancel(self, request_id: int) -> None:

@@ -90,7 +90,7 @@ class Meter:
 
 def request(request_id: int, num_outputs: int) -> Request:
     sampling = replace(GREEDY, max_tokens=num_outputs)
-    return Request(request_id, KV.model, tuple(range(PROMPT)), sampling, None)
+    return Request(request_id, KV.model, tuple(range(PROMPT)), sampling, None, 0, None)
 
 
 def simulation(num_workers: int, seed: int) -> Simulation:

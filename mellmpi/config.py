@@ -95,11 +95,14 @@ class ClusterConfig:
     rebalance_every_s: float = 0.1  # shortest time between two looks at the whole cluster
     park_after_s: float = 1.0  # time after which an empty worker may be parked
     migration_limit_s: float = 1.0  # a longer migration is deferred until others have ended
+    max_ttft_s: float | None = None  # expected first tokens later than this are refused; None: none
     thrift: float = 0.5  # of `frugal`: 0 moves the fewest bytes, 1 uses the fewest workers
 
     def __post_init__(self) -> None:
         _check(0 <= self.thrift <= 1, f"--thrift must be in [0, 1], not {self.thrift}")
         _check(self.migration_limit_s > 0, "--migration-limit-s must be over 0")
+        limit_s = self.max_ttft_s
+        _check(limit_s is None or limit_s > 0, f"--max-ttft-s must be over 0, not {limit_s}")
         _check(self.migrate in MIGRATE, f"--migrate must be one of {', '.join(MIGRATE)}")
 
 

@@ -65,7 +65,7 @@ def test_every_message_survives_the_wire(name):
 
 
 SAMPLING = replace(GREEDY, seed=2**64 - 1)
-REQUEST = Request(1, "m", (5, 6), SAMPLING, None)
+REQUEST = Request(1, "m", (5, 6), SAMPLING, None, 0, None)
 
 
 def test_nested_messages_keep_their_types():

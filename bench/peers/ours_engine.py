@@ -27,7 +27,7 @@ class Worker:
         sampling = replace(GREEDY, max_tokens=num_out)
         for prompt in prompts:
             self._epoch += 1
-            request = Request(self._epoch, self.name, tuple(prompt), sampling, None)
+            request = Request(self._epoch, self.name, tuple(prompt), sampling, None, 0, None)
             self.scheduler.handle(SCHEDULER, Assign(request, self._epoch, ()))
         outputs = {i: [] for i in range(first, self._epoch + 1)}
         while self.scheduler.sequences:

@@ -193,6 +193,13 @@ POLICY = Group(
             "defer a migration that would take longer until others have ended (default: 1)",
             "S",
         ),
+        Flag(
+            "max-ttft-s",
+            POSITIVE,
+            "refuse a request at once if its first token is expected later than this "
+            "(default: no limit)",
+            "S",
+        ),
         Flag("park-after-s", SECONDS, "a worker may park once empty for S (default: 1)", "S"),
     ),
 )

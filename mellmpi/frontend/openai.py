@@ -85,7 +85,7 @@ class Call:
     def requests(self, ids: Iterator[int]) -> list[Request]:
         """Return one request per choice, in the order of the choices."""
         return [
-            Request(next(ids), self.model, self.prompts[index // self.n], sampling, None)
+            Request(next(ids), self.model, self.prompts[index // self.n], sampling, None, 0, None)
             for index, sampling in enumerate(self.samplings)
         ]
 

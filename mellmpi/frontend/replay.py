@@ -114,7 +114,7 @@ class ReplayJob:
         model = self._model(row)
         prompt = tuple(rng.integers(0, model.vocab_size, length).tolist())
         sampling = replace(GREEDY, max_tokens=int(self.workload.output_tokens[row]), seed=row)
-        return Request(row + 1, model.name, prompt, sampling, None)
+        return Request(row + 1, model.name, prompt, sampling, None, 0, None)
 
     def _complete(self, row: _Pending) -> None:
         self.counts.completed += 1

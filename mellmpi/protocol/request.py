@@ -50,6 +50,8 @@ class Request:
     prompt: tuple[int, ...]  # token ids, at least one
     sampling: Sampling
     adapter: str | None
+    priority: int  # lower: placed sooner; first in, first out among equals
+    deadline_s: float | None  # after its Submit, for the whole answer; None: no deadline
 
 
 TokenLogprob = tuple[float, tuple[int, ...], tuple[float, ...]]
@@ -88,10 +90,15 @@ class Emit:
 
 @message
 class Rejected:
-    """Scheduler → front: this request can never be served here."""
+    """Scheduler → front: this request ends without a complete answer.
+
+    It could never be served here, or not soon enough, or its deadline has passed. Tokens may have
+    been emitted before.
+    """
 
     request_id: int
     reason: str
+    retry_after_s: float  # when the same request would be accepted, as predicted; 0: never
 
 
 def finish_reason(request: Request, outputs: Sequence[int]) -> str | None:

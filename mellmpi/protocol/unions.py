@@ -16,6 +16,7 @@ from mellmpi.protocol.migration import (
     SendKv,
     Unfreeze,
 )
+from mellmpi.protocol.operator import DrainWorker, MoveRequest, OperatorAnswer, UndrainWorker
 from mellmpi.protocol.placement import Assign, Release, StepReport
 from mellmpi.protocol.request import Cancel, Emit, Rejected, Submit
 from mellmpi.protocol.telemetry import MigrationEnded, MigrationStarted, Preempted, WorkerChanged
@@ -24,8 +25,19 @@ from mellmpi.protocol.workers import LinksMeasured, Park, Parked, Wake, WorkerLo
 OfferAnswer = KvReserved | KvRefused | KvReceived | KvFailed
 """Destination → scheduler: answers to `ReceiveKv`."""
 
+OperatorCommand = DrainWorker | UndrainWorker | MoveRequest
+"""Front → scheduler, each answered by one `OperatorAnswer`."""
+
 SchedulerEvent = (
-    Submit | Cancel | StepReport | OfferAnswer | WorkerReady | Parked | WorkerLost | LinksMeasured
+    Submit
+    | Cancel
+    | OperatorCommand
+    | StepReport
+    | OfferAnswer
+    | WorkerReady
+    | Parked
+    | WorkerLost
+    | LinksMeasured
 )
 """Events that the cluster scheduler on rank 0 handles."""
 
@@ -38,7 +50,7 @@ WorkerEvent = WorkerCommand | KvPayload | PartComputed | BlocksArrived | BlocksS
 DataPlaneCommand = SendBlocks | ReceiveBlocks | DrainBlocks
 """Batch scheduler → data plane of the same worker."""
 
-FrontEvent = Emit | Rejected
+FrontEvent = Emit | Rejected | OperatorAnswer
 """Scheduler → front."""
 
 Observation = MigrationStarted | MigrationEnded | Preempted | WorkerChanged

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from mellmpi.frontend import Counts
-from mellmpi.protocol import Cancel, Emit, Rejected, Request, Submit
+from mellmpi.protocol import Cancel, Emit, FrontEvent, OperatorAnswer, Rejected, Request, Submit
 
 OPEN_REQUESTS = 1024  # maximum of submitted requests; the rest of the input stays unread
 SUBMITS_PER_INBOX = 32  # tokenizing takes time, and other events wait for it
@@ -97,7 +97,8 @@ class BatchFront:
         left_s = (self._start_s or now) + self._next_s - now
         return left_s if left_s > 0 else PIPE_POLL_S
 
-    def deliver(self, command: Emit | Rejected) -> None:
+    def deliver(self, command: FrontEvent) -> None:
+        assert not isinstance(command, OperatorAnswer), "a batch has no operator"
         if isinstance(command, Emit):
             self._on_tokens(len(command.tokens))
             unwanted, reason = self._source.emit(command), "stop"

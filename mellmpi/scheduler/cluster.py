@@ -12,36 +12,38 @@ from mellmpi.protocol import (
     OBSERVER,
     Address,
     Cancel,
+    DrainWorker,
     Emit,
     KvFailed,
     KvReceived,
     KvRefused,
     KvReserved,
     LinksMeasured,
+    MoveRequest,
     OfferAnswer,
     Parked,
     Preempted,
     PromptLogprob,
     Rejected,
-    Release,
     Request,
     SchedulerEvent,
     StepReport,
     Submit,
     TokenLogprob,
+    UndrainWorker,
     WorkerLost,
     WorkerReady,
     finish_reason,
 )
 from mellmpi.scheduler.ledger import ACTIVE, WorkerState
-from mellmpi.scheduler.migration import Handover, planned
+from mellmpi.scheduler.migration import Handover
+from mellmpi.scheduler.moves import Moves
+from mellmpi.scheduler.operator import Operator
 from mellmpi.scheduler.placement import Placement
-from mellmpi.scheduler.planner import RECOMPUTE, Plan
 from mellmpi.scheduler.policies import Policy
 from mellmpi.scheduler.requests import (
     Log,
     Record,
-    State,
     TokenLog,
     aligned,
 )
@@ -57,6 +59,8 @@ class ClusterScheduler:
         self.registry = WorkerRegistry(num_workers, config)
         self.handover = Handover(self.registry)
         self.placement = Placement(self.registry, self.handover, policy)
+        self.moves = Moves(self.placement)
+        self.operator = Operator(self.placement, self.moves, config.migration_limit_s)
         self.records, self.queue = self.placement.records, self.placement.queue
         self._lost: set[int] = set()  # workers
         self._next_tick_s = 0.0
@@ -78,6 +82,8 @@ class ClusterScheduler:
                 self._submit(request, now)
             case Cancel(request_id, _):
                 self._cancel(request_id)
+            case DrainWorker() | UndrainWorker() | MoveRequest():
+                self.operator.handle(event)
             case KvReserved() | KvRefused() | KvReceived() | KvFailed():
                 self._answer(int(source), event)
             case LinksMeasured():
@@ -91,8 +97,13 @@ class ClusterScheduler:
             case _:
                 raise TypeError(event)
         self.placement.resume(source)
-        self.placement.place_waiting()
+        self._place()
         return self.registry.take()
+
+    def _place(self) -> None:
+        """Place the queue, after the requests of held workers: these have begun before."""
+        self.operator.evacuate()
+        self.placement.place_waiting()
 
     def _reported(self, worker: int, report: StepReport) -> Commands:
         """Apply a report, the most frequent event.
@@ -104,7 +115,7 @@ class ClusterScheduler:
         self._report(worker, report)
         if self.placement.resume(worker) or before is None or admission.gained(worker, before):
             self._ticked = False
-            self.placement.place_waiting()
+            self._place()
         return self.registry.take()
 
     def tick(self, now: float) -> Commands:
@@ -130,7 +141,9 @@ class ClusterScheduler:
 
     def _round(self) -> None:
         view = self.registry.view
+        self.placement.end_overdue()
         view.waiting_bytes = self.queue.kv_bytes
+        self.operator.evacuate()
         self._enact(self.placement.policy.rebalance(view))
         for worker in self.registry.ledger.workers(WorkerState.DRAINING):
             self.registry.park(worker)
@@ -148,14 +161,29 @@ class ClusterScheduler:
         # The KV of the last token is never computed.
         longest = len(request.prompt) + request.sampling.max_tokens - 1
         if (why := self.registry.admission.refusal(request, longest)) is not None:
-            self.registry.out.append((FRONT, Rejected(request.id, why)))
+            self.registry.out.append((FRONT, Rejected(request.id, why, 0.0)))
+            return
+        first_tokens, num_prompt = self.placement.first_tokens, len(request.prompt)
+        forecast = first_tokens.forecast(request.model, num_prompt, request.priority, now)
+        refused = first_tokens.refusal(request, forecast, self.config.max_ttft_s, now)
+        if refused is not None:
+            self.registry.out.append((FRONT, refused))
             return
         model = self.registry.ledger.models.index(request.model)
         kv = self.registry.models[request.model]
         row = self.registry.view.requests.add(request, kv, model)
-        record = Record(request, now, row, log=self.log_for(row))
-        self.records[request.id] = record
-        self.queue.append(record, self.placement.kv_bytes(record), now)
+        record = Record(request, now, row, log=self.log_for(row), forecast=forecast)
+        self.placement.add(record)
+
+    def predicted_ttft_s(
+        self, model: str, prompt_tokens: int, now: float, priority: int = 0
+    ) -> float:
+        """Expected seconds to the first token of a request that is submitted now.
+
+        KeyError for a model that no worker has loaded so far.
+        """
+        first_tokens = self.placement.first_tokens
+        return first_tokens.ttft_s(first_tokens.forecast(model, prompt_tokens, priority, now), now)
 
     def log_for(self, row: int) -> Log:
         """Return a token log for the request in this row of the view."""
@@ -164,9 +192,7 @@ class ClusterScheduler:
     def _cancel(self, request_id: int) -> None:
         if (record := self.records.get(request_id)) is None:
             return  # it has finished
-        if record.worker is not None:
-            worker, epoch = record.owner
-            self.registry.send(worker, Release(request_id, epoch))
+        self.placement.release(record)
         self.placement.forget(record, "cancelled")
 
     # --- tokens ---------------------------------------------------------------------------------
@@ -216,6 +242,8 @@ class ClusterScheduler:
         if record.moved_from is not None:
             self.handover.recomputed(record, "moved")
         self.registry.end_prefill(record)
+        if record.forecast is not None:
+            self.placement.first_tokens.first_token(record)
         request, outputs = record.request, record.log.tokens
         reason = finish_reason(request, outputs)
         if logprobs:
@@ -235,27 +263,7 @@ class ClusterScheduler:
         for proposal in proposals:
             self.registry.apply(proposal)
         moves = [proposal for proposal in proposals if isinstance(proposal, MoveProposal)]
-        limit_s = self.config.migration_limit_s
-        for record, move, plan in planned(moves, self.records, self.registry, limit_s):
-            self._move(record, move, plan)
-
-    def _move(self, record: Record, move: MoveProposal, plan: Plan) -> None:
-        num_bytes = self.placement.kv_bytes(record)
-        if not self.registry.admission.has_room(move.dst, record.request.model, num_bytes):
-            return
-        self.handover.announce(record, move, plan)
-        if plan.mode == RECOMPUTE:
-            self._recompute(record, move)
-        else:
-            self.handover.offer(record, move, num_bytes, plan.start)
-
-    def _recompute(self, record: Record, move: MoveProposal) -> None:
-        src, epoch = record.owner
-        self.registry.send(src, Release(record.request.id, epoch))
-        self.registry.clear_owner(record)
-        record.move(State.WAITING, f"recompute at {move.dst}: {move.reason}")
-        record.moved_from = src
-        self.placement.assign(record, move.dst)
+        self.moves.start(moves, self.config.migration_limit_s)
 
     # --- other events of workers ----------------------------------------------------------------
 

@@ -13,7 +13,10 @@ from mellmpi.protocol import ModelKv
 
 
 class WorkerState(IntEnum):
-    """Ordered: workers from DRAINING to WAKING can become active again."""
+    """Ordered: workers from DRAINING to WAKING can become active again.
+
+    A worker that an operator has drained is held: only the operator makes it active again.
+    """
 
     STARTING = 0
     ACTIVE = 1
@@ -22,11 +25,15 @@ class WorkerState(IntEnum):
     PARKED = 4
     WAKING = 5
     LOST = 6
+    HELD = 7  # held: runs its requests until they have moved away, takes none
+    HELD_PARKED = 8  # held and parked
 
 
 # Plain numbers for the hot path: enum lookup (Python 3.11) and comparison with numpy are slow.
 ACTIVE, LOST = int(WorkerState.ACTIVE), int(WorkerState.LOST)
-WITHOUT_ARENA = frozenset((int(WorkerState.PARKED), int(WorkerState.WAKING)))
+WITHOUT_ARENA = frozenset(
+    (int(WorkerState.PARKED), int(WorkerState.WAKING), int(WorkerState.HELD_PARKED))
+)
 
 
 class Ledger:
@@ -35,6 +42,7 @@ class Ledger:
     def __init__(self, num_workers: int):
         rows = num_workers + 1
         self.state = np.zeros(rows, np.int8)  # changed by `enter` only
+        self.held = np.zeros(rows, bool)  # drained by an operator; also in states not named so
         self.capacity = np.zeros(rows, np.int64)  # bytes of the KV arena
         self.free = np.zeros(rows, np.int64)  # bytes, as last reported
         self.ordered = np.zeros(rows, np.int64)  # bytes of unacknowledged commands

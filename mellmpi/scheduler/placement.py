@@ -1,6 +1,9 @@
 """Live requests and their queue: assignment to workers, return to the queue, removal."""
 
-from mellmpi.protocol import FRONT, Address, Assign, Rejected, kv_need
+import heapq
+
+from mellmpi.protocol import FRONT, Address, Assign, Rejected, Release, kv_need
+from mellmpi.scheduler.first_token import FirstTokens
 from mellmpi.scheduler.ledger import ACTIVE
 from mellmpi.scheduler.migration import Handover
 from mellmpi.scheduler.policies import Policy
@@ -16,6 +19,31 @@ class Placement:
         self.registry, self.handover, self.policy = registry, handover, policy
         self.records: dict[int, Record] = {}  # by request id
         self.queue = WaitingQueue()
+        self.first_tokens = FirstTokens(registry, self.queue)
+        self._deadlines: list[tuple[float, int]] = []  # heap of (seconds, request id)
+
+    def add(self, record: Record) -> None:
+        """Put a new request at the end of its queue."""
+        self.records[record.request.id] = record
+        self.queue.append(record, self.kv_bytes(record), record.arrival_s)
+        if (at_s := record.deadline_at_s) is not None:
+            heapq.heappush(self._deadlines, (at_s, record.request.id))
+
+    def end_overdue(self) -> None:
+        """End the requests whose deadline has passed, wherever they are; their tokens stand."""
+        while self._deadlines and self._deadlines[0][0] <= self.registry.view.now:
+            at_s, request_id = heapq.heappop(self._deadlines)
+            record = self.records.get(request_id)
+            if record is not None and record.deadline_at_s == at_s:
+                self.release(record)
+                limit_s = record.request.deadline_s
+                self.refuse(record, f"deadline: the answer is not complete after {limit_s:g} s")
+
+    def release(self, record: Record) -> None:
+        """Tell the owner, if there is one, to end the request."""
+        if record.worker is not None:
+            worker, epoch = record.owner
+            self.registry.send(worker, Release(record.request.id, epoch))
 
     def kv_bytes(self, record: Record) -> int:
         """KV bytes of the request's tokens, in whole blocks."""
@@ -83,12 +111,16 @@ class Placement:
         self.registry.ledger.add(worker)
         self.registry.set_owner(record, worker, epoch)
         order = Assign(record.request, epoch, tuple(record.log.tokens))
-        self.registry.send(worker, order, self.kv_bytes(record))
+        num_bytes = self.kv_bytes(record)
+        self.registry.send(worker, order, num_bytes)
+        if record.placed_s is None:
+            self.first_tokens.placed(record, num_bytes)
 
     def wait_again(self, record: Record, why: str, pinned_to: int = 0) -> None:
         """Put a request that its owner has lost or preempted at the head of its queue."""
         self.handover.withdraw(record, why)
         self.registry.clear_owner(record)
+        record.forecast = None
         record.move(State.WAITING, why)
         now = self.registry.view.now
         self.queue.prepend(record, self.kv_bytes(record), now, pinned_to)
@@ -96,7 +128,7 @@ class Placement:
 
     def refuse(self, record: Record, why: str) -> None:
         """Reject a request that is already live."""
-        self.registry.out.append((FRONT, Rejected(record.request.id, why)))
+        self.registry.out.append((FRONT, Rejected(record.request.id, why, 0.0)))
         self.forget(record, "refused")
 
     def forget(self, record: Record, outcome: str) -> None:

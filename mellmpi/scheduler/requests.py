@@ -27,6 +27,14 @@ ALLOWED = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """The expected time to the first token, in two parts; before corrections (`first_token`)."""
+
+    wait_s: float  # in the queue, until a worker has room
+    prefill_s: float  # from there to the first token
+
+
 @dataclass(slots=True)
 class KvOffer:
     """An offer of a request to a destination, while KV is reserved for it and sent."""
@@ -82,12 +90,20 @@ class Record:
     last_token_s: float | None = None  # time of the last report with a token of this request
     transfer_failed: bool = False  # a transfer from this owner: the next migration recomputes
     num_deaths: int = 0  # owners in a row that were lost before they reported a new token
+    forecast: Forecast | None = None  # until the first token, or the first return to the queue
+    placed_s: float | None = None  # when it was placed first
     transitions: deque[str] = field(default_factory=lambda: deque(maxlen=40))  # for error messages
 
     @property
     def num_tokens(self) -> int:
         """Prompt + output."""
         return len(self.request.prompt) + len(self.log.tokens)
+
+    @property
+    def deadline_at_s(self) -> float | None:
+        """When its answer must be complete, on the scheduler's clock; None: at no time."""
+        limit_s = self.request.deadline_s
+        return None if limit_s is None else self.arrival_s + limit_s
 
     @property
     def owner(self) -> tuple[int, int]:

@@ -1,6 +1,5 @@
 """The workers as rank 0 manages them: states, ownership of requests, commands, measured rates."""
 
-from collections import Counter
 from dataclasses import replace
 from itertools import count
 
@@ -24,6 +23,8 @@ from mellmpi.scheduler.admission import Admission
 from mellmpi.scheduler.growth_rates import GrowthRates
 from mellmpi.scheduler.ledger import ACTIVE, LOST, WITHOUT_ARENA, Ledger, WorkerState
 from mellmpi.scheduler.planner import InFlight
+from mellmpi.scheduler.prompts import QueuedPrompts
+from mellmpi.scheduler.release import freed_in
 from mellmpi.scheduler.requests import Record
 from mellmpi.scheduler.view import (
     Drain,
@@ -36,6 +37,7 @@ from mellmpi.scheduler.view import (
 
 Commands = list[tuple[Address, SchedulerCommand]]
 ANSWER_TOKENS = 128.0  # assumed output length before any request has finished
+HELD_NAMES = {WorkerState.HELD: "draining", WorkerState.HELD_PARKED: "parked"}
 LENGTH_BLEND = 0.05  # weight of the newest output length
 FIT_EVERY_S = 0.5  # step reports are fitted in batches: a batch costs little more than one report
 
@@ -50,8 +52,8 @@ class WorkerRegistry:
         self.arithmetic: dict[int, str] = {}  # of workers that have been ready
         self.out: Commands = []
         self.in_flight = InFlight()
-        self._queued: Counter[int] = Counter()  # by worker: prompt tokens of its requests
-        self._computed: Counter[int] = Counter()  # by worker: those of `_queued` it has computed
+        self.changed_s = np.zeros(num_workers + 1)  # when each worker entered its state
+        self.prompts = QueuedPrompts()
         self._estimates: Estimates | None = None
         self._fit_s = 0.0  # time of the next fit of step reports
         self._epochs = count(1)
@@ -98,6 +100,8 @@ class WorkerRegistry:
 
     def set_owner(self, record: Record, worker: int, epoch: int) -> None:
         """Make the worker, whose `num_requests` already counts the request, its owner."""
+        queued_tokens = record.queued_tokens  # of a prompt that moves before it is computed
+        self.end_prefill(record)
         record.worker, record.epoch = worker, epoch
         record.num_placed, record.transfer_failed = len(record.log.tokens), False
         requests = self.view.requests
@@ -105,20 +109,15 @@ class WorkerRegistry:
         requests.worker[record.slot] = worker
         requests.movable[record.slot] = True
         if record.plan is None:  # prefills of migrations are counted in `in_flight`
-            record.queued_tokens = record.num_tokens
-            self._queued[worker] += record.queued_tokens
+            queued_tokens = record.num_tokens
+        record.queued_tokens = queued_tokens
+        self.prompts.add(worker, queued_tokens)
 
     def end_prefill(self, record: Record) -> None:
         """Remove the request from its owner's queued tokens: it decodes, or leaves the owner."""
         if record.queued_tokens and record.worker is not None:
-            self._queued[record.worker] -= record.queued_tokens
-            computed = self._computed[record.worker] - record.queued_tokens
-            self._computed[record.worker] = max(0, computed)
+            self.prompts.end(record.worker, record.queued_tokens)
             record.queued_tokens = 0
-
-    def queued_tokens(self, worker: int) -> int:
-        """Prompt tokens that a worker has not reported as computed yet."""
-        return max(0, self._queued[worker] - self._computed[worker])
 
     def clear_owner(self, record: Record) -> None:
         """Take the request from its owner, if it has one."""
@@ -154,6 +153,8 @@ class WorkerRegistry:
         self.ledger.ready(
             worker, event.models, event.capacity_bytes, event.max_num_seqs, event.acked
         )
+        if self.ledger.held[worker]:
+            self.ledger.enter(worker, WorkerState.HELD)
         self.ledger.empty_since_s[worker] = self.view.now
         self.models |= {m.model: m for m in event.models}
         self.arithmetic[worker] = event.arithmetic
@@ -174,8 +175,10 @@ class WorkerRegistry:
         self._changed(worker)
 
     def _changed(self, worker: int) -> None:
+        self.changed_s[worker] = self.view.now
         self.admission.worker_changed()
-        name = WorkerState(int(self.ledger.state[worker])).name.lower()
+        state = WorkerState(int(self.ledger.state[worker]))
+        name = HELD_NAMES.get(state) or state.name.lower()
         self.out.append((OBSERVER, WorkerChanged(worker, name)))
 
     def apply(self, proposal: Proposal) -> None:
@@ -197,11 +200,29 @@ class WorkerRegistry:
             self.change(worker, WorkerState.DRAINING)
 
     def park(self, worker: int) -> None:
-        """Make an active or draining worker release its arena, if it holds no request."""
-        idle = not self.ledger.num_requests[worker] and not self._is_last(worker)
-        if idle and self.ledger.state[worker] in (WorkerState.ACTIVE, WorkerState.DRAINING):
+        """Make an active, draining or held worker release its arena, if it holds no request."""
+        held = self.ledger.state[worker] == WorkerState.HELD
+        used = self.ledger.num_requests[worker] or (not held and self._is_last(worker))
+        loaded = self.ledger.state[worker] in (WorkerState.ACTIVE, WorkerState.DRAINING)
+        if not used and (held or loaded):
             self.send(worker, Park())
             self.change(worker, WorkerState.PARKING)
+
+    def hold(self, worker: int) -> None:
+        """Keep requests away from a worker, in whatever state, until `unhold`."""
+        self.ledger.held[worker] = True
+        if self.ledger.state[worker] in (WorkerState.ACTIVE, WorkerState.DRAINING):
+            self.change(worker, WorkerState.HELD)
+        elif self.ledger.state[worker] == WorkerState.PARKED:
+            self.change(worker, WorkerState.HELD_PARKED)
+
+    def unhold(self, worker: int) -> None:
+        """Let a held worker take requests again; a parked one once a policy wakes it."""
+        self.ledger.held[worker] = False
+        if self.ledger.state[worker] == WorkerState.HELD:
+            self.change(worker, WorkerState.ACTIVE)
+        elif self.ledger.state[worker] == WorkerState.HELD_PARKED:
+            self.change(worker, WorkerState.PARKED)
 
     def _is_last(self, worker: int) -> bool:
         """True if it is the last active worker of a model that a live request uses."""
@@ -213,7 +234,8 @@ class WorkerRegistry:
         return bool((used & ledger.runs[:, worker] & ~served).any())
 
     def parked(self, worker: int) -> None:
-        self.ledger.drop_arena(worker, WorkerState.PARKED)
+        held = self.ledger.held[worker]
+        self.ledger.drop_arena(worker, WorkerState.HELD_PARKED if held else WorkerState.PARKED)
         self._changed(worker)
 
     def wake(self, worker: int) -> None:
@@ -225,6 +247,7 @@ class WorkerRegistry:
             self.change(worker, WorkerState.ACTIVE)
 
     def lost(self, worker: int) -> None:
+        self.ledger.held[worker] = False
         self.ledger.drop_arena(worker, WorkerState.LOST)
         self._changed(worker)
 
@@ -244,24 +267,12 @@ class WorkerRegistry:
         """
         ledger, able, wake_s = self.ledger, self.ledger.able(model), self.view.cost.wake_s
         parked = np.flatnonzero(able & (ledger.state == WorkerState.PARKED))
-        lacking = waiting_bytes - ledger.capacity[able & (ledger.state == WorkerState.WAKING)].sum()
+        waking = able & (ledger.state == WorkerState.WAKING) & ~ledger.held
+        lacking = waiting_bytes - ledger.capacity[waking].sum()
         if not len(parked) or lacking <= 0:
             return
-        if waited_s >= wake_s or lacking > self._freed_in(wake_s, able):
+        if waited_s >= wake_s or lacking > freed_in(self.view, wake_s, able):
             self.wake(int(parked[0]))
-
-    def _freed_in(self, seconds: float, able: np.ndarray) -> float:
-        """Bytes that requests on active workers in `able` free by finishing, less growth of others.
-
-        held · f - growth · seconds · (1 - f), where f = seconds · token_rate / answer_tokens, at
-        most 1, is the share of requests that finish.
-        """
-        view, ledger = self.view, self.ledger
-        active = able & (ledger.state == WorkerState.ACTIVE)
-        ending = min(1.0, seconds * view.token_rate / max(view.answer_tokens, 1.0))
-        held = (ledger.capacity - ledger.budget)[active].sum()
-        grown = seconds * view.growth_Bps[active].sum()
-        return float(ending * held - (1 - ending) * grown)
 
     # --- rates ----------------------------------------------------------------------------------
 
@@ -275,9 +286,8 @@ class WorkerRegistry:
             return  # sent before it parked: its arena is released
         self.ledger.report(worker, event.acked, event.free_bytes)
         self.estimates.steps.add(worker, event)
-        if event.prefill_tokens:  # may include those of a migration, hence the minimum
-            done = self._computed[worker] + event.prefill_tokens
-            self._computed[worker] = min(done, self._queued[worker])
+        if event.prefill_tokens:
+            self.prompts.computed(worker, event.prefill_tokens)
         self.rates.decoded[worker] += event.decode_tokens
 
     def tick(self, now: float) -> None:

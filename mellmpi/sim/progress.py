@@ -74,5 +74,5 @@ class CountingScheduler(ClusterScheduler):
         self.registry.rates.decoded += progress.decoded
         requests = view.requests
         requests.num_tokens[progress.rows] = requests.num_prompt[progress.rows] + progress.outputs
-        self.placement.place_waiting()
+        self._place()
         return self.registry.take()

@@ -120,7 +120,7 @@ class Replay:
         # The limit that a client would set; the length of the answer is not known in advance.
         most = self.load.capacity // kv.block_bytes * kv.block_size - prompt
         sampling = replace(GREEDY, max_tokens=most, stop_token_ids=(STOP,))
-        return Request(i, kv.model, zeros(prompt), sampling, None)
+        return Request(i, kv.model, zeros(prompt), sampling, None, 0, None)
 
     def _park_all(self) -> Commands:
         """Park all workers but the first. Returns the commands; the policy wakes workers."""

@@ -19,6 +19,8 @@ from mellmpi.protocol import (
     Emit,
     FrontEvent,
     Observation,
+    OperatorAnswer,
+    OperatorCommand,
     PromptLogprob,
     Rejected,
     Request,
@@ -47,11 +49,12 @@ class Outcome:
     prompt_logprobs: dict[int, list[PromptLogprob]] = field(default_factory=dict)
     finished: dict[int, str] = field(default_factory=dict)  # request -> reason
     rejected: dict[int, str] = field(default_factory=dict)  # request -> reason
+    answers: list[OperatorAnswer] = field(default_factory=list)
     observed: list[tuple[float, Observation]] = field(default_factory=list)  # with its time
 
 
 class Simulation:
-    """Build it, call `submit`, `cancel` and `crash` with times in seconds, then `run`."""
+    """Build it, call `submit`, `cancel`, `operate` and `crash` with times in seconds, then `run`."""
 
     def __init__(
         self,
@@ -101,6 +104,10 @@ class Simulation:
                 self._to_scheduler(FRONT, Cancel(request_id, "gone"))
 
         self.at(at_s, cancel)
+
+    def operate(self, at_s: float, command: OperatorCommand) -> None:
+        """An operator gives a command; its answer goes to `Outcome.answers`."""
+        self.at(at_s, lambda: self._to_scheduler(FRONT, command))
 
     def crash(self, at_s: float, worker: int) -> None:
         """The worker dies; `WorkerLost` is the last message of its link to the scheduler."""
@@ -178,9 +185,11 @@ class Simulation:
                 if reason:
                     self.outcome.finished[request_id] = reason
                     self._live -= 1
-            case Rejected(request_id, reason):
+            case Rejected(request_id, reason, _):
                 self.outcome.rejected[request_id] = reason
                 self._live -= 1
+            case OperatorAnswer():
+                self.outcome.answers.append(event)
 
     # --- workers --------------------------------------------------------------------------------
 

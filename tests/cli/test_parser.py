@@ -181,6 +181,7 @@ def test_a_launcher_variable_that_is_not_a_number_is_ignored():
         *(("--park-after-s", wrong) for wrong in ("-1", "nan", "inf", "1e300", "soon")),
         ("--rebalance-every-s", "nan"),
         ("--migration-limit-s", "inf"),
+        ("--max-ttft-s", "0"),
         ("--target-step-ms", "1e300"),
         ("--gpu-memory-utilization", "nan"),
         ("--request-rate", "inf"),

@@ -38,7 +38,7 @@ def requests(model, first_id):
     for i, (num_prompt, num_outputs) in enumerate(LENGTHS):
         prompt = torch.randint(3, 500, (num_prompt,), generator=generator).tolist()
         sampling = replace(GREEDY, max_tokens=num_outputs)
-        yield Request(first_id + i, model, tuple(prompt), sampling, None)
+        yield Request(first_id + i, model, tuple(prompt), sampling, None, 0, None)
 
 
 def answers(engine, submitted):

@@ -207,7 +207,7 @@ class Fuzzer:
         rng = self.rng
         assert decode(encode(Submit(request))) == Submit(request), "not encodable"
         if rng.random() < 0.02:
-            self.deliver(Rejected(request.id, rng.choice(STRINGS)))
+            self.deliver(Rejected(request.id, rng.choice(STRINGS), 0.0))
             return
         first, length = 0, rng.randint(1, min(12, request.sampling.max_tokens))
         while first < length:

@@ -221,8 +221,8 @@ def test_a_rejected_request_fails_its_line_and_cancels_its_other_choices(run):
     job = run([entry("a", n=3), entry("b")])
     first, second, third, other = job.job.requests()
     job.answer(first)
-    assert job.job.rejected(Rejected(second.id, "too long for any worker")) == (third.id,)
-    assert job.job.rejected(Rejected(third.id, "late")) == ()
+    assert job.job.rejected(Rejected(second.id, "too long for any worker", 0.0)) == (third.id,)
+    assert job.job.rejected(Rejected(third.id, "late", 0.0)) == ()
     assert errors(job.lines) == [("a", "line 1: too long for any worker")]
     job.answer(other)
     assert job.job.done and len(job.lines) == 2

@@ -82,7 +82,7 @@ def test_rejected_requests_fail_and_only_a_few_are_shown():
     shown = []
     replay = job(*[(0.0, 4, 3)] * 9, on_answer=shown.append)
     for request in list(replay.requests()):
-        replay.rejected(Rejected(request.id, "no room for it"))
+        replay.rejected(Rejected(request.id, "no room for it", 0.0))
     assert replay.done and replay.counts.reasons == {"rejected": 9}
     assert [answer.error for answer in shown] == ["no room for it"] * SHOWN_REJECTIONS
 

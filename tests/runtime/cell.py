@@ -97,7 +97,7 @@ class ListFront:
                 self.prompt_logprobs[request_id] += prompt_logprobs
                 if reason:
                     self.ended[request_id] = reason
-            case Rejected(request_id, reason):
+            case Rejected(request_id, reason, _):
                 self.ended[request_id] = reason
 
 
@@ -105,7 +105,7 @@ def request(
     request_id: int, num_prompt: int, max_tokens: int, model: str = "hash", **sampling: Any
 ) -> Request:
     parameters = replace(GREEDY, max_tokens=max_tokens, seed=request_id, **sampling)
-    return Request(request_id, model, tuple(range(num_prompt)), parameters, None)
+    return Request(request_id, model, tuple(range(num_prompt)), parameters, None, 0, None)
 
 
 def hashing(num_workers: int, num_blocks: int, **cluster) -> "Cell":

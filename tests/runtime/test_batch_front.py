@@ -72,5 +72,5 @@ def test_a_request_that_a_stop_string_ended_is_cancelled_as_complete():
 def test_the_other_choices_of_a_rejected_request_are_cancelled():
     front = BatchFront(Source(3, unwanted=[2]), None)
     assert [type(event) for event in front.inbox(0.0)] == [Submit] * 3
-    front.deliver(Rejected(1, "too long"))
+    front.deliver(Rejected(1, "too long", 0.0))
     assert front.inbox(0.0) == [Cancel(2, "gone")]

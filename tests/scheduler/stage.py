@@ -24,10 +24,19 @@ KV = ModelKv("m", block_size=4, block_bytes=10)
 NUM_BLOCKS, MAX_SEQS = 20, 8
 
 
-def request(request_id: int, num_prompt: int = 3, max_tokens: int = 10, **sampling: Any) -> Request:
+def request(
+    request_id: int,
+    num_prompt: int = 3,
+    max_tokens: int = 10,
+    priority: int = 0,
+    deadline_s: float | None = None,
+    **sampling: Any,
+) -> Request:
     """A greedy request; `sampling` replaces sampling parameters."""
     parameters = replace(GREEDY, max_tokens=max_tokens, **sampling)
-    return Request(request_id, KV.model, tuple(range(num_prompt)), parameters, None)
+    return Request(
+        request_id, KV.model, tuple(range(num_prompt)), parameters, None, priority, deadline_s
+    )
 
 
 def report(

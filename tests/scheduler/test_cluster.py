@@ -128,9 +128,9 @@ def test_logprobs_come_with_the_kv(stage):
 
 
 def test_an_unknown_model_is_refused_at_once(stage):
-    other = Request(7, "other", (1,), request(7).sampling, None)
+    other = Request(7, "other", (1,), request(7).sampling, None, 0, None)
     assert stage.handle(FRONT, Submit(other)) == [
-        (FRONT, Rejected(7, "no worker serves the model other"))
+        (FRONT, Rejected(7, "no worker serves the model other", 0.0))
     ]
     assert_nothing_left(stage.scheduler)
 
@@ -141,7 +141,7 @@ def test_a_request_too_large_for_any_worker_is_refused_and_the_last_token_needs_
     assert of_type(commands, Rejected) == []
     commands = stage.handle(FRONT, Submit(request(2, num_prompt=70, max_tokens=12)))
     [refused] = of_type(commands, Rejected)
-    assert refused == Rejected(2, "it needs 210 bytes of KV cache; a worker has 200")
+    assert refused == Rejected(2, "it needs 210 bytes of KV cache; a worker has 200", 0.0)
 
 
 def test_the_largest_worker_decides_what_fits(stage):
@@ -265,7 +265,7 @@ def test_a_head_too_large_for_all_remaining_workers_is_refused_and_the_next_is_p
     stage.place = lambda view, row: 1 if view.requests.need(row) <= 200 else None
     commands = stage.handle(3, WorkerLost(3))
     assert of_type(commands, Rejected) == [
-        Rejected(1, "it needs 380 bytes of KV cache; a worker has 200")
+        Rejected(1, "it needs 380 bytes of KV cache; a worker has 200", 0.0)
     ]
     assert assigned(commands) == [2]
 

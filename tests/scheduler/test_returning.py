@@ -128,7 +128,7 @@ def test_policies_without_moves_pin_preempted_requests():
 
 
 def other(request_id):
-    return Request(request_id, OTHER.model, (1, 2, 3), request(request_id).sampling, None)
+    return Request(request_id, OTHER.model, (1, 2, 3), request(request_id).sampling, None, 0, None)
 
 
 def test_a_model_whose_workers_are_full_does_not_delay_another(stage):

@@ -1,4 +1,7 @@
-"""Seeded fault histories: a small cluster, random load, delays, cancels and up to two crashes."""
+"""Seeded fault histories: a small cluster, random load, delays, cancels and up to two crashes.
+
+In half of them an operator drains workers, undrains them and moves requests.
+"""
 
 import random
 from dataclasses import replace
@@ -6,7 +9,15 @@ from functools import partial
 
 from mellmpi.config import BatchConfig, CacheConfig, ClusterConfig
 from mellmpi.costs import UNKNOWN, CostModel
-from mellmpi.protocol import GREEDY, ModelKv, Request
+from mellmpi.protocol import (
+    GREEDY,
+    DrainWorker,
+    ModelKv,
+    MoveRequest,
+    Request,
+    UndrainWorker,
+)
+from mellmpi.scheduler.policies import POLICIES
 from mellmpi.sim import Network, Simulation, WorkerSpec
 from mellmpi.sim.executor import HashExecutor, expected_outputs, logprob, prompt_logprobs
 
@@ -30,7 +41,7 @@ def random_request(request_id: int, rng: random.Random, model: str = KV.model) -
     )
     # Few different prefixes, so that some are reused.
     prompt = tuple([rng.randint(0, 2)] * rng.randint(0, 12) + [rng.randint(3, 49)])
-    return Request(request_id, model, prompt, sampling, None)
+    return Request(request_id, model, prompt, sampling, None, 0, None)
 
 
 def random_sets(
@@ -70,6 +81,10 @@ def random_history(seed: int, simulation=Simulation) -> tuple[Simulation, list[R
         rebalance_every_s=rng.choice([1e-3, 4e-3]),
         park_after_s=rng.choice([0.0, 5e-3]),
     )
+    operator = random.Random(seed)  # draws of its own
+    operates = operator.random() < 0.5
+    if operates:
+        config = replace(config, policy=operator.choice(list(POLICIES)))
     network = Network(rng.choice([1e-5, 5e-4, 5e-3]), rng)
     sim = simulation(specs, config, COST, network, rng)
     requests = [random_request(i, rng, rng.choice(models)) for i in range(rng.randint(4, 12))]
@@ -79,9 +94,22 @@ def random_history(seed: int, simulation=Simulation) -> tuple[Simulation, list[R
             sim.cancel(rng.uniform(0, 0.15), request.id)
     if rng.random() < 0.3:
         sim.data_plane.corrupts = lambda: rng.random() < 0.1
+    if operates:
+        operate(sim, num_workers, len(requests), operator)
     for worker in crashing:
         sim.crash(rng.uniform(0, 0.1), worker)
     return sim, requests
+
+
+def operate(sim: Simulation, num_workers: int, num_requests: int, rng: random.Random) -> None:
+    """Drains, each followed by an undrain, and moves, at random times."""
+    for _ in range(rng.randint(1, 3)):
+        worker, at_s = rng.randint(1, num_workers), rng.uniform(0, 0.08)
+        sim.operate(at_s, DrainWorker(worker))
+        sim.operate(at_s + rng.choice([1e-4, 0.01, 0.1]) * rng.random(), UndrainWorker(worker))
+    for _ in range(rng.randint(0, 9)):
+        move = MoveRequest(rng.randrange(num_requests), rng.randint(1, num_workers))
+        sim.operate(rng.uniform(0, 0.04), move)
 
 
 def check(sim: Simulation, requests: list[Request]) -> None:
@@ -108,6 +136,7 @@ def check_no_state_left(sim: Simulation) -> None:
     assert sim.scheduler.queue.kv_bytes == 0 and not sim.scheduler.registry.view.requests.live.any()
     ledger = sim.scheduler.registry.ledger
     assert not ledger.num_requests.any(), ledger.num_requests
+    assert not sim.scheduler.registry.prompts.total
     assert not sim.data_plane.sends and not sim.data_plane.receives
     for worker in sim.workers.values():
         if worker.alive:

@@ -194,7 +194,7 @@ def history(seed, moves):
         lengths.append(rng.randint(1, 60))
         prompt = (0,) * rng.randint(1, 40)
         sampling = replace(GREEDY, max_tokens=lengths[i], stop_token_ids=(1,))
-        request = Request(i, rng.choice(names), prompt, sampling, None)
+        request = Request(i, rng.choice(names), prompt, sampling, None, 0, None)
         epoch, at_s, w = epoch + 1, rng.uniform(0, 0.2), rng.choice((1, 2))
         script.append((at_s, w, Assign(request, epoch, (0,) * rng.choice([0, 0, lengths[i] // 2]))))
         if rng.random() < 0.2:

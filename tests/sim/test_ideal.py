@@ -30,7 +30,7 @@ class Reported:
 def order(rng, request_id, epoch, length):
     prompt = (0,) * rng.randint(1, 30)
     sampling = replace(GREEDY, max_tokens=length, stop_token_ids=(1,))
-    request = Request(request_id, "m", prompt, sampling, None)
+    request = Request(request_id, "m", prompt, sampling, None, 0, None)
     return Assign(request, epoch, (0,) * rng.choice([0, 0, length // 2]))
 
 

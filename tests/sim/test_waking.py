@@ -39,7 +39,7 @@ class Watched(Simulation):
 
 def random_request(i: int, rng: random.Random) -> Request:
     made = request(i, num_prompt=rng.randint(1, 320), max_tokens=rng.randint(1, 150))
-    return Request(i, rng.choice(MODELS).model, made.prompt, made.sampling, None)
+    return Request(i, rng.choice(MODELS).model, made.prompt, made.sampling, None, 0, None)
 
 
 @pytest.mark.parametrize("policy", ["best_fit", "load_balance", "frugal"])

@@ -7,6 +7,7 @@ from typing import Any
 from mellmpi.protocol import (
     ROUNDS,
     Address,
+    Assign,
     BlocksArrived,
     DrainBlocks,
     KvFailed,
@@ -14,7 +15,10 @@ from mellmpi.protocol import (
     KvReceived,
     KvRefused,
     KvReserved,
+    MigrationStarted,
+    OperatorAnswer,
     Park,
+    Parked,
     PartComputed,
     ReceiveKv,
     Release,
@@ -90,6 +94,16 @@ CASES = {
     "PartComputed",
     "PartComputed after the migration",
     "PartComputed with announced blocks",
+    "DrainWorker",
+    "UndrainWorker",
+    "MoveRequest",
+    "DrainWorker refused",
+    "UndrainWorker refused",
+    "MoveRequest refused",
+    "started: operator",
+    "started: drained by an operator",
+    "parked while held",
+    "a held worker lost",
 }
 
 _WHY = re.compile(r"(\w+ -> \w+: )(?:\d+ )?([a-z]+(?: (?:room|\d+ lost))?)")
@@ -123,8 +137,12 @@ class Witness(Simulation):
         self._forget(record, outcome)
 
     def _to_scheduler(self, source: Address, event: SchedulerEvent) -> None:
+        ledger = self.scheduler.registry.ledger
         match event:
+            case Parked():
+                self.seen["parked while held"] += bool(ledger.held[int(source)])
             case WorkerLost(worker):
+                self.seen["a held worker lost"] += bool(ledger.held[worker])
                 self._lost.add(worker)
                 self.seen["two workers lost"] += len(self._lost) > 1
             case KvFailed(reason=reason):
@@ -143,8 +161,14 @@ class Witness(Simulation):
 
     def _route(self, source: Address, commands: list[tuple[Address, Any]]) -> None:
         failed = [c for _, c in commands if isinstance(c, KvFailed)]
+        held = self.scheduler.registry.ledger.held
         for to, command in commands:
+            assert not isinstance(command, Assign | ReceiveKv | Wake) or not held[int(to)]
             match command:
+                case OperatorAnswer(asked, error):
+                    self.seen[type(asked).__name__ + (" refused" if error else "")] += 1
+                case MigrationStarted(reason=reason) if "operator" in reason:
+                    self.seen[f"started: {reason}"] += 1
                 case Park() | Wake() | Unfreeze():
                     self.seen[type(command).__name__] += 1
                 case DrainBlocks(tag=tag):

@@ -17,7 +17,7 @@ GREEDY = replace(p.GREEDY, max_tokens=9)
 
 def submit(m, now, request_id=1, num_prompt=5):
     prompt = tuple(range(num_prompt))
-    m.observe(now, p.FRONT, p.Submit(p.Request(request_id, "m", prompt, GREEDY, None)))
+    m.observe(now, p.FRONT, p.Submit(p.Request(request_id, "m", prompt, GREEDY, None, 0, None)))
 
 
 def emit(m, now, n, request_id=1, finish=None):
@@ -109,7 +109,7 @@ def test_every_request_ends_completed_failed_or_cancelled():
     for i in range(4):
         submit(m, 0.0, request_id=i, num_prompt=10)
     emit(m, 1.0, 1, request_id=0, finish="stop")
-    m.command(1.0, p.FRONT, p.Rejected(1, "too long"))
+    m.command(1.0, p.FRONT, p.Rejected(1, "too long", 0.0))
     m.observe(1.0, p.FRONT, p.Cancel(2, "gone"))
     m.observe(1.0, p.FRONT, p.Cancel(2, "gone"))
     m.observe(1.0, p.FRONT, p.Cancel(0, "gone"))
@@ -120,7 +120,7 @@ def test_every_request_ends_completed_failed_or_cancelled():
 
 def test_a_request_refused_by_the_frontend_counts_as_failed():
     m = Metrics()
-    m.command(0.0, p.FRONT, p.Rejected(1, "unknown model"))
+    m.command(0.0, p.FRONT, p.Rejected(1, "unknown model", 0.0))
     r = m.report(1.0)
     assert (r["requests"], r["failed"], r["prompt_tokens"]) == (1, 1, 0)
 

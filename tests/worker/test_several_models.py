@@ -26,7 +26,7 @@ HOSTED = tuple(HostedModel(kv, f"layout of {kv.model}") for kv in (SMALL, LARGE)
 
 def of(model: str, request_id: int, **kwargs) -> Request:
     asked = request(request_id, **kwargs)
-    return Request(request_id, model, asked.prompt, asked.sampling, None)
+    return Request(request_id, model, asked.prompt, asked.sampling, None, 0, None)
 
 
 class Bench:

@@ -60,7 +60,7 @@ def _candidate(
         block_size=kv.block_size,
         block_bytes=kv.block_bytes,
         num_decoding=int(registry.ledger.num_requests[move.dst]),
-        queued_tokens=registry.queued_tokens(move.dst),
+        queued_tokens=registry.prompts.at(move.dst),
         modes=modes,
         forced=move.mode is not None,
     )
