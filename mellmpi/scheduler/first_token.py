@@ -15,7 +15,7 @@ The factor is the median of actual over predicted prefill times of the requests 
 came last. There is none for the wait: it would correct today's rate by the error of a forecast as
 old as the wait is long, and then swing.
 
-In simulations of four times the load with a limit of 10 s (`tests/sim/test_first_token.py` and other
+In simulations of four times the load with a limit of 10 s (`tests/sim/test_first_token.py`, other
 seeds), the median of actual over predicted times of accepted requests was 0.8 to 1.3, the 90th
 percentile 1.3 to 1.8, and their TTFT's 99th percentile 11 to 19 s.
 """

@@ -54,7 +54,10 @@ class Outcome:
 
 
 class Simulation:
-    """Build it, call `submit`, `cancel`, `operate` and `crash` with times in seconds, then `run`."""
+    """Build it, call `submit`, `cancel`, `operate` and `crash` with times in seconds; then `run`.
+
+    `operate` gives an operator's command.
+    """
 
     def __init__(
         self,

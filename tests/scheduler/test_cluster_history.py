@@ -13,6 +13,7 @@ from mellmpi.protocol import (
     OBSERVER,
     Assign,
     Cancel,
+    DrainWorker,
     Emit,
     KvFailed,
     KvReceived,
@@ -20,6 +21,8 @@ from mellmpi.protocol import (
     KvReserved,
     MigrationEnded,
     MigrationStarted,
+    MoveRequest,
+    OperatorAnswer,
     Park,
     Parked,
     ReceiveKv,
@@ -28,6 +31,7 @@ from mellmpi.protocol import (
     SendKv,
     StepReport,
     Submit,
+    UndrainWorker,
     Unfreeze,
     Wake,
     WorkerLost,
@@ -172,7 +176,7 @@ class ClusterHistory(RuleBasedStateMachine):
         self.workers = {w: ModelWorker(w) for w in range(1, NUM_WORKERS + 1)}
         self.links = {(a, b): deque() for a in self.workers for b in self.workers}
         self.emitted, self.over, self.next_id = {}, {}, 0
-        self.epochs, self.moving = set(), Counter()
+        self.epochs, self.moving, self.answers = set(), Counter(), 0
         self.now = 0.0
         for worker in self.workers.values():
             ready = WorkerReady((KV,), CAPACITY, MAX_SEQS, 0, 0.1, 64, None, (), "")
@@ -193,12 +197,16 @@ class ClusterHistory(RuleBasedStateMachine):
 
     def carry_out(self, commands):
         for to, command in commands:
-            if to == FRONT:
+            if isinstance(command, OperatorAnswer):
+                self.answers += 1
+            elif to == FRONT:
                 self.front(command)
             elif to == OBSERVER:
                 self.observe(command)
             else:
                 assert self.scheduler.registry.ledger.state[to] != WorkerState.LOST
+                held = self.scheduler.registry.ledger.held[to]
+                assert not held or not isinstance(command, Assign | ReceiveKv | Wake)
                 if isinstance(command, Assign | ReceiveKv):
                     assert command.epoch not in self.epochs, "an epoch was used again"
                     self.epochs.add(command.epoch)
@@ -247,6 +255,27 @@ class ClusterHistory(RuleBasedStateMachine):
         self.over.setdefault(request_id, "cancelled")
         self.deliver(FRONT, Cancel(request_id, "gone"))
         assert request_id not in self.scheduler.records
+
+    # --- an operator ----------------------------------------------------------------------------
+
+    def operate(self, command):
+        self.answers = 0
+        self.deliver(FRONT, command)
+        assert self.answers == 1
+
+    @rule(w=st.integers(0, NUM_WORKERS + 1), happens=RARELY)
+    def drain(self, w, happens):
+        if happens:
+            self.operate(DrainWorker(w))
+
+    @rule(w=WORKER)
+    def undrain(self, w):
+        self.operate(UndrainWorker(w))
+
+    @precondition(lambda self: self.next_id)
+    @rule(data=st.data(), w=WORKER)
+    def move_one(self, data, w):
+        self.operate(MoveRequest(data.draw(st.integers(1, self.next_id)), w))
 
     # --- workers --------------------------------------------------------------------------------
 
@@ -410,6 +439,8 @@ class ClusterHistory(RuleBasedStateMachine):
     def teardown(self):
         """Without further rules every request ends, and no state is left."""
         self.place_nowhere = False
+        for w in self.workers:
+            self.operate(UndrainWorker(w))
         for _ in range(200):
             if not self.scheduler.records and not any(self.pending()):
                 break

@@ -281,6 +281,11 @@ def an_order_is_never_acknowledged(monkeypatch):
     monkeypatch.setattr(Ledger, "report", deaf)
 
 
+@fault
+def requests_stay_pinned_to_a_held_worker(monkeypatch):
+    monkeypatch.setattr(Placement, "unpin", lambda self, worker: None)
+
+
 # --- workers -------------------------------------------------------------------------------------
 
 
