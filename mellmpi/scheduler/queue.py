@@ -4,6 +4,7 @@ from bisect import insort
 from collections import Counter, OrderedDict
 from collections.abc import Container
 from dataclasses import dataclass, field
+from heapq import nsmallest
 from itertools import count
 from typing import TypeVar
 
@@ -89,6 +90,10 @@ class WaitingQueue:
             return None  # the most frequent case
         heads = [queue.first() for m, queue in self._by_model.items() if m not in passed_over]
         return min(heads, key=lambda w: w.key).record if heads else None
+
+    def first(self, limit: int) -> list[Waiting]:
+        """The first `limit` requests of all queues, in the order in which they were queued."""
+        return nsmallest(limit, self._waiting.values(), key=lambda w: w.key)
 
     def heads(self) -> list[Record]:
         """The first unpinned request of every model."""

@@ -5,6 +5,7 @@ Knows only the protocol's events: no clock, no scheduler, no worker. Decides not
 
 from mellmpi.telemetry.metrics import Metrics
 from mellmpi.telemetry.observers import Observer, Observers
+from mellmpi.telemetry.recent import Recent
 from mellmpi.telemetry.trace import Trace
 
-__all__ = ["Metrics", "Observer", "Observers", "Trace"]
+__all__ = ["Metrics", "Observer", "Observers", "Recent", "Trace"]
