@@ -14,10 +14,8 @@ from mellmpi.telemetry import Recent
 
 LISTED = 64  # requests of one worker, the largest ones
 QUEUED = 20  # waiting requests that are listed
-STATES = {
-    state.value: "parked" if state is WorkerState.PARKING else state.name.lower()
-    for state in WorkerState
-}
+SHOWN = {"parking": "parked", "held": "draining", "held_parked": "parked"}  # other states by name
+STATES = {s.value: SHOWN.get(s.name.lower(), s.name.lower()) for s in WorkerState}
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,7 @@ class Tab:
     async def open(self, url: str) -> None:
         for domain in ("Page", "Runtime", "Log"):
             await self.send(f"{domain}.enable")
+        await self.send("Emulation.setFocusEmulationEnabled", enabled=True)
         await self.send("Page.navigate", url=url)
 
     async def run(self, code: str) -> Any:
