@@ -13,6 +13,7 @@ ROOMS = {
     "cli",
     "protocol",
     "config",
+    "console",
     "models",
     "scheduler",
     "worker",
@@ -33,6 +34,7 @@ MAY_IMPORT = {  # part of the package -> what of ours it may import, beside itse
     "__main__": {"cli"},
     "protocol": set(),
     "config": set(),
+    "console": {"config", "files"},
     "costs": {"protocol"},
     "scheduler": {"protocol", "config", "costs"},
     "worker": {"protocol", "config", "costs"},
@@ -46,7 +48,7 @@ MAY_IMPORT = {  # part of the package -> what of ours it may import, beside itse
     "loadgen": {"config", "files", "telemetry", "workload"},
     "frontend": {"files", "protocol", "config", "telemetry", "workload"},
     "sim": {"config", "costs", "files", "protocol", "scheduler", "worker", "workload"},
-    "runtime": ROOMS - {"sim", "cli", "loadgen"},
+    "runtime": ROOMS - {"sim", "cli", "console", "loadgen"},
     "cli": ROOMS,
 }
 COMMANDS = {  # (file, module) past a door: the command line loads the one command that it runs
@@ -97,6 +99,8 @@ WITHOUT = {  # imports with these modules missing
     "mellmpi.runtime.begin": {"numpy", "numba", "torch", "mpi4py"},  # the URL is there at once
     "mellmpi.runtime.ending": {"numpy", "msgpack", "mpi4py"},  # tells of what is missing
     "mellmpi.cli.parser": {"torch", "mpi4py"},
+    "mellmpi.console": {"torch", "mpi4py", "numpy", "msgpack", "rich"},
+    "mellmpi.console.top": {"torch", "mpi4py", "numpy", "msgpack", "tqdm"},
 }
 LINES_OF_A_FUNCTION, LINES_OF_A_FILE = 40, 300
 LONGER: set[str] = set()

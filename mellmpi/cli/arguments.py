@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 from mellmpi import __version__
 from mellmpi.cli.bench_flags import BENCH_SERVE, EXAMPLES_OF_BENCH, TEXT_OF_BENCH
 from mellmpi.cli.flags import BATCH, HTTP, SERVING, SHORT, TRACE, Flag, Group
+from mellmpi.cli.operator_flags import OPERATOR
 from mellmpi.cli.simulate_flags import SIMULATE
 from mellmpi.config import UsageError
 
@@ -18,6 +19,7 @@ EXAMPLES = """examples:
   mpirun -np 3 python -m mellmpi run-batch --replay trace.csv --model DIR --report figures.json
   python -m mellmpi bench serve --base-url http://host:8000   measure a server under load
   cat in.jsonl | mpirun -np 3 python -m mellmpi > out.jsonl   requests from a pipe
+  python -m mellmpi top                                       watch the server on this host
 Every flag can also be set in a YAML file (--config), or in the environment as MELLMPI_FLAG_NAME;
 the command line overrides the environment, which overrides the file."""
 
@@ -66,6 +68,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add(simulated, SIMULATE)
     _add_bench(commands)
+    for name, operated in OPERATOR.items():
+        command = commands.add_parser(name, help=operated.help, formatter_class=_Help)
+        for flag in operated.positions:
+            command.add_argument(flag.key, help=flag.help, **_reading(flag, flag.name.upper()))
+        _add(command, operated.groups)
     return parser
 
 
@@ -100,11 +107,11 @@ def _add(parser: argparse.ArgumentParser, groups: Iterable[Group]) -> None:
             )
 
 
-def _reading(flag: Flag) -> dict[str, Any]:
+def _reading(flag: Flag, metavar: str | None = None) -> dict[str, Any]:
     """Arguments of `add_argument` that say how values are read."""
     if flag.is_switch:
         return {"action": argparse.BooleanOptionalAction}
-    read = {"type": _typed(flag), "metavar": flag.metavar}
+    read = {"type": _typed(flag), "metavar": flag.metavar or metavar}
     if flag.takes_several:
         return read | {"nargs": "+", "action": "extend"}
     return read | ({"action": "append"} if flag.is_list else {"choices": flag.choices})

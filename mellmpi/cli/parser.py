@@ -13,6 +13,7 @@ from typing import Any
 from mellmpi.cli.arguments import make_parser
 from mellmpi.cli.flags import BATCH, HTTP, SERVING, Flag, flags_of
 from mellmpi.cli.launcher import is_first, world_problem
+from mellmpi.cli.operator_flags import OPERATOR, SERVER
 from mellmpi.config import (
     DEMO_KV_BYTES,
     BatchConfig,
@@ -74,6 +75,20 @@ def _alone(command: Callable[[dict[str, Any]], int], arguments: Sequence[str]) -
 ALONE = {"simulate": _simulate, "bench": _bench_serve}  # commands of one process
 
 
+def _operate(command: str, arguments: Sequence[str]) -> int:
+    """Run a command for a server that runs elsewhere: neither MPI nor torch; its exit code."""
+    from mellmpi.console import operate
+
+    try:
+        given = vars(make_parser().parse_args(list(arguments)))
+        if given.pop("command") != arguments[0]:
+            raise UsageError(f"write the command first: python -m mellmpi {command} …")
+        return operate(command, {**_from_environment(os.environ, SERVER.flags), **given})
+    except UsageError as error:
+        sys.stderr.write(f"mellmpi: {error}\n")
+        return 2
+
+
 def read_options(
     arguments: Sequence[str], environment: Mapping[str, str], piped: Callable[[], bool]
 ) -> Options:
@@ -85,7 +100,7 @@ def read_options(
     command = given.pop("command", None)
     values = {
         **_from_file(given.pop("config", environment.get("MELLMPI_CONFIG"))),
-        **_from_environment(environment),
+        **_from_environment(environment, FLAGS),
         **given,
     }
     if command is None and not {"input_file", "replay"} & values.keys():
@@ -96,8 +111,8 @@ def read_options(
         raise UsageError(str(error)) from error
 
 
-def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
-    given = [flag for flag in FLAGS if flag.variable in environment]
+def _from_environment(environment: Mapping[str, str], flags: Sequence[Flag]) -> dict[str, Any]:
+    given = [flag for flag in flags if flag.variable in environment]
     return {flag.key: _read(flag, environment[flag.variable], flag.variable) for flag in given}
 
 
@@ -200,6 +215,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = _command(arguments)
     if command in ALONE:
         return _alone(ALONE[command], arguments) if first else 0
+    if command in OPERATOR:
+        return _operate(command, arguments) if first else 0
     from mellmpi.runtime.ending import run_job
 
     if command == "doctor":
