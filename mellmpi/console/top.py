@@ -115,11 +115,9 @@ def _watch(server: Server, first: dict[str, Any], console: Console, keys: int | 
             screen = draw(snapshot, list(rates), console.width, console.height - 1)
             live.update(_with_problem(screen, newest.problem), refresh=True)
             ready, _, _ = select.select(watched, [], [])
-            if keys is not None and keys in ready:
-                typed = os.read(keys, 64)
-                if not typed or set(typed) & QUIT:
-                    newest.stop()
-                    return
+            if keys is not None and keys in ready and set(os.read(keys, 64)) & QUIT:
+                newest.stop()
+                return
             if newest.descriptor in ready:
                 os.read(newest.descriptor, 4096)
                 if newest.refusal is not None:

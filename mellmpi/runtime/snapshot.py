@@ -96,7 +96,7 @@ class Snapshots:
     def _requests(self) -> tuple[dict[int, list[dict[str, Any]]], np.ndarray]:
         """Requests of each worker, largest first; int64 [workers + 1]: bytes of their KV."""
         columns = self._scheduler.registry.view.requests
-        rows = np.flatnonzero(columns.live & (columns.worker > 0))
+        rows = np.flatnonzero(columns.worker)
         kv_bytes, workers = columns.kv_bytes(rows), columns.worker[rows]
         used = np.zeros(len(self._scheduler.registry.ledger.state), np.int64)
         np.add.at(used, workers, kv_bytes)

@@ -99,6 +99,17 @@ def test_many_workers_are_beside_each_other_and_the_rest_is_counted():
     assert f"and {64 - shown} more workers" in narrow
 
 
+def test_workers_beside_each_other_are_aligned_and_a_long_name_takes_no_second_line():
+    workers = [
+        worker(w, state="parked" if w % 3 else "active", host="a.very.long.name." * 9)
+        for w in range(1, 41)
+    ]
+    lines = drawn(cluster(*workers), width=118, height=36).splitlines()[4:24]
+    assert [int(line[60:63]) for line in lines] == list(range(21, 41))
+    alone = drawn(cluster(*workers), width=120).splitlines()[4:44]
+    assert [int(line[:3]) for line in alone] == list(range(1, 41))
+
+
 def test_a_terminal_without_unicode_gets_ascii():
     text = plain(drawn(cluster(*TWO["workers"], migrations=[migration(7, 1, 2, 0.0)])))
     assert text.isascii() and "1 > 2" in text and "#" in text and "?" not in text

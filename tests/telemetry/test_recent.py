@@ -4,7 +4,7 @@ import pytest
 
 from mellmpi import protocol as p
 from mellmpi.telemetry import Metrics, Recent
-from mellmpi.telemetry.recent import LATENCY_S, MOVES, NEWEST, RATE_S, STEPS_S, Latency, Sums
+from mellmpi.telemetry.recent import BIN_S, LATENCY_S, MOVES, NEWEST, RATE_S, STEPS_S, Latency, Sums
 from tests.telemetry.test_metrics import GREEDY, ended, ready, started, state, submit
 
 
@@ -40,6 +40,13 @@ def test_a_rate_covers_its_span_and_at_the_start_the_time_since_the_first_value(
     early.add(50.0, 6)
     early.add(52.0, 6)
     assert early.rates(52.0) == [6.0]
+
+
+def test_sums_that_nobody_reads_take_no_more_memory():
+    sums = Sums(10.0)
+    for second in range(10_000):
+        sums.add(float(second), 1)
+    assert len(sums._bins) <= 10.0 / BIN_S + 1
 
 
 def test_a_latency_older_than_its_span_no_longer_counts_and_memory_is_bounded():
