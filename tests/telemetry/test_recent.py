@@ -5,7 +5,7 @@ import pytest
 from mellmpi import protocol as p
 from mellmpi.telemetry import Metrics, Recent
 from mellmpi.telemetry.recent import BIN_S, LATENCY_S, MOVES, NEWEST, RATE_S, STEPS_S, Latency, Sums
-from tests.telemetry.test_metrics import GREEDY, ended, ready, started, state, submit
+from tests.telemetry.test_metrics import ended, ready, started, state, submit
 
 
 class Watched(Recent):
@@ -149,6 +149,6 @@ def test_nothing_is_kept_of_a_request_that_ended_during_its_migration(recent):
 
 def test_a_request_id_may_come_again(recent):
     for start_s in (0.0, 10.0):
-        recent.observe(start_s, p.FRONT, p.Submit(p.Request(1, "m", (1,), GREEDY, None)))
+        submit(recent, start_s)
         emit(recent, start_s + 0.5, 1, finish="stop")
     assert recent.ttft.percentiles_ms(11.0)["p99"] == 500.0
