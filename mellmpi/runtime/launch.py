@@ -4,6 +4,7 @@ import errno
 import gc
 import os
 import signal
+import socket
 import struct
 import sys
 import time
@@ -60,7 +61,8 @@ def launch(job: Job | None, begun: Begun | None, read_options: ReadOptions) -> i
     if job is None or job.size == 1:
         return _single_process(rank0, options.config, prepared)
     transport = connect(job, options.config)
-    return rank0(transport=transport, run_local_worker=lambda: False, on_ready=job.serve).run()
+    rank0 = partial(rank0, transport=transport, hosts=job.hosts)
+    return rank0(run_local_worker=lambda: False, on_ready=job.serve).run()
 
 
 def _batch(options: Options) -> tuple[MakeRank0, dict[str, Any]]:
@@ -173,7 +175,10 @@ def _single_process(rank0: MakeRank0, config: Config, prepared: dict[str, Any]) 
     worker = make_worker(network.transports[1], config, prepared, assignment)
     worker.start()
     return rank0(
-        transport=network.transports[0], run_local_worker=worker.run_once, on_ready=lambda: None
+        transport=network.transports[0],
+        hosts=[socket.gethostname()],
+        run_local_worker=worker.run_once,
+        on_ready=lambda: None,
     ).run()
 
 

@@ -46,6 +46,7 @@ class Rank0:
     directories: tuple[Path, ...]  # one per model
     tokenizers: tuple[Tokenizer, ...]  # one per model; none for a replay
     transport: Transport
+    hosts: list[str]  # by rank
     run_local_worker: Callable[[], bool]  # one iteration of a worker in this process, if any
     on_ready: Callable[[], None]  # called when all workers have started
 

@@ -10,6 +10,7 @@ from mellmpi.protocol import (
     Address,
     Cancel,
     FrontEvent,
+    OperatorCommand,
     RankFailed,
     SchedulerEvent,
     Stop,
@@ -36,7 +37,7 @@ class Front(Protocol):
         """File descriptors whose readability means that `inbox` has events."""
         ...
 
-    def inbox(self, now: float) -> list[Submit | Cancel]:
+    def inbox(self, now: float) -> Sequence[Submit | Cancel | OperatorCommand]:
         """Return the events that are due by now."""
         ...
 

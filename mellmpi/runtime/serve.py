@@ -1,6 +1,7 @@
 """Rank 0's part of a server: runs until a signal ends it, or no worker is left."""
 
 import json
+import logging
 import os
 import signal
 import time
@@ -9,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+import numpy as np
+
+from mellmpi import __version__
 from mellmpi.config import Config, Options
 from mellmpi.files import Destination
 from mellmpi.frontend import ServedModel
@@ -17,11 +21,14 @@ from mellmpi.runtime.ending import JobFailed
 from mellmpi.runtime.scheduler import SchedulerLoop
 from mellmpi.runtime.served_models import mixed_arithmetic, served_models
 from mellmpi.runtime.serving import Door, HttpFront, say
+from mellmpi.runtime.snapshot import JobDescription, Snapshots
 from mellmpi.runtime.tracing import Tracing
 from mellmpi.scheduler import ClusterScheduler
 from mellmpi.scheduler.policies import policy_for
-from mellmpi.telemetry import Metrics
+from mellmpi.telemetry import Metrics, Observers, Recent
 from mellmpi.transport import Transport
+
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
 @dataclass
@@ -34,6 +41,7 @@ class ServingRank0:
     trace: Destination | None
     directories: tuple[Path, ...]  # one per model
     transport: Transport
+    hosts: list[str]  # by rank
     run_local_worker: Callable[[], bool]  # one iteration of a worker in this process, if any
     on_ready: Callable[[], None]  # called when all workers have started
 
@@ -43,14 +51,17 @@ class ServingRank0:
         self._scheduler = ClusterScheduler(
             self.transport.num_workers, cluster, policy_for(cluster.policy, cluster.migrate)
         )
-        tracing = Tracing(self.trace)
-        observer = tracing.beside(self._metrics)
+        tracing, recent = Tracing(self.trace), Recent()
+        observer = Observers(tracing.beside(self._metrics), recent)
         self._loop = SchedulerLoop(self.transport, self._scheduler, observer, time.perf_counter)
+        self._snapshots = Snapshots(self._scheduler, recent, self._description())
         self._front = HttpFront(self.door.listener, self.door.servers)
         self._front.questions = {
             "load": self._load,
             "progress": self._progress,
             "metrics": self._samples,
+            "snapshot": self._snapshot,
+            "loglevel": set_log_level,
         }
         self._until_s = float("inf")
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -114,6 +125,16 @@ class ServingRank0:
         samples = self._metrics.samples(time.perf_counter(), links)
         return json.dumps({"samples": samples, "vllm": self.options.http.metrics_vllm_names})
 
+    def _description(self) -> JobDescription:
+        models = [model.name for model in self.config.models]
+        policy, start_s = self.config.cluster.policy, time.perf_counter()
+        return JobDescription(__version__, policy, models, self.hosts, start_s)
+
+    def _snapshot(self) -> str:
+        held = np.flatnonzero(self._scheduler.registry.ledger.held).tolist()
+        state = self._snapshots.take(time.perf_counter(), time.time(), held=held)
+        return json.dumps(state)
+
     def _progress(self, request_ids: list[int]) -> str:
         """Return the state of the first of these requests that has no token yet, in words."""
         records = self._scheduler.records
@@ -128,3 +149,11 @@ class ServingRank0:
 
 def _limits(model: ServedModel) -> ModelLimits:
     return ModelLimits(model.name, model.max_model_len, model.vocab_size, model.eos_ids)
+
+
+def set_log_level(level: str) -> str:
+    """Change the log level of rank 0. Raises ValueError."""
+    if level.upper() not in LOG_LEVELS:
+        raise ValueError(f"{level!r:.40} is none of {', '.join(LOG_LEVELS).lower()}")
+    logging.getLogger("mellmpi").setLevel(level.upper())
+    return ""

@@ -17,6 +17,7 @@ from mellmpi import __version__
 from mellmpi.frontend.dialects import OpenAIDialect
 from mellmpi.frontend.fields import BadRequest, Fields
 from mellmpi.frontend.http.calls import LiveCall
+from mellmpi.frontend.http.cluster import add_cluster
 from mellmpi.frontend.http.link import Link
 from mellmpi.frontend.http.responses import CallResponse
 from mellmpi.frontend.http.tokens import tokenized
@@ -36,6 +37,7 @@ def make_app(link: Link) -> FastAPI:
     _add_state(app, link)
     _add_generation(app, Generation(link))
     _add_tokens(app, link)
+    add_cluster(app, link)
     return app
 
 

@@ -18,6 +18,7 @@ from mellmpi.protocol import (
     TokenLogprob,
 )
 
+LEFT = "the client that began this stream left before its end"
 KEPT_S = 60.0  # of a call after its end
 ORPHAN_S = 30.0  # a stream whose API server has died is cancelled if no client continues it
 
@@ -122,7 +123,7 @@ class CallLog:
         if answer.rejected is not None:
             yield answer.rejected
         elif answer.cut_off:
-            yield Rejected(request_id, "the client that began this stream left before its end")
+            yield Rejected(request_id, LEFT, 0.0)
 
     def server_died(self, server: int, now: float) -> list[Cancel]:
         """Forget a server. Returns the requests that nobody can continue: those of bodies."""

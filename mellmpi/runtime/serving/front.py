@@ -4,6 +4,7 @@ import json
 import logging
 import socket
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -12,14 +13,19 @@ from mellmpi.protocol import (
     Ask,
     AttachCall,
     Cancel,
+    DrainWorker,
     Emit,
     FrontEvent,
     ModelLimits,
+    MoveRequest,
     OpenCall,
+    OperatorAnswer,
+    OperatorCommand,
     Rejected,
     ServerState,
     StartServer,
     Submit,
+    UndrainWorker,
 )
 from mellmpi.runtime.serving.call_log import CallLog
 from mellmpi.runtime.serving.process import ApiServer
@@ -29,6 +35,12 @@ log = logging.getLogger(__name__)
 STATE_EVERY_S = 1.0  # so that an API server notices that rank 0 hangs
 RESTART_AFTER_S = 1.0  # between two starts of the same API server, if it dies at once
 
+COMMANDS: dict[str, type[DrainWorker] | type[UndrainWorker] | type[MoveRequest]] = {
+    "drain": DrainWorker,
+    "undrain": UndrainWorker,
+    "migrate": MoveRequest,
+}
+Submitted = Submit | Cancel | OperatorCommand
 Questions = dict[str, Callable[..., str]]  # -> the answer; ValueError: why there is none
 
 
@@ -49,6 +61,7 @@ class HttpFront:
         self._expire_s = 0.0
         self._now = 0.0  # of the iteration
         self._is_closing = False
+        self._commanded: deque[tuple[ApiServer, int]] = deque()  # (server, id of the question)
         self.questions: Questions = {}
 
     # --- state -----------------------------------------------------------------------------------
@@ -95,9 +108,9 @@ class HttpFront:
 
     # --- Front -----------------------------------------------------------------------------------
 
-    def inbox(self, now: float) -> list[Submit | Cancel]:
+    def inbox(self, now: float) -> list[Submitted]:
         self._now = now
-        events: list[Submit | Cancel] = []
+        events: list[Submitted] = []
         for server in list(self._servers.values()):
             try:
                 messages = server.receive()
@@ -114,9 +127,7 @@ class HttpFront:
             self._restart(now)
         return events
 
-    def _take(
-        self, server: ApiServer, message: Any, now: float, events: list[Submit | Cancel]
-    ) -> None:
+    def _take(self, server: ApiServer, message: Any, now: float, events: list[Submitted]) -> None:
         match message:
             case Submit():
                 events.append(message)
@@ -129,6 +140,9 @@ class HttpFront:
             case AttachCall():
                 for reply in self._calls.attach(server.index, message):
                     server.send(reply)
+            case Ask() if message.what in COMMANDS:
+                self._commanded.append((server, message.id))
+                events.append(COMMANDS[message.what](**json.loads(message.arguments)))
             case Ask():
                 server.send(self._answer(message))
             case _:
@@ -146,6 +160,10 @@ class HttpFront:
         return max(0.0, self._expire_s - now)
 
     def deliver(self, command: FrontEvent) -> None:
+        if isinstance(command, OperatorAnswer):
+            asker, question = self._commanded.popleft()
+            asker.send(Answer(question, command.error, ""))
+            return
         servers = self._calls.servers(command.request_id)
         if isinstance(command, Emit):
             self._calls.emitted(command, self._now)
