@@ -14,6 +14,7 @@ from mellmpi.engine import weights
 from mellmpi.engine.cpu import CpuModel, unsupported
 from mellmpi.engine.cuda import TorchModel
 from mellmpi.engine.device import choose_device, kv_budget_bytes, synchronize
+from mellmpi.engine.grammar import Grammars
 from mellmpi.engine.kv_arena import KvArena, KvGeometry
 from mellmpi.engine.packing import PackedBatch, pack
 from mellmpi.engine.sampler import sample, score
@@ -45,9 +46,12 @@ class Model(Protocol):
 class Executor:
     """One model and its KV arena, ready to run. `release` frees both; to wake, build another."""
 
-    def __init__(self, model: Model, arena: KvArena):
+    def __init__(self, model: Model, arena: KvArena, directory: Path):
+        """`directory`: the model's, whose tokenizer.json grammars need."""
         self.model, self.arena = model, arena
         self.arch = model.arch
+        file, vocab_size = directory / "tokenizer.json", model.arch.vocab_size
+        self._grammars = Grammars(file, vocab_size, torch.get_num_threads())
 
     @property
     def model_kv(self) -> ModelKv:
@@ -88,7 +92,9 @@ class Executor:
         logits = self.model.forward(batch, self.arena)
         if not batch.num_sampled:
             synchronize(self.arena.device)
-        result = sample(logits, plan.chunks[: batch.num_sampled])
+        sampled = plan.chunks[: batch.num_sampled]
+        masks = self._grammars.masks(sampled)  # on a GPU, beside the forward pass
+        result = sample(logits, sampled, masks)
         if not batch.is_scored:
             return result
         rows = zip(plan.chunks, batch.cu_chunks.tolist(), strict=False)
@@ -129,7 +135,8 @@ def build_executor(
         torch.set_num_threads(num_threads)
     model = load_model(directory, model_config, cache_config, on, plain_torch)
     geometry = with_layout(geometry_of(model.arch, model_config, cache_config), model)
-    return Executor(model, KvArena(geometry, num_blocks(geometry, cache_config, on), on))
+    arena = KvArena(geometry, num_blocks(geometry, cache_config, on), on)
+    return Executor(model, arena, directory)
 
 
 def load_model(

@@ -1,7 +1,8 @@
 """Sampling: the next token of each sampled chunk from its logits, request and position.
 
 A row's token does not depend on the other rows of the batch, bit for bit: otherwise a migration
-could change the answer of a request.
+could change the answer of a request. In this order: logprobs, penalties, restrictions (biases and
+masks), temperature, truncation, noise.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from mellmpi.engine.grammar import Masks
 from mellmpi.engine.random_sampling import (
     ONE,
     RowSampling,
@@ -18,20 +20,25 @@ from mellmpi.engine.random_sampling import (
     sample_rows,
     uniforms,
 )
+from mellmpi.engine.restrictions import restrict
 from mellmpi.protocol import Chunk, PromptLogprob, Sampling, Scoring, StepResult, TokenLogprob
 
 SCORED_ROWS = 64  # whose logits are computed together: 64 MB with a vocabulary of 256,000
 
 
-def sample(logits: torch.Tensor, chunks: Sequence[Chunk]) -> StepResult:
+def sample(
+    logits: torch.Tensor, chunks: Sequence[Chunk], masks: Masks | None = None
+) -> StepResult:
     """The next token of each chunk, and its logprobs if the request asks for them.
 
-    logits  float32 [chunks, vocab], contiguous; penalties change them in place
+    logits  float32 [chunks, vocab], contiguous; penalties and restrictions change them in place
     chunks  sampled chunks only; the new token's position follows that of the chunk's last
+    masks   of the rows with a grammar
     """
     asked = [row for row, c in enumerate(chunks) if _sampling(c).num_logprobs is not None]
     raw = logits[asked].clone() if asked else logits
     penalise(logits, chunks)
+    restrict(logits, chunks, masks or {})
     tokens = argmax(logits)
     _sample_randomly(tokens, logits, chunks)
     chosen = tuple(tokens.tolist())  # the only device → host copy, except for logprobs
@@ -132,7 +139,7 @@ def _penalties(row: int, chunk: Chunk) -> tuple[np.ndarray, ...]:
 def token_logprob(logits: np.ndarray, token: int, num_top: int) -> TokenLogprob:
     """Logprobs of `token` and of the `num_top` likeliest tokens. logits float32 [vocab].
 
-    They are of the distribution before penalties, temperature and truncation.
+    They are of the distribution before penalties, restrictions, temperature and truncation.
     """
     log_total = np.log(fixed_point_probabilities(logits, 1.0).sum() / ONE)
 

@@ -79,7 +79,9 @@ def build_engine(
     arena = KvArena(geometries[0], num_blocks(geometries[0], cache, on), on)
     return SharedEngine(
         [
-            Executor(model, arena.view_as(geometry))
-            for model, geometry in zip(loaded, geometries, strict=True)
+            Executor(model, arena.view_as(geometry), directory)
+            for model, geometry, ((directory, _), _) in zip(
+                loaded, geometries, chosen, strict=True
+            )
         ]
     )

@@ -8,6 +8,7 @@ import hashlib
 from dataclasses import fields
 from typing import Final
 
+from mellmpi.protocol.grammar import GRAMMAR_LIMITS
 from mellmpi.protocol.migration import (
     BlocksArrived,
     BlocksSent,
@@ -118,6 +119,7 @@ __all__ = [
     "DATA_PLANE",
     "FINGERPRINT",
     "FRONT",
+    "GRAMMAR_LIMITS",
     "GREEDY",
     "OBSERVER",
     "ROUNDS",

@@ -22,6 +22,10 @@ class Sampling:
     stop_token_ids: tuple[int, ...]  # each of them ends the output and is its last token
     num_logprobs: int | None  # alternatives to report a token; None: no logprobs at all
     num_prompt_logprobs: int | None  # the same for the tokens of the prompt
+    min_tokens: int  # no stop token before the output has so many tokens
+    logit_bias: tuple[tuple[int, float], ...]  # (token id, -100 … 100): added to its logit
+    allowed_token_ids: tuple[int, ...]  # the only ones that may come; empty: all may
+    grammar: str  # of the output, in llguidance's format, with at least one stop token; "": none
 
 
 GREEDY: Final = Sampling(
@@ -37,6 +41,10 @@ GREEDY: Final = Sampling(
     stop_token_ids=(),
     num_logprobs=None,
     num_prompt_logprobs=None,
+    min_tokens=0,
+    logit_bias=(),
+    allowed_token_ids=(),
+    grammar="",
 )
 """One token, the likeliest. For other lengths: `dataclasses.replace(GREEDY, max_tokens=…)`."""
 

@@ -5,6 +5,7 @@ three ways, and continues in another batch over other blocks.
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def make_scheduler(get_twin):
             head_dim=twin.arch.head_dim,
         )
         arena = KvArena(with_layout(geometry, model), 100)
-        return ChunkScheduler(Executor(model, arena), limit, seed)
+        return ChunkScheduler(Executor(model, arena, Path()), limit, seed)
 
     return build
 
