@@ -156,8 +156,8 @@ def _tokenizer(file: Path, vocab_size: int) -> tuple[Any, int]:
 
     tokenizer = Tokenizer.from_file(str(file))
     tokenizer.add_special_tokens([END])
-    end, size = tokenizer.token_to_id(END), tokenizer.get_vocab_size()
-    n_vocab = max(vocab_size, size, end + 1)
+    end: int = tokenizer.token_to_id(END)  # type: ignore[assignment]
+    n_vocab = max(vocab_size, tokenizer.get_vocab_size(), end + 1)
     return LLTokenizer(tokenizer.to_str(), n_vocab=n_vocab, eos_token=end), end
 
 

@@ -70,8 +70,8 @@ def _mask(logits: torch.Tensor, allowed: Mapping[int, np.ndarray]) -> None:
     vocab_size = logits.shape[1]
     if logits.device.type == "cpu":
         for row, mask in allowed.items():
-            banned = np.unpackbits(~mask, count=vocab_size, bitorder="little").view(bool)
-            np.copyto(logits[row].numpy(), np.float32(-np.inf), where=banned)
+            is_banned = np.unpackbits(~mask, count=vocab_size, bitorder="little").view(bool)
+            np.copyto(logits[row].numpy(), np.float32(-np.inf), where=is_banned)
         return
     rows = torch.tensor(list(allowed)).to(logits.device)
     packed = torch.from_numpy(np.stack(list(allowed.values()))).to(logits.device)

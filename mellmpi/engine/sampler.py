@@ -26,9 +26,7 @@ from mellmpi.protocol import Chunk, PromptLogprob, Sampling, Scoring, StepResult
 SCORED_ROWS = 64  # whose logits are computed together: 64 MB with a vocabulary of 256,000
 
 
-def sample(
-    logits: torch.Tensor, chunks: Sequence[Chunk], masks: Masks | None = None
-) -> StepResult:
+def sample(logits: torch.Tensor, chunks: Sequence[Chunk], masks: Masks | None = None) -> StepResult:
     """The next token of each chunk, and its logprobs if the request asks for them.
 
     logits  float32 [chunks, vocab], contiguous; penalties and restrictions change them in place

@@ -80,8 +80,6 @@ def build_engine(
     return SharedEngine(
         [
             Executor(model, arena.view_as(geometry), directory)
-            for model, geometry, ((directory, _), _) in zip(
-                loaded, geometries, chosen, strict=True
-            )
+            for model, geometry, ((directory, _), _) in zip(loaded, geometries, chosen, strict=True)
         ]
     )

@@ -4,8 +4,8 @@ Reads requests and writes answers. Knows no worker: it yields requests and takes
 """
 
 from mellmpi.frontend.batch import Answered, BatchJob, Counts
-from mellmpi.frontend.openai import ServedModel, ServedModels
 from mellmpi.frontend.replay import ReplayJob
+from mellmpi.frontend.served import ServedModel, ServedModels
 from mellmpi.frontend.tokenizer import Tokenizer
 
 __all__ = [

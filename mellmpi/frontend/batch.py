@@ -13,8 +13,9 @@ from typing import Any
 from mellmpi.files import Line, LineReader
 from mellmpi.frontend.answers import answer_body
 from mellmpi.frontend.fields import BadRequest
-from mellmpi.frontend.openai import CHAT, COMPLETIONS, Call, ServedModels, parse
+from mellmpi.frontend.openai import CHAT, COMPLETIONS, Call, parse
 from mellmpi.frontend.outputs import Output, outputs_of
+from mellmpi.frontend.served import ServedModels
 from mellmpi.protocol import Emit, Rejected, Request
 
 log = logging.getLogger(__name__)

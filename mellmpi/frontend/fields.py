@@ -27,6 +27,15 @@ SHARED = (
     "stream",
     "stream_options",
     "return_token_ids",
+    "min_tokens",
+    "logit_bias",
+    "allowed_token_ids",
+    "response_format",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "structured_outputs",
 )
 CHAT_ONLY = (
     "messages",
@@ -50,7 +59,6 @@ IGNORED = (  # bookkeeping of the client; no influence on the answer
 # Fields of OpenAI or vLLM that are not supported: a request with one of them is refused. With each
 # field, the values that have no effect and are accepted (null always is).
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "allowed_token_ids": (),
     "audio": (),
     "bad_words": ([],),
     "beam_width": (1,),
@@ -62,23 +70,15 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "echo": (False,),
     "function_call": ("none",),
     "functions": ([],),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
     "include_stop_str_in_output": (False,),
     "length_penalty": (1,),
-    "logit_bias": ({},),
     "logits_processors": ([],),
-    "min_tokens": (0,),
     "modalities": (["text"],),
     "prediction": (),
     "priority": (0,),
     "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
-    "structured_outputs": (),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
@@ -136,7 +136,7 @@ class Fields:
                 continue
             if name not in UNSUPPORTED:
                 message = f"unknown field {_short_repr(name)}{_suggestion(name, known)}"
-                raise BadRequest(message, _shortened(name))
+                raise BadRequest(message, shortened(name))
             if value not in UNSUPPORTED[name]:
                 raise BadRequest(f"{name} is not supported here; leave it out", name, "unsupported")
 
@@ -189,10 +189,10 @@ _TYPE_NAMES = {str: "text", list: "a list", dict: "an object", bool: "true or fa
 
 
 def _short_repr(value: Any) -> str:
-    return _shortened(repr(value))
+    return shortened(repr(value))
 
 
-def _shortened(text: str) -> str:
+def shortened(text: str) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 

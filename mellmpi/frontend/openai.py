@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mellmpi.frontend.fields import BadRequest, Fields
+from mellmpi.frontend.grammar import GrammarTrials, grammar_text
 from mellmpi.frontend.prompt_options import (
     MAX_LOGPROBS,
     PromptOptions,
@@ -13,55 +14,21 @@ from mellmpi.frontend.prompt_options import (
     num_scored,
     prompt_options,
 )
+from mellmpi.frontend.served import ServedModel, ServedModels
+from mellmpi.frontend.token_choice import (
+    allowed_token_ids,
+    clean,
+    logit_bias,
+    stop_token_ids,
+    stops_of,
+)
 from mellmpi.frontend.tokenizer import Message, Tokenizer
 from mellmpi.protocol import Request, Sampling
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 MAX_ANSWERS = 2048  # per call: prompts times n
 RESERVED = {"messages", "tools", "documents", "self"}  # template variables that users cannot set
-MAX_STOPS, MAX_CHOICES = 4, 128
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServedModel:
-    """The properties of a model that request checks need."""
-
-    name: str
-    max_model_len: int  # prompt and output tokens together
-    vocab_size: int
-    eos_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class ServedModels:
-    """Models and their tokenizers by name. The first model is the default."""
-
-    models: dict[str, ServedModel]
-    tokenizers: dict[str, Tokenizer]
-
-    @staticmethod
-    def of(*pairs: tuple[ServedModel, Tokenizer]) -> "ServedModels":
-        """Pair models with tokenizers, and add each tokenizer's end tokens to its model."""
-        models = {m.name: _with_end_ids(m, t) for m, t in pairs}
-        return ServedModels(models, {m.name: t for m, t in pairs})
-
-    def named(self, name: str | None) -> ServedModel:
-        """Return the model of this name, or the default. Raises BadRequest with the valid names."""
-        name = name or next(iter(self.models))
-        if name not in self.models:
-            raise BadRequest(
-                f"the model {name!r} does not exist here; this server has "
-                + ", ".join(map(repr, self.models)),
-                param="model",
-                code="model_not_found",
-                status=404,
-            )
-        return self.models[name]
-
-
-def _with_end_ids(model: ServedModel, tokenizer: Tokenizer) -> ServedModel:
-    ids = dict.fromkeys((*model.eos_ids, *tokenizer.end_ids))
-    return replace(model, eos_ids=tuple(i for i in ids if i < model.vocab_size))
+MAX_CHOICES = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +72,9 @@ def parse(url: str, body: dict[str, Any], served: ServedModels, identity: str) -
         _messages(fields, tokenizer, model) if fields.chat else _prompts(fields, tokenizer, model)
     )
     prompts = [_checked(tokens, model, fields.chat) for tokens in texts_or_ids]
-    stops, stop_ids = _stops(fields, tokenizer)
+    stops, stop_ids = stops_of(fields, tokenizer)
     base = _sampling(fields, model, identity, stop_ids)
+    base = _with_grammar(base, fields, served.grammars[model.name])
     limit = model.max_model_len
     counts = [max_tokens(fields, len(prompt), limit) for prompt in prompts for _ in range(n)]
     samplings = tuple(
@@ -114,6 +82,9 @@ def parse(url: str, body: dict[str, Any], served: ServedModels, identity: str) -
         replace(base, max_tokens=count, seed=(base.seed + index) % 2**64)
         for index, count in enumerate(counts)
     )
+    if base.min_tokens > min(counts):
+        message = f"min_tokens {base.min_tokens} is more than max_tokens, here {min(counts)}"
+        raise BadRequest(message, "min_tokens")
     options = fields.get("stream_options", dict) or {}
     return Call(
         url=url,
@@ -158,7 +129,7 @@ def _message(message: Any, index: int) -> Message:
         content = "".join(_text_part(part, where) for part in content)
     if not isinstance(content, str):
         raise BadRequest(f"{where}.content must be text", f"{where}.content")
-    return {**message, "role": _clean(message["role"], where), "content": _clean(content, where)}
+    return {**message, "role": clean(message["role"], where), "content": clean(content, where)}
 
 
 def _text_part(part: Any, where: str) -> str:
@@ -167,15 +138,6 @@ def _text_part(part: Any, where: str) -> str:
         if isinstance(text, str):
             return text
     raise BadRequest(f"{where}: only parts of type text are supported", f"{where}.content")
-
-
-def _clean(text: str, where: str) -> str:
-    """Refuse lone surrogates, which JSON can escape, but which are not characters."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise BadRequest(f"{where} has a lone surrogate, which is not valid text", where) from error
-    return text
 
 
 def _prompts(fields: Fields, tokenizer: Tokenizer, model: ServedModel) -> list[list[int]]:
@@ -197,7 +159,7 @@ def _prompts(fields: Fields, tokenizer: Tokenizer, model: ServedModel) -> list[l
 def _one_prompt(item: Any, tokenizer: Tokenizer, max_tokens: int) -> list[int]:
     if isinstance(item, str):
         try:
-            return tokenizer.encode(_clean(item, "prompt"), max_tokens)
+            return tokenizer.encode(clean(item, "prompt"), max_tokens)
         except ValueError as error:
             raise BadRequest(str(error), "prompt") from error
     if isinstance(item, list) and all(type(token) is int for token in item):
@@ -224,9 +186,7 @@ def _sampling(
 ) -> Sampling:
     """Return the sampling parameters without `max_tokens`, which depends on the prompt."""
     top_k = fields.integer("top_k", 0, low=-1)
-    extra = fields.get("stop_token_ids", list) or []
-    if not all(type(token) is int and 0 <= token < model.vocab_size for token in extra):
-        raise BadRequest("stop_token_ids must be token ids of the model", "stop_token_ids")
+    extra = stop_token_ids(fields, model.vocab_size)
     num_logprobs = _num_logprobs(fields)
     ends = () if fields.boolean("ignore_eos") else model.eos_ids
     return Sampling(
@@ -242,7 +202,24 @@ def _sampling(
         stop_token_ids=tuple(dict.fromkeys((*ends, *extra, *stop_ids))),
         num_logprobs=num_logprobs,
         num_prompt_logprobs=num_scored(fields, num_logprobs),
+        min_tokens=fields.integer("min_tokens", 0, low=0),
+        logit_bias=logit_bias(fields, model.vocab_size),
+        allowed_token_ids=allowed_token_ids(fields, model.vocab_size),
+        grammar="",
     )
+
+
+def _with_grammar(sampling: Sampling, fields: Fields, trials: GrammarTrials) -> Sampling:
+    """Add the grammar that the body asks for, after a trial."""
+    grammar, name = grammar_text(fields)
+    if not grammar:
+        return sampling
+    if sampling.allowed_token_ids:
+        raise BadRequest(f"allowed_token_ids cannot be used with {name}", "allowed_token_ids")
+    if not sampling.stop_token_ids:
+        raise BadRequest(f"{name} needs a token that ends the answer; leave ignore_eos out", name)
+    trials.check(grammar, name)
+    return replace(sampling, grammar=grammar)
 
 
 def _seed(fields: Fields, identity: str) -> int:
@@ -262,24 +239,3 @@ def _num_logprobs(fields: Fields) -> int | None:
     if top:
         raise BadRequest("top_logprobs needs logprobs to be true", "top_logprobs")
     return None
-
-
-def _stops(fields: Fields, tokenizer: Tokenizer) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Return (stop strings, ids of stop tokens). A stop string that spells a special token becomes
-    its id, because answers do not contain the text of special tokens."""
-    stop = fields.get("stop", (str, list))
-    stops = [stop] if isinstance(stop, str) else stop or []
-    if len(stops) > MAX_STOPS or not all(isinstance(text, str) and text for text in stops):
-        raise BadRequest(f"stop must be one to {MAX_STOPS} strings that are not empty", "stop")
-    ids = {text: tokenizer.special_id(_clean(text, "stop").strip()) for text in stops}
-    for text in (text for text, token in ids.items() if token is None):
-        if inside := tokenizer.special_inside(text):
-            raise BadRequest(
-                f"stop contains the special token {inside}, whose text no answer contains: "
-                "give that token alone",
-                "stop",
-            )
-    return (
-        tuple(text for text in stops if ids[text] is None),
-        tuple(token for token in ids.values() if token is not None),
-    )

@@ -39,6 +39,7 @@ class Output:
         self._length = 0  # characters so far, stop strings included
         self._stops = StopStrings(stops)
         self._stop_tokens = frozenset(sampling.stop_token_ids)
+        self._min_tokens = sampling.min_tokens
 
     def take(self, emit: Emit) -> str:
         """Add new tokens. Returns the text that is now final.
@@ -99,7 +100,8 @@ class Output:
 
     def _add(self, text: str) -> None:
         self._length += len(text)
-        self.text += self._stops.push(text)
+        is_short = len(self.tokens) < self._min_tokens  # stop strings do not count yet
+        self.text += text if is_short else self._stops.push(text)
         if self._stops.found:
             self.finish_reason = "stop"
 

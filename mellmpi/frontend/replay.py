@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from mellmpi.frontend.batch import Answered, Counts, batch_line
-from mellmpi.frontend.openai import ServedModel
+from mellmpi.frontend.served import ServedModel
 from mellmpi.protocol import GREEDY, Emit, Rejected, Request
 from mellmpi.workload import Workload
 

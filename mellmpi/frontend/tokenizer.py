@@ -45,6 +45,7 @@ class Tokenizer:
         backend.no_padding()  # change prompts silently
         self._backend, self._special = backend, special
         self.token_bytes = TokenBytes(backend)
+        self.json: str | None = None  # tokenizer.json, if the model has one, for grammars
         self._template = _compiled(template)
         self._longest_token: int | None = None  # characters; computed for the first long text
         self.end_ids = self._end_ids((template, own_template))
@@ -74,10 +75,13 @@ class Tokenizer:
             template = _read(chat_template, "--chat-template")
         special = _special_tokens(_json(directory / "special_tokens_map.json") | config)
         try:
-            return cls(_backend(directory), template, special, own)
+            tokenizer = cls(_backend(directory), template, special, own)
         except TemplateError as error:
             source = chat_template or directory
             raise ValueError(f"the chat template of {source} is not valid: {error}") from error
+        if (file := directory / "tokenizer.json").exists():
+            tokenizer.json = file.read_text(encoding="utf-8")
+        return tokenizer
 
     @property
     def has_chat_template(self) -> bool:

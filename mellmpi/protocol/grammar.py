@@ -1,8 +1,8 @@
 """Limits of grammars, equal in the front, which tries them, and in the workers."""
 
-from typing import Final
+from typing import Any, Final
 
-GRAMMAR_LIMITS: Final = {
+GRAMMAR_LIMITS: Final[dict[str, Any]] = {
     "initial_lexer_fuel": 300_000,
     "step_lexer_fuel": 100_000,
     "max_lexer_states": 20_000,

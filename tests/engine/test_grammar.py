@@ -252,7 +252,9 @@ def test_a_row_does_not_depend_on_the_batch(tokenizer_file):
         rows = [i for i in rows if not lists[i] or lists[i][-1] not in STOPS]
         chunks = [next_chunk(i, samplings[i], lists[i]) for i in rows]
         logits = torch.stack([logits_of(samplings[i].seed, step) for i in rows])
-        for i, token in zip(rows, sample(logits, chunks, grammars.masks(chunks)).tokens, strict=True):
+        for i, token in zip(
+            rows, sample(logits, chunks, grammars.masks(chunks)).tokens, strict=True
+        ):
             lists[i].append(token)
     assert lists == alone
 
@@ -342,7 +344,9 @@ def test_outputs_outside_the_grammar_end_the_answer(tokenizer_file):
     assert decode(Grammars(tokenizer_file, VOCAB, 1), MOVED, outputs=outputs)[1:] == [END]
 
 
-def test_a_limit_that_only_a_long_lived_matcher_reaches_changes_nothing(tokenizer_file, monkeypatch):
+def test_a_limit_that_only_a_long_lived_matcher_reaches_changes_nothing(
+    tokenizer_file, monkeypatch
+):
     """Its states are counted from its first mask on; a new one counts again."""
     (c,) = ids_of(tokenizer_file, "c")
     sampling = sampling_of(of_regex("(a|b)*a(a|b){12}c"), 1, logit_bias=((c, -100.0),))

@@ -189,11 +189,16 @@ def test_every_sampling_field_arrives(completion):
         stop_token_ids=[5, 2],
         max_tokens=3,
         logprobs=4,
+        min_tokens=2,
+        logit_bias={"7": -100, "0": 1.5},
+        allowed_token_ids=[9, 5, 9],
     )
     s = completion(**body).samplings[0]
     assert (s.temperature, s.top_p, s.top_k, s.min_p) == (0.0, 0.5, 7, 0.1)
     assert (s.presence_penalty, s.frequency_penalty, s.repetition_penalty) == (-1.0, 2.0, 1.5)
     assert (s.seed, s.stop_token_ids, s.max_tokens, s.num_logprobs) == (9, (2, 5), 3, 4)
+    assert (s.min_tokens, s.allowed_token_ids, s.grammar) == (2, (9, 5), "")
+    assert s.logit_bias == ((7, -100.0), (0, 1.5))
     assert completion(top_k=-1).samplings[0].top_k == 0
     assert completion(ignore_eos=True, stop_token_ids=[5]).samplings[0].stop_token_ids == (5,)
 
@@ -216,6 +221,11 @@ def test_every_sampling_field_arrives(completion):
         ("stop", [5, [""], ["a"] * 5, [None], "", {}]),
         ("stop_token_ids", [5, [512], [-1], ["a"], [True]]),
         ("ignore_eos", ["yes", 1]),
+        ("min_tokens", [-1, 1.5, True, 17]),
+        ("logit_bias", [[], {"x": 1}, {"512": 1}, {"-1": 1}, {"01": 1}, {"1.0": 1}, {"²": 1}]),
+        ("logit_bias", [{"1": 101}, {"1": -101}, {"1": "x"}, {"1": True}, {"1": float("nan")}]),
+        ("logit_bias", [{"9" * 5000: 1}, {str(i): 1 for i in range(1025)}]),
+        ("allowed_token_ids", [5, [], [512], [-1], ["a"], [True]]),
         ("stream", ["yes", 1]),
         ("stream_options", [5]),
         ("model", [5]),
@@ -260,6 +270,11 @@ def test_stop_is_a_text_or_up_to_four(completion):
     assert completion(stop="x").stops == ("x",)
     assert completion(stop=["a", "b", "c", "d"]).stops == ("a", "b", "c", "d")
     assert completion(stop=[]).stops == ()
+
+
+def test_a_minimum_length_that_a_prompt_leaves_no_room_for_is_refused(completion):
+    assert completion("x" * 95, min_tokens=5).samplings[0].min_tokens == 5
+    assert "is more than max_tokens, here 5" in str(refused(completion, "x" * 95, min_tokens=6))
 
 
 def test_logprobs_of_a_chat_are_a_switch_and_a_number(chat):

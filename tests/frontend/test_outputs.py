@@ -35,6 +35,13 @@ def test_the_token_that_ends_an_answer_counts_but_has_no_text(output, tokenizer)
         assert (out.text, out.finish_reason, len(out.tokens)) == ("ab", "stop", 3)
 
 
+def test_stop_strings_do_not_count_before_the_minimum_length(tokenizer):
+    out = Output(tokenizer, replace(SAMPLING, min_tokens=4), ("x",))
+    assert out.take(emit(tokenizer, 0, "axb")) == "axb"
+    assert out.take(emit(tokenizer, 3, "xc")) == "" and out.finish_reason == "stop"
+    assert (out.text, len(out.tokens)) == ("axb", 4)
+
+
 def test_tokens_after_a_stop_string_are_dropped_with_their_logprobs(output, tokenizer):
     out = output("END")
     tokens = tuple(tokenizer.encode("one END two"))
