@@ -80,12 +80,16 @@ class Grammars:
     def _computed(self, matchers: list[Any]) -> np.ndarray:
         """uint8 [matchers, bytes]: the masks, also of ids beyond the logits."""
         from llguidance import LLExecutor
-        from llguidance.numpy import fill_next_token_bitmask_par
+        from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
 
-        if self._executor is None:
-            self._executor = LLExecutor(self._num_threads)
         tokenizer, _ = _tokenizer(self._file, self._vocab_size)
         words = np.zeros((len(matchers), -(-tokenizer.vocab_size // 32)), np.int32)
+        if self._num_threads == 1:  # without waiting for another thread to get a core
+            for index, matcher in enumerate(matchers):
+                fill_next_token_bitmask(matcher, words, index)
+            return words.view(np.uint8)
+        if self._executor is None:
+            self._executor = LLExecutor(self._num_threads)
         numbered = [(matcher, index) for index, matcher in enumerate(matchers)]
         fill_next_token_bitmask_par(self._executor, numbered, words)
         return words.view(np.uint8)

@@ -13,12 +13,15 @@ import torch
 from mellmpi.engine.grammar import Masks, put
 from mellmpi.protocol import Chunk, Sampling
 
+MANY = 8  # a share 1/MANY of the tokens: lists of more ids take longer than whole rows
 
-def restrict(logits: torch.Tensor, chunks: Sequence[Chunk], masks: Masks) -> None:
+
+def restrict(logits: torch.Tensor, chunks: Sequence[Chunk], masks: Masks) -> dict[int, np.ndarray]:
     """Apply the restrictions in place.
 
-    logits  float32 [chunks, vocab]
-    masks   of the rows with a grammar, from `Grammars`
+    logits   float32 [chunks, vocab]
+    masks    of the rows with a grammar, from `Grammars`
+    returns  row -> int64 ids of the only tokens that may come; on CPUs, where they are few
     """
     _add_biases(logits, chunks)
     allowed = dict(masks)
@@ -36,8 +39,12 @@ def restrict(logits: torch.Tensor, chunks: Sequence[Chunk], masks: Masks) -> Non
     if without_mask:
         rows, ids = torch.tensor(without_mask).T.to(logits.device)
         logits[rows, ids] = -torch.inf
+    if logits.device.type == "cpu":
+        kept = ((row, _keep(logits[row].numpy(), mask)) for row, mask in allowed.items())
+        return {row: ids for row, ids in kept if ids is not None}
     if allowed:
         _mask(logits, allowed)
+    return {}
 
 
 def _add_biases(logits: torch.Tensor, chunks: Sequence[Chunk]) -> None:
@@ -66,15 +73,23 @@ def _without_stops(mask: np.ndarray, sampling: Sampling) -> np.ndarray:
     return longer if longer.any() else mask
 
 
+def _keep(row: np.ndarray, mask: np.ndarray) -> np.ndarray | None:
+    """Set the logits of a row outside the mask to -inf. Returns the mask's ids if they are few."""
+    allowed = np.unpackbits(mask, count=len(row), bitorder="little").view(bool)
+    if int(np.bitwise_count(mask).sum()) > len(row) // MANY:
+        np.copyto(row, np.float32(-np.inf), where=~allowed)
+        return None
+    ids = np.flatnonzero(allowed)
+    kept = row[ids]
+    row.fill(-np.inf)
+    row[ids] = kept
+    return ids
+
+
 def _mask(logits: torch.Tensor, allowed: Mapping[int, np.ndarray]) -> None:
-    vocab_size = logits.shape[1]
-    if logits.device.type == "cpu":
-        for row, mask in allowed.items():
-            is_banned = np.unpackbits(~mask, count=vocab_size, bitorder="little").view(bool)
-            np.copyto(logits[row].numpy(), np.float32(-np.inf), where=is_banned)
-        return
+    """As `_keep`, for rows on any device."""
     rows = torch.tensor(list(allowed)).to(logits.device)
     packed = torch.from_numpy(np.stack(list(allowed.values()))).to(logits.device)
     bits = packed[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=logits.device) & 1
-    banned = bits.flatten(1)[:, :vocab_size] == 0
+    banned = bits.flatten(1)[:, : logits.shape[1]] == 0
     logits[rows] = logits[rows].masked_fill(banned, -torch.inf)

@@ -5,7 +5,7 @@ could change the answer of a request. In this order: logprobs, penalties, restri
 masks), temperature, truncation, noise.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -36,9 +36,9 @@ def sample(logits: torch.Tensor, chunks: Sequence[Chunk], masks: Masks | None = 
     asked = [row for row, c in enumerate(chunks) if _sampling(c).num_logprobs is not None]
     raw = logits[asked].clone() if asked else logits
     penalise(logits, chunks)
-    restrict(logits, chunks, masks or {})
+    allowed = restrict(logits, chunks, masks or {})
     tokens = argmax(logits)
-    _sample_randomly(tokens, logits, chunks)
+    _sample_randomly(tokens, logits, chunks, allowed)
     chosen = tuple(tokens.tolist())  # the only device → host copy, except for logprobs
     logprobs: list[TokenLogprob | None] = [None] * len(chunks)
     for row, values in zip(asked, raw.cpu().numpy() if asked else (), strict=True):
@@ -58,10 +58,17 @@ def argmax(logits: torch.Tensor) -> torch.Tensor:
     return logits.argmax(-1)
 
 
-def _sample_randomly(tokens: torch.Tensor, logits: torch.Tensor, chunks: Sequence[Chunk]) -> None:
+def _sample_randomly(
+    tokens: torch.Tensor,
+    logits: torch.Tensor,
+    chunks: Sequence[Chunk],
+    allowed: Mapping[int, np.ndarray],
+) -> None:
     """Replace the tokens int64 [chunks] of rows with random sampling.
 
     A temperature of 0 and a top-k of 1 both mean the likeliest token.
+
+    allowed  row -> ids of all its finite logits: the others have no probability, and take no time
     """
     samplings = [_sampling(chunk) for chunk in chunks]
     rows = [row for row, s in enumerate(samplings) if s.temperature > 0 and s.top_k != 1]
@@ -70,7 +77,12 @@ def _sample_randomly(tokens: torch.Tensor, logits: torch.Tensor, chunks: Sequenc
     settings = row_samplings([chunks[row] for row in rows])
     if logits.device.type == "cpu":
         for row, setting in zip(rows, settings, strict=True):
-            tokens[row] = sample_row(logits[row].numpy(), setting)
+            values, ids = logits[row].numpy(), allowed.get(row)
+            tokens[row] = (
+                sample_row(values, setting)
+                if ids is None
+                else ids[sample_row(values[ids], setting)]
+            )
         return
     for truncates in (False, True):  # rows without truncation need no sorting
         group = [i for i, setting in enumerate(settings) if setting.truncates == truncates]

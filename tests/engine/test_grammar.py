@@ -224,7 +224,7 @@ def test_an_interruption_at_any_position_changes_no_token(tokenizer_file):
 @settings(max_examples=60)
 @given(data=st.data())
 def test_workers_that_hand_a_request_to_and_fro_agree_with_one(tokenizer_file, data):
-    """Also when a worker has computed tokens that were lost with it, and other ones came instead."""
+    """Also when tokens that a worker has computed were lost, and others came instead."""
     whole = decode(Grammars(tokenizer_file, VOCAB, 1), MOVED, until=40)
     workers = [Grammars(tokenizer_file, VOCAB, 1) for _ in range(2)]
     outputs: list[int] = []

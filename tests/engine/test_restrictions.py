@@ -9,8 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mellmpi.engine import restrictions
+from mellmpi.engine.random_sampling import sample_row
 from mellmpi.engine.restrictions import restrict
-from mellmpi.engine.sampler import sample
+from mellmpi.engine.sampler import row_samplings, sample
 from mellmpi.protocol import GREEDY, Chunk
 
 VOCAB = 21  # no multiple of 8
@@ -58,6 +60,24 @@ def test_they_do_what_plain_code_does_and_a_row_does_not_depend_on_others(rows, 
         assert alone[0].tolist() == expected[row]
 
 
+@given(
+    masks=st.lists(st.sets(IDS, min_size=1), min_size=1, max_size=3),
+    vocab=st.integers(VOCAB, VOCAB + 9),
+)
+def test_masks_on_devices_are_those_on_cpus(masks, vocab):
+    rows = {2 * row: restrictions._mask_of(list(ids), vocab) for row, ids in enumerate(masks)}
+    logits = torch.randn(6, vocab)
+    expected = logits.clone()
+    for row, ids in enumerate(masks):
+        banned = [i for i in range(vocab) if i not in ids]
+        expected[2 * row, banned] = -torch.inf
+    by_rows = logits.clone()
+    for row, mask in rows.items():
+        restrictions._keep(by_rows[row].numpy(), mask)
+    restrictions._mask(logits, rows)
+    assert torch.equal(logits, expected) and torch.equal(by_rows, expected)
+
+
 @pytest.mark.parametrize("kind", [{}, {"temperature": 2.0}, {"temperature": 1.0, "top_p": 0.9}])
 def test_sampling_keeps_to_the_allowed_ids(kind):
     for seed in range(50):
@@ -65,6 +85,24 @@ def test_sampling_keeps_to_the_allowed_ids(kind):
         logits = torch.randn(1, VOCAB, generator=generator)
         chunk = chunk_of({"allowed_token_ids": (3, 20)}, [], seed=seed, **kind)
         assert sample(logits, [chunk]).tokens[0] in (3, 20)
+
+
+KINDS = [{}, {"top_p": 0.8}, {"top_k": 20}, {"min_p": 0.05}, {"top_k": 700, "top_p": 0.5}]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("num_allowed", [1, 2, 300, 4990])
+def test_the_others_do_not_take_part_in_the_choice(kind, num_allowed):
+    """The same token as from the whole row, where they have the logit -inf."""
+    for seed in range(30):
+        generator = torch.Generator().manual_seed(seed)
+        logits = torch.randn(1, 5000, generator=generator) * 3
+        ids = torch.randperm(5000, generator=generator)[:num_allowed].tolist()
+        chunk = chunk_of({"allowed_token_ids": tuple(ids)}, [], temperature=1.3, seed=seed, **kind)
+        (token,) = sample(logits.clone(), [chunk]).tokens
+        restrict(logits, [chunk], {})
+        (setting,) = row_samplings([chunk])
+        assert token == sample_row(logits[0].numpy(), setting)
 
 
 def test_a_bias_comes_after_penalties_and_lifts_no_restriction():
