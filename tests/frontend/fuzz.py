@@ -87,13 +87,12 @@ NUMBERS = (
 OTHER_NAMES = (
     "tools",
     "user",
-    "logit_bias",
-    "response_format",
     "best_of",
     "self",
     "request",
 )
 NAMES = (*SHARED, *CHAT_ONLY, *COMPLETIONS_ONLY, *OTHER_NAMES, "")
+KEYWORDS = ("type", "enum", "items", "properties", "minimum", "maxLength", "anyOf", "not", "$ref")
 SENTINEL = "sentinel"
 
 
@@ -110,6 +109,7 @@ class Fuzzer:
         template = self.rng.choice(TEMPLATES)
         special = {"bos_token": "<s>", "eos_token": "</s>"}
         tokenizer = Tokenizer(self.kind.backend, template, special)
+        tokenizer.json = self.kind.backend.to_str()
         self.vocab_size = self.kind.backend.get_vocab_size() + self.rng.choice((0, 0, 40, -40))
         model = ServedModel(
             name="tiny", max_model_len=120, vocab_size=self.vocab_size, eos_ids=(2,)
@@ -162,6 +162,13 @@ class Fuzzer:
             "return_token_ids": True,
             "presence_penalty": 1.0,
             "prompt_logprobs": rng.randint(0, 20),
+            "min_tokens": rng.randint(0, 3),
+            "logit_bias": {"5": rng.choice(NUMBERS), "7": -1},
+            "allowed_token_ids": [5, rng.randint(0, 99)],
+            "guided_regex": rng.choice((*STRINGS, "[a-z]+")),
+            "guided_choice": [rng.choice(STRINGS)],
+            "response_format": {"type": "json_object"},
+            "guided_json": {rng.choice(KEYWORDS): self.value(1) for _ in range(rng.randrange(3))},
         }
         if not chat:
             optional |= {"echo": True, "max_tokens": rng.randint(0, 30)}

@@ -10,7 +10,8 @@ from typing import Any, cast
 
 from mellmpi.frontend.fields import BadRequest
 from mellmpi.frontend.http.calls import LiveCall, Pacer
-from mellmpi.frontend.openai import Call, ServedModel, ServedModels, parse
+from mellmpi.frontend.openai import Call, parse
+from mellmpi.frontend.served import ServedModel, ServedModels
 from mellmpi.frontend.strict_json import json_object
 from mellmpi.frontend.tokenizer import Tokenizer
 from mellmpi.protocol import (

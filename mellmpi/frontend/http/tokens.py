@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from mellmpi.frontend.openai import CHAT, COMPLETIONS, ServedModels, parse
+from mellmpi.frontend.openai import CHAT, COMPLETIONS, parse
+from mellmpi.frontend.served import ServedModels
 
 
 def tokenized(body: dict[str, Any], served: ServedModels) -> dict[str, Any]:
