@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "mellmpi"
 DESIGN = (ROOT / "docs" / "design.md").read_text()
-DOCUMENTS = ("docs/design.md", "CONTRIBUTING.md", "bench/README.md")
+DOCUMENTS = ("docs/design.md", "docs/structured-output.md", "CONTRIBUTING.md", "bench/README.md")
 INDENT = 4  # characters of one level of the drawing
 FILES = {
     path.relative_to(ROOT).as_posix()
