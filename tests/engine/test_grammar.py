@@ -308,6 +308,8 @@ def test_a_stop_token_that_is_text_ends_only_what_is_complete(tokenizer_file):
     sampling = sampling_of(of_regex("a(b|a)*"), stop_token_ids=(END, b))
     assert allowed(grammars, sampling) == {a}
     assert allowed(grammars, sampling, [a]) == {a, b, END}
+    sampling = replace(sampling, grammar=of_regex("a[abd]c"))
+    assert allowed(Grammars(tokenizer_file, VOCAB, 1), sampling, [a]) == {a, b + 2}
 
 
 def test_special_tokens_and_ids_beyond_the_tokenizer_never_come(tokenizer_file):
@@ -324,9 +326,10 @@ def test_more_tokens_than_logits(tokenizer_file):
 
 
 def test_a_grammar_whose_tokens_the_model_lacks_ends_at_once(tokenizer_file):
-    """The bytes of é have ids from 120 on."""
-    outputs = decode(Grammars(tokenizer_file, 100, 1), sampling_of(of_regex("é")), vocab=100)
-    assert outputs == [END]
+    (token,) = ids_of(tokenizer_file, "}")  # the first that is missing, in the mask's last byte
+    for regex in ("é", "}"):
+        sampling = sampling_of(of_regex(regex))
+        assert decode(Grammars(tokenizer_file, token, 1), sampling, vocab=token) == [END]
 
 
 @pytest.mark.parametrize(
