@@ -361,3 +361,16 @@ def test_a_limit_that_only_a_long_lived_matcher_reaches_changes_nothing(
     monkeypatch.setattr(Grammars, "_rebuilt", lambda g, c: failed.append(c) or original(g, c))
     assert decode(Grammars(tokenizer_file, VOCAB, 1), sampling, until=100) == expected
     assert len(expected) == 100 and 1 < len(failed) < 10
+
+
+def test_whatever_mask_comes_with_a_failure_only_the_end_is_allowed(tokenizer_file):
+    class Failing:
+        def is_error(self) -> bool:
+            return True
+
+        def get_error(self) -> str:
+            return "at a limit"
+
+    bits, chunk = np.full(-(-VOCAB // 8) + 3, 0xFF, np.uint8), next_chunk(1, MOVED, [])
+    mask = Grammars(tokenizer_file, VOCAB, 1)._with_stops(bits, chunk, Failing())
+    assert np.flatnonzero(np.unpackbits(mask, bitorder="little")).tolist() == [END]
