@@ -84,6 +84,16 @@ def test_all_forms_of_a_schema(matches, body):
     assert not matches('{"a": 1', **body)
 
 
+def test_what_is_beside_a_reference_counts_whatever_draft_the_schema_names(matches):
+    schema = {
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "definitions": {"a": {"type": "string"}},
+        "$ref": "#/definitions/a",
+        "maxLength": 2,
+    }
+    assert matches('"ab"', guided_json=schema) and not matches('"abc"', guided_json=schema)
+
+
 def test_white_space_is_bounded(matches):
     assert matches(f'{{{" " * 20}"a":1}}', guided_json=SCHEMA)
     assert not matches(f'{{{" " * 21}"a":1}}', guided_json=SCHEMA)
@@ -123,6 +133,11 @@ def test_every_choice_matches_itself_and_nothing_else(matches, choices):
     assert not matches(
         choices[0] + "…", guided_choice=[c for c in choices if not c.endswith("…")] or ["x"]
     )
+
+
+def test_the_draft_that_a_schema_names_need_not_be_known(matches):
+    schema = {"$schema": "https://example.com/own", "const": 5}
+    assert matches("5", guided_json=schema) and not matches("6", guided_json=schema)
 
 
 @pytest.mark.parametrize(
@@ -305,6 +320,11 @@ def test_a_grammar_that_takes_long_is_refused(refused, monkeypatch):
     monkeypatch.setattr(front_grammar, "TRIAL_S", 0.01)
     monkeypatch.setattr(front_grammar, "_problem", lambda *_: time.sleep(0.5) or "")
     assert "too complex" in refused(guided_regex="slow").message
+
+
+def test_a_grammar_with_a_warning_is_not_accepted(llguidance_tokenizer):
+    grammar = LLMatcher.grammar_from_json_schema('{"not": {}}', overrides={"lenient": True})
+    assert "not" in front_grammar._problem(llguidance_tokenizer, grammar)
 
 
 def test_a_grammar_is_tried_once(grammar_of, monkeypatch):
