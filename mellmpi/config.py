@@ -187,6 +187,13 @@ class HttpConfig:
     api_server_count: int = 1  # processes that speak HTTP
     shutdown_timeout: float = 30.0  # seconds in which requests may end after SIGTERM
     metrics_vllm_names: bool = False  # /metrics has vLLM's names beside ours
+    api_key: list[str] = field(default_factory=list, repr=False)  # with all scopes
+    api_key_file: str | None = None  # more keys: see `mellmpi.keys`
+    allow_unauthenticated: bool = False  # without keys, at an address that others can reach
+    ssl_certfile: str | None = None  # PEM
+    ssl_keyfile: str | None = None  # PEM; None: in ssl_certfile
+    allowed_origins: tuple[str, ...] = ()  # CORS
+    access_log: str | None = None  # file, or "-" for standard error
 
     def __post_init__(self) -> None:
         _check(0 <= self.port < 65536, f"--port must be 0 … 65535, not {self.port}")

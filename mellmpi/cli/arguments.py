@@ -7,10 +7,13 @@ from typing import Any, NoReturn
 
 from mellmpi import __version__
 from mellmpi.cli.bench_flags import BENCH_SERVE, EXAMPLES_OF_BENCH, TEXT_OF_BENCH
-from mellmpi.cli.flags import BATCH, HTTP, SERVING, SHORT, TRACE, Flag, Group
+from mellmpi.cli.flags import BATCH, SERVING, SHORT, TRACE, Flag, Group
+from mellmpi.cli.http_flags import HTTP
 from mellmpi.cli.operator_flags import OPERATOR
 from mellmpi.cli.simulate_flags import SIMULATE
+from mellmpi.cli.values import NUMBER
 from mellmpi.config import UsageError
+from mellmpi.keys import SCOPES, SERVE
 
 EXAMPLES = """examples:
   mpirun -np 3 python -m mellmpi serve --model DIR            an OpenAI server with 2 workers
@@ -73,6 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
         for flag in operated.positions:
             command.add_argument(flag.key, help=flag.help, **_reading(flag, flag.name.upper()))
         _add(command, operated.groups)
+    _add_key(commands)
     return parser
 
 
@@ -89,6 +93,29 @@ def _add_bench(commands: Any) -> None:
         formatter_class=_Help,
     )
     _add(serve, BENCH_SERVE)
+
+
+def _add_key(commands: Any) -> None:
+    key = commands.add_parser(
+        "key",
+        help="make an API key: prints the key, and the line for --api-key-file",
+        formatter_class=_Help,
+    )
+    key.add_argument("name", metavar="NAME", help="whose key it is; shown in the access log")
+    meanings = "\n".join(f"{name}: {meaning}" for name, meaning in SCOPES.items())
+    key.add_argument(
+        "--scope",
+        action="append",
+        choices=tuple(SCOPES),
+        help=f"what it is for; may be repeated (default: {SERVE})\n{meanings}",
+    )
+    key.add_argument(
+        "--max-concurrency",
+        type=NUMBER,
+        default=0,
+        metavar="N",
+        help="most requests in progress at once, in each API server (default: no limit)",
+    )
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,6 @@ from mellmpi.cli.values import (
     COUNT,
     FRACTION,
     NUMBER,
-    PORT,
     POSITIVE,
     SECONDS,
     SEED,
@@ -278,21 +277,6 @@ REPORTS = Group(
             "FILE.png",
         ),
         Flag("show", NUMBER, "print the first N answers (default: 0)", "N"),
-    ),
-)
-HTTP = Group(
-    "HTTP server",
-    (
-        Flag("host", str, "address to listen on (default: 127.0.0.1, this machine alone)", "ADDR"),
-        Flag("port", PORT, "port to listen on; 0: any that is free (default: 8000)", "N"),
-        Flag("api-server-count", COUNT, "processes that speak HTTP (default: 1)", "N"),
-        Flag(
-            "shutdown-timeout",
-            SECONDS,
-            "after SIGTERM, requests in progress may end within S (default: 30)",
-            "S",
-        ),
-        Flag("metrics-vllm-names", switch, "metrics under vLLM's names, too", is_switch=True),
     ),
 )
 TRACE = Group(

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mellmpi.cli.arguments import make_parser
-from mellmpi.cli.flags import BATCH, HTTP, SERVING, Flag, flags_of
+from mellmpi.cli.flags import BATCH, SERVING, Flag, flags_of
+from mellmpi.cli.http_flags import HTTP
 from mellmpi.cli.launcher import is_first, world_problem
 from mellmpi.cli.operator_flags import OPERATOR, SERVER
 from mellmpi.config import (
@@ -26,6 +27,7 @@ from mellmpi.config import (
     TransportConfig,
     UsageError,
 )
+from mellmpi.keys import SERVE, line_of, new_key
 
 SECTIONS = {
     "cache": CacheConfig,
@@ -87,6 +89,19 @@ def _operate(command: str, arguments: Sequence[str]) -> int:
     except UsageError as error:
         sys.stderr.write(f"mellmpi: {error}\n")
         return 2
+
+
+def _key(arguments: Sequence[str]) -> int:
+    """Print a new API key, and its line for --api-key-file; the exit code."""
+    try:
+        given = make_parser().parse_args(list(arguments))
+        key = new_key()
+        line = line_of(given.name, key, given.scope or [SERVE], given.max_concurrency)
+    except UsageError as error:
+        sys.stderr.write(f"mellmpi: {error}\n")
+        return 2
+    sys.stdout.write(f"{key}\n{line}\n")
+    return 0
 
 
 def read_options(
@@ -217,6 +232,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _alone(ALONE[command], arguments) if first else 0
     if command in OPERATOR:
         return _operate(command, arguments) if first else 0
+    if command == "key":
+        return _key(arguments) if first else 0
     from mellmpi.runtime.ending import run_job
 
     if command == "doctor":

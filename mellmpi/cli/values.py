@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +92,15 @@ def profiles_by_model(text: str) -> dict[str, str]:
 def hosted_models(text: str) -> list[tuple[str, ...]]:
     """Models of each GPU: in "a,b,a+b" the first hosts a, the second b, the third both."""
     return [tuple(model.strip() for model in gpu.split("+")) for gpu in text.split(",")]
+
+
+def origins(text: str) -> tuple[str, ...]:
+    """Origins (RFC 6454), such as "https://a.example,http://localhost:3000", or a JSON list."""
+    found = tuple(part.strip(" []\"'") for part in text.replace(";", ",").split(","))
+    for origin in found:
+        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+            raise ValueError(f"{origin!r:.60} is no origin such as https://chat.example.org")
+    return found
 
 
 def switch(text: str) -> bool:

@@ -16,8 +16,49 @@ class ModelFiles:
 
 
 @message
+class ApiKey:
+    """Who may use the server, and for what."""
+
+    name: str  # the owner of the calls made with it
+    sha256: bytes  # of the key in UTF-8
+    scopes: tuple[str, ...]  # "serve", "operate", "metrics"
+    max_concurrency: int  # requests in progress in one API server; 0: no limit
+
+
+@message
+class ServerLimits:
+    """What clients may take. Seconds."""
+
+    max_connections: int
+    head_within_s: float  # from the first byte of a request, or a new connection
+    body_within_s: float
+    read_within_s: float  # in which a client must read something that waits for it
+    parse_within_s: float  # for checking, rendering and tokenizing one body
+
+
+@message
+class ServerSettings:
+    """Rank 0 → API server, first message, and again when a file of settings has changed.
+
+    An API server accepts no connection before. The pipe carries what `ps` must not show.
+    """
+
+    keys: tuple[ApiKey, ...]  # empty: every request is allowed
+    certfile: str  # TLS certificate, PEM; empty: no TLS
+    keyfile: str  # its private key; empty: in the certificate's file
+    allowed_origins: tuple[str, ...]  # of web pages whose scripts may call (CORS); "*": all
+    access_log: str  # file; "-": standard error; empty: none
+    limits: ServerLimits
+
+
+@message
+class Alive:
+    """API server → rank 0, once a second: its event loop runs."""
+
+
+@message
 class StartServer:
-    """Rank 0 → API server, first message: the models, and the ids that its requests may use."""
+    """Rank 0 → API server, second message: the models, and the ids that its requests may use."""
 
     models: tuple[ModelFiles, ...]
     first_id: int  # of a request; later ones follow in steps of `id_step`

@@ -55,7 +55,7 @@ class ServingRank0:
         observer = Observers(tracing.beside(self._metrics), recent)
         self._loop = SchedulerLoop(self.transport, self._scheduler, observer, time.perf_counter)
         self._snapshots = Snapshots(self._scheduler, recent, self._description())
-        self._front = HttpFront(self.door.listener, self.door.servers)
+        self._front = HttpFront(self.door.listener, self.door.servers, self.door.settings)
         self._front.questions = {
             "load": self._load,
             "progress": self._progress,

@@ -22,8 +22,10 @@ from mellmpi.protocol import (
 from mellmpi.runtime.serving.front import HttpFront
 from mellmpi.runtime.serving.listener import listen, url_of
 from mellmpi.runtime.serving.process import ApiServer
+from mellmpi.runtime.serving.settings import LIMITS, Settings
 
 FIRST_PRINTABLE, NUM_PRINTABLE = 35, 91  # token ids of the byte tokenizer with readable text
+ANY_PORT = HttpConfig(port=0)
 REFUSED = 666  # a prompt of this many tokens is refused by the scheduler
 
 
@@ -36,13 +38,23 @@ def token_at(request, index: int) -> int:
 class ServingCell:
     """Use as a context manager; `url` is the server's."""
 
-    def __init__(self, directory, token_s=0.0, tokens_a_step=1, max_model_len=100_000):
+    def __init__(
+        self,
+        directory,
+        token_s=0.0,
+        tokens_a_step=1,
+        max_model_len=100_000,
+        config=ANY_PORT,
+        limits=LIMITS,
+        template="",
+    ):
         self.token_s, self.tokens_a_step = token_s, tokens_a_step
-        listener = listen(HttpConfig(port=0))
-        self.url = url_of(listener)
-        self.front = HttpFront(listener, [ApiServer(listener, 0)])
+        settings = Settings(config, limits)
+        listener = listen(config)
+        self.url = url_of(listener, config)
+        self.front = HttpFront(listener, [ApiServer(listener, 0, settings.message)], settings)
         self.front.questions = {"load": lambda: '{"server_load": 0}', "progress": lambda **_: "ok"}
-        self.front.start(StartServer((ModelFiles("tiny", str(directory), ""),), 0, 1))
+        self.front.start(StartServer((ModelFiles("tiny", str(directory), str(template)),), 0, 1))
         limits = (ModelLimits("tiny", max_model_len, 512, (2,)),)
         self.front.set_state("ready", "", limits)
         self.open, self.cancelled, self.submitted = {}, [], 0

@@ -32,8 +32,9 @@ MAX_ID = 128  # characters of a stream's id
 def make_app(link: Link) -> FastAPI:
     """Return the application; all its routes answer through this link."""
     app = FastAPIOffline(title="mellmpi", version=__version__, redoc_url=None)
-    app.add_exception_handler(BadRequest, _bad_request)
+    app.add_exception_handler(BadRequest, bad_request)
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _internal_error)
     _add_state(app, link)
     _add_generation(app, Generation(link))
     _add_tokens(app, link)
@@ -41,7 +42,7 @@ def make_app(link: Link) -> FastAPI:
     return app
 
 
-async def _bad_request(_: Request, error: Any) -> Response:
+async def bad_request(_: Request, error: Any) -> Response:
     return JSONResponse({"error": error.error}, error.status, dict(error.headers))
 
 
@@ -51,15 +52,25 @@ async def _http_error(_: Request, error: Any) -> Response:
     return JSONResponse({"error": body}, error.status_code, error.headers)
 
 
+async def _internal_error(request: Request, _: Exception) -> Response:
+    # The server logs the error with its traceback, and the client's own words may be in it.
+    text = f"an internal error; the server's log has it under {request.state.visit.id.decode()}"
+    return await bad_request(request, BadRequest(text, code="internal_error", status=500))
+
+
 async def read_body(request: Request) -> bytes:
     """Return the body of a request. Raises BadRequest if it is too long."""
+    too_long = BadRequest(
+        f"the body is longer than {MAX_BODY_BYTES >> 20} MB", code="too_large", status=413
+    )
+    length = request.headers.get("content-length", "0")
+    if length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES:
+        raise too_long
     parts, size = [], 0
     async for part in request.stream():
         size += len(part)
         if size > MAX_BODY_BYTES:
-            raise BadRequest(
-                f"the body is longer than {MAX_BODY_BYTES >> 20} MB", code="too_large", status=413
-            )
+            raise too_long
         parts.append(part)
     return b"".join(parts)
 
@@ -79,16 +90,20 @@ class Generation:
         if self._link.state.state == "draining":
             raise BadRequest("this server is shutting down", code="draining", status=503)
         call_id = uuid.uuid4().hex
-        live = await self._link.open(url, body, call_id, owner="", now=time.time())
+        visit = request.state.visit
+        live = await self._link.open(url, body, call_id, visit.owner, now=time.time())
+        visit.call = live
         return self._response(live, None)
 
-    async def resume(self, call_id: str, last_event_id: str | None) -> Any:
-        """Continue a stream after the event with this id; None: from its beginning."""
+    async def resume(self, call_id: str, request: Request) -> Any:
+        """Continue a stream after the event with the id that the request names."""
+        visit, last_event_id = request.state.visit, request.headers.get("last-event-id")
         if len(call_id) > MAX_ID:
             raise unknown_stream(call_id)
-        live = await self._link.attach(call_id.rpartition("-")[2], owner="")
+        live = await self._link.attach(call_id.rpartition("-")[2], visit.owner)
         if live is None:
             raise unknown_stream(call_id)
+        visit.call = live
         return self._response(live, positions(last_event_id, len(live.outputs)))
 
     def _response(self, live: LiveCall, at: tuple[int, ...] | None) -> CallResponse:
@@ -134,7 +149,7 @@ def _add_generation(app: FastAPI, generation: Generation) -> None:
 
     @app.get("/v1/streams/{call_id}", summary="Continue a stream that was cut off")
     async def resume(call_id: str, request: Request) -> Any:
-        return Passed(await generation.resume(call_id, request.headers.get("last-event-id")))
+        return Passed(await generation.resume(call_id, request))
 
 
 class Passed(Response):
@@ -213,7 +228,7 @@ def _add_tokens(app: FastAPI, link: Link) -> None:
     async def tokenize(request: Request) -> dict[str, Any]:
         body = json_object(await read_body(request))
         served = await link.wait_started()
-        return tokenized(body, served)
+        return await link.bounded(tokenized, body, served)
 
     @app.post("/detokenize", summary="Text of token ids")
     async def detokenize(request: Request) -> dict[str, str]:

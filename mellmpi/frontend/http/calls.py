@@ -1,6 +1,7 @@
 """Calls that are being answered: their outputs, and the responses that wait for news of them."""
 
 import asyncio
+import time
 from collections.abc import Callable
 
 from mellmpi.frontend.fields import BadRequest
@@ -28,6 +29,7 @@ class LiveCall:
         self.outputs = outputs_of(call, tokenizer)
         self.error: BadRequest | None = None
         self.readers: set[asyncio.Event] = set()
+        self.first_s: float | None = None  # monotonic time of the first token
         self._open = set(range(len(self.outputs)))  # choices whose request has not ended
 
     @property
@@ -44,6 +46,8 @@ class LiveCall:
         """Add tokens. Cancels the request if a stop string ends its answer."""
         index = self.opened.request_ids.index(emit.request_id)
         output = self.outputs[index]
+        if self.first_s is None and emit.tokens:
+            self.first_s = time.monotonic()
         try:
             output.take(emit)
         except Exception as error:  # must not affect other calls

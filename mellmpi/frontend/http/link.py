@@ -6,15 +6,17 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from mellmpi.frontend.fields import BadRequest
+from mellmpi.frontend.http.bounded import Threads
 from mellmpi.frontend.http.calls import LiveCall, Pacer
 from mellmpi.frontend.openai import Call, parse
 from mellmpi.frontend.served import ServedModel, ServedModels
 from mellmpi.frontend.strict_json import json_object
 from mellmpi.frontend.tokenizer import Tokenizer
 from mellmpi.protocol import (
+    Alive,
     Answer,
     Ask,
     AttachCall,
@@ -23,6 +25,7 @@ from mellmpi.protocol import (
     Emit,
     OpenCall,
     Rejected,
+    ServerSettings,
     ServerState,
     StartServer,
     Submit,
@@ -30,7 +33,9 @@ from mellmpi.protocol import (
 )
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 STARTING = ServerState("starting", "rank 0 is starting", ())
+ALIVE_EVERY_S = 1.0
 SILENT_S = 10.0  # without a message of rank 0: it hangs
 
 
@@ -53,13 +58,24 @@ class Link(asyncio.Protocol):
         self.state = STARTING
         self.names: tuple[str, ...] = ()
         self.served: ServedModels | None = None
+        self.settings: ServerSettings | None = None
+        self.on_settings: Callable[[ServerSettings], None] = lambda _: None
+        self._threads = Threads()
+        self._configured = asyncio.Event()
 
     # --- the pipe --------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        self._tell_alive()
+
+    def _tell_alive(self) -> None:
+        if not self._transport.is_closing():
+            self.send(Alive())
+            self._loop.call_later(ALIVE_EVERY_S, self._tell_alive)
 
     def connection_lost(self, error: Exception | None) -> None:
+        self._configured.set()
         self._on_lost()
 
     def data_received(self, data: bytes) -> None:
@@ -81,6 +97,10 @@ class Link(asyncio.Protocol):
                 self._changed(call)
             case ServerState():
                 self._set_state(message)
+            case ServerSettings():
+                self.settings = message
+                self._configured.set()
+                self.on_settings(message)
             case StartServer():
                 self._start(message)
             case OpenCall():
@@ -145,6 +165,11 @@ class Link(asyncio.Protocol):
             return f"rank 0 has been silent for {self.silent_s:.0f} s"
         return "" if self.state.state == "ready" else self.state.reason
 
+    async def wait_settings(self) -> ServerSettings | None:
+        """Wait for the first message of rank 0. None: the pipe has ended."""
+        await self._configured.wait()
+        return self.settings
+
     async def wait_started(self) -> ServedModels:
         """Wait until the workers have started; return the models."""
         await self._started.wait()
@@ -159,7 +184,7 @@ class Link(asyncio.Protocol):
         now  unix time, seconds
         """
         served = await self.wait_started()
-        call = self._parsed(served, url, body, call_id)
+        call = await self.bounded(self._parsed, served, url, body, call_id)
         requests = call.requests(self._request_ids)
         ids = tuple(request.id for request in requests)
         opened = OpenCall(call_id, owner, url, body, int(now), call.stream, ids)
@@ -168,6 +193,21 @@ class Link(asyncio.Protocol):
         for request in requests:
             self.send(Submit(request))
         return live
+
+    async def bounded(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Return the result of a function that renders or tokenizes a body, run in a thread.
+
+        Raises BadRequest if it takes too long. A template may loop for ever, and megabytes take
+        seconds to tokenize: other calls must not wait.
+        """
+        assert self.settings is not None
+        limit_s = self.settings.limits.parse_within_s
+        try:
+            return await self._threads.run(limit_s, function, *arguments)
+        except TimeoutError as error:
+            raise BadRequest(
+                f"rendering and tokenizing take longer than {limit_s:g} s", code="too_slow"
+            ) from error
 
     def _parsed(self, served: ServedModels, url: str, body: bytes, call_id: str) -> Call:
         return parse(url, json_object(body), served, call_id)

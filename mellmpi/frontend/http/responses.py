@@ -12,14 +12,9 @@ from mellmpi.frontend.fields import BadRequest
 from mellmpi.frontend.http.calls import LiveCall
 
 COMMENT_EVERY_S = 15.0  # of silence: proxies end connections that are silent for a minute
-READ_WITHIN_S = 60.0  # a client that reads nothing for so long is taken to be gone
 FIRST_NEWS_S = 1.0  # an error that comes within it gets a status of its own, before a stream begins
 
 Progress = Callable[[LiveCall], Any]  # awaitable text of a comment
-
-
-class ClientGone(Exception):
-    """The client has closed its connection, or reads nothing."""
 
 
 class CallResponse:
@@ -49,7 +44,7 @@ class CallResponse:
         try:
             await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
             error = answer.exception() if answer.done() else None
-            if error is not None and not isinstance(error, ClientGone | OSError):
+            if error is not None and not isinstance(error, OSError):
                 raise error
         finally:
             for task in (answer, gone):
@@ -108,12 +103,9 @@ class CallResponse:
         await send({"type": "http.response.body", "body": b""})
 
     async def _write(self, send: Send, data: bytes) -> None:
-        # Waits while the client reads too slowly. What it has not read is kept once, in the call.
-        message = {"type": "http.response.body", "body": data, "more_body": True}
-        try:
-            await asyncio.wait_for(send(message), READ_WITHIN_S)
-        except TimeoutError as error:
-            raise ClientGone from error
+        # Waits while the client reads too slowly; `Connection` ends one that reads nothing. What
+        # it has not read is kept once, in the call.
+        await send({"type": "http.response.body", "body": data, "more_body": True})
 
     def _headers(self) -> list[tuple[bytes, bytes]]:
         return [

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from mellmpi.config import Options
 from mellmpi.runtime.serving.listener import listen, url_of
 from mellmpi.runtime.serving.process import ApiServer
+from mellmpi.runtime.serving.settings import Settings
 
 
 @dataclass
@@ -15,10 +16,8 @@ class Door:
 
     listener: socket.socket
     servers: list[ApiServer]
-
-    @property
-    def url(self) -> str:
-        return url_of(self.listener)
+    settings: Settings
+    url: str
 
 
 def open_door(options: Options) -> Door:
@@ -26,9 +25,13 @@ def open_door(options: Options) -> Door:
 
     Before MPI starts: a child that is started later could inherit its connections.
     """
+    settings = Settings(options.http)
     listener = listen(options.http)
-    servers = [ApiServer(listener, index) for index in range(options.http.api_server_count)]
-    door = Door(listener, servers)
+    servers = [
+        ApiServer(listener, index, settings.message)
+        for index in range(options.http.api_server_count)
+    ]
+    door = Door(listener, servers, settings, url_of(listener, options.http))
     say(f"serving on {door.url} (API: {door.url}/docs); the model is loading")
     return door
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mellmpi.protocol import (
+    Alive,
     Answer,
     Ask,
     AttachCall,
@@ -29,10 +30,12 @@ from mellmpi.protocol import (
 )
 from mellmpi.runtime.serving.call_log import CallLog
 from mellmpi.runtime.serving.process import ApiServer
+from mellmpi.runtime.serving.settings import Settings
 
 log = logging.getLogger(__name__)
 
 STATE_EVERY_S = 1.0  # so that an API server notices that rank 0 hangs
+HUNG_AFTER_S = 15.0  # without a message of an API server, which sends one a second at least
 RESTART_AFTER_S = 1.0  # between two starts of the same API server, if it dies at once
 
 COMMANDS: dict[str, type[DrainWorker] | type[UndrainWorker] | type[MoveRequest]] = {
@@ -47,11 +50,12 @@ Questions = dict[str, Callable[..., str]]  # -> the answer; ValueError: why ther
 class HttpFront:
     """Submits the requests of API servers, logs and passes on their tokens, restarts servers."""
 
-    def __init__(self, listener: socket.socket, servers: list[ApiServer]):
+    def __init__(self, listener: socket.socket, servers: list[ApiServer], settings: Settings):
         """`servers` have been started already, before MPI."""
-        self._listener = listener
+        self._listener, self._settings = listener, settings
         self._servers: dict[int, ApiServer] = {server.index: server for server in servers}
         self._started_s = dict.fromkeys(self._servers, 0.0)
+        self._heard_s: dict[int, float] = {}  # index -> last message, once there has been one
         self._restart_s: dict[int, float] = {}  # index -> when to start it again
         self._calls = CallLog()
         self._start: StartServer | None = None
@@ -91,6 +95,11 @@ class HttpFront:
             server.send(self._state)
             server.flush()
 
+    def _send_settings(self) -> None:
+        for server in self._servers.values():
+            server.send(self._settings.message)
+            server.flush()
+
     @property
     def descriptors(self) -> list[int]:
         """Descriptors whose readability means that `inbox` has events."""
@@ -117,13 +126,18 @@ class HttpFront:
             except EOFError:
                 events += self._died(server, now)
                 continue
+            if messages:
+                self._heard_s[server.index] = now
             for message in messages:
                 self._take(server, message, now, events)
             server.flush()
         if now >= self._expire_s:
             self._expire_s = now + STATE_EVERY_S
             events += self._calls.expire(now)
+            if self._settings.changed():
+                self._send_settings()
             self._send_state()
+            self._kill_hung(now)
             self._restart(now)
         return events
 
@@ -145,6 +159,8 @@ class HttpFront:
                 events.append(COMMANDS[message.what](**json.loads(message.arguments)))
             case Ask():
                 server.send(self._answer(message))
+            case Alive():
+                pass
             case _:
                 raise TypeError(message)
 
@@ -183,18 +199,29 @@ class HttpFront:
     def _died(self, server: ApiServer, now: float) -> list[Cancel]:
         server.close()
         del self._servers[server.index]
+        self._heard_s.pop(server.index, None)
         log.warning("API server %d ended with code %s", server.index, server.process.returncode)
         self._restart_s[server.index] = self._started_s[server.index] + RESTART_AFTER_S
         cancels = self._calls.server_died(server.index, now)
         self._restart(now)
         return cancels
 
+    def _kill_hung(self, now: float) -> None:
+        """End API servers whose event loop stands still; `_died` follows."""
+        for index, heard_s in list(self._heard_s.items()):
+            if now - heard_s > HUNG_AFTER_S:
+                log.warning("API server %d has hung for %.0f s", index, now - heard_s)
+                del self._heard_s[index]
+                self._servers[index].kill()
+
     def _restart(self, now: float) -> None:
         for index, due_s in list(self._restart_s.items()):
             if now >= due_s:
                 del self._restart_s[index]
                 self._started_s[index] = now
-                server = self._servers[index] = ApiServer(self._listener, index)
+                server = self._servers[index] = ApiServer(
+                    self._listener, index, self._settings.message
+                )
                 self._introduce(server)
 
     def close(self) -> None:

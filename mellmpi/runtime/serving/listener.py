@@ -4,6 +4,7 @@ import errno
 import socket
 
 from mellmpi.config import HttpConfig, UsageError
+from mellmpi.runtime.serving.settings import check_open
 
 BACKLOG = 2048  # connections that wait while an API server starts or restarts
 
@@ -14,6 +15,7 @@ def listen(config: HttpConfig) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(
             config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
+        check_open(config, str(address[0]))
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
@@ -38,8 +40,9 @@ def _problem(config: HttpConfig, error: OSError) -> str:
     return f"cannot listen on {config.host}:{config.port}: {error.strerror}"
 
 
-def url_of(listener: socket.socket) -> str:
+def url_of(listener: socket.socket, config: HttpConfig) -> str:
     """Return the URL of the server."""
+    scheme = "https" if config.ssl_certfile else "http"
     host, port = listener.getsockname()[:2]
     shown = {"0.0.0.0": socket.gethostname(), "::": socket.gethostname()}.get(host, host)
-    return f"http://{f'[{shown}]' if ':' in shown else shown}:{port}"
+    return f"{scheme}://{f'[{shown}]' if ':' in shown else shown}:{port}"

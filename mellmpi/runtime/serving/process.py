@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from mellmpi.protocol import Decoder, Encoder
+from mellmpi.protocol import Decoder, Encoder, ServerSettings
 
 PIECE_BYTES = 1 << 20
 MAX_UNSENT_BYTES = 256 << 20  # a child that reads so little hangs
@@ -18,7 +18,7 @@ LAUNCHER_VARIABLES = ("OMPI_", "PMIX_", "PRTE_", "PMI_")  # a child is no rank
 class ApiServer:
     """One child process. Reads and writes never block; a failure of the pipe ends the child."""
 
-    def __init__(self, listener: socket.socket, index: int):
+    def __init__(self, listener: socket.socket, index: int, settings: ServerSettings):
         self.index = index
         self._decoder, self._encoder = Decoder(), Encoder()
         self._unsent = bytearray()
@@ -26,6 +26,8 @@ class ApiServer:
         with childs:
             self.process = _start(listener, childs)
         self.pipe.setblocking(False)
+        self.send(settings)
+        self.flush()
 
     def fileno(self) -> int:
         return self.pipe.fileno()
