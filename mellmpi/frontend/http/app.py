@@ -42,14 +42,22 @@ def make_app(link: Link) -> FastAPI:
     return app
 
 
+class ErrorResponse(JSONResponse):
+    """Errors quote the client's text, in which lone surrogates may be: JSON escapes them."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content).encode()
+
+
 async def bad_request(_: Request, error: Any) -> Response:
-    return JSONResponse({"error": error.error}, error.status, dict(error.headers))
+    """Return the response for a `BadRequest`."""
+    return ErrorResponse({"error": error.error}, error.status, dict(error.headers))
 
 
 async def _http_error(_: Request, error: Any) -> Response:
     kind = "not_found_error" if error.status_code == 404 else "invalid_request_error"
     body = {"message": error.detail, "type": kind, "param": None, "code": None}
-    return JSONResponse({"error": body}, error.status_code, error.headers)
+    return ErrorResponse({"error": body}, error.status_code, error.headers)
 
 
 async def _internal_error(request: Request, _: Exception) -> Response:
