@@ -28,6 +28,7 @@ from mellmpi.protocol import Cancel, Emit, ModelFiles, ModelLimits, StartServer,
 from mellmpi.runtime.serving.front import HttpFront
 from mellmpi.runtime.serving.listener import listen, url_of
 from mellmpi.runtime.serving.process import ApiServer
+from mellmpi.runtime.serving.settings import Settings
 
 WARM_S = 3.0
 ID = re.compile(rb"^id: (\d+)$", re.M)
@@ -141,13 +142,14 @@ def measure(streams: int, rate: float, seconds: float) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder)
         write_byte_tokenizer(512, directory)
-        listener = listen(HttpConfig(port=0))
-        server = ApiServer(listener, 0)
-        front = HttpFront(listener, [server])
+        config = HttpConfig(port=0)
+        settings, listener = Settings(config), listen(config)
+        server = ApiServer(listener, 0, settings.message)
+        front = HttpFront(listener, [server], settings)
         front.start(StartServer((ModelFiles("tiny", folder, ""),), 0, 1))
         front.set_state("ready", "", (ModelLimits("tiny", 10**9, 512, (2,)),))
         executor = Executor(front, 8, streams / rate)
-        port = url_of(listener).rpartition(":")[2]
+        port = url_of(listener, config).rpartition(":")[2]
         log = directory / "log.json"
         arguments = [port, str(streams), str(seconds + WARM_S), str(log)]
         client = subprocess.Popen([sys.executable, __file__, "--client", *arguments])

@@ -62,7 +62,8 @@ def bearer(key):
 
 def routes():
     app = make_app(None)
-    return [(m, route.path) for route in app.routes for m in sorted(route.methods or {"GET"})]
+    methods = [(getattr(route, "methods", None) or {"GET"}, route.path) for route in app.routes]
+    return [(method, path) for found, path in methods for method in sorted(found)]
 
 
 def test_every_route_has_a_scope():
@@ -81,7 +82,8 @@ def test_no_route_lets_a_lesser_key_pass(outsider, method, path, given):
         "wrong": bearer("the-wrong-key"),
         "prefix": bearer(KEYS["serve"][:-1]),
     }.get(given) or (bearer(KEYS[given]) if given in KEYS else {})
-    url = re.sub(r"\{.*?\}", "x", path)
+    is_mounted = path == "/static-offline-docs"  # the routes are below
+    url = re.sub(r"\{.*?\}", "x", path) + ("/x" if is_mounted else "")
     response = outsider.request(method, url, headers=headers, content=b"{}")
     needed = ROUTES[path]
     if needed in (PUBLIC, given):

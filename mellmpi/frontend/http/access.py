@@ -15,7 +15,10 @@ ROUTES = {  # path -> scope that a key needs for it. A route that is not here en
     "/ready": PUBLIC,
     "/health": PUBLIC,
     "/version": PUBLIC,
-    "/openapi.json": PUBLIC,  # the same for every server
+    "/openapi.json": PUBLIC,  # the API's documents are the same for every server
+    "/docs": PUBLIC,
+    "/docs/oauth2-redirect": PUBLIC,
+    "/static-offline-docs": PUBLIC,
     "/v1/models": SERVE,
     "/v1/models/{name:path}": SERVE,
     "/v1/chat/completions": SERVE,

@@ -49,6 +49,8 @@ class Link(asyncio.Protocol):
         self._calls: dict[int, LiveCall] = {}  # by request id
         self._named: dict[str, LiveCall] = {}  # by call id
         self._attaching: dict[str, list[asyncio.Future[LiveCall | None]]] = {}
+        self._waiting: dict[int, list[Emit | Rejected]] = {}  # for calls that are being made
+        self._tasks: set[asyncio.Task[None]] = set()
         self._questions: dict[int, asyncio.Future[Answer]] = {}
         self._question_ids = itertools.count(1)
         self._request_ids = itertools.count(1)
@@ -89,6 +91,8 @@ class Link(asyncio.Protocol):
 
     def _handle(self, message: Any) -> None:
         match message:
+            case Emit(request_id) | Rejected(request_id) if request_id in self._waiting:
+                self._waiting[request_id].append(message)
             case Emit(request_id) if request_id in self._calls:
                 self._take(self._calls[request_id], message)
             case Rejected(request_id) if request_id in self._calls:
@@ -236,9 +240,29 @@ class Link(asyncio.Protocol):
         return live if live is None or live.opened.owner == owner else None
 
     def _attached(self, opened: OpenCall) -> None:
+        waiting: list[Emit | Rejected] = []
+        for request_id in opened.request_ids:
+            self._waiting[request_id] = waiting
+        task = self._loop.create_task(self._make_again(opened, waiting))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _make_again(self, opened: OpenCall, waiting: list[Emit | Rejected]) -> None:
+        """Make a call of rank 0's log; its tokens wait meanwhile."""
         assert self.served is not None
-        call = self._parsed(self.served, opened.url, opened.body, opened.call_id)
-        self._resolve(opened.call_id, self._add(opened, call))
+        live = None
+        try:
+            call = await self.bounded(
+                self._parsed, self.served, opened.url, opened.body, opened.call_id
+            )
+            live = self._add(opened, call)
+        except Exception:  # it was made once: this process is slower, or the template has changed
+            log.exception("call %s cannot be continued", opened.call_id)
+        for request_id in opened.request_ids:
+            del self._waiting[request_id]
+        for message in waiting:
+            self._handle(message)
+        self._resolve(opened.call_id, live)
 
     def _resolve(self, call_id: str, live: LiveCall | None) -> None:
         for future in self._attaching.pop(call_id, ()):
