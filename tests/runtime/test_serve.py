@@ -97,6 +97,18 @@ def test_one_process_serves_too(serve, tmp_path):
     assert ends == [{"finish_reason": "length", "tokens": 300}] * 2
 
 
+def test_a_server_asks_for_its_key(serve, monkeypatch):
+    monkeypatch.setenv("MELLMPI_API_KEY", "the-key")
+    server = serve(1, "--host", "0.0.0.0", *TINY)
+    port = server.url.rpartition(":")[2]
+    url = f"http://127.0.0.1:{port}/v1/completions"
+    assert httpx.post(url, json=LONG, trust_env=False).status_code == 401
+    headers = {"authorization": "Bearer the-key"}
+    answer = httpx.post(url, json=LONG, headers=headers, trust_env=False, timeout=60)
+    assert answer.json()["usage"]["completion_tokens"] == 300
+    assert server.end().code == 0
+
+
 def test_requests_in_progress_end_before_the_server_does(serve):
     server = serve(2, *TINY)
     expected = server.complete(max_tokens=1000)
@@ -122,7 +134,16 @@ def test_a_port_in_use_is_said_before_the_model_loads(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flag", [("--port", "70000"), ("--host", "no.such.host.example"), ("--trace-out", "/no/t")]
+    "flag",
+    [
+        ("--port", "70000"),
+        ("--host", "no.such.host.example"),
+        ("--host", "0.0.0.0"),
+        ("--api-key-file", "missing"),
+        ("--ssl-certfile", "missing.pem"),
+        ("--trace-out", "/no/t"),
+        ("--access-log", "missing/log"),
+    ],
 )
 def test_misuse_is_one_line(tmp_path, flag):
     done = Run(1, "serve", *TINY, *flag, directory=tmp_path).wait(60)
