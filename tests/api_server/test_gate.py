@@ -226,10 +226,18 @@ def test_pages_of_allowed_origins_may_call(outsider):
     assert error.status_code == 401 and "access-control-allow-origin" in error.headers
 
 
-def test_without_keys_and_origins_everything_is_allowed_here_but_no_page(http):
-    assert http.get("/v1/models", headers=bearer("whatever")).status_code == 200
-    response = http.get("/v1/models", headers={"origin": "https://chat.example.org"})
+@pytest.mark.parametrize("origin", ["https://chat.example.org", "http://127.0.0.1:1", "null"])
+def test_without_keys_scripts_of_other_sites_may_not_call(http, origin):
+    response = http.post("/v1/completions", json=BODY, headers={"origin": origin})
+    assert response.status_code == 403
     assert "access-control-allow-origin" not in response.headers
+    assert "--allowed-origins" in response.json()["error"]["message"]
+    assert http.get("/live", headers={"origin": origin}).status_code == 200
+
+
+def test_without_keys_programs_here_and_the_own_page_may_call(cell, http):
+    assert http.get("/v1/models", headers=bearer("whatever")).status_code == 200
+    assert http.get("/v1/models", headers={"origin": cell.url}).status_code == 200
 
 
 def test_https_with_a_certificate_that_changes(byte_directory, tmp_path):

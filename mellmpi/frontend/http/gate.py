@@ -69,12 +69,13 @@ class Gate:
     def __init__(self, app: Starlette, refuse: Refuse, log: AccessLog):
         self._app, self._refuse, self._log = app, refuse, log
         self._scopes = RouteScopes(app.routes)
-        self._keys = Keyring(())
+        self._keys, self._origins = Keyring(()), frozenset[str]()
         self._running: Counter[str] = Counter()  # requests in progress by key
 
     def configure(self, settings: ServerSettings) -> None:
         """Use these keys from now on."""
         self._keys = Keyring(settings.keys)
+        self._origins = frozenset(settings.allowed_origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         visit = Visit(scope)
@@ -106,7 +107,10 @@ class Gate:
     def _admit(self, scope: Scope, visit: Visit) -> ApiKey | None:
         """Return the key of a request, None if it needs none. Raises BadRequest."""
         visit.route, needed = self._scopes.find(scope)
-        if needed == PUBLIC or self._keys.is_empty:
+        if needed == PUBLIC:
+            return None
+        if self._keys.is_empty:
+            self._check_origin(scope)
             return None
         if (key := self._keys.find(scope)) is None:
             raise BadRequest(
@@ -130,6 +134,19 @@ class Gate:
                 headers=(("retry-after", "1"),),
             )
         return key
+
+    def _check_origin(self, scope: Scope) -> None:
+        """Raise BadRequest for a script of another site: without keys it could use a browser's
+        reach to operate a server that only this machine can reach."""
+        headers = dict(scope["headers"])
+        origin = headers.get(b"origin", b"").decode("latin-1")
+        own = headers.get(b"host", b"").decode("latin-1")
+        if origin and origin.partition("://")[2] != own and not {"*", origin} & self._origins:
+            raise BadRequest(
+                f"web pages of {origin[:100]} may not use this server; --allowed-origins lets them",
+                code="origin_not_allowed",
+                status=403,
+            )
 
 
 def with_cors(app: ASGIApp, origins: tuple[str, ...]) -> ASGIApp:
