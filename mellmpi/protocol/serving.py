@@ -53,7 +53,7 @@ class ServerSettings:
 
 @message
 class Alive:
-    """API server → rank 0, once a second: its event loop runs."""
+    """API server → rank 0, once a second from when it has read the tokenizers: its loop runs."""
 
 
 @message

@@ -1,6 +1,7 @@
-"""Limits of a connection, without a network: what it takes of a head before it gives up."""
+"""Limits of a connection, without a network: what it takes of a head, how long it waits."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 import uvicorn
@@ -19,12 +20,21 @@ class Wire(asyncio.Transport):
     def __init__(self):
         super().__init__()
         self.written, self.closed = b"", False
+        self.aborted = asyncio.Event()
+        self.unread = lambda: 0  # bytes in the buffer
 
     def write(self, data):
         self.written += data
 
     def close(self):
         self.closed = True
+
+    def abort(self):
+        self.closed = True
+        self.aborted.set()
+
+    def get_write_buffer_size(self):
+        return self.unread()
 
     def is_closing(self):
         return self.closed
@@ -49,17 +59,7 @@ def fed(data, piece=PIECE):
         await send({"type": "http.response.body", "body": b""})
 
     async def feed():
-        config = uvicorn.Config(app, lifespan="off", log_config=None)
-        config.load()
-        connection = Connection(
-            LIMITS,
-            config=config,
-            server_state=ServerState(),
-            app_state={},
-            _loop=asyncio.get_running_loop(),
-        )
-        wire = Wire()
-        connection.connection_made(wire)
+        connection, wire = connected(LIMITS, app)
         taken = 0
         while taken < len(data) and not wire.closed:
             connection.data_received(data[taken : taken + piece])
@@ -70,6 +70,18 @@ def fed(data, piece=PIECE):
         return taken, wire.written
 
     return *asyncio.run(feed()), seen
+
+
+def connected(limits, app=None):
+    """A new connection and its transport, in a running loop."""
+    config = uvicorn.Config(app or (lambda *_: None), lifespan="off", log_config=None)
+    config.load()
+    loop = asyncio.get_running_loop()
+    state = ServerState()
+    connection = Connection(limits, config=config, server_state=state, app_state={}, _loop=loop)
+    wire = Wire()
+    connection.connection_made(wire)
+    return connection, wire
 
 
 @pytest.mark.parametrize(
@@ -107,3 +119,75 @@ def test_long_bodies_and_many_requests_are_no_floods(piece):
         one = START + b"content-length: 10\r\n\r\n" + b"a" * 10
     taken, _, seen = fed(one * 5, piece)
     assert taken >= len(one) * 5 and len(seen) == 5
+
+
+# --- time ----------------------------------------------------------------------------------------
+
+NEVER = replace(LIMITS, head_within_s=1e6, body_within_s=1e6, read_within_s=1e6)
+HEAD = START + b"content-length: 10\r\n\r\n"
+
+
+async def idle(scope, receive, send):
+    await receive()
+
+
+@pytest.mark.parametrize(
+    ("limit", "sent"),
+    [("head_within_s", b""), ("head_within_s", START), ("body_within_s", HEAD + b"a")],
+)
+def test_what_does_not_arrive_ends_the_connection(limit, sent):
+    async def wait():
+        connection, wire = connected(replace(NEVER, **{limit: 0.01}), idle)
+        if sent:
+            connection.data_received(sent)
+        await asyncio.wait_for(wire.aborted.wait(), 20)
+        connection.connection_lost(None)
+
+    asyncio.run(wait())
+
+
+def test_what_has_arrived_is_not_waited_for():
+    async def wait():
+        limits = replace(NEVER, head_within_s=1.0)
+        connection, _ = connected(limits, idle)
+        connection.data_received(HEAD)
+        assert connection._arrival.when() > connection.loop.time() + 1e5  # for the body
+        connection.data_received(b"a" * 10)
+        assert connection._arrival is None
+        connection.connection_lost(None)
+
+    asyncio.run(wait())
+
+
+@pytest.mark.parametrize("begin", ["pause_writing", "timeout_keep_alive_handler"])
+def test_a_client_that_reads_nothing_ends_and_one_that_reads_slowly_does_not(begin):
+    async def wait():
+        connection, wire = connected(replace(NEVER, read_within_s=0.01))
+        sizes = [500, 400, 300, 200, 100]
+        asked = []
+
+        def unread():
+            asked.append(sizes.pop(0) if sizes else 100)
+            return asked[-1]
+
+        wire.unread = unread
+        getattr(connection, begin)()
+        await asyncio.wait_for(wire.aborted.wait(), 20)
+        assert not sizes, "it was still reading"
+        connection.connection_lost(None)
+
+    asyncio.run(wait())
+
+
+def test_a_client_that_has_read_is_not_watched():
+    async def wait():
+        connection, _ = connected(NEVER)
+        connection.pause_writing()
+        assert connection._reading is not None
+        connection.resume_writing()
+        assert connection._reading is None
+        connection.pause_writing()
+        connection.connection_lost(None)
+        assert connection._reading is None
+
+    asyncio.run(wait())

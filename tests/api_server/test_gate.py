@@ -130,6 +130,20 @@ def test_a_stream_of_another_key_is_unknown(outsider):
     assert foreign.json()["error"]["code"] == missing.json()["error"]["code"]
 
 
+def test_a_stream_of_another_key_is_unknown_while_it_runs(guarded, outsider):
+    guarded.hold.set()
+    body = {**BODY, "stream": True}
+    try:
+        headers = bearer(KEYS["serve"])
+        with outsider.stream("POST", "/v1/completions", json=body, headers=headers) as response:
+            path = f"/v1/streams/{response.headers['x-stream-id']}"
+            assert outsider.get(path, headers=bearer("the-other-key")).status_code == 404
+            guarded.hold.clear()
+            assert "[DONE]" in response.read().decode()
+    finally:
+        guarded.hold.clear()
+
+
 @pytest.mark.parametrize("name", ["..%2f..%2fkeys", "../../keys", "x" * 5000, "%00", "cmpl-%ff"])
 def test_hostile_ids_of_streams_are_unknown(outsider, name):
     response = outsider.get(f"/v1/streams/{name}", headers=bearer("the-full-key"))

@@ -66,11 +66,6 @@ class Connection(HttpToolsProtocol):
         self._expect(self._limits.head_within_s)
         super().on_message_begin()
 
-    def on_url(self, url: bytes) -> None:
-        super().on_url(url)
-        if len(self.url) > MAX_HEAD_BYTES:
-            raise ValueError("the path is too long")
-
     def on_header(self, name: bytes, value: bytes) -> None:
         self._num_headers += 1
         self._header_bytes += len(name) + len(value)

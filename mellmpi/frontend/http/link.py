@@ -69,7 +69,6 @@ class Link(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        self._tell_alive()
 
     def _tell_alive(self) -> None:
         if not self._transport.is_closing():
@@ -141,6 +140,7 @@ class Link(asyncio.Protocol):
         for model in start.models:
             template = Path(model.chat_template) if model.chat_template else None
             self._tokenizers[model.name] = Tokenizer.load(Path(model.directory), template)
+        self._tell_alive()  # not before: reading a tokenizer may take long
 
     def _set_state(self, state: ServerState) -> None:
         self.state = state

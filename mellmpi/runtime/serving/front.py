@@ -35,7 +35,7 @@ from mellmpi.runtime.serving.settings import Settings
 log = logging.getLogger(__name__)
 
 STATE_EVERY_S = 1.0  # so that an API server notices that rank 0 hangs
-HUNG_AFTER_S = 15.0  # without a message of an API server, which sends one a second at least
+HUNG_AFTER_S = 15.0  # without a sign of life of an API server, which gives one a second
 RESTART_AFTER_S = 1.0  # between two starts of the same API server, if it dies at once
 
 COMMANDS: dict[str, type[DrainWorker] | type[UndrainWorker] | type[MoveRequest]] = {
@@ -55,7 +55,7 @@ class HttpFront:
         self._listener, self._settings = listener, settings
         self._servers: dict[int, ApiServer] = {server.index: server for server in servers}
         self._started_s = dict.fromkeys(self._servers, 0.0)
-        self._heard_s: dict[int, float] = {}  # index -> last message, once there has been one
+        self._heard_s: dict[int, float] = {}  # index -> last sign of life, once there has been one
         self._restart_s: dict[int, float] = {}  # index -> when to start it again
         self._calls = CallLog()
         self._start: StartServer | None = None
@@ -126,8 +126,6 @@ class HttpFront:
             except EOFError:
                 events += self._died(server, now)
                 continue
-            if messages:
-                self._heard_s[server.index] = now
             for message in messages:
                 self._take(server, message, now, events)
             server.flush()
@@ -160,7 +158,7 @@ class HttpFront:
             case Ask():
                 server.send(self._answer(message))
             case Alive():
-                pass
+                self._heard_s[server.index] = now
             case _:
                 raise TypeError(message)
 
