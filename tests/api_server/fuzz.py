@@ -7,6 +7,7 @@ is nonsense for certain: no JSON object, or a field of a wrong type.
 import copy
 import json
 import random
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -45,6 +46,8 @@ EXAMPLES = {  # path -> a body that is answered with 200
     "/v1/messages/count_tokens": {"model": "tiny", "messages": MESSAGES[:1]},
     "/tokenize": {"model": "tiny", "prompt": "abc"},
     "/detokenize": {"model": "tiny", "tokens": [40, 41]},
+    "/v1/cluster/requests/{request_id}/migrate": {"worker": 1},
+    "/v1/cluster/loglevel": {"level": "INFO"},
 }
 NUMBER = (int, float)
 TYPES = {  # field -> types of its values, beside null
@@ -177,21 +180,33 @@ def check(response, path, data):
         response.json()
 
 
+def ok(**_):
+    """The answer to an operator's command."""
+    return ""
+
+
+def url_of(path, rng=None):
+    """The path with values for its parameters; mostly wrong ones if `rng` is given."""
+    values = ["1", "-1", "0", "x", "%00", "..", "9" * 30] if rng else ["1"]
+    return re.sub(r"\{.*?\}", lambda _: rng.choice(values) if rng else "1", path)
+
+
 def run(directory, count, seed):
     """Send so many bodies; the numbers of answers by path and status."""
     posts = [r.path for r in make_app(None).routes if "POST" in getattr(r, "methods", ())]
     answers = {}
     with ServingCell(directory, tokens_a_step=50, max_model_len=300) as cell:
+        cell.front.questions |= dict.fromkeys(("drain", "undrain", "migrate", "loglevel"), ok)
         with httpx.Client(base_url=cell.url, timeout=60, trust_env=False) as client:
             for path in posts:
-                given = client.post(path, json=EXAMPLES.get(path, {}))
+                given = client.post(url_of(path), json=EXAMPLES.get(path, {}))
                 assert given.status_code == 200 or path not in EXAMPLES, given.text
             process = cell.server.process
             for number in range(seed, seed + count):
                 rng = random.Random(number)
                 path = rng.choice(posts)
                 data = mutated(EXAMPLES.get(path, {}), rng)
-                response = client.post(path, content=data)
+                response = client.post(url_of(path, rng), content=data)
                 try:
                     check(response, path, data)
                 except Exception as error:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from starlette.routing import BaseRoute, Match
 from starlette.types import Scope
 
-from mellmpi.keys import METRICS, SERVE, digest
+from mellmpi.keys import METRICS, OPERATE, SERVE, digest
 from mellmpi.protocol import ApiKey
 
 PUBLIC = "public"  # for everybody, without a key
@@ -19,6 +19,7 @@ ROUTES = {  # path -> scope that a key needs for it. A route that is not here en
     "/docs": PUBLIC,
     "/docs/oauth2-redirect": PUBLIC,
     "/static-offline-docs": PUBLIC,
+    "/": PUBLIC,  # the page holds no data: its scripts ask for it, with the key of who looks
     "/v1/models": SERVE,
     "/v1/models/{name:path}": SERVE,
     "/v1/chat/completions": SERVE,
@@ -28,6 +29,12 @@ ROUTES = {  # path -> scope that a key needs for it. A route that is not here en
     "/detokenize": SERVE,
     "/load": METRICS,
     "/metrics": METRICS,
+    "/v1/cluster": METRICS,
+    "/v1/cluster/events": METRICS,
+    "/v1/cluster/workers/{worker}/drain": OPERATE,
+    "/v1/cluster/workers/{worker}/undrain": OPERATE,
+    "/v1/cluster/requests/{request_id}/migrate": OPERATE,
+    "/v1/cluster/loglevel": OPERATE,
 }
 
 

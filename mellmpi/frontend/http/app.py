@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi_offline import FastAPIOffline
 from starlette.concurrency import run_in_threadpool
@@ -16,6 +17,7 @@ from starlette.exceptions import HTTPException
 from mellmpi import __version__
 from mellmpi.frontend.dialects import OpenAIDialect
 from mellmpi.frontend.fields import BadRequest, Fields
+from mellmpi.frontend.http.body import read_body
 from mellmpi.frontend.http.calls import LiveCall
 from mellmpi.frontend.http.cluster import add_cluster
 from mellmpi.frontend.http.link import Link
@@ -25,7 +27,6 @@ from mellmpi.frontend.openai import CHAT, COMPLETIONS
 from mellmpi.frontend.strict_json import json_object
 from mellmpi.telemetry.prometheus import render
 
-MAX_BODY_BYTES = 32 << 20
 MAX_ID = 128  # characters of a stream's id
 
 
@@ -34,6 +35,7 @@ def make_app(link: Link) -> FastAPI:
     app = FastAPIOffline(title="mellmpi", version=__version__, redoc_url=None)
     app.add_exception_handler(BadRequest, bad_request)
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(RequestValidationError, _wrong_parameter)
     app.add_exception_handler(Exception, _internal_error)
     _add_state(app, link)
     _add_generation(app, Generation(link))
@@ -54,6 +56,12 @@ async def bad_request(_: Request, error: Any) -> Response:
     return ErrorResponse({"error": error.error}, error.status, dict(error.headers))
 
 
+async def _wrong_parameter(request: Request, error: Any) -> Response:
+    place, problem = error.errors()[0]["loc"], error.errors()[0]["msg"]
+    name = str(place[-1])
+    return await bad_request(request, BadRequest(f"{name}: {problem}", name))
+
+
 async def _http_error(_: Request, error: Any) -> Response:
     kind = "not_found_error" if error.status_code == 404 else "invalid_request_error"
     body = {"message": error.detail, "type": kind, "param": None, "code": None}
@@ -64,23 +72,6 @@ async def _internal_error(request: Request, _: Exception) -> Response:
     # The server logs the error with its traceback, and the client's own words may be in it.
     text = f"an internal error; the server's log has it under {request.state.visit.id.decode()}"
     return await bad_request(request, BadRequest(text, code="internal_error", status=500))
-
-
-async def read_body(request: Request) -> bytes:
-    """Return the body of a request. Raises BadRequest if it is too long."""
-    too_long = BadRequest(
-        f"the body is longer than {MAX_BODY_BYTES >> 20} MB", code="too_large", status=413
-    )
-    length = request.headers.get("content-length", "0")
-    if length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES:
-        raise too_long
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > MAX_BODY_BYTES:
-            raise too_long
-        parts.append(part)
-    return b"".join(parts)
 
 
 # --- generation ----------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from fastapi.responses import HTMLResponse, StreamingResponse
 
 from mellmpi.frontend.dialects import COMMENT
 from mellmpi.frontend.fields import BadRequest, Fields
+from mellmpi.frontend.http.body import read_body
 from mellmpi.frontend.http.link import Link
 from mellmpi.frontend.strict_json import json_object
 
@@ -73,7 +74,7 @@ def _add_commands(app: FastAPI, link: Link) -> None:
 
     @app.post("/v1/cluster/requests/{request_id}/migrate", summary="Move a request to a worker")
     async def migrate(request_id: int, request: Request) -> dict[str, Any]:
-        fields = Fields(json_object((await request.body())[:MAX_COMMAND_BYTES]), chat=False)
+        fields = Fields(json_object(await read_body(request, MAX_COMMAND_BYTES)), chat=False)
         worker = fields.integer("worker", None, low=1)
         if worker is None:
             raise BadRequest('say where to:  {"worker": 2}', "worker")
@@ -81,7 +82,7 @@ def _add_commands(app: FastAPI, link: Link) -> None:
 
     @app.post("/v1/cluster/loglevel", summary="Change how much rank 0 logs")
     async def loglevel(request: Request) -> dict[str, Any]:
-        fields = Fields(json_object((await request.body())[:MAX_COMMAND_BYTES]), chat=False)
+        fields = Fields(json_object(await read_body(request, MAX_COMMAND_BYTES)), chat=False)
         return _done(await link.ask("loglevel", level=fields.get("level", str) or ""))
 
 
