@@ -11,12 +11,16 @@ from dataclasses import replace
 from mellmpi.config import HttpConfig
 from mellmpi.protocol import (
     Cancel,
+    DrainWorker,
     Emit,
     ModelFiles,
     ModelLimits,
+    MoveRequest,
+    OperatorAnswer,
     Rejected,
     StartServer,
     Submit,
+    UndrainWorker,
     finish_reason,
 )
 from mellmpi.runtime.serving.front import HttpFront
@@ -90,13 +94,15 @@ class ServingCell:
     def _handle(self, event):
         match event:
             case Submit(request) if len(request.prompt) == REFUSED:
-                self.front.deliver(Rejected(request.id, "it needs more than there is"))
+                self.front.deliver(Rejected(request.id, "it needs more than there is", 0.0))
             case Submit(request):
                 self.submitted += 1
                 self.open[request.id] = (request, [])
             case Cancel(request_id, reason):
                 self.open.pop(request_id, None)
                 self.cancelled.append((request_id, reason))
+            case DrainWorker() | UndrainWorker() | MoveRequest():
+                self.front.deliver(OperatorAnswer(event, ""))
 
     def _step(self):
         for request_id, (request, outputs) in list(self.open.items()):
