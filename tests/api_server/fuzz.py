@@ -169,20 +169,14 @@ def check(response, path, data):
     """Raise AssertionError if this answer is wrong."""
     status = response.status_code
     assert 200 <= status < 500, f"status {status}: {response.text[:300]}"
-    assert status != 200 or not is_nonsense(path, data), (
-        f"nonsense is answered: {response.text[:300]}"
-    )
+    wrong = path in EXAMPLES and is_nonsense(path, data)  # other routes take no body
+    assert status != 200 or not wrong, f"nonsense is answered: {response.text[:300]}"
     if response.headers["content-type"].startswith("text/event-stream"):
         assert status == 200 and "data:" in response.text
     elif status >= 400:
         assert response.json()["error"]["message"]
     else:
         response.json()
-
-
-def ok(**_):
-    """The answer to an operator's command."""
-    return ""
 
 
 def url_of(path, rng=None):
@@ -196,7 +190,7 @@ def run(directory, count, seed):
     posts = [r.path for r in make_app(None).routes if "POST" in getattr(r, "methods", ())]
     answers = {}
     with ServingCell(directory, tokens_a_step=50, max_model_len=300) as cell:
-        cell.front.questions |= dict.fromkeys(("drain", "undrain", "migrate", "loglevel"), ok)
+        cell.front.questions["loglevel"] = lambda **_: ""
         with httpx.Client(base_url=cell.url, timeout=60, trust_env=False) as client:
             for path in posts:
                 given = client.post(url_of(path), json=EXAMPLES.get(path, {}))

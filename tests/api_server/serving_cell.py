@@ -11,16 +11,13 @@ from dataclasses import replace
 from mellmpi.config import HttpConfig
 from mellmpi.protocol import (
     Cancel,
-    DrainWorker,
     Emit,
     ModelFiles,
     ModelLimits,
-    MoveRequest,
     OperatorAnswer,
     Rejected,
     StartServer,
     Submit,
-    UndrainWorker,
     finish_reason,
 )
 from mellmpi.runtime.serving.front import HttpFront
@@ -101,7 +98,7 @@ class ServingCell:
             case Cancel(request_id, reason):
                 self.open.pop(request_id, None)
                 self.cancelled.append((request_id, reason))
-            case DrainWorker() | UndrainWorker() | MoveRequest():
+            case _:
                 self.front.deliver(OperatorAnswer(event, ""))
 
     def _step(self):

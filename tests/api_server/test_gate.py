@@ -84,17 +84,16 @@ def test_no_route_lets_a_lesser_key_pass(outsider, method, path, given):
     }.get(given) or (bearer(KEYS[given]) if given in KEYS else {})
     is_mounted = path == "/static-offline-docs"  # the routes are below
     url = re.sub(r"\{.*?\}", "x", path) + ("/x" if is_mounted else "")
-    response = outsider.request(method, url, headers=headers, content=b"{}")
+    with outsider.stream(method, url, headers=headers, content=b"{}") as response:
+        status = response.status_code  # a stream of events has no end
+        text = response.read().decode() if status in (401, 403) else ""
     needed = ROUTES[path]
     if needed in (PUBLIC, given):
-        assert response.status_code not in (401, 403)
+        assert status not in (401, 403)
     elif given in SCOPES:
-        assert response.status_code == 403
-        if method != "HEAD":
-            assert f"scope {needed}" in response.json()["error"]["message"]
+        assert status == 403 and (method == "HEAD" or f"scope {needed}" in text)
     else:
-        assert response.status_code == 401
-        assert response.headers["www-authenticate"] == "Bearer"
+        assert status == 401 and response.headers["www-authenticate"] == "Bearer"
 
 
 def test_an_unknown_path_tells_nothing_without_a_key(outsider):
