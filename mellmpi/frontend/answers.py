@@ -1,13 +1,16 @@
 """Response bodies of finished answers, in OpenAI's format."""
 
+import hashlib
 import math
 from collections.abc import Sequence
 from typing import Any
 
 from mellmpi.frontend.echo import Echo
+from mellmpi.frontend.items import Item, Reasoning, Text, merged
 from mellmpi.frontend.openai import CHAT, Call
 from mellmpi.frontend.outputs import Output
 from mellmpi.frontend.tokenizer import Tokenizer
+from mellmpi.frontend.tool_calls import Arguments, CallBegin
 from mellmpi.protocol import PromptLogprob, TokenLogprob
 
 Json = dict[str, Any]
@@ -23,7 +26,9 @@ def answer_body(
     """
     chat = call.url == CHAT
     choices = [
-        (_chat_choice if chat else _completion_choice)(index, call, output, tokenizer)
+        _chat_choice(index, call, output, tokenizer, answer_id)
+        if chat
+        else _completion_choice(index, call, output, tokenizer)
         for index, output in enumerate(outputs)
     ]
     return {
@@ -66,15 +71,78 @@ def _completion_choice(index: int, call: Call, output: Output, tokenizer: Tokeni
     }
 
 
-def _chat_choice(index: int, call: Call, output: Output, tokenizer: Tokenizer) -> Json:
+def _chat_choice(
+    index: int, call: Call, output: Output, tokenizer: Tokenizer, answer_id: str
+) -> Json:
     wanted = call.samplings[index].num_logprobs is not None
     return {
         "index": index,
-        "message": {"role": "assistant", "content": output.text, "refusal": None},
+        "message": _message(call, output, f"{answer_id}/{index}"),
         "logprobs": {"content": chat_logprobs(output, tokenizer)} if wanted else None,
-        "finish_reason": output.finish_reason,
+        "finish_reason": chat_finish_reason(output),
         **_token_ids(index, call, output),
     }
+
+
+def _message(call: Call, output: Output, choice_id: str) -> Json:
+    message: Json = {"role": "assistant", "content": output.text, "refusal": None}
+    if output.log is None or call.markup is None:
+        return message
+    delta = ChatDeltas(choice_id, call.markup.short_ids).next(output.log.items)
+    calls = [
+        {k: v for k, v in each.items() if k != "index"} for each in delta.pop("tool_calls", ())
+    ]
+    message |= {"content": None if calls else "", **delta}
+    return message | {"tool_calls": calls} if calls else message
+
+
+def chat_finish_reason(output: Output) -> str | None:
+    """Return the finish reason of a chat."""
+    called = output.finish_reason == "stop" and output.log is not None and output.log.has_calls
+    return "tool_calls" if called else output.finish_reason
+
+
+def tool_call_id(choice_id: str, number: int, prefix: str, short: bool) -> str:
+    """Return the id of a tool call, the same wherever the answer is rendered."""
+    digest = hashlib.sha256(f"{choice_id}/{number}".encode("utf-8", "surrogatepass")).hexdigest()
+    return digest[:9] if short else prefix + digest[:24]
+
+
+class ChatDeltas:
+    """Renders items as deltas of a chat's message, one after the other."""
+
+    def __init__(self, choice_id: str, short_ids: bool, num_calls: int = 0):
+        """`num_calls`: tool calls in the deltas before the first one"""
+        self._choice_id, self._short_ids, self._num_calls = choice_id, short_ids, num_calls
+
+    def next(self, items: Sequence[Item]) -> Json:
+        """Return the delta of the next items."""
+        delta: Json = {}
+        calls: list[Json] = []
+        for item in merged(items):
+            match item:
+                case Text(text):
+                    delta["content"] = delta.get("content", "") + text
+                case Reasoning(text):
+                    delta["reasoning_content"] = delta.get("reasoning_content", "") + text
+                case CallBegin(name):
+                    calls.append(self._begin(name))
+                case Arguments(text) if calls:
+                    calls[-1]["function"]["arguments"] += text
+                case Arguments(text):
+                    number = self._num_calls - 1
+                    calls.append({"index": number, "function": {"arguments": text}})
+        return delta | {"tool_calls": calls} if calls else delta
+
+    def _begin(self, name: str) -> Json:
+        number = self._num_calls
+        self._num_calls += 1
+        return {
+            "index": number,
+            "id": tool_call_id(self._choice_id, number, "call_", self._short_ids),
+            "type": "function",
+            "function": {"name": name, "arguments": ""},
+        }
 
 
 def _token_ids(index: int, call: Call, output: Output) -> Json:

@@ -8,7 +8,7 @@ from bytes, not from token texts. The bytes of a token follow from the `decoder`
 import codecs
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tokenizers import Regex, decoders
@@ -93,8 +93,14 @@ class TextStream:
     The text of the prompt and all returned text together are the text of all tokens.
     """
 
-    def __init__(self, token_bytes: TokenBytes, prompt: Sequence[int] = ()):
-        self._bytes = token_bytes
+    def __init__(
+        self,
+        token_bytes: TokenBytes,
+        prompt: Sequence[int] = (),
+        shown: Mapping[int, bytes] | None = None,
+    ):
+        """`shown`: special tokens that have a text all the same."""
+        self._bytes, self._shown = token_bytes, shown or {}
         self._decoder = codecs.getincrementaldecoder("utf-8")(token_bytes.errors)
         self._at_start = not any(token_bytes[token] for token in prompt)
         self._tail = self._incomplete_end(prompt)
@@ -102,9 +108,9 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """Add a token. Returns the text that it completes, which may be empty."""
-        data = self._bytes[token]
+        data = self._shown.get(token) or self._bytes[token]
         if data and self._at_start:
-            data = self._bytes.first(token)
+            data = self._shown.get(token) or self._bytes.first(token)
             self._at_start = False
         if data and self._tail:
             self._continue_tail(data)

@@ -43,6 +43,9 @@ CHAT_ONLY = (
     "top_logprobs",
     "add_generation_prompt",
     "chat_template_kwargs",
+    "tools",
+    "tool_choice",
+    "parallel_tool_calls",
 )
 COMPLETIONS_ONLY = ("prompt", "echo")
 IGNORED = (  # bookkeeping of the client; no influence on the answer
@@ -53,7 +56,6 @@ IGNORED = (  # bookkeeping of the client; no influence on the answer
     "safety_identifier",
     "prompt_cache_key",
     "prompt_cache_retention",
-    "parallel_tool_calls",
     "request_id",
 )
 # Fields of OpenAI or vLLM that are not supported: a request with one of them is refused. With each
@@ -80,8 +82,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
     "verbosity": (),
@@ -119,6 +119,23 @@ class BadRequest(Exception):
         return {"message": self.message, "type": kind, "param": self.param, "code": self.code}
 
 
+def check_names(
+    body: Mapping[str, Any],
+    known: tuple[str, ...],
+    ignored: tuple[str, ...],
+    unsupported: Mapping[str, tuple[Any, ...]],
+) -> None:
+    """Refuse unknown fields, and unsupported ones with a value that would change the answer."""
+    for name, value in body.items():
+        if name in known or name in ignored or value is None:
+            continue
+        if name not in unsupported:
+            message = f"unknown field {_short_repr(name)}{_suggestion(name, known)}"
+            raise BadRequest(message, shortened(name))
+        if value not in unsupported[name]:
+            raise BadRequest(f"{name} is not supported here; leave it out", name, "unsupported")
+
+
 class Fields:
     """The fields of one body. A field that is absent or null has its default.
 
@@ -131,14 +148,7 @@ class Fields:
     def check_names(self) -> None:
         """Refuse unknown fields, and unsupported ones that would change the answer."""
         known = (*SHARED, *(CHAT_ONLY if self.chat else COMPLETIONS_ONLY))
-        for name, value in self._body.items():
-            if name in known or name in IGNORED or value is None:
-                continue
-            if name not in UNSUPPORTED:
-                message = f"unknown field {_short_repr(name)}{_suggestion(name, known)}"
-                raise BadRequest(message, shortened(name))
-            if value not in UNSUPPORTED[name]:
-                raise BadRequest(f"{name} is not supported here; leave it out", name, "unsupported")
+        check_names(self._body, known, IGNORED, UNSUPPORTED)
 
     def get(self, name: str, kind: type | tuple[type, ...]) -> Any:
         """Return the value, which is of type `kind`, or None."""

@@ -5,8 +5,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mellmpi.frontend.conversation import conversation
 from mellmpi.frontend.fields import BadRequest, Fields
-from mellmpi.frontend.grammar import GrammarTrials, grammar_text
+from mellmpi.frontend.grammar import GrammarTrials
+from mellmpi.frontend.items import Markup
 from mellmpi.frontend.prompt_options import (
     MAX_LOGPROBS,
     PromptOptions,
@@ -22,7 +24,10 @@ from mellmpi.frontend.token_choice import (
     stop_token_ids,
     stops_of,
 )
-from mellmpi.frontend.tokenizer import Message, Tokenizer
+from mellmpi.frontend.tokenizer import Tokenizer
+from mellmpi.frontend.tool_formats import markup_of, tool_format
+from mellmpi.frontend.tool_grammar import answer_grammar
+from mellmpi.frontend.tools import Tools, tools_of
 from mellmpi.protocol import Request, Sampling
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -44,6 +49,7 @@ class Call:
     include_usage: bool  # at the end of a stream
     return_token_ids: bool
     about_prompts: PromptOptions
+    markup: Markup | None  # of the items of each answer; None: its text is all there is
 
     @property
     def n(self) -> int:
@@ -67,77 +73,51 @@ def parse(url: str, body: dict[str, Any], served: ServedModels, identity: str) -
     fields.check_names()
     model = served.named(fields.get("model", str))
     tokenizer = served.tokenizers[model.name]
-    n = fields.integer("n", 1, low=1, high=MAX_CHOICES)
-    texts_or_ids = (
-        _messages(fields, tokenizer, model) if fields.chat else _prompts(fields, tokenizer, model)
-    )
-    prompts = [_checked(tokens, model, fields.chat) for tokens in texts_or_ids]
+    tools = tools_of(fields) if fields.chat else None
+    if fields.chat:
+        given = [_chat(fields, tokenizer, model, tools)]
+    else:
+        given = _prompts(fields, tokenizer, model)
+    prompts = [_checked(tokens, model, fields.chat) for tokens in given]
+    markup = markup_of(tokenizer, tools, given[0]) if fields.chat else None
+    grammar, why, markup = answer_grammar(fields, tokenizer, tools, markup)
     stops, stop_ids = stops_of(fields, tokenizer)
     base = _sampling(fields, model, identity, stop_ids)
-    base = _with_grammar(base, fields, served.grammars[model.name])
-    limit = model.max_model_len
-    counts = [max_tokens(fields, len(prompt), limit) for prompt in prompts for _ in range(n)]
-    samplings = tuple(
-        # Choices of one call differ in their seeds; the first one has the requested seed.
-        replace(base, max_tokens=count, seed=(base.seed + index) % 2**64)
-        for index, count in enumerate(counts)
-    )
-    if base.min_tokens > min(counts):
-        message = f"min_tokens {base.min_tokens} is more than max_tokens, here {min(counts)}"
-        raise BadRequest(message, "min_tokens")
+    base = _with_grammar(base, grammar, why, served.grammars[model.name])
     options = fields.get("stream_options", dict) or {}
     return Call(
         url=url,
         model=model.name,
         prompts=tuple(prompts),
-        samplings=samplings,
+        samplings=_samplings(fields, base, prompts, model),
         stops=stops,
         stream=fields.boolean("stream"),
         include_usage=bool(options.get("include_usage")),
         return_token_ids=fields.boolean("return_token_ids"),
         about_prompts=prompt_options(fields),
+        markup=markup,
     )
 
 
 # --- prompts -------------------------------------------------------------------------------------
 
 
-def _messages(fields: Fields, tokenizer: Tokenizer, model: ServedModel) -> list[list[int]]:
-    messages = fields.get("messages", list)
-    if not messages:
-        raise BadRequest("messages must be a list of at least one message", "messages")
-    plain = [_message(message, index) for index, message in enumerate(messages)]
+def _chat(
+    fields: Fields, tokenizer: Tokenizer, model: ServedModel, tools: Tools | None
+) -> list[int]:
+    """Return the token ids of a conversation."""
+    messages = conversation(fields, tools, tokenizer.template)
     variables = dict(fields.get("chat_template_kwargs", dict) or {})
     if reserved := RESERVED & variables.keys():
         name = min(reserved)
         raise BadRequest(f"chat_template_kwargs may not set {name}", "chat_template_kwargs")
     variables.setdefault("add_generation_prompt", fields.boolean("add_generation_prompt", True))
+    if tools is not None and tool_format(tokenizer.template).in_template:
+        variables["tools"] = [function.definition for function in tools.functions]
     try:
-        return [tokenizer.encode_chat(plain, variables, model.max_model_len)]
+        return tokenizer.encode_chat(messages, variables, model.max_model_len)
     except ValueError as error:
         raise BadRequest(str(error), "messages") from error
-
-
-def _message(message: Any, index: int) -> Message:
-    where = f"messages[{index}]"
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise BadRequest(f"{where} must be an object with a role", where)
-    if message.get("tool_calls") or message.get("function_call"):
-        raise BadRequest(f"{where}: tool calls are not supported", where)
-    content = message.get("content")
-    if isinstance(content, list):
-        content = "".join(_text_part(part, where) for part in content)
-    if not isinstance(content, str):
-        raise BadRequest(f"{where}.content must be text", f"{where}.content")
-    return {**message, "role": clean(message["role"], where), "content": clean(content, where)}
-
-
-def _text_part(part: Any, where: str) -> str:
-    if isinstance(part, dict) and part.get("type") == "text":
-        text = part.get("text")
-        if isinstance(text, str):
-            return text
-    raise BadRequest(f"{where}: only parts of type text are supported", f"{where}.content")
 
 
 def _prompts(fields: Fields, tokenizer: Tokenizer, model: ServedModel) -> list[list[int]]:
@@ -147,7 +127,7 @@ def _prompts(fields: Fields, tokenizer: Tokenizer, model: ServedModel) -> list[l
         prompt = [prompt]
     if not prompt:
         raise BadRequest("prompt must be text, or token ids, or a list of either", "prompt")
-    if len(prompt) * (fields.integer("n", 1) or 1) > MAX_ANSWERS:
+    if len(prompt) * _num_choices(fields) > MAX_ANSWERS:
         raise BadRequest(
             f"{len(prompt)} prompts with n choices each are more than {MAX_ANSWERS} "
             "answers; use several lines",
@@ -181,6 +161,26 @@ def _checked(tokens: list[int], model: ServedModel, chat: bool) -> tuple[int, ..
 # --- sampling ------------------------------------------------------------------------------------
 
 
+def _num_choices(fields: Fields) -> int:
+    return fields.integer("n", 1, low=1, high=MAX_CHOICES)
+
+
+def _samplings(
+    fields: Fields, base: Sampling, prompts: list[tuple[int, ...]], model: ServedModel
+) -> tuple[Sampling, ...]:
+    """Return the sampling parameters of all choices."""
+    n, limit = _num_choices(fields), model.max_model_len
+    counts = [max_tokens(fields, len(prompt), limit) for prompt in prompts for _ in range(n)]
+    if base.min_tokens > min(counts):
+        message = f"min_tokens {base.min_tokens} is more than max_tokens, here {min(counts)}"
+        raise BadRequest(message, "min_tokens")
+    return tuple(
+        # Choices of one call differ in their seeds; the first one has the requested seed.
+        replace(base, max_tokens=count, seed=(base.seed + index) % 2**64)
+        for index, count in enumerate(counts)
+    )
+
+
 def _sampling(
     fields: Fields, model: ServedModel, identity: str, stop_ids: tuple[int, ...]
 ) -> Sampling:
@@ -209,9 +209,8 @@ def _sampling(
     )
 
 
-def _with_grammar(sampling: Sampling, fields: Fields, trials: GrammarTrials) -> Sampling:
-    """Add the grammar that the body asks for, after a trial."""
-    grammar, name = grammar_text(fields)
+def _with_grammar(sampling: Sampling, grammar: str, name: str, trials: GrammarTrials) -> Sampling:
+    """Add the grammar that this field of the body asks for, after a trial."""
     if not grammar:
         return sampling
     if sampling.allowed_token_ids:

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Sequence
 
 from mellmpi.frontend.echo import Echo
+from mellmpi.frontend.items import ItemLog, Markup
 from mellmpi.frontend.openai import Call
 from mellmpi.frontend.stops import StopStrings
 from mellmpi.frontend.tokenizer import Tokenizer
@@ -19,12 +20,14 @@ class Output:
         sampling: Sampling,
         stops: tuple[str, ...],
         prompt: Sequence[int] = (),
+        markup: Markup | None = None,
         echo: Echo | None = None,
         alone: bool = False,
     ):
         """
-        echo   of the prompt, which precedes the text
-        alone  there is no answer: the first token is dropped, and ends it
+        markup  marks the items of the answer; None: only its text is wanted
+        echo    of the prompt, which precedes the text
+        alone   there is no answer: the first token is dropped, and ends it
         """
         self.echo, self._alone = echo, alone
         self.prompt_logprobs: tuple[PromptLogprob, ...] = ()  # from the second token on
@@ -35,7 +38,9 @@ class Output:
         self.text = ""
         self.passed: list[int] = []  # length of the final text after each token
         self.finish_reason: str | None = None
-        self._stream = tokenizer.stream(prompt) if echo is None else echo.stream
+        self.log = ItemLog(markup) if markup is not None else None
+        shown = markup.texts if markup is not None else ()
+        self._stream = tokenizer.stream(prompt, shown) if echo is None else echo.stream
         self._length = 0  # characters so far, stop strings included
         self._stops = StopStrings(stops)
         self._stop_tokens = frozenset(sampling.stop_token_ids)
@@ -64,12 +69,23 @@ class Output:
             else:
                 self._add(self._stream.push(token))
                 self.token_bytes.append(self._stream.data)
+            passed = self.passed[-1] if self.passed else 0
             self.passed.append(len(self.text))
-            if self._stops.found:
-                return self.text[before:]
-        if emit.finish_reason is not None:
-            self._finish(emit.finish_reason)
+            if self.log is not None and self.log.push(self.text[passed:]):
+                self.finish_reason = "stop"
+            if self.finish_reason is not None:
+                break
+        else:
+            if emit.finish_reason is not None:
+                self._finish(emit.finish_reason)
+        if self.finish_reason is not None and self.log is not None:
+            self.log.finish(self.text[self.passed[-1] if self.passed else 0 :])
         return self.text[before:]
+
+    @property
+    def stop(self) -> str | None:
+        """The stop string that ended the answer."""
+        return self._stops.text
 
     @property
     def begun(self) -> bool:
@@ -119,5 +135,7 @@ def outputs_of(call: Call, tokenizer: Tokenizer) -> list[Output]:
         prompt, echo = call.prompts[which], None
         if about.echo:
             echo = Echo(tokenizer, prompt, about.texts[which], about.alone)
-        outputs.append(Output(tokenizer, sampling, call.stops, prompt, echo, about.alone))
+        outputs.append(
+            Output(tokenizer, sampling, call.stops, prompt, call.markup, echo, about.alone)
+        )
     return outputs

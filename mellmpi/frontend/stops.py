@@ -15,6 +15,7 @@ class StopStrings:
         self._whole, self._begun = _searches(stops)
         self._held = ""
         self.found = False
+        self.text: str | None = None  # the stop string that was found
 
     def push(self, text: str) -> str:
         """Add text. Returns all text that is now known to belong to the answer."""
@@ -23,6 +24,7 @@ class StopStrings:
         self._held += text
         if (match := self._whole.search(self._held)) is not None:
             self.found = True
+            self.text = match[0]
             return self._take(match.start())
         return self._take(len(self._held) - self._partial_stop_length())
 

@@ -6,17 +6,14 @@ imports torch, it takes 2.4 s.
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from jinja2 import Template, TemplateError, nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import Template, TemplateError
 from tokenizers import Tokenizer as Backend
 
 from mellmpi.frontend.detokenizer import TextStream, TokenBytes
+from mellmpi.frontend.templates import compiled
 
 Message = dict[str, Any]
 P = ParamSpec("P")
@@ -46,7 +43,8 @@ class Tokenizer:
         self._backend, self._special = backend, special
         self.token_bytes = TokenBytes(backend)
         self.json: str | None = None  # tokenizer.json, if the model has one, for grammars
-        self._template = _compiled(template)
+        self._template = compiled(template)
+        self.template = template or ""  # its text
         self._longest_token: int | None = None  # characters; computed for the first long text
         self.end_ids = self._end_ids((template, own_template))
 
@@ -143,9 +141,18 @@ class Tokenizer:
         stream = self.stream()
         return "".join([*map(stream.push, tokens), stream.finish()])
 
-    def stream(self, prompt: Sequence[int] = ()) -> TextStream:
-        """Return an incremental decoder for the tokens that follow a prompt."""
-        return TextStream(self.token_bytes, prompt)
+    def stream(self, prompt: Sequence[int] = (), shown: Sequence[str] = ()) -> TextStream:
+        """Return an incremental decoder for the tokens that follow a prompt.
+
+        shown  names of special tokens that have a text all the same
+        """
+        ids = {self.special_id(name): name.encode() for name in shown}
+        return TextStream(self.token_bytes, prompt, {i: d for i, d in ids.items() if i is not None})
+
+    def ends_with(self, tokens: Sequence[int], text: str) -> bool:
+        """Whether the text of tokens ends with a short text, which may be a special token."""
+        stream = self.stream(shown=(text,))
+        return "".join(map(stream.push, tokens[-2 * len(text) :])).rstrip().endswith(text)
 
     def special_id(self, text: str) -> int | None:
         """Return the id of the special token with this name, or None."""
@@ -171,10 +178,10 @@ class Tokenizer:
             {"role": "assistant", "content": ANSWER_MARK},
         ]
         try:
-            compiled = _compiled(template)
-            if compiled is None:
+            trial = compiled(template)
+            if trial is None:
                 return None
-            text = self._render(compiled, conversation, {"add_generation_prompt": False})
+            text = self._render(trial, conversation, {"add_generation_prompt": False})
         except Exception:  # a template that refuses this conversation
             return None
         after = text.rpartition(ANSWER_MARK)[2].lstrip()
@@ -257,40 +264,3 @@ def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
         if isinstance(text, str):
             found[name] = text
     return found
-
-
-# --- the jinja2 environment of chat templates, as in transformers --------------------------------
-
-
-class _Generation(Extension):
-    """Ignores `{% generation %}`, which marks the model's answers for training."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body, lineno=line)
-
-
-def _compiled(template: str | None) -> Template | None:
-    return None if template is None else _environment().from_string(template)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **more: Any) -> str:
-    # The filter of jinja2 escapes HTML, which models were not trained on.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **more)
-
-
-def _raise(message: str) -> None:
-    raise TemplateError(message)

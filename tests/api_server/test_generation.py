@@ -48,7 +48,7 @@ def test_a_stream_has_the_text_of_the_body(http, byte_tokenizer):
     assert [c["choices"][0]["finish_reason"] for c in chunks] == [None] * (len(chunks) - 1) + [
         "length"
     ]
-    assert int(events[-2][0]) == 50
+    assert int(events[-2][0]) == 51
 
 
 def test_a_harness_gets_the_logprobs_of_a_prompt(client, byte_tokenizer):

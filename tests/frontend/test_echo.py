@@ -8,12 +8,11 @@ from hypothesis import strategies as st
 
 from mellmpi.frontend import ServedModels
 from mellmpi.frontend.answers import answer_body
-from mellmpi.frontend.dialects import OpenAIDialect
-from mellmpi.frontend.dialects.openai import NEW
+from mellmpi.frontend.dialects import NEW, dialect_of
 from mellmpi.frontend.echo import Echo
 from mellmpi.frontend.openai import CHAT, COMPLETIONS, parse
 from mellmpi.frontend.outputs import outputs_of
-from mellmpi.protocol import Emit
+from mellmpi.protocol import Emit, OpenCall
 from tests.frontend.tokenizers_of_each_kind import kinds
 
 X, Y = 90, 91  # tokens of "x" and "y"
@@ -49,7 +48,8 @@ class Answers:
 
     def stream(self, tokens, pieces):
         """The chunks of the only choice, whose tokens come in pieces of these lengths."""
-        dialect = OpenAIDialect(self.call, self.tokenizer, "17", 1234)
+        opened = OpenCall("17", "", COMPLETIONS, b"", 1234, True, (1,))
+        dialect = dialect_of(COMPLETIONS)(self.call, self.tokenizer, opened)
         cursors, first = dialect.start([NEW], self.outputs), 0
         events = [dialect.new(cursors, self.outputs)]
         for length in (*pieces, len(tokens)):

@@ -6,51 +6,67 @@ from dataclasses import dataclass
 from typing import Any
 
 from mellmpi.frontend.answers import (
+    ChatDeltas,
     answer_body,
+    chat_finish_reason,
     chat_logprobs,
     completion_logprobs,
     echo_logprobs,
     usage,
 )
+from mellmpi.frontend.dialects.dialect import NEW
 from mellmpi.frontend.dialects.sse import DONE, event
 from mellmpi.frontend.echo import Echo
-from mellmpi.frontend.openai import CHAT, Call
+from mellmpi.frontend.fields import BadRequest
+from mellmpi.frontend.openai import CHAT, Call, parse
 from mellmpi.frontend.outputs import Output
+from mellmpi.frontend.served import ServedModels
 from mellmpi.frontend.tokenizer import Tokenizer
+from mellmpi.frontend.tool_calls import CallBegin
+from mellmpi.protocol import OpenCall
 
 Json = dict[str, Any]
-NEW = -1  # a position before the first event of a choice
 
 
 @dataclass(slots=True)
 class Cursor:
     """How far a client has read one choice."""
 
-    num_tokens: int  # NEW: nothing; 0: the first event, which has no text
-    num_characters: int = 0
+    num_tokens: int  # NEW: nothing; 0: the first event, which has no text; one more at the end
+    num_passed: int | None = None  # characters of the text, or items; None: not known yet
+    deltas: ChatDeltas | None = None  # renders items
     ended: bool = False
 
 
 class OpenAIDialect:
-    """Renders the answer to one call. Keeps no text: a client may read from any token on."""
+    """A `Dialect`. A position is a number of tokens; one more than there are: also the end.
 
-    def __init__(self, call: Call, tokenizer: Tokenizer, call_id: str, created: int):
+    One event has all that is new of a choice.
+    """
+
+    def __init__(self, call: Call, tokenizer: Tokenizer, opened: OpenCall):
         self._call, self._tokenizer = call, tokenizer
-        self._call_id, self._created = call_id, created
+        self._call_id, self._created = opened.call_id, opened.created
         self._chat = call.url == CHAT
         self._head = self._chunk_head()
+
+    @staticmethod
+    def parse(url: str, body: Json, served: ServedModels, identity: str) -> Call:
+        """Check a body. Raises BadRequest."""
+        return parse(url, body, served, identity)
+
+    @staticmethod
+    def error_body(error: BadRequest) -> Json:
+        """Return the body of a response with an error."""
+        return {"error": error.error}
 
     def body(self, outputs: Sequence[Output]) -> Json:
         """Return the whole answer, once all outputs are finished."""
         return answer_body(self._call, outputs, self._tokenizer, self._call_id, self._created)
 
     def start(self, positions: Sequence[int], outputs: Sequence[Output]) -> list[Cursor]:
-        """Return cursors for a client that has read so many tokens of each choice."""
-        cursors = []
-        for position, output in zip(positions, outputs, strict=True):
-            at = min(position, len(output.tokens))
-            cursors.append(Cursor(at, output.passed[at - 1] if at > 0 else 0))
-        return cursors
+        """Return cursors for a client that has read so far."""
+        return [Cursor(position) for position in positions]
 
     def new(self, cursors: Sequence[Cursor], outputs: Sequence[Output]) -> bytes:
         """Return the events of all that is new since the cursors, and move these to the end."""
@@ -67,6 +83,10 @@ class OpenAIDialect:
             return DONE
         return event({**self._common(), "choices": [], "usage": usage(self._call, outputs)}) + DONE
 
+    def error(self, cursors: Sequence[Cursor], error: BadRequest) -> bytes:
+        """Return the last events of an answer that fails."""
+        return event(self.error_body(error)) + DONE
+
     def _new_of(self, index: int, cursors: Sequence[Cursor], output: Output) -> bytes:
         cursor, events = cursors[index], []
         if cursor.num_tokens == NEW:
@@ -78,8 +98,10 @@ class OpenAIDialect:
             if self._chat:
                 opening = {"role": "assistant", "content": ""}
                 events.append(self._chunk(index, cursors, opening, None, {}))
-        num_final = output.num_final
-        if num_final > cursor.num_tokens or output.finish_reason is not None:
+        num_final, ended = output.num_final, output.finish_reason is not None
+        if ended and cursor.num_tokens > num_final:
+            cursor.ended = True
+        elif ended or num_final > cursor.num_tokens:
             events.append(self._grown(index, cursors, output, num_final))
         return b"".join(events)
 
@@ -92,20 +114,45 @@ class OpenAIDialect:
 
     def _grown(self, index: int, cursors: Sequence[Cursor], output: Output, end: int) -> bytes:
         cursor = cursors[index]
-        first, cursor.num_tokens = cursor.num_tokens, end
-        ended = output.finish_reason is not None
-        until = len(output.text) if ended else output.passed[end - 1]
-        text, cursor.num_characters = output.text[cursor.num_characters : until], until
-        cursor.ended = ended
+        if cursor.num_passed is None:
+            self._find(index, cursor, output)
+        cursor.ended = ended = output.finish_reason is not None
+        first, cursor.num_tokens = cursor.num_tokens, end + 1 if ended else end
+        delta = self._delta(cursor, output, end)
         call = self._call
         wanted = call.samplings[index].num_logprobs is not None
         if not ended and not wanted and not call.return_token_ids:
-            return self._text_chunk(index, cursors, text) if text else b""
+            if not delta:
+                return b""
+            if delta.keys() == {"content"}:
+                return self._text_chunk(index, cursors, delta["content"])
         logprobs = self._logprobs(output, first, end) if wanted else None
         more: Json = {"token_ids": output.tokens[first:end]} if call.return_token_ids else {}
-        delta = {"content": text} if text or not ended else {}
-        event_text = delta if self._chat else text
-        return self._chunk(index, cursors, event_text, output.finish_reason, more, logprobs)
+        value = delta if self._chat else delta.get("content", "")
+        reason = chat_finish_reason(output) if self._chat else output.finish_reason
+        return self._chunk(index, cursors, value, reason, more, logprobs)
+
+    def _find(self, index: int, cursor: Cursor, output: Output) -> None:
+        """Find the place in the answer of a client that continues after so many tokens."""
+        log, last = output.log, cursor.num_tokens - 1
+        passed = output.passed if log is None else log.passed
+        cursor.num_passed = passed[last] if last >= 0 else 0
+        if log is not None:
+            num_calls = sum(isinstance(item, CallBegin) for item in log.items[: cursor.num_passed])
+            short_ids = self._call.markup is not None and self._call.markup.short_ids
+            cursor.deltas = ChatDeltas(f"{self._call_id}/{index}", short_ids, num_calls)
+
+    def _delta(self, cursor: Cursor, output: Output, end: int) -> Json:
+        """Return what is new up to this number of tokens, or up to the end of the answer."""
+        first, log = cursor.num_passed, output.log
+        if log is None:
+            until = len(output.text) if cursor.ended else output.passed[end - 1]
+            text, cursor.num_passed = output.text[first:until], until
+            return {"content": text} if text else {}
+        assert cursor.deltas is not None
+        until = len(log.items) if cursor.ended else log.passed[end - 1]
+        cursor.num_passed = until
+        return cursor.deltas.next(log.items[first:until])
 
     def _logprobs(self, output: Output, first: int, end: int) -> Json:
         """Return the logprobs of tokens [first, end)."""
@@ -161,5 +208,5 @@ class OpenAIDialect:
 
 
 def _position(cursors: Sequence[Cursor]) -> str:
-    """Return the id of an event: the number of tokens read of each choice."""
+    """Return the id of an event: the position in each choice."""
     return ",".join(str(max(0, cursor.num_tokens)) for cursor in cursors)

@@ -15,7 +15,15 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from mellmpi import __version__
-from mellmpi.frontend.dialects import OpenAIDialect
+from mellmpi.frontend.dialects import (
+    CHAT,
+    COMPLETIONS,
+    COUNT_TOKENS,
+    MESSAGES,
+    NEW,
+    RESPONSES,
+    dialect_of,
+)
 from mellmpi.frontend.fields import BadRequest, Fields
 from mellmpi.frontend.http.body import read_body
 from mellmpi.frontend.http.calls import LiveCall
@@ -23,7 +31,6 @@ from mellmpi.frontend.http.cluster import add_cluster
 from mellmpi.frontend.http.link import Link
 from mellmpi.frontend.http.responses import CallResponse
 from mellmpi.frontend.http.tokens import tokenized
-from mellmpi.frontend.openai import CHAT, COMPLETIONS
 from mellmpi.frontend.strict_json import json_object
 from mellmpi.telemetry.prometheus import render
 
@@ -51,9 +58,10 @@ class ErrorResponse(JSONResponse):
         return json.dumps(content).encode()
 
 
-async def bad_request(_: Request, error: Any) -> Response:
-    """Return the response for a `BadRequest`."""
-    return ErrorResponse({"error": error.error}, error.status, dict(error.headers))
+async def bad_request(request: Request, error: Any) -> Response:
+    """Return the response for a `BadRequest`, in the dialect of its path."""
+    body = dialect_of(request.url.path).error_body(error)
+    return ErrorResponse(body, error.status, dict(error.headers))
 
 
 async def _wrong_parameter(request: Request, error: Any) -> Response:
@@ -62,10 +70,11 @@ async def _wrong_parameter(request: Request, error: Any) -> Response:
     return await bad_request(request, BadRequest(f"{name}: {problem}", name))
 
 
-async def _http_error(_: Request, error: Any) -> Response:
-    kind = "not_found_error" if error.status_code == 404 else "invalid_request_error"
-    body = {"message": error.detail, "type": kind, "param": None, "code": None}
-    return ErrorResponse({"error": body}, error.status_code, error.headers)
+async def _http_error(request: Request, error: Any) -> Response:
+    headers = tuple((error.headers or {}).items())
+    return await bad_request(
+        request, BadRequest(error.detail, status=error.status_code, headers=headers)
+    )
 
 
 async def _internal_error(request: Request, _: Exception) -> Response:
@@ -92,23 +101,35 @@ class Generation:
         visit = request.state.visit
         live = await self._link.open(url, body, call_id, visit.owner, now=time.time())
         visit.call = live
-        return self._response(live, None)
+        return self._response(live, None, live.opened.stream)
 
     async def resume(self, call_id: str, request: Request) -> Any:
         """Continue a stream after the event with the id that the request names."""
-        visit, last_event_id = request.state.visit, request.headers.get("last-event-id")
-        if len(call_id) > MAX_ID:
+        live = await self._attached(call_id, request)
+        last_event_id = request.headers.get("last-event-id")
+        return self._response(live, positions(last_event_id, len(live.outputs)), True)
+
+    async def retrieve(self, call_id: str, request: Request) -> Any:
+        """Return a response of /v1/responses: a stream after this event, or a body once it ends."""
+        live = await self._attached(call_id, request)
+        if live.opened.url != RESPONSES:
             raise unknown_stream(call_id)
-        live = await self._link.attach(call_id.rpartition("-")[2], visit.owner)
+        query = request.query_params
+        at = positions(query.get("starting_after"), 1, "starting_after")
+        return self._response(live, at, query.get("stream") in ("true", "True", "1"))
+
+    async def _attached(self, call_id: str, request: Request) -> LiveCall:
+        visit, live = request.state.visit, None
+        if len(call_id) <= MAX_ID:
+            live = await self._link.attach(re.split("[-_]", call_id)[-1], visit.owner)
         if live is None:
             raise unknown_stream(call_id)
         visit.call = live
-        return self._response(live, positions(last_event_id, len(live.outputs)))
+        return live
 
-    def _response(self, live: LiveCall, at: tuple[int, ...] | None) -> CallResponse:
-        opened = live.opened
-        dialect = OpenAIDialect(live.call, live.tokenizer, opened.call_id, opened.created)
-        return CallResponse(live, dialect, self._progress, self._link.forget, at)
+    def _response(self, live: LiveCall, at: tuple[int, ...] | None, stream: bool) -> CallResponse:
+        dialect = dialect_of(live.opened.url)(live.call, live.tokenizer, live.opened)
+        return CallResponse(live, dialect, self._progress, self._link.forget, at, stream)
 
     async def _progress(self, live: LiveCall) -> str:
         try:
@@ -126,13 +147,15 @@ def unknown_stream(call_id: str) -> BadRequest:
     )
 
 
-def positions(last_event_id: str | None, num_choices: int) -> tuple[int, ...]:
-    """Return the number of tokens of each choice that the event with this id completed."""
+def positions(
+    last_event_id: str | None, num_choices: int, param: str = "Last-Event-ID"
+) -> tuple[int, ...]:
+    """Return the positions in the id of an event, one for each choice."""
     if last_event_id is None:
-        return (-1,) * num_choices
+        return (NEW,) * num_choices
     parts = last_event_id.split(",")
     if len(parts) != num_choices or not all(re.fullmatch("[0-9]{1,9}", part) for part in parts):
-        raise BadRequest("Last-Event-ID must be the id of an event of this stream", "Last-Event-ID")
+        raise BadRequest(f"{param} must be the id of an event of this stream", param)
     return tuple(map(int, parts))
 
 
@@ -143,8 +166,17 @@ def _add_generation(app: FastAPI, generation: Generation) -> None:
 
         return create
 
-    for url, summary in ((CHAT, "Answer a conversation"), (COMPLETIONS, "Continue a text")):
+    for url, summary in (
+        (CHAT, "Answer a conversation"),
+        (COMPLETIONS, "Continue a text"),
+        (RESPONSES, "Answer a conversation, in the form of OpenAI's Responses"),
+        (MESSAGES, "Answer a conversation, in the form of Anthropic's Messages"),
+    ):
         app.add_api_route(url, post(url), methods=["POST"], summary=summary)
+
+    @app.get(f"{RESPONSES}/{{response_id}}", summary="A response, or the rest of its stream")
+    async def retrieve(response_id: str, request: Request) -> Any:
+        return Passed(await generation.retrieve(response_id, request))
 
     @app.get("/v1/streams/{call_id}", summary="Continue a stream that was cut off")
     async def resume(call_id: str, request: Request) -> Any:
@@ -228,6 +260,14 @@ def _add_tokens(app: FastAPI, link: Link) -> None:
         body = json_object(await read_body(request))
         served = await link.wait_started()
         return await link.bounded(tokenized, body, served)
+
+    @app.post(COUNT_TOKENS, summary="The number of tokens of a prompt of Messages")
+    async def count_tokens(request: Request) -> dict[str, int]:
+        body = json_object(await read_body(request)) | {"max_tokens": 1}
+        served = await link.wait_started()
+        parse = dialect_of(MESSAGES).parse
+        call = await link.bounded(parse, MESSAGES, body, served, "count")
+        return {"input_tokens": len(call.prompts[0])}
 
     @app.post("/detokenize", summary="Text of token ids")
     async def detokenize(request: Request) -> dict[str, str]:

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from mellmpi.frontend.dialects import dialect_of
 from mellmpi.frontend.fields import BadRequest
 from mellmpi.frontend.http.bounded import Threads
 from mellmpi.frontend.http.calls import LiveCall, Pacer
-from mellmpi.frontend.openai import Call, parse
+from mellmpi.frontend.openai import Call
 from mellmpi.frontend.served import ServedModel, ServedModels
 from mellmpi.frontend.strict_json import json_object
 from mellmpi.frontend.tokenizer import Tokenizer
@@ -214,7 +215,7 @@ class Link(asyncio.Protocol):
             ) from error
 
     def _parsed(self, served: ServedModels, url: str, body: bytes, call_id: str) -> Call:
-        return parse(url, json_object(body), served, call_id)
+        return dialect_of(url).parse(url, json_object(body), served, call_id)
 
     def _add(self, opened: OpenCall, call: Call) -> LiveCall:
         live = LiveCall(opened, call, self._tokenizers[call.model], self.send)

@@ -7,7 +7,7 @@ from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
-from mellmpi.frontend.dialects import COMMENT, OpenAIDialect, event
+from mellmpi.frontend.dialects import COMMENT, Dialect
 from mellmpi.frontend.fields import BadRequest
 from mellmpi.frontend.http.calls import LiveCall
 
@@ -23,18 +23,20 @@ class CallResponse:
     def __init__(
         self,
         call: LiveCall,
-        dialect: OpenAIDialect,
+        dialect: Dialect,
         progress: Progress,
         leave: Callable[[LiveCall], None],
         positions: tuple[int, ...] | None = None,
+        stream: bool = True,
     ):
         """
-        positions  tokens of each choice that the client has already; None: a first response
+        positions  where in each choice the client continues; None: a first response
+        stream     False: one body
         leave      called when no client is left and the call has not ended
         """
         self._call, self._dialect = call, dialect
         self._progress, self._leave, self._positions = progress, leave, positions
-        self._news = asyncio.Event()
+        self._news, self._as_stream = asyncio.Event(), stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         call = self._call
@@ -55,17 +57,17 @@ class CallResponse:
                 self._leave(call)
 
     async def _answer(self, send: Send) -> None:
-        if not self._call.opened.stream and self._positions is None:
+        if not self._as_stream:
             while not self._call.done:
                 await self._next_news()
             error = self._call.error
-            await (_send_error(send, error) if error else self._send_body(send))
+            await (self._send_error(send, error) if error else self._send_body(send))
             return
         if not self._call.has_news:
             await self._next_news(FIRST_NEWS_S)
         error, begun = self._call.error, any(output.tokens for output in self._call.outputs)
         if error is not None and self._positions is None and not begun:
-            await _send_error(send, error)
+            await self._send_error(send, error)
         else:
             await self._stream(send)
 
@@ -77,6 +79,10 @@ class CallResponse:
             return False
         self._news.clear()
         return True
+
+    async def _send_error(self, send: Send, error: BadRequest) -> None:
+        body = json.dumps(self._dialect.error_body(error))
+        await send_json(send, error.status, body, error.headers)
 
     async def _send_body(self, send: Send) -> None:
         body = json.dumps(self._dialect.body(self._call.outputs), ensure_ascii=False)
@@ -92,7 +98,7 @@ class CallResponse:
             if events := dialect.new(cursors, call.outputs):
                 await self._write(send, events)
             if call.error is not None:
-                await self._write(send, event({"error": call.error.error}) + dialect.end([]))
+                await self._write(send, dialect.error(cursors, call.error))
                 break
             if call.done and all(cursor.ended for cursor in cursors):
                 await self._write(send, dialect.end(call.outputs))
@@ -119,10 +125,6 @@ class CallResponse:
 async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-async def _send_error(send: Send, error: BadRequest) -> None:
-    await send_json(send, error.status, json.dumps({"error": error.error}), error.headers)
 
 
 async def send_json(
