@@ -6,6 +6,7 @@ import pytest
 from mellmpi.frontend import Tokenizer
 from mellmpi.models.random_model import write_byte_tokenizer
 from tests.api_server.serving_cell import ServingCell
+from tests.frontend.models_with_tools import MODELS, write_model
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +31,31 @@ def cell(byte_directory):
 def http(cell):
     with httpx.Client(base_url=cell.url, timeout=30, trust_env=False) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def model_directories(tmp_path_factory):
+    """A directory for each kind of model that calls tools, by name."""
+    directories = {}
+    for name, model in MODELS.items():
+        directories[name] = tmp_path_factory.mktemp("model")
+        write_model(model, directories[name])
+    return directories
+
+
+@pytest.fixture(scope="session")
+def tool_cell(byte_directory, model_directories):
+    with ServingCell(byte_directory, token_s=0.0005, other_models=model_directories) as cell:
+        yield cell
+
+
+@pytest.fixture
+def script(tool_cell, model_directories):
+    """Make a model answer with a text; returns the seed that asks for it."""
+
+    def add(model, text):
+        seed = len(tool_cell.scripts) + 1_000_000
+        tool_cell.scripts[seed] = Tokenizer.load(model_directories[model]).encode(text)
+        return seed
+
+    return add

@@ -1,6 +1,7 @@
 """A server without workers: a real API server process, rank 0's front, and a fake model.
 
-The model answers token by token, with printable bytes that depend on prompt and position alone.
+The model answers token by token, with printable bytes that depend on prompt and position alone, or
+with the tokens of a script.
 """
 
 import select
@@ -27,6 +28,7 @@ from mellmpi.runtime.serving.settings import LIMITS, Settings
 
 FIRST_PRINTABLE, NUM_PRINTABLE = 35, 91  # token ids of the byte tokenizer with readable text
 ANY_PORT = HttpConfig(port=0)
+END = 2  # the token that ends an answer
 REFUSED = 666  # a prompt of this many tokens is refused by the scheduler
 
 
@@ -48,16 +50,23 @@ class ServingCell:
         config=ANY_PORT,
         limits=LIMITS,
         template="",
+        other_models=None,
     ):
+        """`other_models`: directory of each further model, by name."""
         self.token_s, self.tokens_a_step = token_s, tokens_a_step
         settings = Settings(config, limits)
         listener = listen(config)
         self.url = url_of(listener, config)
         self.front = HttpFront(listener, [ApiServer(listener, 0, settings.message)], settings)
         self.front.questions = {"load": lambda: '{"server_load": 0}', "progress": lambda **_: "ok"}
-        self.front.start(StartServer((ModelFiles("tiny", str(directory), str(template)),), 0, 1))
-        limits = (ModelLimits("tiny", max_model_len, 512, (2,)),)
+        models = {"tiny": directory, **(other_models or {})}
+        templates = {"tiny": str(template)}
+        files = [ModelFiles(name, str(path), templates.get(name, "")) for name, path in models.items()]
+        self.front.start(StartServer(tuple(files), 0, 1))
+        limits = tuple(ModelLimits(name, max_model_len, 512, (END,)) for name in models)
         self.front.set_state("ready", "", limits)
+        self.scripts = {}  # seed of a request -> tokens of its answer
+        self.requests = []
         self.open, self.cancelled, self.submitted = {}, [], 0
         self.hold = threading.Event()  # set: the model pauses
         self._stopped = threading.Event()
@@ -94,6 +103,7 @@ class ServingCell:
                 self.front.deliver(Rejected(request.id, "it needs more than there is", 0.0))
             case Submit(request):
                 self.submitted += 1
+                self.requests.append(request)
                 self.open[request.id] = (request, [])
             case Cancel(request_id, reason):
                 self.open.pop(request_id, None)
@@ -101,13 +111,19 @@ class ServingCell:
             case _:
                 self.front.deliver(OperatorAnswer(event, ""))
 
+    def _token(self, request, index):
+        script = self.scripts.get(request.sampling.seed)
+        if script is None:
+            return token_at(request, index)
+        return script[index] if index < len(script) else END
+
     def _step(self):
         for request_id, (request, outputs) in list(self.open.items()):
             first = len(outputs)
             while (reason := finish_reason(request, outputs)) is None:
                 if len(outputs) - first == self.tokens_a_step:
                     break
-                outputs.append(token_at(request, len(outputs)))
+                outputs.append(self._token(request, len(outputs)))
             new = tuple(outputs[first:])
             logprobs = ()
             if request.sampling.num_logprobs is not None:

@@ -8,6 +8,7 @@ from typing import Any
 from mellmpi.frontend.answers import tool_call_id, usage
 from mellmpi.frontend.dialects.blocks import Block, BlockDialect, BlockWriter, Events
 from mellmpi.frontend.dialects.messages_body import chat_body
+from mellmpi.frontend.dialects.translation import renamed
 from mellmpi.frontend.fields import BadRequest
 from mellmpi.frontend.items import PLAIN, Reasoning, Text
 from mellmpi.frontend.openai import CHAT, Call, parse
@@ -27,6 +28,7 @@ ERRORS = {
     500: "api_error",
     503: "overloaded_error",
 }
+RENAMED = {"response_format": "output_config.format", "stop": "stop_sequences"}  # of a chat
 Json = dict[str, Any]
 
 
@@ -39,7 +41,10 @@ class MessagesDialect(BlockDialect):
     @staticmethod
     def parse(url: str, body: Json, served: ServedModels, identity: str) -> Call:
         """Check a body. Raises BadRequest."""
-        call = parse(CHAT, chat_body(body, served), served, identity)
+        try:
+            call = parse(CHAT, chat_body(body, served), served, identity)
+        except BadRequest as error:
+            raise renamed(error, RENAMED) from error
         return replace(call, url=url, markup=call.markup or PLAIN)
 
     @staticmethod

@@ -19,8 +19,11 @@ from mellmpi.frontend.tokenizer import Tokenizer
 from mellmpi.protocol import OpenCall
 
 RESPONSES = "/v1/responses"
-RENAMED = {"max_completion_tokens": "max_output_tokens", "response_format": "text.format"}
-RENAMED |= {"messages": "input"}
+RENAMED = {  # fields of a chat
+    "max_completion_tokens": "max_output_tokens",
+    "messages": "input",
+    "response_format": "text.format",
+}
 ECHOED: dict[str, Any] = {  # fields of the body in the answer, with their defaults
     "instructions": None,
     "max_output_tokens": None,

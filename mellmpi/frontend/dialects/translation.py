@@ -1,5 +1,6 @@
 """Checks of parts of bodies that are translated into the body of a chat."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -61,9 +62,9 @@ def unsupported_part(part: Json, where: str) -> BadRequest:
 
 
 def renamed(error: BadRequest, names: Mapping[str, str]) -> BadRequest:
-    """Return an error about a field of a chat in the words of the body that was translated."""
-    name = names.get(error.param or "")
-    if name is None or error.param is None:
-        return error
-    message = error.message.replace(error.param, name)
-    return BadRequest(message, name, error.code, error.status, error.headers)
+    """Return an error about fields of a chat in the words of the body that was translated."""
+    message, param = error.message, error.param
+    for name, ours in names.items():
+        message = re.sub(rf"\b{name}\b", ours, message)
+        param = ours if param == name else param
+    return BadRequest(message, param, error.code, error.status, error.headers)
