@@ -271,7 +271,7 @@ def _url_and_body(entry: Json) -> tuple[str, Json]:
 def prompt_text(body: Json) -> str:
     """Return the last message, or the prompt, to display."""
     messages = body.get("messages")
-    prompt = messages[-1]["content"] if messages else body["prompt"]
+    prompt = messages[-1].get("content") if messages else body["prompt"]
     first = prompt[0] if isinstance(prompt, list) and prompt else prompt
     text = first.get("text") if isinstance(first, dict) else first
     return text if isinstance(text, str) else "(token ids)"
