@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from mellmpi.frontend.fields import BadRequest, Fields
+from mellmpi.frontend.strict_json import json_object
 from mellmpi.frontend.token_choice import clean
 from mellmpi.frontend.tokenizer import Message
 from mellmpi.frontend.tool_formats import tool_format
@@ -88,10 +89,9 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
 def _object_or_text(arguments: str) -> Any:
     """Templates write objects as JSON. What a model has broken off stays as it is."""
     try:
-        value = json.loads(arguments or "{}")
-    except (ValueError, RecursionError):
+        return json_object(arguments.encode() or b"{}")
+    except BadRequest:
         return arguments
-    return value if isinstance(value, dict) else arguments
 
 
 # --- for templates that know no tools ------------------------------------------------------------

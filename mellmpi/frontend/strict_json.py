@@ -5,11 +5,13 @@ from typing import Any, NoReturn
 
 from mellmpi.frontend.fields import BadRequest
 
+MAX_DEPTH = 100  # of nesting; far below what Python's own functions can write again
+
 
 def json_object(data: bytes) -> dict[str, Any]:
     """Return the JSON object (RFC 8259) of a body. Raises BadRequest.
 
-    Refused: text that is not UTF-8, nesting beyond Python's limit, names that occur twice, NaN,
+    Refused: text that is not UTF-8, nesting beyond MAX_DEPTH, names that occur twice, NaN,
     Infinity and numbers beyond the range of a double.
     """
     try:
@@ -27,7 +29,19 @@ def json_object(data: bytes) -> dict[str, Any]:
         raise BadRequest(f"not valid JSON ({error})", code="invalid_json") from error
     if not isinstance(value, dict):
         raise BadRequest("the body must be a JSON object", code="invalid_json")
+    if _too_deep(value):
+        raise BadRequest("the JSON is nested too deeply", code="invalid_json")
     return value
+
+
+def _too_deep(value: dict[str, Any]) -> bool:
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        inner = [part.values() if isinstance(part, dict) else part for part in level]
+        level = [part for parts in inner for part in parts if isinstance(part, dict | list)]
+        if not level:
+            return False
+    return True
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

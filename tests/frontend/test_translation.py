@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from mellmpi.frontend import ServedModel, ServedModels, Tokenizer
 from mellmpi.frontend.dialects import CHAT, MESSAGES, RESPONSES, dialect_of
 from mellmpi.frontend.fields import BadRequest
+from mellmpi.frontend.strict_json import json_object
 from tests.frontend.models_with_tools import MODELS, write_model
 
 SCHEMA = {"type": "object", "properties": {"x": {"type": "string"}}}
@@ -143,3 +144,17 @@ def test_changed_bodies_are_accepted_or_refused(served, url, name, data):
     except BadRequest as error:
         assert 400 <= error.status < 500
         json.dumps(dialect.error_body(error)).encode()
+
+
+@pytest.mark.parametrize("depth", [20, 95, 101, 900, 990, 5000])
+@pytest.mark.parametrize("url", VALID)
+def test_deep_schemas_and_arguments_are_refused_or_fit(served, url, depth):
+    """From the bytes of the body on; what is accepted can be written again."""
+    deep = '{"a":' * depth + "1" + "}" * depth
+    body = json.dumps({**VALID[url], "tool_choice": None, "model": "plain"})
+    body = body.replace(json.dumps(SCHEMA), deep).replace('"{}"', json.dumps(deep))
+    dialect = dialect_of(url)
+    try:
+        dialect.parse(url, json_object(body.encode()), served, "me")
+    except BadRequest as error:
+        assert depth > 90 or "not supported" in error.message or "schema" in error.message
