@@ -53,10 +53,15 @@ def _content(schema: Schema, lines: list[str]) -> str:
 
 
 def _json_rule(schema: Schema, field: str) -> str:
+    guidance = {"whitespace_pattern": WHITESPACE}
+    return json.dumps({**_checked(schema, field), "x-guidance": guidance})
+
+
+def _checked(schema: Schema, field: str) -> Schema:
     schema = dict(schema)
     check_schema(schema, field)
-    schema.pop("$schema", None)
-    return json.dumps({**schema, "x-guidance": {"whitespace_pattern": WHITESPACE}})
+    schema.pop("$schema", None)  # read as draft 2020-12
+    return schema
 
 
 def _tools_grammar(
@@ -71,6 +76,9 @@ def _tools_grammar(
     if not tools.required and not strict and schema is None:
         return ""
     form = tool_format(tokenizer.template)
+    if form.bare and schema is not None and not tools.required:
+        lines = [f"content: %json {json.dumps(_call_or_content(form, tools, schema))}"]
+        return _grammar(tokenizer, markup, "content", lines, True)
     lines = []
     for index, function in enumerate(tools.functions):
         opening = f'{{"name": {json.dumps(function.name)}, "{form.arguments}": '
@@ -78,11 +86,53 @@ def _tools_grammar(
         lines.append(f"arguments_{index}: %json {_arguments(function, tools.required, index)}")
     lines.append("call: " + " | ".join(f"call_{i}" for i in range(len(tools.functions))))
     marks = _Marks(tokenizer, lines)
-    closed = tools.required or schema is not None  # no text is allowed
+    closed = tools.required or schema is not None  # no other text is allowed
     answer = _calls(form, tools, marks) if closed else _any(form, tools, marks)
     if schema is not None and not tools.required:
         answer = f"{answer} | {_content(schema, lines)}"
     return _grammar(tokenizer, markup, answer, lines, closed)
+
+
+def _call_or_content(form: ToolFormat, tools: Tools, schema: Schema) -> Schema:
+    """Return a schema of one bare call, or of a text with a schema: both begin alike."""
+    named = {"content": _checked(schema, "response_format")}
+    calls = []
+    for index, function in enumerate(tools.functions):
+        arguments = f"arguments_{index}"
+        named[arguments] = json.loads(_arguments(function, False, index))
+        properties = {
+            "name": {"const": function.name},
+            form.arguments: {"$ref": f"#/$defs/{arguments}"},
+        }
+        calls.append(
+            {
+                "type": "object",
+                "properties": properties,
+                "required": [*properties],
+                "additionalProperties": False,
+            }
+        )
+    moved = {name: _moved(part, f"#/$defs/{name}") for name, part in named.items()}
+    return {
+        "anyOf": [*calls, {"$ref": "#/$defs/content"}],
+        "$defs": moved,
+        "x-guidance": {"whitespace_pattern": WHITESPACE},
+    }
+
+
+def _moved(schema: Any, root: str) -> Any:
+    """Return a schema whose references still hold when it is found at `root`."""
+    if isinstance(schema, list):
+        return [_moved(part, root) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        name: root + part[1:]
+        if name == "$ref" and isinstance(part, str) and part.startswith("#")
+        else _moved(part, root)
+        for name, part in schema.items()
+        if name != "x-guidance"
+    }
 
 
 def _grammar(
