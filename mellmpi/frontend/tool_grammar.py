@@ -199,8 +199,7 @@ def _any(form: ToolFormat, tools: Tools, marks: _Marks) -> str:
     if form.bare:
         marks.lines.append(r"TEXT: /[^{\[\s](?s:.*)/")
         return f"(TEXT | {_calls(form, tools, marks)})?"
-    unmarked = "" if marks.is_token(form.before) else f" & ~/(?s:.*){_escaped(form.before)}(?s:.*)/"
-    marks.lines.append(f"TEXT: /(?s:.+)/{unmarked}")
+    marks.lines.append("TEXT: /(?s:.+)/")
     begin = marks.after_text("begin", form.before)
     if form.listed:
         return f"({begin} {_list(form, tools)})? TEXT?"

@@ -61,7 +61,9 @@ class ServingCell:
         self.front.questions = {"load": lambda: '{"server_load": 0}', "progress": lambda **_: "ok"}
         models = {"tiny": directory, **(other_models or {})}
         templates = {"tiny": str(template)}
-        files = [ModelFiles(name, str(path), templates.get(name, "")) for name, path in models.items()]
+        files = [
+            ModelFiles(name, str(path), templates.get(name, "")) for name, path in models.items()
+        ]
         self.front.start(StartServer(tuple(files), 0, 1))
         limits = tuple(ModelLimits(name, max_model_len, 512, (END,)) for name in models)
         self.front.set_state("ready", "", limits)

@@ -36,7 +36,7 @@ def raw(tool_cell):
 
 def answer_of(name):
     text = MODELS[name].call("weather", CALL)
-    return f"I think\n</think>\n\n{text}" if name == "thinking" else text
+    return f"I think\n</think>\n\n{text}" if name.startswith("thinking") else text
 
 
 # --- chat ----------------------------------------------------------------------------------------
@@ -54,7 +54,9 @@ def test_a_chat_calls_a_tool_and_takes_its_result(
 
     said = answer.message.model_dump(exclude_none=True)
     result = {"role": "tool", "tool_call_id": call.id, "content": "rain today"}
-    given["seed"] = script(name, "so</think>Take a coat" if name == "thinking" else "Take a coat")
+    given["seed"] = script(
+        name, "so</think>Take a coat" if name.startswith("thinking") else "Take a coat"
+    )
     final = client.chat.completions.create(messages=[*ASK, said, result], **given).choices[0]
     assert final.message.content == "Take a coat" and final.finish_reason == "stop"
     tokens = list(tool_cell.requests[-1].prompt)
@@ -217,6 +219,7 @@ def test_a_response_that_is_cut_off_is_incomplete(client, script):
     )
     assert answer.status == "incomplete" and answer.output_text == "one"
     assert answer.incomplete_details.reason == "max_output_tokens"
+    assert answer.output[0].status == "incomplete"
 
 
 def test_a_response_with_a_schema_has_a_grammar(client, tool_cell, script):

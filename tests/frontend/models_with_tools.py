@@ -66,6 +66,7 @@ MODELS = {
         ("<tool_call>\n", "\n</tool_call>"),
         between="\n",
     ),
+    "thinking as text": Model(THINKING, (), ("<tool_call>\n", "\n</tool_call>"), between="\n"),
     "llama": Model(LLAMA_3, ("<|python_tag|>",), ("", ""), "parameters", between="; "),
     "mistral": Model(MISTRAL, ("[TOOL_CALLS]",), ("[TOOL_CALLS][", "]")),
     "plain": Model(None, (), ("", ""), between="\n"),

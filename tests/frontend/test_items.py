@@ -63,6 +63,7 @@ def called(name, arguments="{}", complete=True):
             '[TOOL_CALLS] [{"name": "f", "arguments": {}}, {"name": "h", "arguments": {}}]',
             [*called("f"), *called("h")],
         ),
+        (MISTRAL, '[TOOL_CALLS][{"name": "f"}] more', [*called("f"), Text("more")]),
         (
             BARE,
             '[{"name": "f", "arguments": {"x": "\\u00e9"}}]',
@@ -113,6 +114,7 @@ def test_what_cannot_be_read_is_text(markup, text):
         ('{"a": "\\x"}}', '{"a": "\\', 'x"}}'),
         ('{"a": 01}}', '{"a": 01', "}}"),
         ('{"a": 1]}', '{"a": 1', "]}"),
+        ('{}, "arguments": {}}', "{}", "{}}"),
     ],
 )
 def test_arguments_that_break_off_end_the_call(arguments, kept, rest):

@@ -8,12 +8,12 @@ import contextlib
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mellmpi.frontend import ServedModel, ServedModels, Tokenizer
 from mellmpi.frontend.dialects import CHAT, COMPLETIONS, MESSAGES, NEW, RESPONSES, dialect_of
-from mellmpi.frontend.outputs import Output
+from mellmpi.frontend.outputs import outputs_of
 from mellmpi.protocol import Emit, OpenCall
 from tests.frontend.models_with_tools import MODELS, write_model
 
@@ -59,18 +59,15 @@ class Server:
 
     def __init__(self, served, opened, call):
         self.tokenizer = served.tokenizers[call.model]
-        prompt = call.prompts[0]
-        self.outputs = [
-            Output(self.tokenizer, sampling, call.stops, prompt, call.markup)
-            for sampling in call.samplings
-        ]
+        self.outputs = outputs_of(call, self.tokenizer)
         self.dialect = dialect_of(opened.url)(call, self.tokenizer, opened)
 
     def take(self, tokens, until, reason):
         """Take tokens up to a count, as far as they are new."""
         output = self.outputs[0]
         new = tuple(tokens[len(output.tokens) : until])
-        output.take(Emit(1, len(output.tokens), new, (), reason if until == len(tokens) else None))
+        ended = reason if until == len(tokens) else None
+        output.take(Emit(1, len(output.tokens), new, (), ended, ()))
 
 
 def events_of(data):
@@ -119,7 +116,20 @@ def body_of(history):
     return {"model": history["model"], "stream": True, **BODIES[url], **stops, **parallel}
 
 
+ORDINARY = {
+    "url": CHAT,
+    "model": "hermes",
+    "stops": [],
+    "parallel": True,
+    "reason": "stop",
+    "cut": 0,
+}
+TWO_CALLS = "\n".join([MODELS["hermes"].call("f", {"x": "y"})] * 2)
+
+
 @settings(max_examples=400, deadline=None)
+@example({**ORDINARY, "text": "text with an end that is held ", "steps": [(31, "again")]})
+@example({**ORDINARY, "text": TWO_CALLS, "steps": [(100, "again"), (10, "again"), (4, "again")]})
 @given(history=histories())
 def test_a_stream_has_the_content_of_the_body(served, history):
     url, body = history["url"], body_of(history)
@@ -169,7 +179,8 @@ def check_chat(body, chunks):
                 if call["index"] == len(calls):
                     calls.append({name: call[name] for name in ("id", "type", "function")})
                 else:
-                    calls[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
+                    assert call["index"] == len(calls) - 1
+                    calls[-1]["function"]["arguments"] += call["function"]["arguments"]
     (choice,) = body["choices"]
     found = {name: value for name, value in choice["message"].items() if name != "refusal"}
     assert message == found | {"content": found["content"] or ""}
@@ -243,7 +254,7 @@ def test_two_calls_beside_a_text_are_found_in_every_format(served, url, name):
     text = model.between.join([model.call("f", {"x": "é"}), model.call("g", {})])
     if name == "mistral":
         text = text.replace("][TOOL_CALLS][", ", ")
-    if name == "thinking":
+    if name.startswith("thinking"):
         text = f"hm\n</think>\n\n{text}"
     body = {**BODIES[url], "model": name}
     opened = OpenCall("c0ffee", "", url, json.dumps(body).encode(), 1700, False, (1,))
@@ -257,7 +268,7 @@ def test_two_calls_beside_a_text_are_found_in_every_format(served, url, name):
         calls = [(c["function"]["name"], c["function"]["arguments"]) for c in message["tool_calls"]]
         assert answer["choices"][0]["finish_reason"] == "tool_calls"
         assert message["content"] is None
-        assert message.get("reasoning_content") == ("hm" if name == "thinking" else None)
+        assert message.get("reasoning_content") == ("hm" if name.startswith("thinking") else None)
     elif url == RESPONSES:
         calls = [
             (item["name"], item["arguments"])

@@ -80,7 +80,7 @@ NAMES = sorted(MODELS)
 
 @pytest.mark.parametrize("name", NAMES)
 def test_required_calls_are_all_there_is(accepts, name):
-    model, before = MODELS[name], "hm</think>\n\n" if name == "thinking" else ""
+    model, before = MODELS[name], "hm</think>\n\n" if name.startswith("thinking") else ""
     for choice, functions in (("required", (F, G)), ({"type": "function", "function": F}, (F, G))):
         given = {"functions": functions, "tool_choice": choice}
         if isinstance(choice, dict):
@@ -97,7 +97,7 @@ def test_required_calls_are_all_there_is(accepts, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_strict_functions_are_called_right_or_not_at_all(accepts, name):
-    model, before = MODELS[name], "hm</think>\n" if name == "thinking" else ""
+    model, before = MODELS[name], "hm</think>\n" if name.startswith("thinking") else ""
     given = {"functions": ({**F, "strict": True}, {**G, "parameters": {"type": "object"}})}
     for text in ("", "hi", "hi {}", "日本"):
         assert accepts(name, before + text, **given)
@@ -113,7 +113,7 @@ def test_strict_functions_are_called_right_or_not_at_all(accepts, name):
 def test_a_response_format_is_for_answers_without_calls(accepts, name):
     schema = {"type": "object", "properties": {"b": {"type": "null"}}, "required": ["b"]}
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
-    before = "hm</think>\n" if name == "thinking" else ""
+    before = "hm</think>\n" if name.startswith("thinking") else ""
     strict = {"functions": ({**F, "strict": True}, G), "response_format": form}
     model = MODELS[name]
     assert accepts(name, before + model.call("f", WRONG), response_format=form)
@@ -129,11 +129,12 @@ def test_other_functions_need_no_grammar(accepts, name):
     assert accepts(name, "") is None
 
 
-def test_optional_reasoning_comes_before_calls(accepts):
+@pytest.mark.parametrize("name", ["thinking", "thinking as text"])
+def test_optional_reasoning_comes_before_calls(accepts, name):
     given = {"chat_template_kwargs": {"enable_thinking": False}}
-    call = MODELS["thinking"].call("f", GOOD)
+    call = MODELS[name].call("f", GOOD)
     for strict in (False, True):
         given["functions"] = ({**F, "strict": strict},)
         choice = "auto" if strict else "required"
         for before in ("", "<think>hm</think>\n"):
-            assert accepts("thinking", before + call, tool_choice=choice, **given)
+            assert accepts(name, before + call, tool_choice=choice, **given)

@@ -120,6 +120,9 @@ def test_valid_bodies_are_accepted(served, url, name):
     text = served.tokenizers[name].decode(list(call.prompts[0]))
     for part in ("be kind", "hi", '"f"', "x"):
         assert part in text
+    assert "developer" not in text, "the templates know no such role"
+    if name == "plain":
+        assert '{"name": "f", "result": "x"}' in text
     assert call.markup.calls and "arguments_0" in call.samplings[0].grammar
 
 

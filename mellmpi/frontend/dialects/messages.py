@@ -80,18 +80,25 @@ class MessageWriter(BlockWriter):
             "content": [],
             "stop_reason": None,
             "stop_sequence": None,
+            "stop_details": None,
+            "container": None,
             "usage": {
                 "input_tokens": usage(self.call, ())["prompt_tokens"],
+                "cache_creation": None,
                 "cache_creation_input_tokens": 0,
                 "cache_read_input_tokens": 0,
+                "inference_geo": None,
                 "output_tokens": output_tokens,
+                "output_tokens_details": None,
+                "server_tool_use": None,
+                "service_tier": "standard",
             },
         }
 
     def content(self, block: Block) -> Json:
         """Return a finished content block. Arguments that are no JSON object are left out."""
         if block.kind is Text:
-            return {"type": "text", "text": block.text}
+            return {"type": "text", "text": block.text, "citations": None}
         if block.kind is Reasoning:
             return {"type": "thinking", "thinking": block.text, "signature": ""}
         value = json.loads(block.text) if block.complete else {}
@@ -100,7 +107,8 @@ class MessageWriter(BlockWriter):
     def _tool_use(self, block: Block) -> Json:
         short = self.call.markup is not None and self.call.markup.short_ids
         call_id = tool_call_id(self.opened.call_id, block.number, "toolu_", short)
-        return {"type": "tool_use", "id": call_id, "name": block.name, "input": {}}
+        use = {"type": "tool_use", "id": call_id, "name": block.name, "input": {}}
+        return use | {"caller": {"type": "direct"}}
 
     def begun(self) -> Events:
         """Yield the first events of a stream."""
@@ -110,7 +118,7 @@ class MessageWriter(BlockWriter):
     def block_begun(self, block: Block) -> Events:
         """Yield the event at the beginning of a block."""
         if block.kind is Text:
-            content: Json = {"type": "text", "text": ""}
+            content: Json = {"type": "text", "text": "", "citations": None}
         elif block.kind is Reasoning:
             content = {"type": "thinking", "thinking": "", "signature": ""}
         else:

@@ -25,10 +25,14 @@ RENAMED = {  # fields of a chat
     "response_format": "text.format",
 }
 ECHOED: dict[str, Any] = {  # fields of the body in the answer, with their defaults
+    "frequency_penalty": 0.0,
     "instructions": None,
     "max_output_tokens": None,
     "metadata": {},
     "parallel_tool_calls": True,
+    "presence_penalty": 0.0,
+    "prompt_cache_key": None,
+    "safety_identifier": None,
     "store": True,
     "temperature": 1.0,
     "text": {"format": {"type": "text"}},
@@ -37,6 +41,7 @@ ECHOED: dict[str, Any] = {  # fields of the body in the answer, with their defau
     "top_p": 1.0,
     "user": None,
 }
+TOOL = {"type": "function", "description": None, "parameters": None, "strict": False}
 Json = dict[str, Any]
 
 
@@ -82,6 +87,7 @@ class ResponseWriter(BlockWriter):
         """Return the response; its answer is there once it is finished."""
         given = {name: self._body.get(name) for name in ECHOED}
         echoed = {k: ECHOED[k] if value is None else value for k, value in given.items()}
+        echoed["tools"] = [TOOL | tool for tool in echoed["tools"]]
         status, details, counts, failure = "in_progress", None, None, None
         if error is not None:
             status, failure = "failed", {"code": "server_error", "message": error.message}
@@ -94,15 +100,18 @@ class ResponseWriter(BlockWriter):
             "id": f"resp_{self.opened.call_id}",
             "object": "response",
             "created_at": self.opened.created,
+            "completed_at": None,  # the answer has no clock
             "status": status,
             "background": False,
             "error": failure,
             "incomplete_details": details,
+            "max_tool_calls": None,
             "model": self.call.model,
             "output": [self._item(block) for block in self.blocks] if status != "failed" else [],
             "previous_response_id": None,
             "reasoning": {"effort": None, "summary": None},
             "service_tier": "default",
+            "top_logprobs": 0,
             "truncation": "disabled",
             "usage": counts,
             **echoed,
