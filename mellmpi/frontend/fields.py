@@ -36,6 +36,8 @@ SHARED = (
     "guided_choice",
     "guided_grammar",
     "structured_outputs",
+    "priority",
+    "deadline_s",
 )
 CHAT_ONLY = (
     "messages",
@@ -77,7 +79,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "logits_processors": ([],),
     "modalities": (["text"],),
     "prediction": (),
-    "priority": (0,),
     "reasoning_effort": (),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),

@@ -34,6 +34,7 @@ COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 MAX_ANSWERS = 2048  # per call: prompts times n
 RESERVED = {"messages", "tools", "documents", "self"}  # template variables that users cannot set
 MAX_CHOICES = 128
+LIMIT = 2**31  # of a priority
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,8 @@ class Call:
     return_token_ids: bool
     about_prompts: PromptOptions
     markup: Markup | None  # of the items of each answer; None: its text is all there is
+    priority: int  # the lowest goes first
+    deadline_s: float | None  # seconds from now in which the answer is complete, or given up
 
     @property
     def n(self) -> int:
@@ -58,7 +61,15 @@ class Call:
     def requests(self, ids: Iterator[int]) -> list[Request]:
         """Return one request per choice, in the order of the choices."""
         return [
-            Request(next(ids), self.model, self.prompts[index // self.n], sampling, None, 0, None)
+            Request(
+                next(ids),
+                self.model,
+                self.prompts[index // self.n],
+                sampling,
+                None,
+                self.priority,
+                self.deadline_s,
+            )
             for index, sampling in enumerate(self.samplings)
         ]
 
@@ -96,7 +107,14 @@ def parse(url: str, body: dict[str, Any], served: ServedModels, identity: str) -
         return_token_ids=fields.boolean("return_token_ids"),
         about_prompts=prompt_options(fields),
         markup=markup,
+        priority=fields.integer("priority", 0, low=-LIMIT, high=LIMIT),
+        deadline_s=_deadline_s(fields),
     )
+
+
+def _deadline_s(fields: Fields) -> float | None:
+    seconds = fields.number("deadline_s", 0.0, low=0.0)
+    return seconds or None
 
 
 # --- prompts -------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from mellmpi.runtime.serving.settings import LIMITS, Settings
 FIRST_PRINTABLE, NUM_PRINTABLE = 35, 91  # token ids of the byte tokenizer with readable text
 ANY_PORT = HttpConfig(port=0)
 END = 2  # the token that ends an answer
+BUSY = 999  # a request of this priority is refused for now
 REFUSED = 666  # a prompt of this many tokens is refused by the scheduler
 
 
@@ -103,6 +104,8 @@ class ServingCell:
         match event:
             case Submit(request) if len(request.prompt) == REFUSED:
                 self.front.deliver(Rejected(request.id, "it needs more than there is", 0.0))
+            case Submit(request) if request.priority == BUSY:
+                self.front.deliver(Rejected(request.id, "its first token would come late", 2.4))
             case Submit(request):
                 self.submitted += 1
                 self.requests.append(request)
@@ -142,5 +145,5 @@ def expected_text(tokenizer, prompt, num_tokens, **sampling):
     """The text of the answer that the model gives to a completion."""
     from mellmpi.protocol import GREEDY, Request
 
-    request = Request(0, "tiny", tuple(prompt), replace(GREEDY, **sampling), None)
+    request = Request(0, "tiny", tuple(prompt), replace(GREEDY, **sampling), None, 0, None)
     return tokenizer.decode([token_at(request, index) for index in range(num_tokens)])

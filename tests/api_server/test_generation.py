@@ -6,7 +6,7 @@ import re
 import openai
 import pytest
 
-from tests.api_server.serving_cell import REFUSED, expected_text
+from tests.api_server.serving_cell import BUSY, REFUSED, expected_text
 
 PROMPT = list(range(40, 50))
 
@@ -167,6 +167,14 @@ def test_a_refusal_of_the_scheduler_is_an_error_with_a_status(http, stream):
     response = http.post("/v1/completions", json=body)
     assert response.status_code == 503
     assert "it needs more" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_overloaded_server_says_when_to_come_again(http, stream):
+    body = {"prompt": "a", "priority": BUSY, "stream": stream}
+    response = http.post("/v1/completions", json=body)
+    assert response.status_code == 429 and response.headers["retry-after"] == "3"
+    assert response.json()["error"]["code"] == "overloaded"
 
 
 def test_state_routes(http):

@@ -1,6 +1,7 @@
 """Calls that are being answered: their outputs, and the responses that wait for news of them."""
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
 
@@ -78,7 +79,10 @@ class LiveCall:
 
 def refusal(rejected: Rejected) -> BadRequest:
     """Return the HTTP error for a request that the scheduler refused."""
-    return BadRequest(rejected.reason, code="rejected", status=503)
+    if not rejected.retry_after_s:
+        return BadRequest(rejected.reason, code="rejected", status=503)
+    headers = (("Retry-After", str(math.ceil(rejected.retry_after_s))),)
+    return BadRequest(rejected.reason, code="overloaded", status=429, headers=headers)
 
 
 class Pacer:
