@@ -80,6 +80,12 @@ def test_a_streamed_call_arrives_in_pieces(client, script):
     assert reasons[-1] == "tool_calls" and set(reasons[:-1]) == {None}
 
 
+def test_a_call_that_is_cut_off_ends_for_its_length(client, script):
+    given = {"model": "hermes", "tools": [TOOL], "seed": script("hermes", answer_of("hermes"))}
+    answer = client.chat.completions.create(messages=ASK, max_tokens=50, **given).choices[0]
+    assert answer.finish_reason == "length" and answer.message.tool_calls
+
+
 def test_reasoning_is_apart_from_the_answer(client, script):
     given = {"model": "thinking", "seed": script("thinking", "Hm <b>\n</think>\n\nFine.")}
     message = client.chat.completions.create(messages=ASK, **given).choices[0].message
@@ -294,6 +300,11 @@ def test_tokens_of_a_message_are_counted(claude, raw, script):
     message = claude.messages.create(**given, max_tokens=5, extra_body=seed)
     assert message.usage.input_tokens == count and message.stop_reason == "end_turn"
     assert claude.messages.count_tokens(**given, tools=[CLAUDE_TOOL]).input_tokens > count
+
+
+def test_errors_name_the_fields_of_their_own_body(raw):
+    body = {"model": "hermes", "input": "x" * 200_000}
+    assert raw.post("/v1/responses", json=body).json()["error"]["param"] == "input"
 
 
 @pytest.mark.parametrize(

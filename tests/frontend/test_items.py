@@ -180,3 +180,9 @@ def test_reasoning_tokens_are_counted():
     for token in ("<think>", "a", "b", "</think>", "c"):
         log.push(token)
     assert log.num_reasoning_tokens == 4
+
+
+def test_arguments_nested_too_deeply_for_other_readers_break_off():
+    deep = '{"a": ' * 150 + "1" + "}" * 150
+    found = items(HERMES, '<tool_call>{"name": "f", "arguments": ' + deep)
+    assert found[2] == CallEnd(False) and isinstance(found[3], Text)
