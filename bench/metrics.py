@@ -45,7 +45,7 @@ def load() -> Iterator[Event]:
 
 
 def submitted(now: float, request_id: int, worker: int) -> Event:
-    request = p.Request(request_id, "m", (1,) * 100, p.GREEDY, None)
+    request = p.Request(request_id, "m", (1,) * 100, p.GREEDY, None, 0, None)
     return now, p.FRONT, p.Submit(request), [(worker, p.Assign(request, request_id, ()))]
 
 

@@ -62,7 +62,7 @@ def request(request_id: int, prompt: list[int], num_out: int) -> Any:
     from mellmpi.protocol import GREEDY, Request
 
     sampling = replace(GREEDY, max_tokens=num_out)
-    return Request(request_id, "m", tuple(prompt), sampling, None)
+    return Request(request_id, "m", tuple(prompt), sampling, None, 0, None)
 
 
 class Server:

@@ -70,7 +70,7 @@ def decode(
         while waiting or scheduler.sequences:
             while waiting and len(scheduler.sequences) < batch:
                 i = waiting.pop()
-                request = Request(i, executor.model_kv.model, submitted[i], sampling, None)
+                request = Request(i, executor.model_kv.model, submitted[i], sampling, None, 0, None)
                 scheduler.handle(SCHEDULER, Assign(request, i + 1, ()))
             seen.clear()
             plan = scheduler.plan()

@@ -45,7 +45,7 @@ def executor(executors, model_class):
 
 
 def scoring(prompts=PROMPTS, sampling=SCORING):
-    return [Request(i, "tiny", prompt, sampling, None) for i, prompt in enumerate(prompts)]
+    return [Request(i, "tiny", prompt, sampling, None, 0, None) for i, prompt in enumerate(prompts)]
 
 
 def assert_right(scored, prompt):

@@ -55,7 +55,9 @@ def test_smollm2_scores_a_prompt_as_transformers_does(dtype, atol, smollm2):
     expected = rows.gather(-1, torch.tensor(prompt[1:])[:, None])[:, 0]
     cache = CacheConfig(kv_cache_memory_bytes=1 << 28)
     executor = build_executor(smollm2, ModelConfig(model="smollm2", dtype=dtype), cache)
-    request = Request(0, "smollm2", tuple(prompt), replace(GREEDY, num_prompt_logprobs=1), None)
+    request = Request(
+        0, "smollm2", tuple(prompt), replace(GREEDY, num_prompt_logprobs=1), None, 0, None
+    )
     scored = Rank0(executor, num_tokens=48).run([request])[0]
     ours = torch.tensor([row[0] for row, _ in scored])
     print(

@@ -52,7 +52,7 @@ OPEN = "application/openmetrics-text; version=1.0.0"
 
 
 def assigned(m, now, worker, request_id=1):
-    order = p.Assign(p.Request(request_id, "m", (1, 2, 3, 4, 5), p.GREEDY, None), 1, ())
+    order = p.Assign(p.Request(request_id, "m", (1, 2, 3, 4, 5), p.GREEDY, None, 0, None), 1, ())
     m.command(now, worker, order)
 
 
@@ -232,9 +232,9 @@ def test_labels_do_not_grow_with_models_that_clients_invent():
     m = Metrics()
     ready(m, 0.0, 1)
     for i in range(100):
-        request = p.Request(i, f"invented {i}", (1,), p.GREEDY, None)
+        request = p.Request(i, f"invented {i}", (1,), p.GREEDY, None, 0, None)
         m.observe(1.0, p.FRONT, p.Submit(request))
-        m.command(1.0, p.FRONT, p.Rejected(i, "no such model"))
+        m.command(1.0, p.FRONT, p.Rejected(i, "no such model", 0.0))
     models = {s.labels["model_name"] for s in parsed(m, 2.0)["mellmpi:request_success"].samples}
     assert models == {"m", ""}
 

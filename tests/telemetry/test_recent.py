@@ -21,7 +21,7 @@ def recent():
 
 
 def emit(r, now, n, request_id=1, finish=None):
-    r.command(now, p.FRONT, p.Emit(request_id, 0, (7,) * n, (), finish))
+    r.command(now, p.FRONT, p.Emit(request_id, 0, (7,) * n, (), finish, ()))
 
 
 def report(r, now, worker, steps, step_s, num_tokens):
@@ -143,7 +143,7 @@ def test_nothing_is_kept_of_a_request_that_ended_during_its_migration(recent):
     submit(recent, 0.0)
     started(recent, 1.0, "transfer", 1, 2)
     emit(recent, 1.1, 1, finish="stop")
-    recent.command(1.2, p.FRONT, p.Rejected(2, "no"))
+    recent.command(1.2, p.FRONT, p.Rejected(2, "no", 0.0))
     assert not recent._migrating and not recent._open
 
 

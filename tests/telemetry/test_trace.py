@@ -12,7 +12,7 @@ from mellmpi.telemetry.trace import ARROWS, FLUSH_AT, STEPS
 from tests.telemetry.observed import observed
 
 GREEDY = p.GREEDY
-REQUEST = p.Request(7, "m", (1, 2, 3), GREEDY, None)
+REQUEST = p.Request(7, "m", (1, 2, 3), GREEDY, None, 0, None)
 
 
 class Written:
@@ -150,7 +150,7 @@ def test_the_requests_of_a_lost_worker_are_in_the_queue():
 
 def test_text_of_clients_stays_text():
     run = Written()
-    odd = p.Request(1, 'm"\n\ud800', (1,), GREEDY, None)
+    odd = p.Request(1, 'm"\n\ud800', (1,), GREEDY, None, 0, None)
     run.trace.observe(0.0, p.FRONT, p.Submit(odd))
     assert of(run.close(1.0), "b", cat="request")[0]["args"]["model"] == odd.model
 

@@ -2,6 +2,7 @@
 
 import ctypes
 from collections import defaultdict, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -128,7 +129,7 @@ class FakeBell:
         self.rung: list[int] = []
         self._rings_at = rings_at
 
-    def sleep(self, timeout_s: float) -> bool:
+    def sleep(self, timeout_s: float, descriptors: Sequence[int] = ()) -> bool:
         self.slept.append(timeout_s)
         return len(self.slept) >= self._rings_at
 

@@ -12,7 +12,7 @@ def _request(id: int, num_tokens: int) -> Request:
     rng = random.Random(id)
     prompt = tuple(rng.randrange(50_000) for _ in range(num_tokens))
     sampling = replace(GREEDY, seed=2**64 - 1)
-    return Request(id, "model", prompt, sampling, None)
+    return Request(id, "model", prompt, sampling, None, 0, None)
 
 
 def messages_of_a_link_arrive_in_order(participant: Participant) -> None:

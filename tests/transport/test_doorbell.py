@@ -1,4 +1,5 @@
 import secrets
+import socket
 
 import pytest
 
@@ -50,3 +51,11 @@ def test_ringing_a_worker_that_has_died_does_nothing(bells):
     bells[0].find([1])
     bells[1].close()
     bells[0].ring(1)
+
+
+def test_a_readable_descriptor_ends_the_sleep(bells):
+    bell, (ours, theirs) = bells[0], socket.socketpair()
+    with ours, theirs:
+        assert not bell.sleep(0.0, [ours.fileno()])
+        theirs.send(b"!")
+        assert bell.sleep(60.0, [ours.fileno()])

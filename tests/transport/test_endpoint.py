@@ -79,7 +79,7 @@ def test_a_wait_ends_with_a_transfer_and_not_with_each_block():
         blocks.waiting[2, tag].append(bytes(TransferHeader(4, BLOCK_BYTES, False).pack()))
     sleep = bell.sleep
 
-    def a_block_arrives(timeout_s):
+    def a_block_arrives(timeout_s, descriptors=()):
         blocks.waiting[2, 0].append(bytes(BLOCK_BYTES))
         return sleep(timeout_s)
 

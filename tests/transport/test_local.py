@@ -1,3 +1,4 @@
+import socket
 import threading
 import traceback
 
@@ -62,3 +63,10 @@ def test_close_ends_unfinished_receives():
     transfer = two.receive_blocks(1, 1, [0])
     two.close()
     assert transfer.done and transfer.failed
+
+
+def test_a_readable_descriptor_ends_a_wait():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.send(b"!")
+        LocalNetwork(1).transports[0].wait(60.0, [ours.fileno()])
