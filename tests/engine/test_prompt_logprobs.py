@@ -1,6 +1,7 @@
 """Logprobs of prompts: as of one plain forward pass, however the prompt is computed."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def executors():
             block_size=BLOCK_SIZES[name],
             head_dim=arch.head_dim,
         )
-        built[name] = Executor(model, KvArena(with_layout(geometry, model), 200))
+        built[name] = Executor(model, KvArena(with_layout(geometry, model), 200), Path())
     return built
 
 

@@ -25,7 +25,7 @@ def emit(r, now, n, request_id=1, finish=None):
 
 
 def report(r, now, worker, steps, step_s, num_tokens):
-    runs = ((1,), (1,), (0,), (num_tokens,), (7,) * num_tokens, (), (), 0)
+    runs = ((1,), (1,), (0,), (num_tokens,), (7,) * num_tokens, (), (), 0, (), ())
     r.observe(now, worker, p.StepReport(steps, step_s, 0, num_tokens, 0, 0, *runs))
 
 
