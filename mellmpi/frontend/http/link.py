@@ -86,7 +86,9 @@ class Link(asyncio.Protocol):
             self._handle(message)
 
     def send(self, message: Any) -> None:
-        """Send a message to rank 0."""
+        """Send a message to rank 0. Does nothing once the pipe has ended."""
+        if self._transport.is_closing():
+            return
         self._transport.write(encode(message))
 
     def _handle(self, message: Any) -> None:
