@@ -28,7 +28,7 @@ from mellmpi.frontend.fields import BadRequest, Fields
 from mellmpi.frontend.http.body import read_body
 from mellmpi.frontend.http.calls import LiveCall
 from mellmpi.frontend.http.cluster import add_cluster
-from mellmpi.frontend.http.link import Link
+from mellmpi.frontend.http.link import SILENT_S, Link
 from mellmpi.frontend.http.responses import CallResponse
 from mellmpi.frontend.http.tokens import tokenized
 from mellmpi.frontend.strict_json import json_object
@@ -212,7 +212,7 @@ def _add_state(app: FastAPI, link: Link) -> None:
 
     @app.get("/live", summary="200 while rank 0 runs")
     async def live() -> Response:
-        silent = link.silent_s > 10.0
+        silent = link.silent_s > SILENT_S
         return JSONResponse({"silent_s": round(link.silent_s, 1)}, 503 if silent else 200)
 
     @app.get("/ready", summary="200 while requests are taken and make progress")

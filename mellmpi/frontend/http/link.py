@@ -162,7 +162,10 @@ class Link(asyncio.Protocol):
 
     @property
     def silent_s(self) -> float:
-        """Seconds since the last message of rank 0, which sends one a second at least."""
+        """Seconds since the last message of rank 0, which sends one a second at least; 0 while it
+        joins the other ranks and converts weights, which may take minutes."""
+        if self.state is STARTING:
+            return 0.0
         return self._loop.time() - self._heard_s
 
     @property
