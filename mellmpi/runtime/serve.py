@@ -20,7 +20,7 @@ from mellmpi.protocol import ModelFiles, ModelLimits, StartServer
 from mellmpi.runtime.ending import JobFailed
 from mellmpi.runtime.scheduler import SchedulerLoop
 from mellmpi.runtime.served_models import mixed_arithmetic, served_models
-from mellmpi.runtime.serving import Door, HttpFront, say
+from mellmpi.runtime.serving import Door, HttpFront, Progress, say
 from mellmpi.runtime.snapshot import JobDescription, Snapshots
 from mellmpi.runtime.tracing import Tracing
 from mellmpi.scheduler import ClusterScheduler
@@ -52,7 +52,8 @@ class ServingRank0:
             self.transport.num_workers, cluster, policy_for(cluster.policy, cluster.migrate)
         )
         tracing, recent = Tracing(self.trace), Recent()
-        observer = Observers(tracing.beside(self._metrics), recent)
+        self._progress_watch, self._stalled = Progress(), ""
+        observer = Observers(tracing.beside(self._metrics), recent, self._progress_watch)
         self._loop = SchedulerLoop(self.transport, self._scheduler, observer, time.perf_counter)
         self._snapshots = Snapshots(self._scheduler, recent, self._description())
         self._front = HttpFront(self.door.listener, self.door.servers, self.door.settings)
@@ -102,8 +103,18 @@ class ServingRank0:
         loop, front = self._loop, self._front
         while not done() and time.perf_counter() < self._until_s:
             busy = loop.run_once(front)
+            self._tell_stall()
             if not (self.run_local_worker() or busy) and not done():
                 loop.wait(front)
+
+    def _tell_stall(self) -> None:
+        """Tell the API servers when requests stop making progress, and when they go on."""
+        running = self._scheduler.registry.ledger.num_requests.sum()
+        problem = self._progress_watch.problem(time.perf_counter(), int(running))
+        if bool(problem) != bool(self._stalled) and self._until_s == float("inf"):
+            self._front.set_state("stalled" if problem else "ready", problem)
+            say(problem or "requests make progress again")
+        self._stalled = problem
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         """Finish the open calls; a second signal ends at once."""
