@@ -194,6 +194,7 @@ class HttpConfig:
     ssl_keyfile: str | None = None  # PEM; None: in ssl_certfile
     allowed_origins: tuple[str, ...] = ()  # CORS
     access_log: str | None = None  # file, or "-" for standard error
+    batch_dir: str | None = None  # of files and batches; None: there are none
 
     def __post_init__(self) -> None:
         _check(0 <= self.port < 65536, f"--port must be 0 … 65535, not {self.port}")

@@ -47,5 +47,12 @@ HTTP = Group(
         ),
         Flag("metrics-vllm-names", switch, "metrics under vLLM's names, too", is_switch=True),
         Flag("access-log", str, "a JSON line for each request; -: standard error", "FILE"),
+        Flag(
+            "batch-dir",
+            str,
+            "directory for files and batches of clients (/v1/files, /v1/batches); a server that "
+            "is started again continues them (default: none)",
+            "DIR",
+        ),
     ),
 )

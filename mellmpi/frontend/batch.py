@@ -85,6 +85,8 @@ class BatchJob:
     on_answer: Callable[[Answered], None] = lambda _: None
     on_text: Callable[[Answered], None] | None = None  # its `text` is new text of a first choice
     now: Callable[[], float] = time.time  # unix seconds, for `created`
+    parse_call: Callable[..., Call] | None = None  # with the arguments of `parse`; None: `parse`
+    write_failure: Callable[[bytes], Any] | None = None  # lines that failed; None: `write`
     counts: Counts = field(default_factory=Counts)
     _ids: Iterator[int] = field(default_factory=lambda: itertools.count(1))
     _seen: dict[str, int] = field(default_factory=dict)  # custom_id -> line number
@@ -179,7 +181,7 @@ class BatchJob:
 
     def _start(self, number: int, custom_id: str, entry: Json) -> list[Request]:
         url, body = _url_and_body(entry)
-        call = parse(url, body, self.served, custom_id)
+        call = (self.parse_call or parse)(url, body, self.served, custom_id)
         if call.stream:
             raise BadRequest("a batch cannot stream; leave stream out", "stream")
         requests = call.requests(self._ids)
@@ -207,7 +209,8 @@ class BatchJob:
         # In the response, as OpenAI's format has it, and beside it, where many programs look first.
         error = {**bad.error, "message": f"line {number}: {bad.message}"}
         answer_id = _digest(f"{number}/{custom_id}")
-        self.write(batch_line(custom_id, answer_id, bad.status, {"error": error}, error))
+        write = self.write_failure or self.write
+        write(batch_line(custom_id, answer_id, bad.status, {"error": error}, error))
         self.counts.fail(bad.error["code"] or "invalid_request", error["message"])
         self.on_answer(Answered(number, custom_id, "", "", error["message"]))
 

@@ -49,6 +49,7 @@ class ServerSettings:
     allowed_origins: tuple[str, ...]  # of web pages whose scripts may call (CORS); "*": all
     access_log: str  # file; "-": standard error; empty: none
     limits: ServerLimits
+    batch_dir: str  # of files and batches; empty: there are none
 
 
 @message

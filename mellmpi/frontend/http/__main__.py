@@ -22,6 +22,7 @@ from starlette.types import ASGIApp
 
 from mellmpi.frontend.http.access_log import AccessLog
 from mellmpi.frontend.http.app import bad_request, make_app
+from mellmpi.frontend.http.batches import BatchWatch
 from mellmpi.frontend.http.connection import Connection
 from mellmpi.frontend.http.gate import Gate, with_cors
 from mellmpi.frontend.http.link import Link
@@ -67,7 +68,9 @@ async def serve(listener: socket.socket, pipe: socket.socket) -> None:
 
     link.on_settings = configure
     server = Server(config)
+    batches = asyncio.create_task(BatchWatch(link, settings.batch_dir).run())
     await server.serve(sockets=[listener])
+    batches.cancel()
 
 
 def _config(app: ASGIApp, settings: ServerSettings) -> uvicorn.Config:

@@ -25,6 +25,7 @@ from mellmpi.frontend.dialects import (
     dialect_of,
 )
 from mellmpi.frontend.fields import BadRequest, Fields
+from mellmpi.frontend.http.batches import add_batches
 from mellmpi.frontend.http.body import read_body
 from mellmpi.frontend.http.calls import LiveCall
 from mellmpi.frontend.http.cluster import add_cluster
@@ -48,6 +49,7 @@ def make_app(link: Link) -> FastAPI:
     _add_generation(app, Generation(link))
     _add_tokens(app, link)
     add_cluster(app, link)
+    add_batches(app, link)
     return app
 
 

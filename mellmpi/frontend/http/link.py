@@ -48,6 +48,7 @@ class Link(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._decoder, self._pacer = Decoder(), Pacer(self._loop)
         self._calls: dict[int, LiveCall] = {}  # by request id
+        self.takers: dict[int, Callable[[Emit | Rejected], None]] = {}  # requests without a call
         self._named: dict[str, LiveCall] = {}  # by call id
         self._attaching: dict[str, list[asyncio.Future[LiveCall | None]]] = {}
         self._waiting: dict[int, list[Emit | Rejected]] = {}  # for calls that are being made
@@ -91,10 +92,16 @@ class Link(asyncio.Protocol):
             return
         self._transport.write(encode(message))
 
+    def new_id(self) -> int:
+        """Return the id of a new request."""
+        return next(self._request_ids)
+
     def _handle(self, message: Any) -> None:
         match message:
             case Emit(request_id) | Rejected(request_id) if request_id in self._waiting:
                 self._waiting[request_id].append(message)
+            case Emit(request_id) | Rejected(request_id) if request_id in self.takers:
+                self.takers[request_id](message)
             case Emit(request_id) if request_id in self._calls:
                 self._take(self._calls[request_id], message)
             case Rejected(request_id) if request_id in self._calls:

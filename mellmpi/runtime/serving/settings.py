@@ -1,9 +1,11 @@
 """Settings of API servers, read again when their files change."""
 
+import fcntl
 import ipaddress
 import logging
 import os
 import ssl
+import tempfile
 from pathlib import Path
 
 from mellmpi.config import HttpConfig, UsageError
@@ -31,6 +33,7 @@ class Settings:
         self._files = [name for name in names if name]
         self._seen = self._signature()
         _check_log(config.access_log)
+        _check_batch_dir(config.batch_dir)
         self.message = self._read()
 
     def changed(self) -> bool:
@@ -64,6 +67,7 @@ class Settings:
             allowed_origins=tuple(config.allowed_origins),
             access_log=_absolute(config.access_log),
             limits=self._limits,
+            batch_dir=_absolute(config.batch_dir),
         )
 
 
@@ -110,6 +114,18 @@ def _check_log(name: str | None) -> None:
                 pass
         except OSError as error:
             raise UsageError(f"--access-log {name}: {error.strerror}") from error
+
+
+def _check_batch_dir(name: str | None) -> None:
+    """Make the directory. Raises UsageError if it cannot hold batches."""
+    if not name:
+        return
+    try:
+        os.makedirs(name, mode=0o700, exist_ok=True)
+        with tempfile.TemporaryFile(dir=name) as trial:
+            fcntl.flock(trial, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise UsageError(f"--batch-dir {name}: {error.strerror}") from error
 
 
 def _absolute(name: str | None) -> str:
