@@ -2,16 +2,18 @@
 
 import io
 import json
+from dataclasses import replace
 
 import httpx2 as httpx
 import openai
 import pytest
 
-from mellmpi.config import HttpConfig
+from mellmpi.config import HttpConfig, UsageError
 from mellmpi.files import LineReader
 from mellmpi.frontend import BatchJob, ServedModel, ServedModels
 from mellmpi.keys import line_of
-from mellmpi.protocol import Emit, finish_reason
+from mellmpi.protocol import Emit, Rejected, finish_reason
+from mellmpi.runtime.serving.settings import LIMITS, Settings
 from tests.api_server.serving_cell import END, REFUSED, ServingCell, token_at
 from tests.api_server.test_streams import is_replaced, until
 
@@ -367,6 +369,115 @@ def test_a_server_that_shuts_down_begins_no_line(slow, tmp_path):
     until(lambda: slow.front.done)
     assert client.batches.retrieve(batch.id).status == "in_progress"
     assert slow.submitted < 300
+
+
+def edited(tmp_path, batch_id, **changes):
+    """Change the record of a batch, as if time had passed."""
+    path = tmp_path / "batches" / "batches" / f"{batch_id}.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return json.loads(path.read_text())
+
+
+def test_a_batch_that_takes_too_long_expires(slow, tmp_path):
+    client = client_of(slow)
+    slow.front.drain()
+    until(lambda: slow.front.done)
+    batch = start(client, DATA)
+    assert batch.expires_at == batch.created_at + 24 * 3600
+    edited(tmp_path, batch.id, expires_at=1)
+    slow.front.set_state("ready", "")
+    done = ended(client, batch.id)
+    assert done.status == "expired" and done.expired_at
+    until(lambda: not slow.open)
+
+
+def test_a_full_disk_fails_the_batch_with_the_reason(slow, tmp_path):
+    client = client_of(slow)
+    slow.front.drain()
+    until(lambda: slow.front.done)
+    batch = start(client, jsonl([line(1), {"no": "id"}]))
+    failures = edited(tmp_path, batch.id)["failures_id"]
+    (tmp_path / "batches" / "files" / f"{failures}.jsonl").symlink_to("/dev/full")
+    slow.front.set_state("ready", "")
+    done = ended(client, batch.id)
+    assert done.status == "failed" and done.errors.data[0].code == "unwritable"
+    assert "No space left" in done.errors.data[0].message
+    assert str(tmp_path) not in done.errors.data[0].message
+    until(lambda: not slow.open)
+
+
+def test_a_damaged_record_stops_no_other_batch(slow, tmp_path):
+    client = client_of(slow)
+    client.batches.list()  # makes the directories
+    broken = tmp_path / "batches" / "batches" / f"batch_{'0' * 32}.json"
+    for text in ("{", "[]", '{"id": 1}', "null"):
+        broken.write_text(text)
+        done = ended(client, start(client, jsonl([line(1)])).id)
+        assert done.status == "completed" and len(client.batches.list().data) > 0
+
+
+def test_a_request_that_the_scheduler_refuses_for_now_is_sent_again(slow, byte_tokenizer):
+    client = client_of(slow)
+    slow.hold.set()
+    data = jsonl([line(1), line(2, n=2)])
+    batch = start(client, data)
+    until(lambda: len(slow.open) == 3)
+    for request_id in list(slow.open):
+        del slow.open[request_id]
+        slow.front.deliver(Rejected(request_id, "the queue is too long", 0.2))
+    until(lambda: len(slow.open) == 3)
+    slow.hold.clear()
+    done = ended(client, batch.id)
+    assert done.request_counts.failed == 0 and slow.submitted == 6
+    assert by_id(content(client, done.output_file_id)) == run_batch(byte_tokenizer, data)
+
+
+def test_one_of_several_servers_runs_a_batch(byte_directory, config, tmp_path, byte_tokenizer):
+    """As with two API servers, each with a scheduler of its own that counts."""
+    with (
+        ServingCell(byte_directory, token_s=0.005, config=config) as one,
+        ServingCell(byte_directory, token_s=0.005, config=config) as two,
+    ):
+        batch = start(client_of(one), DATA)
+        until(lambda: lines_of(tmp_path) > 20)
+        assert (one.submitted == 0) != (two.submitted == 0)
+        first, second = (one, two) if one.submitted else (two, one)
+        assert client_of(second).batches.retrieve(batch.id).status == "in_progress"
+        process = first.server.process
+        first.front.drain()  # its successor takes no batch
+        process.kill()
+        done = ended(client_of(second), batch.id)
+        assert done.request_counts.completed == 300 and second.submitted > 0
+        found = by_id(content(client_of(second), done.output_file_id))
+    assert found == run_batch(byte_tokenizer, DATA)
+
+
+def test_a_line_whose_template_takes_too_long_fails_alone(byte_directory, config, tmp_path):
+    template = tmp_path / "template.jinja"
+    template.write_text(
+        "{% if messages[0].content == 'slow' %}{% for i in range(99999) %}"
+        "{% for j in range(99999) %}{% endfor %}{% endfor %}{% endif %}{{ messages[0].content }}"
+    )
+    limits = replace(LIMITS, parse_within_s=0.5)
+    chat = "/v1/chat/completions"
+    lines = [
+        {"custom_id": text, "url": chat, "body": {"messages": [{"role": "user", "content": text}]}}
+        for text in ("a", "slow", "b")
+    ]
+    for entry in lines:
+        entry["body"]["max_tokens"] = 3
+    with ServingCell(byte_directory, config=config, limits=limits, template=template) as cell:
+        client = client_of(cell)
+        done = ended(client, start(client, jsonl(lines), endpoint=chat).id)
+        assert (done.request_counts.completed, done.request_counts.failed) == (2, 1)
+        [failure] = map(json.loads, content(client, done.error_file_id).splitlines())
+        assert failure["custom_id"] == "slow" and "longer than" in failure["error"]["message"]
+
+
+def test_a_directory_that_cannot_be_made_is_said_at_the_start(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="--batch-dir"):
+        Settings(HttpConfig(batch_dir=str(tmp_path / "file" / "batches")))
 
 
 def test_clients_go_first_and_a_batch_has_few_requests_open(slow):

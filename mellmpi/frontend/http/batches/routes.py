@@ -13,7 +13,7 @@ from starlette.concurrency import run_in_threadpool
 
 from mellmpi.frontend.fields import BadRequest, Fields
 from mellmpi.frontend.http.batches.store import BatchRecord, FileRecord, Store, new_id, record_of
-from mellmpi.frontend.http.batches.upload import keep, read_form
+from mellmpi.frontend.http.batches.upload import disk_problem, keep, read_form
 from mellmpi.frontend.http.body import read_body
 from mellmpi.frontend.http.link import Link
 from mellmpi.frontend.openai import CHAT, COMPLETIONS
@@ -63,8 +63,7 @@ class Desk:
             try:
                 return function(Store(Path(directory)), *arguments)
             except OSError as error:
-                text = f"the disk of the server: {error.strerror}"
-                raise BadRequest(text, code="disk", status=507) from error
+                raise disk_problem(error) from error
 
         return await run_in_threadpool(run)
 
@@ -138,7 +137,8 @@ def _add_files(app: FastAPI, desk: Desk) -> None:
 
     @app.delete("/v1/files/{file_id}", summary="Delete a file")
     async def delete(file_id: str, request: Request) -> Response:
-        await desk.ask(Store.delete, await desk.file(file_id, request))
+        found = await desk.file(file_id, request)
+        await desk.ask(Store.delete, found.id)
         return _json({"id": file_id, "object": "file", "deleted": True})
 
 

@@ -28,6 +28,12 @@ FULL_DISK_S = 5.0  # between two tries to record the end of a batch
 FOREVER_S = 1e6
 
 
+def unwritable(error: OSError | Unwritable) -> Failed:
+    """Return the end of a batch for an error of the disk, without paths of the server."""
+    text = error.strerror if isinstance(error, OSError) else str(error)
+    return Failed("unwritable", text or "the disk cannot be written")
+
+
 class RunningBatch:
     """Run one batch to its end. Cancelling `run` leaves it to another API server."""
 
@@ -53,7 +59,7 @@ class RunningBatch:
         except Failed as error:
             status, errors = "failed", (error.entry,)
         except (OSError, Unwritable) as error:
-            status, errors = "failed", (Failed("unwritable", str(error)).entry,)
+            status, errors = "failed", (unwritable(error).entry,)
         except Exception as error:
             log.exception("batch %s failed", self._record.id)
             status, errors = "failed", (Failed("internal_error", repr(error)).entry,)
@@ -94,7 +100,7 @@ class RunningBatch:
             except (OSError, Unwritable) as error:
                 log.error("batch %s cannot be ended: %s", self._record.id, error)
                 if status != "failed":
-                    status, errors = "failed", (Failed("unwritable", str(error)).entry,)
+                    status, errors = "failed", (unwritable(error).entry,)
             await asyncio.sleep(FULL_DISK_S)
 
     def _parse(self, url: str, body: dict[str, Any], *rest: Any) -> Call:

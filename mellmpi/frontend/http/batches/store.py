@@ -9,7 +9,9 @@ batches/ID.cancel    exists once a client has cancelled the batch
 
 import contextlib
 import fcntl
+import functools
 import json
+import logging
 import os
 import re
 import time
@@ -18,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+log = logging.getLogger(__name__)
 Json = dict[str, Any]
 R = TypeVar("R", "FileRecord", "BatchRecord")
 ID = re.compile("(file-|batch_)[0-9a-f]{32}")
@@ -135,10 +138,10 @@ class Store:
         """Return the files of an owner, newest first."""
         return _all(FileRecord, self._files, owner)
 
-    def delete(self, file: FileRecord) -> None:
-        """Remove a file."""
-        (self._files / f"{file.id}.json").unlink(missing_ok=True)
-        self.contents(file.id).unlink(missing_ok=True)
+    def delete(self, file_id: str) -> None:
+        """Remove a file. A batch that reads the contents can read on."""
+        (self._files / f"{file_id}.json").unlink(missing_ok=True)
+        self.contents(file_id).unlink(missing_ok=True)
 
     # --- batches ---------------------------------------------------------------------------------
 
@@ -218,13 +221,22 @@ def _all(kind: type[R], folder: Path, owner: str) -> list[R]:
 
 
 def _read(kind: type[R], path: Path) -> R | None:
+    """Return a record; None if there is none, or if it is not one of this version."""
     try:
         fields: Json = json.loads(path.read_bytes())
+        if "errors" in fields:
+            fields["errors"] = tuple(fields["errors"])
+        return kind(**fields)
     except FileNotFoundError:
         return None
-    if "errors" in fields:
-        fields["errors"] = tuple(fields["errors"])
-    return kind(**fields)
+    except (ValueError, TypeError) as error:
+        _warn(path, str(error))
+        return None
+
+
+@functools.cache  # once
+def _warn(path: Path, problem: str) -> None:
+    log.error("%s is not a record of this version: %s", path, problem)
 
 
 def _write(path: Path, record: FileRecord | BatchRecord) -> None:

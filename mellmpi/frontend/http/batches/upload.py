@@ -30,6 +30,8 @@ async def read_form(request: Request) -> UploadFile:
         form = await parser.parse()
     except MultiPartException as error:
         raise BadRequest(f"not multipart/form-data: {error.message}") from error
+    except OSError as error:  # of the temporary file
+        raise disk_problem(error) from error
     file = form.get("file")
     try:
         if not isinstance(file, UploadFile):
@@ -44,10 +46,15 @@ async def read_form(request: Request) -> UploadFile:
     return file
 
 
+def disk_problem(error: OSError) -> BadRequest:
+    """Return the error of a request that the disk of the server refuses."""
+    return BadRequest(f"the disk of the server: {error.strerror}", code="disk", status=507)
+
+
 def keep(store: Store, file: UploadFile, owner: str) -> FileRecord:
     """Copy an upload into the directory, and return its record. Waits for the disk.
 
-    Raises BadRequest if the file is compressed or too large, and OSError.
+    Raises BadRequest if the file is compressed, and OSError.
     """
     if file.file.read(len(GZIP)) == GZIP:
         raise BadRequest("the file is gzipped; upload it unpacked", "file")

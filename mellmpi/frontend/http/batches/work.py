@@ -152,7 +152,7 @@ class Work:
         path, record = self._store.contents(file_id), self.record
         num_bytes = path.stat().st_size if path.exists() else 0
         if not num_bytes:
-            path.unlink(missing_ok=True)
+            self._store.delete(file_id)
             return False
         file = record_of(
             FileRecord,
