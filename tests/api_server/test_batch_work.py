@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -57,13 +58,16 @@ class History:
 
     def die(self, cut):
         """End without warning; the last line may be written in part."""
-        self.work.close()
-        open(self.lock, "rb").close()
+        self.close()
         path = self.store.contents(self.record.answers_id)
         if cut and (text := path.read_bytes()):
             last = text.splitlines(keepends=True)[-1]
             path.write_bytes(text[: len(text) - min(cut, len(last))])
         self.begin()
+
+    def close(self):
+        self.work.close()
+        os.close(self.lock)
 
     def answers(self):
         return self.store.contents(self.record.answers_id).read_bytes()
@@ -96,7 +100,7 @@ def expected(served):
         while finish_reason(request, tokens) is None:
             tokens.append(token_at(request, len(tokens)))
         job.emit(Emit(request.id, 0, tuple(tokens), (), finish_reason(request, tokens), ()))
-    lines = [entry for entry in map(json.loads, b"".join(written).splitlines())]
+    lines = map(json.loads, b"".join(written).splitlines())
     return by_id(jsonl(entry for entry in lines if entry["error"] is None))
 
 
@@ -117,11 +121,11 @@ def test_every_line_is_answered_once_whatever_happens(byte_tokenizer, steps):
     model = ServedModel(name="tiny", max_model_len=100_000, vocab_size=512, eos_ids=(END,))
     served = ServedModels.of((model, byte_tokenizer))
     with TemporaryDirectory() as name:
-        history, waiting, refused = History(Path(name), served), [], 0
+        history, waiting = History(Path(name), served), []
         for kind, first, second in steps:
             if kind == "die":
                 history.die(first)
-                waiting, refused = [], 0  # failed lines are tried again
+                waiting = []  # failed lines are tried again
             elif kind == "round":
                 history.round(waiting, first)
                 waiting = []
@@ -137,6 +141,7 @@ def test_every_line_is_answered_once_whatever_happens(byte_tokenizer, steps):
         history.work.end("completed", ())
         record = history.store.batch(history.record.id, "")
         found = by_id(history.answers())
+        history.close()
         wanted = expected(served)
     assert record.status == "completed" and record.total == GOOD + BAD
     assert record.completed == len(found) and record.completed + record.failed == GOOD + BAD
