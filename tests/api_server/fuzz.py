@@ -14,8 +14,10 @@ from pathlib import Path
 
 import httpx2 as httpx
 
+from mellmpi.config import HttpConfig
 from mellmpi.frontend.fields import BadRequest
 from mellmpi.frontend.http.app import make_app
+from mellmpi.frontend.http.batches.store import FileRecord, Store, record_of
 from mellmpi.frontend.strict_json import json_object
 from mellmpi.models.random_model import write_byte_tokenizer
 from tests.api_server.serving_cell import ServingCell
@@ -44,6 +46,12 @@ EXAMPLES = {  # path -> a body that is answered with 200
     "/v1/responses": {"model": "tiny", "input": "hi", "max_output_tokens": 4, "stream": False},
     "/v1/messages": {"model": "tiny", "messages": MESSAGES[:1], "max_tokens": 4, "stream": False},
     "/v1/messages/count_tokens": {"model": "tiny", "messages": MESSAGES[:1]},
+    "/v1/batches": {
+        "input_file_id": f"file-{'0' * 32}",
+        "endpoint": "/v1/completions",
+        "completion_window": "24h",
+        "metadata": {"a": "b"},
+    },
     "/tokenize": {"model": "tiny", "prompt": "abc"},
     "/detokenize": {"model": "tiny", "tokens": [40, 41]},
     "/v1/cluster/requests/{request_id}/migrate": {"worker": 1},
@@ -185,11 +193,25 @@ def url_of(path, rng=None):
     return re.sub(r"\{.*?\}", lambda _: rng.choice(values) if rng else "1", path)
 
 
+def with_batches(directory):
+    """The configuration of a server with the file that EXAMPLES name."""
+    store = Store(Path(directory))
+    file_id = EXAMPLES["/v1/batches"]["input_file_id"]
+    store.contents(file_id).write_bytes(b'{"custom_id": "1"}\n')
+    named = {"id": file_id, "owner": "", "filename": "", "purpose": "batch", "num_bytes": 0}
+    store.publish(record_of(FileRecord, **named))
+    return HttpConfig(port=0, batch_dir=directory)
+
+
 def run(directory, count, seed):
     """Send so many bodies; the numbers of answers by path and status."""
     posts = [r.path for r in make_app(None).routes if "POST" in getattr(r, "methods", ())]
     answers = {}
-    with ServingCell(directory, tokens_a_step=50, max_model_len=300) as cell:
+    given = {"tokens_a_step": 50, "max_model_len": 300}
+    with (
+        tempfile.TemporaryDirectory() as batches,
+        ServingCell(directory, config=with_batches(batches), **given) as cell,
+    ):
         cell.front.questions["loglevel"] = lambda **_: ""
         with httpx.Client(base_url=cell.url, timeout=60, trust_env=False) as client:
             for path in posts:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -92,6 +93,12 @@ class History:
         return Emit(request.id, first, tuple(tokens[first:]), (), reason, ())
 
 
+def finish(history, waiting=()):
+    while not history.done:
+        history.round(waiting, 4)
+        waiting = [history.step(0, 3)] if history.open else []
+
+
 def expected(served):
     written = []
     job = BatchJob(LineReader(io.BytesIO(DATA).read), written.append, served)
@@ -135,9 +142,7 @@ def test_every_line_is_answered_once_whatever_happens(byte_tokenizer, steps):
                 request_id = sorted(history.open)[first % len(history.open)]
                 del history.open[request_id]
                 waiting.append(Rejected(request_id, "it can never be served", 0.0))
-        while not history.done:
-            history.round(waiting, 4)
-            waiting = [history.step(0, 3)] if history.open else []
+        finish(history, waiting)
         history.work.end("completed", ())
         record = history.store.batch(history.record.id, "")
         found = by_id(history.answers())
@@ -148,3 +153,39 @@ def test_every_line_is_answered_once_whatever_happens(byte_tokenizer, steps):
     assert found == {key: wanted[key] for key in found}
     if not any(kind == "refuse" for kind, *_ in steps):
         assert found == wanted and record.failed == BAD
+
+
+def test_an_end_that_is_cut_off_anywhere_is_repeated(byte_tokenizer, tmp_path, monkeypatch):
+    model = ServedModel(name="tiny", max_model_len=100_000, vocab_size=512, eos_ids=(END,))
+    served = ServedModels.of((model, byte_tokenizer))
+    history = History(tmp_path, served)
+    left = 0  # writes of records before the disk is full
+
+    def may_fail(write):
+        def run(*arguments):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise OSError("full")
+            return write(*arguments)
+
+        return run
+
+    monkeypatch.setattr(history.store, "save", may_fail(history.store.save))
+    monkeypatch.setattr(history.store, "publish", may_fail(history.store.publish))
+    for count in range(4):  # "finalizing", two files, the end
+        left = 10**9
+        finish(history)
+        left = count
+        with pytest.raises(OSError, match="full"):
+            history.work.end("completed", ())
+        left = 10**9
+        history.die(0)
+    finish(history)
+    history.work.end("completed", ())
+    record = history.store.batch(history.record.id, "")
+    assert (record.status, record.completed, record.failed) == ("completed", GOOD, BAD)
+    assert by_id(history.answers()) == expected(served)
+    files = history.store.files("")
+    assert {file.id for file in files} == {record.answers_id, record.failures_id}
+    history.close()

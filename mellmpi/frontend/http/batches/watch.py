@@ -25,6 +25,7 @@ class BatchWatch:
         self._threads = Threads()
         self._running: dict[str, asyncio.Task[None]] = {}
         self._ended: set[str] = set()
+        self._problem = ""  # of the last look
 
     async def run(self) -> None:
         """Look for batches until the task is cancelled."""
@@ -34,8 +35,11 @@ class BatchWatch:
         while True:
             try:
                 await self._look(served)
-            except OSError as error:
-                log.error("--batch-dir %s: %s", self._directory, error)
+                self._problem = ""
+            except Exception as error:  # a disk may come back
+                if self._problem != (problem := repr(error)):
+                    log.exception("--batch-dir %s", self._directory)
+                self._problem = problem
             await asyncio.sleep(LOOK_EVERY_S)
 
     async def _look(self, served: ServedModels) -> None:
