@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 from dataclasses import replace
 
 import httpx2 as httpx
@@ -14,6 +15,7 @@ from mellmpi.frontend import BatchJob, ServedModel, ServedModels
 from mellmpi.keys import line_of
 from mellmpi.protocol import Emit, Rejected, finish_reason
 from mellmpi.runtime.serving.settings import LIMITS, Settings
+from tests.api_server.fuzz import damaged
 from tests.api_server.serving_cell import END, REFUSED, ServingCell, token_at
 from tests.api_server.test_streams import is_replaced, until
 
@@ -254,6 +256,31 @@ def test_a_wrong_upload_is_refused(serving, client, given):
     response = httpx.post(f"{serving.url}/v1/files", **given)
     assert response.status_code == 400 and response.json()["error"]["message"]
     assert client.files.list().data == before
+
+
+FORM = (
+    b'--xx\r\nContent-Disposition: form-data; name="file"; filename="a.jsonl"\r\n'
+    b'Content-Type: application/octet-stream\r\n\r\n{"a": 1}\n\r\n--xx\r\n'
+    b'Content-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n--xx--\r\n'
+)
+CHARSETS = ("", "; charset=unicode_escape", "; charset=utf-7", "; charset=base64", "; charset=idna")
+
+
+def test_damaged_uploads_do_no_harm(serving):
+    headers = {"authorization": "Bearer key-one"}
+    statuses = set()
+    with httpx.Client(base_url=serving.url, headers=headers, trust_env=False) as client:
+        for seed in range(200):
+            rng = random.Random(seed)
+            kind = f"multipart/form-data; boundary=xx{rng.choice(CHARSETS)}"
+            data = damaged(FORM, rng)
+            response = client.post("/v1/files", content=data, headers={"content-type": kind})
+            assert response.status_code in (200, 400), (seed, response.text)
+            statuses.add(response.status_code)
+        cut = FORM[: FORM.index(b"--xx--")]
+        headers = {"content-type": "multipart/form-data; boundary=xx"}
+        assert client.post("/v1/files", content=cut, headers=headers).status_code == 400
+    assert statuses == {200, 400}
 
 
 def test_the_name_of_a_file_is_text_only(client):

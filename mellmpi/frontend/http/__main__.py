@@ -112,6 +112,7 @@ def main() -> None:
     """Run the server on the descriptors of the command line."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a hung process ends with rank 0
     logging.basicConfig(format="mellmpi[%(process)d] %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # warns of clients' faults
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # rank 0 ends the job, and this process with it
     sys.setswitchinterval(SWITCH_S)
