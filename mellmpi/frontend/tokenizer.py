@@ -45,6 +45,7 @@ class Tokenizer:
         self.json: str | None = None  # tokenizer.json, if the model has one, for grammars
         self._template = compiled(template)
         self.template = template or ""  # its text
+        self.config: dict[str, Any] = {}  # tokenizer_config.json
         self._longest_token: int | None = None  # characters; computed for the first long text
         self.end_ids = self._end_ids((template, own_template))
 
@@ -79,6 +80,7 @@ class Tokenizer:
             raise ValueError(f"the chat template of {source} is not valid: {error}") from error
         if (file := directory / "tokenizer.json").exists():
             tokenizer.json = file.read_text(encoding="utf-8")
+        tokenizer.config = config
         return tokenizer
 
     @property

@@ -195,6 +195,13 @@ def test_documents_need_no_other_host(http):
     assert "/v1/chat/completions" in http.get("/openapi.json").json()["paths"]
 
 
+def test_the_configuration_of_a_tokenizer(http):
+    found = http.get("/tokenizer_info").json()
+    assert found["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert "message" in found["chat_template"]
+    assert http.get("/tokenizer_info?model=other").status_code == 404
+
+
 def test_tokenize_and_detokenize(http, byte_tokenizer):
     found = http.post("/tokenize", json={"prompt": "héllo"}).json()
     assert found["tokens"] == byte_tokenizer.encode("héllo") and found["count"] == len(

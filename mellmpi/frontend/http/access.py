@@ -37,6 +37,7 @@ ROUTES = {  # path -> scope that a key needs for it. A route that is not here en
     "/v1/batches/{batch_id}/cancel": SERVE,
     "/tokenize": SERVE,
     "/detokenize": SERVE,
+    "/tokenizer_info": SERVE,
     "/load": METRICS,
     "/metrics": METRICS,
     "/v1/cluster": METRICS,

@@ -24,14 +24,14 @@ from mellmpi.frontend.dialects import (
     RESPONSES,
     dialect_of,
 )
-from mellmpi.frontend.fields import BadRequest, Fields
+from mellmpi.frontend.fields import BadRequest
 from mellmpi.frontend.http.batches import add_batches
 from mellmpi.frontend.http.body import read_body
 from mellmpi.frontend.http.calls import LiveCall
 from mellmpi.frontend.http.cluster import add_cluster
 from mellmpi.frontend.http.link import SILENT_S, Link
 from mellmpi.frontend.http.responses import CallResponse
-from mellmpi.frontend.http.tokens import tokenized
+from mellmpi.frontend.http.tokens import add_token_routes, tokenized
 from mellmpi.frontend.strict_json import json_object
 from mellmpi.telemetry.prometheus import render
 
@@ -271,14 +271,4 @@ def _add_tokens(app: FastAPI, link: Link) -> None:
         call = await link.bounded(parse, MESSAGES, body, served, "count")
         return {"input_tokens": len(call.prompts[0])}
 
-    @app.post("/detokenize", summary="Text of token ids")
-    async def detokenize(request: Request) -> dict[str, str]:
-        body = json_object(await read_body(request))
-        served = await link.wait_started()
-        tokens = body.get("tokens")
-        model = served.named(Fields(body, chat=False).get("model", str))
-        if not isinstance(tokens, list) or not all(
-            type(token) is int and 0 <= token < model.vocab_size for token in tokens
-        ):
-            raise BadRequest("tokens must be a list of token ids of the model", "tokens")
-        return {"prompt": served.tokenizers[model.name].decode(tokens)}
+    add_token_routes(app, link)

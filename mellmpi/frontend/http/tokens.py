@@ -1,9 +1,15 @@
-"""Bodies of /tokenize."""
+"""Tokens and tokenizers over HTTP, with the routes and names of vLLM."""
 
 from typing import Any
 
+from fastapi import FastAPI, Request
+
+from mellmpi.frontend.fields import BadRequest, Fields
+from mellmpi.frontend.http.body import read_body
+from mellmpi.frontend.http.link import Link
 from mellmpi.frontend.openai import CHAT, COMPLETIONS, parse
 from mellmpi.frontend.served import ServedModels
+from mellmpi.frontend.strict_json import json_object
 
 
 def tokenized(body: dict[str, Any], served: ServedModels) -> dict[str, Any]:
@@ -13,3 +19,25 @@ def tokenized(body: dict[str, Any], served: ServedModels) -> dict[str, Any]:
     tokens = list(call.prompts[0])
     limit = served.models[call.model].max_model_len
     return {"count": len(tokens), "max_model_len": limit, "tokens": tokens}
+
+
+def add_token_routes(app: FastAPI, link: Link) -> None:
+    """Add /detokenize and /tokenizer_info."""
+
+    @app.post("/detokenize", summary="Text of token ids")
+    async def detokenize(request: Request) -> dict[str, str]:
+        body = json_object(await read_body(request))
+        served = await link.wait_started()
+        tokens = body.get("tokens")
+        model = served.named(Fields(body, chat=False).get("model", str))
+        if not isinstance(tokens, list) or not all(
+            type(token) is int and 0 <= token < model.vocab_size for token in tokens
+        ):
+            raise BadRequest("tokens must be a list of token ids of the model", "tokens")
+        return {"prompt": served.tokenizers[model.name].decode(tokens)}
+
+    @app.get("/tokenizer_info", summary="The configuration of a tokenizer, with its template")
+    async def tokenizer_info(model: str | None = None) -> dict[str, Any]:
+        served = await link.wait_started()
+        tokenizer = served.tokenizers[served.named(model).name]
+        return {**tokenizer.config, "chat_template": tokenizer.template}
