@@ -1,7 +1,7 @@
 """A server without workers: a real API server process, rank 0's front, and a fake model.
 
-The model answers token by token, with printable bytes that depend on prompt and position alone, or
-with the tokens of a script.
+The model answers token by token, with printable bytes that depend on prompt and position alone,
+with the tokens of a script, or with the least that a grammar allows.
 """
 
 import select
@@ -25,6 +25,7 @@ from mellmpi.runtime.serving.front import HttpFront
 from mellmpi.runtime.serving.listener import listen, url_of
 from mellmpi.runtime.serving.process import ApiServer
 from mellmpi.runtime.serving.settings import LIMITS, Settings
+from tests.api_server.obedient import Obedient
 
 FIRST_PRINTABLE, NUM_PRINTABLE = 35, 91  # token ids of the byte tokenizer with readable text
 ANY_PORT = HttpConfig(port=0)
@@ -52,8 +53,13 @@ class ServingCell:
         limits=LIMITS,
         template="",
         other_models=None,
+        answer_len=None,
     ):
-        """`other_models`: directory of each further model, by name."""
+        """
+        other_models  directory of each further model, by name
+        answer_len    tokens after which an answer ends by itself; None: after `max_tokens` only
+        """
+        self.answer_len = answer_len
         self.token_s, self.tokens_a_step = token_s, tokens_a_step
         settings = Settings(config, limits)
         listener = listen(config)
@@ -68,6 +74,7 @@ class ServingCell:
         self.front.start(StartServer(tuple(files), 0, 1))
         limits = tuple(ModelLimits(name, max_model_len, 512, (END,)) for name in models)
         self.front.set_state("ready", "", limits)
+        self.obedient = Obedient(models)
         self.scripts = {}  # seed of a request -> tokens of its answer
         self.requests = []
         self.open, self.cancelled, self.submitted = {}, [], 0
@@ -116,11 +123,14 @@ class ServingCell:
             case _:
                 self.front.deliver(OperatorAnswer(event, ""))
 
-    def _token(self, request, index):
-        script = self.scripts.get(request.sampling.seed)
-        if script is None:
-            return token_at(request, index)
-        return script[index] if index < len(script) else END
+    def _token(self, request, outputs):
+        index, script = len(outputs), self.scripts.get(request.sampling.seed)
+        if script is not None:
+            return script[index] if index < len(script) else END
+        if request.sampling.grammar:
+            token = self.obedient.token(request, outputs)
+            return END if token is None else token
+        return END if index == self.answer_len else token_at(request, index)
 
     def _step(self):
         for request_id, (request, outputs) in list(self.open.items()):
@@ -128,7 +138,7 @@ class ServingCell:
             while (reason := finish_reason(request, outputs)) is None:
                 if len(outputs) - first == self.tokens_a_step:
                     break
-                outputs.append(self._token(request, len(outputs)))
+                outputs.append(self._token(request, outputs))
             new = tuple(outputs[first:])
             logprobs = ()
             if request.sampling.num_logprobs is not None:
