@@ -133,8 +133,13 @@ def check_names(
         if name not in unsupported:
             message = f"unknown field {_short_repr(name)}{_suggestion(name, known)}"
             raise BadRequest(message, shortened(name))
-        if value not in unsupported[name]:
+        if not any(_same(value, accepted) for accepted in unsupported[name]):
             raise BadRequest(f"{name} is not supported here; leave it out", name, "unsupported")
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Whether values are equal to a client, to whom false is not 0."""
+    return bool(value == other) and isinstance(value, bool) == isinstance(other, bool)
 
 
 class Fields:

@@ -103,7 +103,7 @@ def parse(url: str, body: dict[str, Any], served: ServedModels, identity: str) -
         samplings=_samplings(fields, base, prompts, model),
         stops=stops,
         stream=fields.boolean("stream"),
-        include_usage=bool(options.get("include_usage")),
+        include_usage=Fields(options, chat=fields.chat).boolean("include_usage"),
         return_token_ids=fields.boolean("return_token_ids"),
         about_prompts=prompt_options(fields),
         markup=markup,

@@ -340,3 +340,15 @@ def test_an_unknown_field_is_refused_with_the_closest_name(completion, chat):
 
 def test_bookkeeping_fields_are_ignored(completion):
     assert completion(user="me", metadata={"a": "b"}, store=False) == completion()
+
+
+def test_false_is_not_zero(completion):
+    for name, value in (("best_of", True), ("length_penalty", True), ("use_beam_search", 0)):
+        assert refused(completion, **{name: value}).param == name
+    completion(best_of=1, length_penalty=1.0, use_beam_search=False)
+
+
+def test_stream_options_say_whether_usage_is_wanted(completion):
+    assert completion(stream_options={"include_usage": True}).include_usage
+    assert not completion(stream_options={"include_usage": None}).include_usage
+    assert refused(completion, stream_options={"include_usage": 1}).param == "include_usage"
