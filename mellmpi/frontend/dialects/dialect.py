@@ -1,6 +1,7 @@
 """What every dialect does, and which URL speaks which."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from mellmpi.frontend.fields import BadRequest
@@ -11,6 +12,15 @@ from mellmpi.frontend.tokenizer import Tokenizer
 from mellmpi.protocol import OpenCall
 
 NEW = -1  # a position before the first event
+
+
+@dataclass(frozen=True)
+class FieldNames:
+    """Names of the fields of a body."""
+
+    known: tuple[str, ...]
+    ignored: tuple[str, ...]
+    unsupported: Mapping[str, tuple[Any, ...]]  # with the values that are accepted, beside null
 
 
 class Cursor(Protocol):

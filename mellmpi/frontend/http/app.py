@@ -29,6 +29,7 @@ from mellmpi.frontend.http.batches import add_batches
 from mellmpi.frontend.http.body import read_body
 from mellmpi.frontend.http.calls import LiveCall
 from mellmpi.frontend.http.cluster import add_cluster
+from mellmpi.frontend.http.document import add_document
 from mellmpi.frontend.http.link import SILENT_S, Link
 from mellmpi.frontend.http.responses import CallResponse
 from mellmpi.frontend.http.tokens import add_token_routes, tokenized
@@ -50,6 +51,7 @@ def make_app(link: Link) -> FastAPI:
     _add_tokens(app, link)
     add_cluster(app, link)
     add_batches(app, link)
+    add_document(app)
     return app
 
 
