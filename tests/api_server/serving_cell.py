@@ -1,7 +1,7 @@
 """A server without workers: a real API server process, rank 0's front, and a fake model.
 
 The model answers token by token, with printable bytes that depend on prompt and position alone,
-with the tokens of a script, or with the least that a grammar allows.
+with the tokens of a script, or with what a grammar allows.
 """
 
 import select
@@ -128,7 +128,7 @@ class ServingCell:
         if script is not None:
             return script[index] if index < len(script) else END
         if request.sampling.grammar:
-            token = self.obedient.token(request, outputs)
+            token = self.obedient.token(request, outputs, index >= (self.answer_len or 0))
             return END if token is None else token
         return END if index == self.answer_len else token_at(request, index)
 
