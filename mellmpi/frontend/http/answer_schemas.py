@@ -113,14 +113,20 @@ ANSWERS: dict[str, Schema] = {  # path -> schema of its answer with status 200
     "/v1/cluster/loglevel": OBJECT,
 }
 ANSWERS[RESPONSES + "/{response_id}"] = ANSWERS[RESPONSES]
-STREAMS = {  # path -> media types of an answer that is no JSON
-    CHAT: "text/event-stream",
-    COMPLETIONS: "text/event-stream",
-    RESPONSES: "text/event-stream",
-    RESPONSES + "/{response_id}": "text/event-stream",
-    MESSAGES: "text/event-stream",
-    "/v1/streams/{call_id}": "text/event-stream",
-    "/v1/cluster/events": "text/event-stream",
-    "/metrics": "text/plain",
-    "/": "text/html",
+EVENT = {  # of a stream: its `data` is JSON, or [DONE] at the end
+    "type": "object",
+    "properties": {"data": TEXT, "event": TEXT, "id": TEXT},
+    "required": ["data"],
+}
+EVENT_STREAM = ("text/event-stream", EVENT)
+OTHER_ANSWERS = {  # path -> media type and schema of an answer that is no JSON
+    CHAT: EVENT_STREAM,
+    COMPLETIONS: EVENT_STREAM,
+    RESPONSES: EVENT_STREAM,
+    RESPONSES + "/{response_id}": EVENT_STREAM,
+    MESSAGES: EVENT_STREAM,
+    "/v1/streams/{call_id}": EVENT_STREAM,
+    "/v1/cluster/events": EVENT_STREAM,
+    "/metrics": ("text/plain", TEXT),
+    "/": ("text/html", TEXT),
 }

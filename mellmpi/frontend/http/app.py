@@ -37,6 +37,7 @@ from mellmpi.frontend.strict_json import json_object
 from mellmpi.telemetry.prometheus import render
 
 MAX_ID = 128  # characters of a stream's id
+BOOLEANS = ("true", "false", "True", "False")  # in a query
 
 
 def make_app(link: Link) -> FastAPI:
@@ -120,7 +121,10 @@ class Generation:
             raise unknown_stream(call_id)
         query = request.query_params
         at = positions(query.get("starting_after"), 1, "starting_after")
-        return self._response(live, at, query.get("stream") in ("true", "True", "1"))
+        stream = query.get("stream", "false")
+        if stream not in BOOLEANS:
+            raise BadRequest("stream must be true or false", "stream")
+        return self._response(live, at, stream.lower() == "true")
 
     async def _attached(self, call_id: str, request: Request) -> LiveCall:
         visit, live = request.state.visit, None

@@ -7,7 +7,7 @@ from fastapi.openapi.utils import get_openapi
 
 from mellmpi.frontend.dialects import MESSAGES, RESPONSES
 from mellmpi.frontend.http.access import PUBLIC, ROUTES
-from mellmpi.frontend.http.answer_schemas import ANSWERS, ERROR, MESSAGES_ERROR, STREAMS
+from mellmpi.frontend.http.answer_schemas import ANSWERS, ERROR, MESSAGES_ERROR, OTHER_ANSWERS
 from mellmpi.frontend.http.schemas import BODIES, TEXT, Schema, integer
 
 STATES = ("/live", "/ready", "/health")  # answer the same with 503
@@ -24,7 +24,7 @@ ERRORS = {  # status -> what it means. 4XX: 405, 413
 KEYS = {"bearer": {"type": "http", "scheme": "bearer"}}
 PARAMETERS: dict[str, list[dict[str, Any]]] = {  # beside those in paths
     RESPONSES + "/{response_id}": [
-        {"name": "stream", "in": "query", "schema": {"enum": ["true", "false"]}},
+        {"name": "stream", "in": "query", "schema": {"enum": ["true", "false", "True", "False"]}},
         {"name": "starting_after", "in": "query", "schema": integer(0, 10**9 - 1)},
     ],
     "/v1/streams/{call_id}": [
@@ -57,8 +57,9 @@ def _describe(path: str, operation: dict[str, Any]) -> None:
     error = MESSAGES_ERROR if path.startswith(MESSAGES) else ERROR
     responses = {status: _response(text, error) for status, text in ERRORS.items()}
     content = {"application/json": {"schema": ANSWERS[path]}} if path in ANSWERS else {}
-    if path in STREAMS:
-        content[STREAMS[path]] = {"schema": TEXT}
+    if path in OTHER_ANSWERS:
+        media_type, schema = OTHER_ANSWERS[path]
+        content[media_type] = {"schema": schema}
     responses["200"] = {"description": "OK", "content": content}
     if path in STATES:
         responses["503"] = {**responses["200"], "description": "Not now; the body says why"}
