@@ -68,7 +68,21 @@ STOPS = list_of({"type": "string", "minLength": 1}, most=MAX_STOPS)
 PART = object_of({"type": one_of("text"), "text": TEXT})
 PARTS = either(TEXT, list_of(PART))
 CALL = object_of({"id": TEXT, "function": object_of({"name": TEXT, "arguments": TEXT})})
-CHAT_MESSAGE = object_of({"role": TEXT}, {"content": PARTS, "tool_calls": list_of(CALL)})
+CHAT_MESSAGE = either(
+    object_of({"role": TEXT, "content": PARTS}, {"tool_calls": list_of(CALL)}),
+    object_of({"role": TEXT, "tool_calls": list_of(CALL, least=1)}, {"content": PARTS}),
+)
+ITEM = either(  # of the input of Responses
+    object_of(
+        {"role": TEXT}, {"type": one_of("message"), "content": either(TEXT, list_of(OBJECT))}
+    ),
+    object_of({"type": one_of("function_call"), "call_id": TEXT, "name": TEXT, "arguments": TEXT}),
+    object_of({"type": one_of("function_call_output"), "call_id": TEXT}),
+    object_of({"type": one_of("reasoning")}),
+)
+BLOCK = object_of(  # of a message of Messages
+    {"type": one_of("text", "thinking", "redacted_thinking", "tool_use", "tool_result")}
+)
 FUNCTION_NAME = {"type": "string", "pattern": f"^{NAME.pattern}$"}
 FUNCTION: Schema = {
     **object_of(
@@ -144,7 +158,9 @@ SCHEMAS: dict[str, dict[str, Schema]] = {  # path -> field -> its schema
     COMPLETIONS: {
         **SHARED,
         "prompt": either(
-            TEXT, list_of(integer(0), least=1), list_of(either(TEXT, TOKENS), least=1)
+            TEXT,
+            list_of(integer(0), least=1),
+            list_of(either(TEXT, list_of(integer(0), least=1)), least=1),
         ),
         "max_tokens": integer(0),
         "logprobs": integer(0, MAX_LOGPROBS),
@@ -153,7 +169,7 @@ SCHEMAS: dict[str, dict[str, Schema]] = {  # path -> field -> its schema
     RESPONSES: {
         **SAMPLING,
         "model": TEXT,
-        "input": either(TEXT, list_of(OBJECT, least=1)),
+        "input": either(TEXT, list_of(ITEM, least=1)),
         "instructions": TEXT,
         "max_output_tokens": integer(1),
         "stream": BOOLEAN,
@@ -169,7 +185,7 @@ SCHEMAS: dict[str, dict[str, Schema]] = {  # path -> field -> its schema
         "model": TEXT,
         "messages": list_of(
             object_of(
-                {"role": one_of("user", "assistant"), "content": either(TEXT, list_of(OBJECT))}
+                {"role": one_of("user", "assistant"), "content": either(TEXT, list_of(BLOCK))}
             ),
             least=1,
         ),
