@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/environment.sh
-prepare_environment serve test
+prepare_environment serve test clients
 install_demo_weights
 # One thread per process: tests start several processes, which would compete for the cores.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"

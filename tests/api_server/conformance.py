@@ -19,6 +19,9 @@ ENDLESS = "/v1/cluster/events"
 STRICT = "positive_data_acceptance"
 
 
+ROOT = Path(__file__).resolve().parents[2]
+
+
 def run(directory, *options):
     """Return the exit code and the output of schemathesis."""
     with ServingCell(directory, tokens_a_step=50, max_model_len=1000, answer_len=3) as cell:
@@ -35,7 +38,11 @@ def run(directory, *options):
                 *("--request-timeout", "30", *options),
             ],
             cwd=directory,
-            env={**os.environ, "SCHEMATHESIS_HOOKS": "tests.api_server.conformance_hooks"},
+            env={
+                **os.environ,
+                "PYTHONPATH": str(ROOT),
+                "SCHEMATHESIS_HOOKS": "tests.api_server.conformance_hooks",
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

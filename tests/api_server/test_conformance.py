@@ -25,7 +25,8 @@ def test_every_route_has_its_answers(document):
     for path, operations in paths.items():
         for operation in operations.values():
             assert {"200", "400", "401", "404", "429", "503"} < set(operation["responses"]), path
-    assert {path for path in paths if "requestBody" in paths[path].get("post", {})} == set(BODIES)
+    described = {path for path in paths if "requestBody" in paths[path].get("post", {})}
+    assert described == BODIES.keys() | {"/v1/files"}
 
 
 def test_the_documents_schemas_are_schemas(document):

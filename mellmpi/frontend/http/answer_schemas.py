@@ -69,6 +69,27 @@ def _answer(kind: str, choice: Schema, reasons: Schema) -> Schema:
 
 
 STATE = object_of({"state": TEXT, "reason": TEXT})
+FILE = object_of(
+    {"id": TEXT, "object": one_of("file"), "bytes": COUNT, "created_at": COUNT, "purpose": TEXT}
+)
+BATCH = object_of(
+    {
+        "id": TEXT,
+        "object": one_of("batch"),
+        "endpoint": TEXT,
+        "input_file_id": TEXT,
+        "status": TEXT,
+        "created_at": COUNT,
+        "request_counts": object_of({"total": COUNT, "completed": COUNT, "failed": COUNT}),
+    }
+)
+
+
+def list_of_all(item: Schema) -> Schema:
+    """Return the schema of a page of these objects."""
+    return object_of({"object": one_of("list"), "data": list_of(item)})
+
+
 ANSWERS: dict[str, Schema] = {  # path -> schema of its answer with status 200
     CHAT: _answer("chat.completion", {"message": MESSAGE}, one_of("stop", "length", "tool_calls")),
     COMPLETIONS: _answer("text_completion", {"text": TEXT}, one_of("stop", "length")),
@@ -101,6 +122,12 @@ ANSWERS: dict[str, Schema] = {  # path -> schema of its answer with status 200
     "/v1/models/{name}": MODEL,
     "/tokenize": object_of({"count": COUNT, "max_model_len": integer(1), "tokens": TOKENS}),
     "/detokenize": object_of({"prompt": TEXT}),
+    "/tokenizer_info": object_of({"chat_template": TEXT}),
+    "/v1/files": either(FILE, list_of_all(FILE)),
+    "/v1/files/{file_id}": either(FILE, object_of({"id": TEXT, "deleted": one_of(True)})),
+    "/v1/batches": either(BATCH, list_of_all(BATCH)),
+    "/v1/batches/{batch_id}": BATCH,
+    "/v1/batches/{batch_id}/cancel": BATCH,
     "/live": object_of({"silent_s": {"type": "number", "minimum": 0}}),
     "/ready": STATE,
     "/health": STATE,
@@ -128,5 +155,6 @@ OTHER_ANSWERS = {  # path -> media type and schema of an answer that is no JSON
     "/v1/streams/{call_id}": EVENT_STREAM,
     "/v1/cluster/events": EVENT_STREAM,
     "/metrics": ("text/plain", TEXT),
+    "/v1/files/{file_id}/content": ("application/jsonl", TEXT),
     "/": ("text/html", TEXT),
 }

@@ -40,8 +40,8 @@ def add_document(app: FastAPI) -> None:
         if app.openapi_schema is None:
             document = get_openapi(title=app.title, version=app.version, routes=app.routes)
             for path, operations in document["paths"].items():
-                for operation in operations.values():
-                    _describe(path, operation)
+                for method, operation in operations.items():
+                    _describe(path, method, operation)
             document["components"] = {"securitySchemes": KEYS}
             app.openapi_schema = document
         return app.openapi_schema
@@ -49,9 +49,9 @@ def add_document(app: FastAPI) -> None:
     app.openapi = openapi  # type: ignore[method-assign]  # as FastAPI's manual has it
 
 
-def _describe(path: str, operation: dict[str, Any]) -> None:
+def _describe(path: str, method: str, operation: dict[str, Any]) -> None:
     """Add bodies and answers to one operation."""
-    if path in BODIES:
+    if path in BODIES and method == "post":
         content = {"application/json": {"schema": BODIES[path]}}
         operation["requestBody"] = {"required": True, "content": content}
     error = MESSAGES_ERROR if path.startswith(MESSAGES) else ERROR

@@ -239,4 +239,8 @@ BODIES: dict[str, Schema] = {  # path -> schema of the bodies of its POST
     "/detokenize": object_of({"tokens": TOKENS}, {"model": TEXT}),
     "/v1/cluster/requests/{request_id}/migrate": object_of({"worker": integer(1)}),
     "/v1/cluster/loglevel": object_of({}, {"level": TEXT}),
+    "/v1/batches": object_of(
+        {"input_file_id": TEXT, "endpoint": one_of(CHAT, COMPLETIONS), "completion_window": TEXT},
+        {"metadata": either(OBJECT, NULL)},
+    ),
 }
