@@ -14,13 +14,13 @@ from mellmpi.frontend.http.batches.store import BatchRecord, Store
 from mellmpi.frontend.http.batches.work import Failed, Work
 from mellmpi.frontend.http.bounded import Threads
 from mellmpi.frontend.http.link import Link
-from mellmpi.frontend.openai import Call, parse
+from mellmpi.frontend.openai import LIMIT, Call, parse
 from mellmpi.frontend.served import ServedModels
 from mellmpi.protocol import Cancel, Emit, OpenCall, Rejected, Request, Submit
 
 log = logging.getLogger(__name__)
 MOST_OPEN = 64  # requests of a batch at rank 0
-LAST = 2**31 - 1  # priority: every request of a client that waits goes first
+LAST = LIMIT + 1  # priority: every request of a client that waits goes first
 REST_S = 0.02  # between two rounds, so that one takes the tokens of many requests
 LOOK_EVERY_S = 0.5  # for a client that cancels, and a server that takes requests again
 RETRY_S = (0.1, 30.0)  # least and most wait before a request that was refused is sent again
