@@ -36,10 +36,10 @@ def is_replaced(cell, process):
     return 0 in cell.front._servers and cell.server.process is not process
 
 
-def read(response, most=None):
+def read(events, most=None):
     """Return the text, the id of the stream and of the last event, of the first `most` events."""
     text, last = "", None
-    for last, data in events_of(response):
+    for last, data in events:
         if data == "[DONE]":
             return text, last, True
         text += json.loads(data)["choices"][0]["text"]
@@ -52,11 +52,12 @@ def test_a_killed_server_loses_and_repeats_no_token(slow, byte_tokenizer):
     with client_of(slow) as client:
         with client.stream("POST", "/v1/completions", json=BODY) as response:
             stream_id = response.headers["x-stream-id"]
-            text, last, _ = read(response, most=40)
+            events = events_of(response)  # kept: without it the client would close the connection
+            text, last, _ = read(events, most=40)
             slow.server.kill()
         headers = {"last-event-id": last}
         with client.stream("GET", f"/v1/streams/{stream_id}", headers=headers) as response:
-            rest, _, done = read(response)
+            rest, _, done = read(events_of(response))
     assert done and text + rest == expected_text(byte_tokenizer, PROMPT, 400)
     assert slow.submitted == 1 and slow.cancelled == []
 
@@ -67,11 +68,11 @@ def test_an_ended_stream_can_be_read_again_from_any_token(slow, byte_tokenizer):
         body = {**BODY, "max_tokens": 30}
         with client.stream("POST", "/v1/completions", json=body) as response:
             stream_id = response.headers["x-stream-id"]
-            assert read(response)[0] == expected
+            assert read(events_of(response))[0] == expected
         for start in (0, 7, 29, 30):
             headers = {"last-event-id": str(start)}
             with client.stream("GET", f"/v1/streams/{stream_id}", headers=headers) as response:
-                assert read(response)[0] == expected[start:]
+                assert read(events_of(response))[0] == expected[start:]
         assert client.get("/v1/streams/unknown").status_code == 404
         wrong = {"last-event-id": "3,4"}
         assert client.get(f"/v1/streams/{stream_id}", headers=wrong).status_code == 400
