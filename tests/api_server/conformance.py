@@ -11,6 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from mellmpi.config import HttpConfig
 from mellmpi.models.random_model import write_byte_tokenizer
 from tests.api_server.serving_cell import ServingCell
 
@@ -24,7 +25,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def run(directory, *options):
     """Return the exit code and the output of schemathesis."""
-    with ServingCell(directory, tokens_a_step=50, max_model_len=1000, answer_len=3) as cell:
+    config = HttpConfig(port=0, batch_dir=str(Path(directory) / "batches"))
+    with ServingCell(
+        directory, tokens_a_step=50, max_model_len=1000, answer_len=3, config=config
+    ) as cell:
         cell.front.questions |= {
             "loglevel": lambda **_: "",
             "snapshot": lambda: "{}",

@@ -209,3 +209,9 @@ def test_tokenize_and_detokenize(http, byte_tokenizer):
     )
     assert http.post("/detokenize", json={"tokens": found["tokens"]}).json() == {"prompt": "héllo"}
     assert http.post("/detokenize", json={"tokens": [10**6]}).status_code == 400
+
+
+def test_a_wrong_method_is_told_all_that_are_right(http):
+    for path, allowed in (("/v1/files", "GET, POST"), ("/v1/files/x", "DELETE, GET")):
+        response = http.put(path)
+        assert (response.status_code, response.headers["allow"]) == (405, allowed)

@@ -211,7 +211,8 @@ def test_a_response_can_be_continued_and_read_again(raw, script):
         assert stream_of(again) == events[after + 1 :]
     assert raw.get(f"/v1/responses/{response_id}").json() == events[-1]["response"]
     assert raw.get("/v1/responses/resp_unknown").status_code == 404
-    assert raw.get(f"/v1/responses/{response_id}?starting_after=x").status_code == 400
+    for wrong in ("starting_after=x", "stream=maybe"):
+        assert raw.get(f"/v1/responses/{response_id}?{wrong}").status_code == 400
 
 
 def stream_of(response):

@@ -3,6 +3,7 @@
 import hmac
 from collections.abc import Iterable
 
+from starlette.requests import Request
 from starlette.routing import BaseRoute, Match
 from starlette.types import Scope
 
@@ -65,6 +66,15 @@ class RouteScopes:
             if route.matches(scope)[0] != Match.NONE:
                 return _path(route), ROUTES[_path(route)]
         return "", None
+
+
+def methods_of(request: Request) -> str:
+    """Return the methods of the path of a request, for `Allow` (RFC 9110, section 15.5.6)."""
+    found: set[str] = set()
+    for route in request.app.routes:
+        if route.matches(request.scope)[0] != Match.NONE:
+            found |= set(getattr(route, "methods", None) or ())
+    return ", ".join(sorted(found))
 
 
 def _path(route: BaseRoute) -> str:

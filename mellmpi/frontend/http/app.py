@@ -25,6 +25,7 @@ from mellmpi.frontend.dialects import (
     dialect_of,
 )
 from mellmpi.frontend.fields import BadRequest
+from mellmpi.frontend.http.access import methods_of
 from mellmpi.frontend.http.batches import add_batches
 from mellmpi.frontend.http.body import read_body
 from mellmpi.frontend.http.calls import LiveCall
@@ -76,10 +77,11 @@ async def _wrong_parameter(request: Request, error: Any) -> Response:
 
 
 async def _http_error(request: Request, error: Any) -> Response:
-    headers = tuple((error.headers or {}).items())
-    return await bad_request(
-        request, BadRequest(error.detail, status=error.status_code, headers=headers)
-    )
+    headers = {name.lower(): value for name, value in (error.headers or {}).items()}
+    if error.status_code == 405:  # Starlette names the methods of one route of the path
+        headers["allow"] = methods_of(request)
+    problem = BadRequest(error.detail, status=error.status_code, headers=tuple(headers.items()))
+    return await bad_request(request, problem)
 
 
 async def _internal_error(request: Request, _: Exception) -> Response:
