@@ -142,7 +142,7 @@ def test_without_a_terminal_it_prints_once_without_colours(capsys):
 
 def test_it_starts_without_torch_numpy_and_mpi():
     with FakeServer(Shown(TWO)) as server:
-        blocked = dict.fromkeys(("torch", "numpy", "mpi4py", "msgpack", "tqdm"))
+        blocked = dict.fromkeys(("torch", "numpy", "mpi4py", "tqdm"))
         code = (
             f"import sys; sys.modules.update({blocked}); from mellmpi.cli import main; "
             f"sys.exit(main(['top', '--url', {server.url!r}]))"

@@ -39,7 +39,7 @@ END = (
     "mellmpi.transport.mpi.job:MpiJob.finish",
 )
 SCHEDULER = (
-    "mellmpi.runtime.launch:StandardInput.is_piped",
+    "mellmpi.runtime.begin:StandardInput.is_piped",
     "mellmpi.cli.parser:read_options",
     "mellmpi.runtime.launch:_prepare",
     "mellmpi.models.checkpoint:resolve",

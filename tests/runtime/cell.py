@@ -94,7 +94,8 @@ class ListFront:
             case Emit(request_id, first, tokens, _, reason, prompt_logprobs):
                 assert first == len(self.outputs[request_id])
                 self.outputs[request_id] += tokens
-                self.prompt_logprobs[request_id] += prompt_logprobs
+                if prompt_logprobs:
+                    self.prompt_logprobs[request_id] += prompt_logprobs
                 if reason:
                     self.ended[request_id] = reason
             case Rejected(request_id, reason, _):

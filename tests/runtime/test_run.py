@@ -197,8 +197,8 @@ def test_requests_from_a_pipe_are_answered_on_standard_output(num_ranks, tmp_pat
     assert {json.loads(text)["custom_id"] for text in done.out.splitlines()} == {"a", "b"}
 
 
-def test_without_arguments_it_runs_the_demo_and_says_what_to_type_next(tmp_path):
-    done = Run(3, *TINY, directory=tmp_path).wait()
+def test_the_demo_says_what_to_type_next(tmp_path):
+    done = Run(3, "demo", *TINY, directory=tmp_path).wait()
     assert done.code == 0, done.err
     assert "run-batch -i" in done.err and " completed, " in done.err
 
@@ -209,7 +209,7 @@ def test_without_arguments_it_runs_the_demo_and_says_what_to_type_next(tmp_path)
     [
         (["run-batch"], "-i requests.jsonl"),
         (["run-batch", "--replay", "/no/such.csv"], "/no/such.csv cannot be read"),
-        (["--model", "/no/such/model"], "--model takes"),
+        (["demo", "--model", "/no/such/model"], "--model takes"),
         (["--frobnicate"], "--help"),
     ],
 )
