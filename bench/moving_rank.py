@@ -90,6 +90,11 @@ class Mover:
 
     # --- front ----------------------------------------------------------------------------------
 
+    descriptors = ()
+
+    def flush(self) -> None:
+        """Do nothing."""
+
     def inbox(self, now: float) -> list[Any]:
         inbox, self._inbox = self._inbox, []
         return inbox

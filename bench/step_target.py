@@ -41,6 +41,11 @@ class Front:
     def done(self) -> bool:
         return not self._open
 
+    descriptors = ()
+
+    def flush(self) -> None:
+        """Do nothing."""
+
     def inbox(self, now: float) -> list[Any]:
         from mellmpi.protocol import Submit
 

@@ -69,6 +69,8 @@ class HashEngine:
 class ListFront:
     """Submits requests from a list, and collects their answers in a dict."""
 
+    descriptors = ()
+
     def __init__(self, requests: list[Request]):
         self._new = [Submit(request) for request in requests]
         self.outputs: dict[int, list[int]] = {request.id: [] for request in requests}
