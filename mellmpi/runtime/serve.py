@@ -103,15 +103,22 @@ class ServingRank0:
         loop, front = self._loop, self._front
         while not done() and time.perf_counter() < self._until_s:
             busy = loop.run_once(front)
-            self._tell_stall()
+            self._tell_state()
             if not (self.run_local_worker() or busy) and not done():
                 loop.wait(front)
 
-    def _tell_stall(self) -> None:
-        """Tell the API servers when requests stop making progress, and when they go on."""
+    def _tell_state(self) -> None:
+        """Tell the API servers when the server begins to shut down, when requests stop making
+        progress, and when they go on."""
+        if self._until_s < float("inf"):
+            if not self._front.drains:
+                self._front.drain()
+                limit_s = self.options.http.shutdown_timeout
+                say(f"shutting down; requests in progress may end within {limit_s:.0f} s")
+            return
         running = self._scheduler.registry.ledger.num_requests.sum()
         problem = self._progress_watch.problem(time.perf_counter(), int(running))
-        if bool(problem) != bool(self._stalled) and self._until_s == float("inf"):
+        if bool(problem) != bool(self._stalled):
             self._front.set_state("stalled" if problem else "ready", problem)
             say(problem or "requests make progress again")
         self._stalled = problem
@@ -121,9 +128,7 @@ class ServingRank0:
         if self._until_s < float("inf"):
             raise KeyboardInterrupt
         limit_s = self.options.http.shutdown_timeout
-        self._until_s = time.perf_counter() + limit_s
-        self._front.drain()
-        say(f"shutting down; requests in progress may end within {limit_s:.0f} s")
+        self._until_s = time.perf_counter() + limit_s  # `_drive` does the rest: it may be writing
 
     # --- questions of API servers ----------------------------------------------------------------
 

@@ -40,6 +40,27 @@ def token_at(request, index: int) -> int:
     return FIRST_PRINTABLE + (sum(request.prompt) * 31 + index * 17 + seed) % NUM_PRINTABLE
 
 
+class OneAtATime:
+    """A front that tests call beside the thread of the model: one call at a time."""
+
+    def __init__(self, front):
+        vars(self).update(_front=front, _lock=threading.RLock())
+
+    def __setattr__(self, name, value):
+        setattr(self._front, name, value)
+
+    def __getattr__(self, name):
+        value = getattr(self._front, name)
+        if not callable(value):
+            return value
+
+        def call(*arguments, **named):
+            with self._lock:
+                return value(*arguments, **named)
+
+        return call
+
+
 class ServingCell:
     """Use as a context manager; `url` is the server's."""
 
@@ -64,7 +85,8 @@ class ServingCell:
         settings = Settings(config, limits)
         listener = listen(config)
         self.url = url_of(listener, config)
-        self.front = HttpFront(listener, [ApiServer(listener, 0, settings.message)], settings)
+        server = ApiServer(listener, 0, settings.message)
+        self.front = OneAtATime(HttpFront(listener, [server], settings))
         self.front.questions = {"load": lambda: '{"server_load": 0}', "progress": lambda **_: "ok"}
         models = {"tiny": directory, **(other_models or {})}
         templates = {"tiny": str(template)}

@@ -110,6 +110,11 @@ class HttpFront:
         """Whether the server is shutting down and every call has been answered."""
         return self._is_closing and not self._calls.num_open
 
+    @property
+    def drains(self) -> bool:
+        """Whether no new requests are taken."""
+        return self._is_closing
+
     def drain(self) -> None:
         """Take no new requests."""
         self._is_closing = True
