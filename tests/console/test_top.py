@@ -3,6 +3,7 @@
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import termios
@@ -57,6 +58,8 @@ class Terminal:
 
 def _own_terminal():
     import fcntl
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background job of a shell ignores it
 
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C is a signal
 
