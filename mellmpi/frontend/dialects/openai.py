@@ -209,4 +209,6 @@ class OpenAIDialect:
 
 def _position(cursors: Sequence[Cursor]) -> str:
     """Return the id of an event: the position in each choice."""
+    if len(cursors) == 1:
+        return str(max(0, cursors[0].num_tokens))
     return ",".join(str(max(0, cursor.num_tokens)) for cursor in cursors)

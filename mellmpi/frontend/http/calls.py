@@ -12,7 +12,7 @@ from mellmpi.frontend.tokenizer import Tokenizer
 from mellmpi.protocol import Cancel, Emit, OpenCall, Rejected
 
 LONGEST_LAG_S = 0.04  # of tokens on their way to clients, to put more of them into one event
-REST = 4.0  # a busy server lets this multiple of a pass's time go by before the next one
+BUSY = 0.1  # share of the time in passes from which on a server is busy
 
 
 class LiveCall:
@@ -29,7 +29,7 @@ class LiveCall:
         self._send = send
         self.outputs = outputs_of(call, tokenizer)
         self.error: BadRequest | None = None
-        self.readers: set[asyncio.Event] = set()
+        self.readers: set[News] = set()
         self.first_s: float | None = None  # monotonic time of the first token
         self._open = set(range(len(self.outputs)))  # choices whose request has not ended
 
@@ -85,17 +85,55 @@ def refusal(rejected: Rejected) -> BadRequest:
     return BadRequest(rejected.reason, code="overloaded", status=429, headers=headers)
 
 
+class News:
+    """Wakes one response. `asyncio.wait_for` would make a task for every event of a stream."""
+
+    def __init__(self) -> None:
+        self._is_set = False
+        self._waiter: asyncio.Future[bool] | None = None
+
+    def set(self) -> None:
+        """There is news."""
+        self._is_set = True
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(True)
+
+    def clear(self) -> None:
+        """Forget the news so far."""
+        self._is_set = False
+
+    async def wait(self, limit_s: float | None = None) -> bool:
+        """Wait until there is news, and forget it. Returns False if `limit_s` passes first."""
+        if not self._is_set:
+            loop = asyncio.get_running_loop()
+            waiter = self._waiter = loop.create_future()
+            timer = None if limit_s is None else loop.call_later(limit_s, _expire, waiter)
+            try:
+                await waiter
+            finally:
+                self._waiter = None
+                if timer is not None:
+                    timer.cancel()
+        found, self._is_set = self._is_set, False
+        return found
+
+
+def _expire(waiter: asyncio.Future[bool]) -> None:
+    if not waiter.done():
+        waiter.set_result(False)
+
+
 class Pacer:
     """Wakes the responses of calls with news: at once in an idle server, in batches in a busy one.
 
-    An event costs the same with one token or with four. A pass over all calls with news is
-    followed by a rest of REST times its duration, of LONGEST_LAG_S at most.
+    An event costs the same with one token or with four. In a busy server a pass over all calls
+    with news begins LONGEST_LAG_S after the one before.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self._loop = loop
         self._changed: dict[LiveCall, None] = {}
-        self._next_s = 0.0
+        self._began_s, self._next_s = 0.0, 0.0
         self._scheduled = False
 
     def changed(self, call: LiveCall) -> None:
@@ -113,10 +151,12 @@ class Pacer:
                 reader.set()
         self._changed.clear()
         self._scheduled = False
+        since_s, self._began_s = began_s - self._began_s, began_s
         self._next_s = began_s + LONGEST_LAG_S
         # The responses run before this call, which stands behind them in the loop's queue.
-        self._loop.call_soon(self._ended, began_s)
+        self._loop.call_soon(self._ended, since_s)
 
-    def _ended(self, began_s: float) -> None:
-        took_s = self._loop.time() - began_s
-        self._next_s = began_s + min(LONGEST_LAG_S, REST * took_s)
+    def _ended(self, since_s: float) -> None:
+        """`since_s`: from the pass before to this one."""
+        if self._loop.time() - self._began_s < BUSY * since_s:
+            self._next_s = self._began_s

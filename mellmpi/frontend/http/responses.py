@@ -9,7 +9,7 @@ from starlette.types import Receive, Scope, Send
 
 from mellmpi.frontend.dialects import COMMENT, Dialect
 from mellmpi.frontend.fields import BadRequest
-from mellmpi.frontend.http.calls import LiveCall
+from mellmpi.frontend.http.calls import LiveCall, News
 
 COMMENT_EVERY_S = 15.0  # of silence: proxies end connections that are silent for a minute
 FIRST_NEWS_S = 1.0  # an error that comes within it gets a status of its own, before a stream begins
@@ -36,7 +36,7 @@ class CallResponse:
         """
         self._call, self._dialect = call, dialect
         self._progress, self._leave, self._positions = progress, leave, positions
-        self._news, self._as_stream = asyncio.Event(), stream
+        self._news, self._as_stream = News(), stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         call = self._call
@@ -59,26 +59,17 @@ class CallResponse:
     async def _answer(self, send: Send) -> None:
         if not self._as_stream:
             while not self._call.done:
-                await self._next_news()
+                await self._news.wait()
             error = self._call.error
             await (self._send_error(send, error) if error else self._send_body(send))
             return
         if not self._call.has_news:
-            await self._next_news(FIRST_NEWS_S)
+            await self._news.wait(FIRST_NEWS_S)
         error, begun = self._call.error, any(output.tokens for output in self._call.outputs)
         if error is not None and self._positions is None and not begun:
             await self._send_error(send, error)
         else:
             await self._stream(send)
-
-    async def _next_news(self, limit_s: float | None = None) -> bool:
-        """Wait until there is news. Returns False if `limit_s` passes first."""
-        try:
-            await asyncio.wait_for(self._news.wait(), limit_s)
-        except TimeoutError:
-            return False
-        self._news.clear()
-        return True
 
     async def _send_error(self, send: Send, error: BadRequest) -> None:
         body = json.dumps(self._dialect.error_body(error))
@@ -103,7 +94,7 @@ class CallResponse:
             if call.done and all(cursor.ended for cursor in cursors):
                 await self._write(send, dialect.end(call.outputs))
                 break
-            if not await self._next_news(COMMENT_EVERY_S):
+            if not await self._news.wait(COMMENT_EVERY_S):
                 text = await self._progress(call)
                 await self._write(send, COMMENT % text.encode())
         await send({"type": "http.response.body", "body": b""})
