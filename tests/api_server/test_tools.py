@@ -66,7 +66,8 @@ def test_a_chat_calls_a_tool_and_takes_its_result(
     assert "Weather of a city" in prompt
 
 
-def test_a_streamed_call_arrives_in_pieces(client, script):
+def test_a_streamed_call_arrives_in_pieces(client, script, tool_cell, monkeypatch):
+    monkeypatch.setattr(tool_cell, "token_s", 0.01)  # faster ones share an event
     given = {"model": "hermes", "tools": [TOOL], "seed": script("hermes", answer_of("hermes"))}
     calls, reasons = [], []
     for chunk in client.chat.completions.create(messages=ASK, stream=True, **given):
