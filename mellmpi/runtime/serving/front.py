@@ -3,7 +3,6 @@
 import json
 import logging
 import socket
-import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -60,7 +59,6 @@ class HttpFront:
         self._calls = CallLog()
         self._start: StartServer | None = None
         self._state = ServerState("starting", "the job is starting", ())
-        self._state_sent_s = 0.0
         self._last_id = 0  # the greatest of all requests
         self._expire_s = 0.0
         self._now = 0.0  # of the iteration
@@ -90,7 +88,6 @@ class HttpFront:
         server.flush()
 
     def _send_state(self) -> None:
-        self._state_sent_s = time.monotonic()
         for server in self._servers.values():
             server.send(self._state)
             server.flush()
@@ -168,12 +165,16 @@ class HttpFront:
                 raise TypeError(message)
 
     def _answer(self, ask: Ask) -> Answer:
-        try:
-            return Answer(ask.id, "", self.questions[ask.what](**json.loads(ask.arguments)))
-        except KeyError:
+        """An error in an answer is the asker's alone: it must not end the job."""
+        if (question := self.questions.get(ask.what)) is None:
             return Answer(ask.id, f"rank 0 does not know {ask.what!r}", "")
+        try:
+            return Answer(ask.id, "", question(**json.loads(ask.arguments)))
         except ValueError as error:
             return Answer(ask.id, str(error), "")
+        except Exception:
+            log.exception("the question %s(%s) failed", ask.what, ask.arguments)
+            return Answer(ask.id, f"an internal error; rank 0 has logged it under {ask.what}", "")
 
     def due_s(self, now: float) -> float:
         return max(0.0, self._expire_s - now)
@@ -222,9 +223,13 @@ class HttpFront:
             if now >= due_s:
                 del self._restart_s[index]
                 self._started_s[index] = now
-                server = self._servers[index] = ApiServer(
-                    self._listener, index, self._settings.message
-                )
+                try:
+                    server = ApiServer(self._listener, index, self._settings.message)
+                except OSError as error:  # no memory, process or descriptor left: for now
+                    log.warning("API server %d cannot be started: %s", index, error)
+                    self._restart_s[index] = now + RESTART_AFTER_S
+                    continue
+                self._servers[index] = server
                 self._introduce(server)
 
     def close(self) -> None:
