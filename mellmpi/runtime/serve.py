@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-import numpy as np
-
 from mellmpi import __version__
 from mellmpi.config import Config, Options
 from mellmpi.files import Destination
@@ -147,9 +145,7 @@ class ServingRank0:
         return JobDescription(__version__, policy, models, self.hosts, start_s)
 
     def _snapshot(self) -> str:
-        held = np.flatnonzero(self._scheduler.registry.ledger.held).tolist()
-        state = self._snapshots.take(time.perf_counter(), time.time(), held=held)
-        return json.dumps(state)
+        return json.dumps(self._snapshots.take(time.perf_counter(), time.time()))
 
     def _progress(self, request_ids: list[int]) -> str:
         """Return the state of the first of these requests that has no token yet, in words."""

@@ -3,7 +3,7 @@
 A snapshot is built only while somebody watches; its cost grows with workers and live requests.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,15 +35,12 @@ class Snapshots:
     def __init__(self, scheduler: ClusterScheduler, recent: Recent, job: JobDescription):
         self._scheduler, self._recent, self._job = scheduler, recent, job
 
-    def take(
-        self, now: float, unix_s: float, problem: str = "", held: Collection[int] = ()
-    ) -> dict[str, Any]:
+    def take(self, now: float, unix_s: float, problem: str = "") -> dict[str, Any]:
         """The job at `now`; `GET /v1/cluster` documents the fields.
 
         now      seconds, of the clock of the scheduler's events
         unix_s   the same moment, seconds since 1970
         problem  why the job takes no requests, or ""
-        held     workers that an operator has drained
         """
         recent, job = self._recent, self._job
         problem = problem or self._problem()
@@ -55,7 +52,7 @@ class Snapshots:
             "models": list(job.models),
             "ready": not problem,
             "reason": problem,
-            "workers": self._workers(now, held),
+            "workers": self._workers(now),
             "waiting": self._waiting(now),
             "migrations": self._migrations(unix_s - now),
             "rates": recent.rates(now),
@@ -70,7 +67,7 @@ class Snapshots:
             return ""
         return "workers are starting" if WorkerState.STARTING in states else "no worker is left"
 
-    def _workers(self, now: float, held: Collection[int]) -> list[dict[str, Any]]:
+    def _workers(self, now: float) -> list[dict[str, Any]]:
         ledger, hosts = self._scheduler.registry.ledger, self._job.hosts
         requests, used = self._requests()
         workers = []
@@ -82,7 +79,7 @@ class Snapshots:
                     "id": worker,
                     "host": hosts[worker] if worker < len(hosts) else "",
                     "state": STATES[int(ledger.state[worker])],
-                    "held": worker in held,
+                    "held": bool(ledger.held[worker]),
                     "kv_bytes": int(used[worker]),
                     "kv_capacity": int(ledger.capacity[worker]),
                     "step_ms": step_ms,

@@ -63,7 +63,8 @@ class Scene:
         while sim._heap and sim._heap[0][0] <= now:
             sim.now, _, action = heapq.heappop(sim._heap)
             action()
-        return self._snapshots.take(now, UNIX_S + now, held=held)
+        sim.scheduler.registry.ledger.held[list(held)] = True
+        return self._snapshots.take(now, UNIX_S + now)
 
 
 def crowded() -> Scene:

@@ -134,7 +134,8 @@ def test_states_have_the_names_that_are_documented(stage):
 
 
 def test_hosts_and_workers_held_by_an_operator_are_named(stage):
-    workers = taken(stage, held={2})["workers"]
+    stage.scheduler.registry.ledger.held[2] = True
+    workers = taken(stage)["workers"]
     assert [w["host"] for w in workers] == ["a", "a", "b"]
     assert [w["held"] for w in workers] == [False, True, False]
 

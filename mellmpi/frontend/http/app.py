@@ -18,7 +18,6 @@ from mellmpi import __version__
 from mellmpi.frontend.dialects import (
     CHAT,
     COMPLETIONS,
-    COUNT_TOKENS,
     MESSAGES,
     NEW,
     RESPONSES,
@@ -33,8 +32,7 @@ from mellmpi.frontend.http.cluster import add_cluster
 from mellmpi.frontend.http.document import add_document
 from mellmpi.frontend.http.link import SILENT_S, Link
 from mellmpi.frontend.http.responses import CallResponse
-from mellmpi.frontend.http.tokens import add_token_routes, tokenized
-from mellmpi.frontend.strict_json import json_object
+from mellmpi.frontend.http.tokens import add_token_routes
 from mellmpi.telemetry.prometheus import render
 
 MAX_ID = 128  # characters of a stream's id
@@ -50,7 +48,7 @@ def make_app(link: Link) -> FastAPI:
     app.add_exception_handler(Exception, _internal_error)
     _add_state(app, link)
     _add_generation(app, Generation(link))
-    _add_tokens(app, link)
+    add_token_routes(app, link)
     add_cluster(app, link)
     add_batches(app, link)
     add_document(app)
@@ -172,7 +170,7 @@ def positions(
 def _add_generation(app: FastAPI, generation: Generation) -> None:
     def post(url: str) -> Callable[[Request], Awaitable[Any]]:
         async def create(request: Request) -> Any:
-            return Passed(await generation.create(url, request))
+            return await generation.create(url, request)
 
         return create
 
@@ -186,22 +184,11 @@ def _add_generation(app: FastAPI, generation: Generation) -> None:
 
     @app.get(f"{RESPONSES}/{{response_id}}", summary="A response, or the rest of its stream")
     async def retrieve(response_id: str, request: Request) -> Any:
-        return Passed(await generation.retrieve(response_id, request))
+        return await generation.retrieve(response_id, request)
 
     @app.get("/v1/streams/{call_id}", summary="Continue a stream that was cut off")
     async def resume(call_id: str, request: Request) -> Any:
-        return Passed(await generation.resume(call_id, request))
-
-
-class Passed(Response):
-    """A `CallResponse` in the class that FastAPI passes on unchanged."""
-
-    def __init__(self, response: CallResponse):
-        super().__init__()
-        self._response = response
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        await self._response(scope, receive, send)
+        return await generation.resume(call_id, request)
 
 
 # --- state ---------------------------------------------------------------------------------------
@@ -259,24 +246,3 @@ def _model(link: Link, name: str) -> dict[str, Any]:
         "owned_by": "mellmpi",
         "max_model_len": found.max_model_len if found else None,
     }
-
-
-# --- tokens --------------------------------------------------------------------------------------
-
-
-def _add_tokens(app: FastAPI, link: Link) -> None:
-    @app.post("/tokenize", summary="Token ids of a text or a conversation")
-    async def tokenize(request: Request) -> dict[str, Any]:
-        body = json_object(await read_body(request))
-        served = await link.wait_started()
-        return await link.bounded(tokenized, body, served)
-
-    @app.post(COUNT_TOKENS, summary="The number of tokens of a prompt of Messages")
-    async def count_tokens(request: Request) -> dict[str, int]:
-        body = json_object(await read_body(request)) | {"max_tokens": 1}
-        served = await link.wait_started()
-        parse = dialect_of(MESSAGES).parse
-        call = await link.bounded(parse, MESSAGES, body, served, "count")
-        return {"input_tokens": len(call.prompts[0])}
-
-    add_token_routes(app, link)

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from mellmpi.frontend.dialects import COMMENT, Dialect
@@ -17,7 +18,7 @@ FIRST_NEWS_S = 1.0  # an error that comes within it gets a status of its own, be
 Progress = Callable[[LiveCall], Any]  # awaitable text of a comment
 
 
-class CallResponse:
+class CallResponse(Response):
     """Sends the answer of a call. Cancels the call if its last client leaves."""
 
     def __init__(
@@ -34,6 +35,7 @@ class CallResponse:
         stream     False: one body
         leave      called when no client is left and the call has not ended
         """
+        super().__init__()
         self._call, self._dialect = call, dialect
         self._progress, self._leave, self._positions = progress, leave, positions
         self._news, self._as_stream = News(), stream
@@ -83,7 +85,7 @@ class CallResponse:
         call, dialect = self._call, self._dialect
         positions = self._positions or (-1,) * len(call.outputs)
         cursors = dialect.start(positions, call.outputs)
-        await send({"type": "http.response.start", "status": 200, "headers": self._headers()})
+        await send({"type": "http.response.start", "status": 200, "headers": self._event_headers()})
         while True:
             self._news.clear()
             if events := dialect.new(cursors, call.outputs):
@@ -104,7 +106,7 @@ class CallResponse:
         # it has not read is kept once, in the call.
         await send({"type": "http.response.body", "body": data, "more_body": True})
 
-    def _headers(self) -> list[tuple[bytes, bytes]]:
+    def _event_headers(self) -> list[tuple[bytes, bytes]]:
         return [
             (b"content-type", b"text/event-stream; charset=utf-8"),
             (b"cache-control", b"no-cache"),
