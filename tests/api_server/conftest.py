@@ -4,16 +4,7 @@ import httpx2 as httpx
 import pytest
 
 from mellmpi.frontend import Tokenizer
-from mellmpi.models.random_model import write_byte_tokenizer
 from tests.api_server.serving_cell import ServingCell
-from tests.frontend.models_with_tools import MODELS, write_model
-
-
-@pytest.fixture(scope="session")
-def byte_directory(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("bytes")
-    write_byte_tokenizer(512, directory)
-    return directory
 
 
 @pytest.fixture(scope="session")
@@ -31,16 +22,6 @@ def cell(byte_directory):
 def http(cell):
     with httpx.Client(base_url=cell.url, timeout=30, trust_env=False) as client:
         yield client
-
-
-@pytest.fixture(scope="session")
-def model_directories(tmp_path_factory):
-    """A directory for each kind of model that calls tools, by name."""
-    directories = {}
-    for name, model in MODELS.items():
-        directories[name] = tmp_path_factory.mktemp("model")
-        write_model(model, directories[name])
-    return directories
 
 
 @pytest.fixture(scope="session")

@@ -2,15 +2,17 @@
 
 import pytest
 
-from mellmpi.frontend import ServedModel, Tokenizer
-from mellmpi.models.random_model import write_byte_tokenizer
+from mellmpi.frontend import ServedModel, ServedModels, Tokenizer
 
 
 @pytest.fixture(scope="session")
-def byte_directory(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("bytes")
-    write_byte_tokenizer(512, directory)
-    return directory
+def served(model_directories):
+    """The kinds of models that call tools, with their tokenizers."""
+    pairs = []
+    for name, directory in model_directories.items():
+        limits = ServedModel(name=name, max_model_len=5000, vocab_size=512, eos_ids=(2,))
+        pairs.append((limits, Tokenizer.load(directory)))
+    return ServedModels.of(*pairs)
 
 
 @pytest.fixture(scope="session")

@@ -11,11 +11,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mellmpi.frontend import ServedModel, ServedModels, Tokenizer
 from mellmpi.frontend.dialects import CHAT, COMPLETIONS, MESSAGES, NEW, RESPONSES, dialect_of
 from mellmpi.frontend.outputs import outputs_of
 from mellmpi.protocol import Emit, OpenCall
-from tests.frontend.models_with_tools import MODELS, write_model
+from tests.frontend.models_with_tools import MODELS
 
 PARAMETERS = {"type": "object", "properties": {"x": {"type": "string"}}}
 FUNCTIONS = [{"name": name, "description": "d", "parameters": PARAMETERS} for name in ("f", "g")]
@@ -41,17 +40,6 @@ FRAGMENTS = [
     *('{"name": "f", "arguments": {"x": "é"}}', '{"name": "g", "parameters": {}}', '{"name": "f"'),
     *("{", "}", "[", "]", ", ", "; ", "\n", " ", "日本👍🏽", "text", "STOP", "ST", "<", "\ufffd"),
 ]
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    pairs = []
-    for name, model in MODELS.items():
-        directory = tmp_path_factory.mktemp("model")
-        write_model(model, directory)
-        limits = ServedModel(name=name, max_model_len=5000, vocab_size=512, eos_ids=(2,))
-        pairs.append((limits, Tokenizer.load(directory)))
-    return ServedModels.of(*pairs)
 
 
 class Server:

@@ -3,10 +3,9 @@
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 
-from mellmpi.frontend import ServedModel, ServedModels, Tokenizer
 from mellmpi.frontend.openai import CHAT, parse
 from mellmpi.frontend.tool_formats import HERMES, LLAMA_3, MISTRAL, PLAIN_JSON, tool_format
-from tests.frontend.models_with_tools import MODELS, write_model
+from tests.frontend.models_with_tools import MODELS
 
 SHARED = {
     "type": "object",
@@ -35,17 +34,6 @@ GOOD, WRONG = {"a": 3}, {"a": "x"}
 )
 def test_the_format_follows_from_the_template(template, found):
     assert tool_format(template) == found
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    pairs = []
-    for name, model in MODELS.items():
-        directory = tmp_path_factory.mktemp("model")
-        write_model(model, directory)
-        limits = ServedModel(name=name, max_model_len=5000, vocab_size=512, eos_ids=(2,))
-        pairs.append((limits, Tokenizer.load(directory)))
-    return ServedModels.of(*pairs)
 
 
 @pytest.fixture

@@ -7,11 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mellmpi.frontend import ServedModel, ServedModels, Tokenizer
 from mellmpi.frontend.dialects import CHAT, MESSAGES, RESPONSES, dialect_of
 from mellmpi.frontend.fields import BadRequest
 from mellmpi.frontend.strict_json import json_object
-from tests.frontend.models_with_tools import MODELS, write_model
+from tests.frontend.models_with_tools import MODELS
 
 SCHEMA = {"type": "object", "properties": {"x": {"type": "string"}}}
 CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": "{}"}}
@@ -92,17 +91,6 @@ VALUES = st.sampled_from(
         {"": {}},
     ]
 )
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    pairs = []
-    for name, model in MODELS.items():
-        directory = tmp_path_factory.mktemp("model")
-        write_model(model, directory)
-        limits = ServedModel(name=name, max_model_len=5000, vocab_size=512, eos_ids=(2,))
-        pairs.append((limits, Tokenizer.load(directory)))
-    return ServedModels.of(*pairs)
 
 
 def places(value, path=()):
